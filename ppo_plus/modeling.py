@@ -1,0 +1,535 @@
+"""The weights: one frozen backbone that plays actor, critic, reference and reward model.
+
+The actor is the backbone with its LoRA adapter on; the reference is the same with it off; the critic is a value
+head on the hidden states. Hidden states leave the backbone, vocabulary logits never do: they exist for one chunk
+of response tokens at a time.
+
+Notation: B rows, P prompt tokens (left-padded), R response tokens (right-padded), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .functional import entropy as entropy_of
+from .functional import token_logprobs
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+REFERENCE_ADAPTER = "ref"
+# Logits of one chunk: 16 M numbers are 64 MB in fp32, whatever the vocabulary.
+CHUNK_ELEMENTS = 2**24
+
+
+class ValueHead(nn.Module):
+    """A scalar per hidden state, in fp32 whatever the backbone's dtype.
+
+    The output layer starts at zero, so the first values are 0 and not noise, and no activation follows it: values
+    must be able to reach all reals.
+    """
+
+    def __init__(
+        self, hidden_size: int, kind: Literal["linear", "mlp"] = "linear", activation: Literal["silu", "gelu"] = "silu"
+    ) -> None:
+        super().__init__()
+        output = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        if kind == "linear":
+            self.layers = nn.Sequential(output)
+        else:
+            between = {"silu": nn.SiLU, "gelu": nn.GELU}[activation]()
+            self.layers = nn.Sequential(nn.Linear(hidden_size, hidden_size, dtype=torch.float32), between, output)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(..., H)` hidden states to `(...)` float32 values, reward units."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.layers(hidden.float()).squeeze(-1)
+
+
+@dataclass
+class ActorCriticOutput(ModelOutput):
+    """What the learning phase needs of a forward pass, each `(B, R)` float32; `None` where it was not asked for."""
+
+    logprobs: Tensor | None = None
+    values: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass
+class Generation:
+    """Sampled responses: `tokens` `(B, R)` int64, padded after the stop token, and their `logprobs` `(B, R)`, nats."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+class ActorCritic(nn.Module):
+    """A causal language model as policy, with a value head on its hidden states.
+
+    Args:
+        policy: a `PeftModel` (its adapter is the actor, its base the reference) or a plain causal language model
+            that is trained in full.
+        value_head: the critic's head.
+        detach_values: stop the critic's gradient at the head.
+        ref_model: a separate reference model; needed where there is no adapter to switch off.
+    """
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        value_head: ValueHead,
+        *,
+        detach_values: bool = False,
+        ref_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy, self.value_head, self.detach_values = policy, value_head, detach_values
+        # In a list so that the reference is no submodule: it is neither trained, saved, nor wrapped by DDP.
+        self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
+        self._active: PreTrainedModel = self.language_model
+        if not self.is_peft and ref_model is None:
+            raise ValueError(
+                "Full fine-tuning needs a reference that training does not change: pass ref_model, "
+                "or peft_config to train an adapter whose base is the reference."
+            )
+        check_head(self.language_model)
+
+    # What Trainer and accelerate look up on a model.
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the language model."""
+        return self.policy.config
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether the actor is an adapter."""
+        return isinstance(self.policy, PeftModel)
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The causal language model, with adapters injected where there are any."""
+        return self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the policy."""
+        return self.policy.device  # type: ignore[return-value]
+
+    @property
+    def quantization_method(self) -> Any:
+        """Set for a quantized backbone, which Trainer must not move."""
+        return getattr(self.language_model, "quantization_method", None)
+
+    @property
+    def generation_config(self) -> Any:
+        """The policy's generation defaults; never used for rollouts, and saved unchanged."""
+        return self.language_model.generation_config
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tag the policy for the Hub."""
+        self.language_model.add_model_tags(tags)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the policy's activations in the backward pass."""
+        self.language_model.activation_checkpointing_enable(**kwargs)
+
+    # The four roles.
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_length: int,
+        temperature: float = 1.0,
+        with_logprobs: bool = True,
+        with_values: bool = True,
+        with_entropy: bool = False,
+    ) -> ActorCriticOutput:
+        """Log-probabilities, values and entropies of the response tokens, from one pass over the backbone.
+
+        Args:
+            input_ids: prompt and response, `(B, P + R)` int64.
+            attention_mask: 1 for real tokens, `(B, P + R)`.
+            response_length: R, how many of the last positions are the response.
+            temperature: divides the logits, as it does in sampling.
+            with_logprobs: compute `logprobs`.
+            with_values: compute `values`.
+            with_entropy: compute `entropy`; differentiable, so ask for it only where it is used.
+        """
+        hidden = self._hidden_states(input_ids, attention_mask).last_hidden_state
+        # The state before token t is the hidden state one position to its left.
+        hidden = hidden[:, -response_length - 1 : -1]
+        output = ActorCriticOutput()
+        if with_logprobs or with_entropy:
+            targets = input_ids[:, -response_length:]
+            head = logits_function(self._active)
+            output.logprobs, output.entropy = chunked_logprobs(head, hidden, targets, temperature, with_entropy)
+        if with_values:
+            output.values = self.value_head(hidden.detach() if self.detach_values else hidden)
+        return output
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model speaks as the reference: adapter off, or the frozen copy named `ref`, or `ref_model`."""
+        if self._ref_model:
+            self._active = self._ref_model[0]
+            try:
+                yield
+            finally:
+                self._active = self.language_model
+        elif REFERENCE_ADAPTER in self.policy.peft_config:  # type: ignore[operator]
+            with use_adapter(self.policy, REFERENCE_ADAPTER):
+                yield
+        else:
+            with self.policy.disable_adapter():  # type: ignore[operator]
+                yield
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        noise: Tensor,
+        *,
+        stop_ids: Sequence[int],
+        pad_token_id: int,
+        temperature: float = 1.0,
+        warp: Callable[[Tensor], Tensor] | None = None,
+    ) -> Generation:
+        """Sample responses from the distribution that `forward` scores.
+
+        No `GenerationConfig` takes part: it would fill unset fields from the model's own (`top_k=50`, a repetition
+        penalty), and the policy that is sampled would not be the one that is scored. Rows that finished leave the
+        batch, so time follows the tokens generated.
+
+        Args:
+            input_ids: prompts, `(B, P)` int64, left-padded.
+            attention_mask: 1 for real tokens, `(B, P)`.
+            noise: uniform numbers that decide each token, `(B, R)` float64; R is the longest response.
+            stop_ids: ids that end a response.
+            pad_token_id: fills the positions after the stop token.
+            temperature: divides the logits.
+            warp: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
+        """
+        rows, length = noise.shape
+        tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=input_ids.device)
+        logprobs = torch.zeros(rows, length, device=input_ids.device)
+        stop = torch.tensor(list(stop_ids), device=input_ids.device)
+        head, noise = logits_function(self._active), noise.to(input_ids.device)
+        alive, cache, step_ids, mask = torch.arange(rows, device=input_ids.device), None, input_ids, attention_mask
+        for t in range(length):
+            outputs = self._hidden_states(step_ids, mask, past_key_values=cache, use_cache=True)
+            cache = outputs.past_key_values
+            logits = head(outputs.last_hidden_state[:, -1]).float() / temperature
+            token = sample(logits if warp is None else warp(logits), noise[alive, t])
+            tokens[alive, t], logprobs[alive, t] = token, token_logprobs(logits, token)
+            going = ~torch.isin(token, stop)
+            if not going.any():
+                break
+            if not going.all():
+                keep = going.nonzero().squeeze(-1)
+                select_rows(cache, keep)
+                alive, token, mask = alive[keep], token[keep], mask[keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            step_ids = token[:, None]
+        return Generation(tokens, logprobs)
+
+    def mount_reward(self, name: str, directory: str | Path) -> nn.Parameter:
+        """Load a reward adapter onto this backbone, next to the actor's.
+
+        Args:
+            name: what the adapter is called here.
+            directory: an adapter of `AutoModelForSequenceClassification` with one label, as `RewardTrainer` saves it.
+
+        Returns:
+            the weight of its `score` head, `(1, H)`, frozen.
+        """
+        if not isinstance(self.policy, PeftModel):
+            raise ValueError(
+                "A reward adapter shares the actor's frozen base, but this actor is trained in full: pass "
+                "peft_config, or load the reward model by itself and pass the instance."
+            )
+        config = PeftConfig.from_pretrained(str(directory))
+        weights = load_peft_weights(str(directory), device="cpu")
+        heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
+        if len(heads) != 1 or heads[0].shape != (1, self.config.get_text_config().hidden_size):
+            found = [tuple(head.shape) for head in heads]
+            raise ValueError(
+                f"{directory} is not a reward adapter for this base: its score head has shape {found}, expected one "
+                f"of (1, {self.config.get_text_config().hidden_size}). Train it with num_labels=1 and "
+                "modules_to_save=['score']."
+            )
+        config.modules_to_save, config.inference_mode, config.task_type = None, True, "CAUSAL_LM"
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.policy.add_adapter(name, config)
+        result = set_peft_model_state_dict(self.policy, weights, adapter_name=name)
+        absent = [key for key in result.missing_keys if f".{name}." in key]
+        if absent or result.unexpected_keys:
+            raise ValueError(
+                f"The adapter in {directory} does not fit this base: missing {absent[:3]}, unexpected "
+                f"{result.unexpected_keys[:3]}. It was trained on another architecture."
+            )
+        for parameter_name, parameter in self.policy.named_parameters():
+            if f".{name}." in parameter_name:
+                parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return nn.Parameter(heads[0].to(self.device), requires_grad=False)
+
+    def reward_scores(
+        self, name: str, head: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
+    ) -> Tensor:
+        """Scores of whole texts by a mounted reward adapter, `(B,)` float32, reward units.
+
+        Args:
+            name: the adapter, as mounted.
+            head: its `score` weight, `(1, H)`.
+            input_ids: `(B, L)` int64, right-padded.
+            attention_mask: `(B, L)`.
+            pad_token_id: the score is read at the last token that is not this one, as sequence classifiers do.
+        """
+        with use_adapter(self.policy, name):
+            hidden = self._hidden_states(input_ids, attention_mask).last_hidden_state
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (positions * (input_ids != pad_token_id)).argmax(-1)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return nn.functional.linear(hidden[rows, last], head.to(hidden.dtype)).squeeze(-1).float()
+
+    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor, **cache: Any) -> Any:
+        backbone = self._active.base_model
+        parameters = inspect.signature(backbone.forward).parameters
+        kwargs: dict[str, Any] = {"use_cache": False, **cache}
+        if "position_ids" in parameters:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
+        return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    # On disk: a plain adapter (or model), and the value head beside it.
+
+    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
+        """Write the adapter as PEFT does (or the whole model where there is none) and `value_head.safetensors`."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        if isinstance(self.policy, PeftModel):
+            self.policy.save_pretrained(str(directory), selected_adapters=["default"])
+        else:
+            self.policy.save_pretrained(str(directory))
+        head = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
+        save_file(head, Path(directory) / VALUE_HEAD_FILE, metadata={"format": "pt"})
+
+    def load_weights(self, directory: str | Path) -> None:
+        """Read into this model what `save_pretrained` wrote; nothing missing, nothing left over."""
+        directory = Path(directory)
+        head_file = directory / VALUE_HEAD_FILE
+        if not head_file.is_file():
+            raise ValueError(f"{directory} has no {VALUE_HEAD_FILE}: it was not written by ppo_plus, or not finished.")
+        if isinstance(self.policy, PeftModel):
+            weights = load_peft_weights(str(directory), device="cpu")
+            result = set_peft_model_state_dict(self.policy, weights, adapter_name="default")
+            absent = [k for k in result.missing_keys if ".default." in k]
+            if absent or result.unexpected_keys:
+                raise ValueError(
+                    f"The adapter in {directory} does not fit this model: missing {absent[:3]}, "
+                    f"unexpected {result.unexpected_keys[:3]}. Use the same base and peft_config."
+                )
+        else:
+            saved = type(self.policy).from_pretrained(str(directory), dtype=self.policy.dtype)
+            self.policy.load_state_dict(saved.state_dict())
+        self.value_head.load_state_dict(load_file(head_file))
+
+
+def sample(logits: Tensor, noise: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the token at which the cumulative probability passes the noise.
+
+    Args:
+        logits: `(B, V)` float32.
+        noise: uniform in [0, 1), `(B,)` float64.
+
+    Returns:
+        token ids, `(B,)` int64.
+    """
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # Scaled by the total, which is 1 only up to rounding: the noise must not fall behind the last token.
+    index = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True).squeeze(-1)
+    return index.clamp(max=logits.shape[-1] - 1)
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep only these rows of a key-value cache, in place."""
+    if hasattr(cache, "batch_select_indices") and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+        cache.batch_select_indices(rows)
+    else:
+        cache.reorder_cache(rows)
+
+
+def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The model's map from last hidden states `(..., H)` to logits `(..., V)`, scaling and soft-capping included."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden) * (multiplier / divisor) if multiplier != divisor else head(hidden)
+        return softcap * torch.tanh(out / softcap) if softcap else out
+
+    return logits
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse an architecture whose logits are not its head applied to the backbone's last hidden states."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; ppo_plus trains causal (decoder-only) language models.")
+    if model.get_output_embeddings() is None or model.base_model is model:
+        raise ValueError(f"{name} has no language-model head; pass a model for causal language modelling.")
+    training = model.training
+    model.eval()
+    ids = torch.arange(1, 4, device=model.device)[None]
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    found = logits_function(model)(hidden).float()
+    model.train(training)
+    scale = expected.abs().max().clamp(min=1e-6)
+    if found.shape != expected.shape or not bool(((found - expected).abs().max() / scale) < 2e-2):
+        raise ValueError(
+            f"{name} computes its logits in a way that ppo_plus does not know (the head applied to the last hidden "
+            "states gives other numbers). Please open an issue with the name of the model."
+        )
+
+
+def chunked_logprobs(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of `targets`, with vocabulary logits for one chunk of tokens at a time.
+
+    The backward pass recomputes each chunk's logits, so neither pass ever holds `(B, R, V)`.
+
+    Args:
+        head: hidden states to logits.
+        hidden: `(B, R, H)`.
+        targets: `(B, R)` int64.
+        temperature: divides the logits.
+        with_entropy: also return the entropy, `(B, R)` float32, nats.
+    """
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logits = head(hidden).float()
+        outputs = (token_logprobs(logits, targets, temperature),)
+        return (*outputs, entropy_of(logits, temperature)) if with_entropy else outputs
+
+    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    vocabulary = head(flat_hidden[:1]).shape[-1]
+    size = max(16, CHUNK_ELEMENTS // vocabulary)
+    pieces = []
+    for h, t in zip(flat_hidden.split(size), flat_targets.split(size), strict=True):
+        pieces.append(checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t))
+    logprobs, *entropy = (torch.cat(parts).view(targets.shape) for parts in zip(*pieces, strict=True))
+    return logprobs, entropy[0] if entropy else None
+
+
+@contextlib.contextmanager
+def use_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """Make one adapter the active one inside the block, and put back what was active, also after an error.
+
+    PEFT's `set_adapter` turns `requires_grad` on for the adapter it activates and off for the others; here
+    nothing is trained that was not trained before.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = [(layer, layer.active_adapters) for layer in layers]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for layer in layers:
+            layer.set_adapter([name], inference_mode=True)
+        yield
+    finally:
+        for layer, names in active:
+            layer.set_adapter(list(names))
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+def disable_base_dropout(model: nn.Module) -> None:
+    """Zero the dropout of the base model. `lora_dropout` is the user's choice and stays."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel,
+    *,
+    peft_config: PeftConfig | None,
+    quantization_config: Any = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """The policy from a name or a model: loaded, adapted, and with a frozen `ref` copy of an adapter it came with.
+
+    Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
+    """
+    if isinstance(model, str):
+        kwargs = {"dtype": "auto" if peft_config is not None else torch.float32, **(model_init_kwargs or {})}
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    elif quantization_config is not None or model_init_kwargs:
+        raise ValueError(
+            "quantization_config and model_init_kwargs apply to a model that is loaded by name; this model is "
+            "loaded already. Pass its name, or load it with these arguments yourself."
+        )
+    if isinstance(model, PeftModel):
+        return _with_reference_adapter(model, peft_config)
+    if peft_config is None:
+        if getattr(model, "is_quantized", False):
+            raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
+        return model
+    if peft_config.is_prompt_learning:
+        raise ValueError(f"{type(peft_config).__name__} is prompt learning; ppo_plus trains LoRA-like adapters.")
+    return get_peft_model(model, peft_config)  # type: ignore[return-value,arg-type]
+
+
+def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
+    if peft_config is not None:
+        raise ValueError("This model has an adapter already: pass it without peft_config to go on training it.")
+    if "default" not in model.peft_config:
+        raise ValueError(f"The adapter to train must be named 'default'; this model has {list(model.peft_config)}.")
+    if REFERENCE_ADAPTER not in model.peft_config:
+        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config["default"]))
+        state = {k: v for k, v in model.state_dict().items() if ".default." in k}
+        renamed = {k.replace(".default.", f".{REFERENCE_ADAPTER}."): v.clone() for k, v in state.items()}
+        model.load_state_dict(renamed, strict=False)
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            parameter.requires_grad_(True)
+        elif f".{REFERENCE_ADAPTER}." in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that stays as it is: the reference of full fine-tuning."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,0 +1,111 @@
+"""Reward models from preferences: TRL's RewardTrainer, with an adapter on disk that says how it is to be used.
+
+The loss is the pairwise one of InstructGPT (eq. 1), with TRL's margin and centring. What this adds: the score head
+is always trained and saved with the LoRA weights, and beside them stands `reward_model.json` with the base, its
+quantization, the chat template's hash, and the calibration on held-out pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, TaskType
+from transformers import PreTrainedModel
+from trl import RewardTrainer as TRLRewardTrainer
+
+from .config import RewardConfig
+from .rewards import REWARD_FILE, template_hash
+
+
+class RewardTrainer(TRLRewardTrainer):
+    """Trains a reward model with the pairwise loss; arguments are those of `trl.RewardTrainer`.
+
+    Args:
+        model: a name, or a sequence classifier with one label.
+        args: hyper-parameters.
+        peft_config: the adapter to train; `score` is added to its `modules_to_save`.
+        **kwargs: see `trl.RewardTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, ...
+    """
+
+    _tag_names = ["ppo_plus", "reward-trainer"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else RewardConfig(output_dir="reward_model")
+        if peft_config is not None:
+            peft_config = copy.deepcopy(peft_config)
+            peft_config.task_type = TaskType.SEQ_CLS
+            saved = getattr(peft_config, "modules_to_save", None) or []
+            peft_config.modules_to_save = sorted({*saved, "score"})  # type: ignore[attr-defined]
+        self._calibration: dict[str, Any] = {}
+        super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+
+    @torch.no_grad()
+    def calibrate(self, dataset: Dataset | None = None) -> dict[str, float]:
+        """Accuracy and the mean and standard deviation of rewards on held-out pairs; saved with the model.
+
+        Args:
+            dataset: preference pairs; `eval_dataset` by default.
+
+        Returns:
+            `accuracy` (share of pairs in the right order), `reward_mean` and `reward_std` (reward units, over
+            chosen and rejected), `pairs`, and the `step` of training at which they were measured.
+        """
+        if dataset is not None:
+            dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "calibration")
+        chosen, rejected = [], []
+        training = self.model.training
+        self.model.eval()
+        for batch in self.get_eval_dataloader(dataset):
+            batch = self._prepare_inputs(batch)
+            batch.pop("margin", None)
+            with self.accelerator.autocast():
+                scores = self.model(**batch, use_cache=False).logits.squeeze(-1).float()
+            first, second = self.accelerator.gather_for_metrics(scores.view(2, -1).T).T
+            chosen.append(first)
+            rejected.append(second)
+        self.model.train(training)
+        first, second = torch.cat(chosen), torch.cat(rejected)
+        both = torch.cat([first, second])
+        self._calibration = {
+            "accuracy": (first > second).float().mean().item(),
+            "reward_mean": both.mean().item(),
+            "reward_std": both.std(unbiased=False).item(),
+            "pairs": len(first),
+            "step": self.state.global_step,
+        }
+        return dict(self._calibration)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save, measuring the calibration first where there are held-out pairs and it is out of date."""
+        measured = self._calibration.get("step") == self.state.global_step
+        if not _internal_call and self.eval_dataset is not None and not measured:
+            self.calibrate()
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            directory = Path(output_dir or self.args.output_dir)
+            (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2))
+
+    def _description(self) -> dict[str, Any]:
+        config = self.accelerator.unwrap_model(self.model).config
+        quantization = getattr(config, "quantization_config", None)
+        return {
+            "base_model": config._name_or_path,
+            "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+            "chat_template_sha256": template_hash(self.processing_class),
+            **self._calibration,
+        }

@@ -1,0 +1,355 @@
+"""A score per response: Python functions, sequence classifiers, and reward adapters on the actor's own backbone.
+
+The contract of a reward function is that of TRL's GRPO and RLOO trainers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import is_conversational
+from .modeling import ActorCritic
+
+REWARD_FILE = "reward_model.json"
+
+
+@dataclass
+class Completions:
+    """What is scored: N prompts with their completions, and the other columns of the dataset.
+
+    Attributes:
+        prompts: text or messages, as in the dataset.
+        completions: text, or one assistant message in a list where the prompt is messages.
+        completion_ids: token ids, without padding.
+        columns: further columns of the dataset, by name.
+        context: `trainer_state`, `log_extra` and `log_metric`, handed to functions.
+    """
+
+    prompts: list
+    completions: list
+    completion_ids: list[list[int]]
+    columns: dict[str, list] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> list[str]:
+        """Prompt and completion as one text, through the chat template where they are messages."""
+        return [
+            tokenizer.apply_chat_template(prompt + completion, tokenize=False, **chat_template_kwargs)
+            if is_conversational(prompt)
+            else prompt + completion
+            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+        ]
+
+
+class Reward(Protocol):
+    """Scores completions; `None` where a reward does not apply."""
+
+    name: str
+
+    def __call__(self, batch: Completions) -> Sequence[float | None]:
+        """One score per completion, reward units."""
+        ...
+
+
+class FunctionReward:
+    """A Python function, sync or async: `f(prompts=, completions=, completion_ids=, **columns, ...) -> list`."""
+
+    def __init__(self, function: Callable, name: str) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, batch: Completions) -> Sequence[float | None]:
+        """Call the function; an async one runs to its end in a loop of its own."""
+        result = self.function(
+            prompts=batch.prompts,
+            completions=batch.completions,
+            completion_ids=batch.completion_ids,
+            **{**batch.columns, **batch.context},
+        )
+        if inspect.isawaitable(result):
+
+            async def wait() -> Any:
+                return await result
+
+            # A thread of its own: a notebook has an event loop running already in this one.
+            with ThreadPoolExecutor(1) as pool:
+                result = pool.submit(asyncio.run, wait()).result()
+        return checked(result, batch, self.name)
+
+
+class ClassifierReward:
+    """A sequence classifier with one label and its own tokenizer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        batch_size: int,
+        chat_template_kwargs: dict[str, Any],
+    ) -> None:
+        labels = getattr(getattr(model, "config", None), "num_labels", 1)
+        if labels != 1:
+            raise ValueError(f"The reward model {name!r} has num_labels={labels}; a reward model needs num_labels=1.")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if hasattr(model, "config"):  # sequence classifiers read the score at the last token that is not padding
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+
+    def __call__(self, batch: Completions) -> Sequence[float | None]:
+        """Score prompt and completion, rendered with this model's own template and tokenizer."""
+        texts = batch.texts(self.tokenizer, self.chat_template_kwargs)
+        device = next(self.model.parameters()).device
+
+        def score(texts: list[str]) -> Tensor:
+            inputs = encode(texts, self.tokenizer, batch).to(device)
+            return self.model(**inputs).logits[:, 0].float()
+
+        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
+
+
+class AdapterReward:
+    """A reward adapter mounted on the actor's backbone: a reward model for the memory of its LoRA weights."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: ActorCritic,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        batch_size: int,
+        chat_template_kwargs: dict[str, Any],
+    ) -> None:
+        self.info = json.loads((path / REWARD_FILE).read_text()) if (path / REWARD_FILE).is_file() else {}
+        check_same_backbone(path, self.info, model, tokenizer)
+        self.head = model.mount_reward(name, path)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+
+    def __call__(self, batch: Completions) -> Sequence[float | None]:
+        """Score prompt and completion as the stand-alone reward model would."""
+        texts = batch.texts(self.tokenizer, self.chat_template_kwargs)
+        if not is_conversational(batch.prompts[0]):  # the reward model was trained on texts that end in EOS
+            eos = self.tokenizer.eos_token
+            texts = [t if t.endswith(eos) else t + eos for t in texts]
+
+        def score(texts: list[str]) -> Tensor:
+            inputs = encode(texts, self.tokenizer, batch).to(self.model.device)
+            return self.model.reward_scores(
+                self.name, self.head, inputs["input_ids"], inputs["attention_mask"], self.tokenizer.pad_token_id
+            )
+
+        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch: Completions) -> Any:
+    """Right-padded inputs of a reward model; a chat template has put its special tokens in already."""
+    special = not is_conversational(batch.prompts[0])
+    return tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special)
+
+
+@torch.no_grad()
+def in_batches(texts: list[str], batch_size: int, score: Callable[[list[str]], Tensor]) -> list[float]:
+    """Score texts of similar length together, and give the scores back in the order of the texts."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    scores: list[float] = [0.0] * len(texts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        for row, value in zip(rows, score([texts[i] for i in rows]).tolist(), strict=True):
+            scores[row] = value
+    return scores
+
+
+def checked(scores: Any, batch: Completions, name: str) -> list[float | None]:
+    """Scores as a list of finite floats or None; anything else is named with the prompt it belongs to."""
+    if isinstance(scores, Tensor):
+        scores = scores.tolist()
+    if isinstance(scores, str | bytes) or not hasattr(scores, "__len__"):
+        raise ValueError(
+            f"The reward function {name!r} returned {scores!r}; it must return a list with one number each."
+        )
+    if len(scores) != len(batch):
+        raise ValueError(f"The reward function {name!r} returned {len(scores)} rewards for {len(batch)} completions.")
+    result: list[float | None] = []
+    for row, value in enumerate(scores):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, str) or (number is not None and not math.isfinite(number)):
+            raise ValueError(
+                f"The reward function {name!r} returned {value!r} for prompt {batch.prompts[row]!r} with completion "
+                f"{batch.completions[row]!r}; return a finite number, or None where the reward does not apply."
+            )
+        result.append(number)
+    return result
+
+
+class RewardSet:
+    """All rewards of a run, weighted.
+
+    Args:
+        rewards: at least one.
+        weights: one each; `None` means 1.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None) -> None:
+        if weights is not None and len(weights) != len(rewards):
+            raise ValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} reward functions.")
+        self.rewards = list(rewards)
+        self.weights = torch.tensor(list(weights) if weights is not None else [1.0] * len(rewards))
+
+    @property
+    def names(self) -> list[str]:
+        """Names for metrics, one per reward, distinct."""
+        return [reward.name for reward in self.rewards]
+
+    def __call__(self, batch: Completions) -> Tensor:
+        """Scores by reward function, `(N, F)` float32; NaN where a function returned None."""
+        by_function = [[math.nan if s is None else s for s in reward(batch)] for reward in self.rewards]
+        scores = torch.tensor(by_function, dtype=torch.float32).T
+        unscored = scores.isnan().all(1)
+        if unscored.any():
+            row = int(unscored.nonzero()[0])
+            warnings.warn(
+                f"Every reward function returned None for {int(unscored.sum())} of {len(batch)} responses, which "
+                f"are left out of learning; the first has prompt {batch.prompts[row]!r}.",
+                stacklevel=2,
+            )
+        return scores
+
+    def total(self, scores: Tensor) -> Tensor:
+        """Weighted sum over functions, `(N,)`; NaN for rows that no function scored."""
+        total = (scores * self.weights).nansum(1)
+        return torch.where(scores.isnan().all(1), torch.nan, total)
+
+
+def build_rewards(
+    reward_funcs: Any,
+    tokenizers: Any,
+    model: ActorCritic,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: Sequence[float] | None,
+    batch_size: int,
+    chat_template_kwargs: dict[str, Any],
+) -> RewardSet:
+    """Turn what the user passed (functions, models, names, adapter folders, lists of these) into rewards."""
+    funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(funcs)
+    if not funcs or any(f is None for f in funcs):
+        raise ValueError("PPOTrainer needs reward_funcs: a function, a reward model, an adapter folder, or a list.")
+    if len(own) != len(funcs):
+        raise ValueError(f"reward_processing_classes has {len(own)} entries for {len(funcs)} reward functions.")
+    options: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
+    rewards: list[Reward] = []
+    for func, its_tokenizer in zip(funcs, own, strict=True):
+        name = unique_name(reward_name(func), [r.name for r in rewards])
+        rewards.append(_build_reward(func, its_tokenizer, name, model, tokenizer, options))
+    return RewardSet(rewards, weights)
+
+
+def _build_reward(
+    func: Any, own: Any, name: str, model: ActorCritic, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> Reward:
+    if isinstance(func, str | Path):
+        adapter = adapter_folder(str(func))
+        if adapter is not None:
+            return AdapterReward(adapter, model, tokenizer, name, **options)
+        own = own or AutoTokenizer.from_pretrained(str(func))
+        func = AutoModelForSequenceClassification.from_pretrained(str(func), num_labels=1, dtype="auto")
+        func.to(model.device)
+    if isinstance(func, nn.Module):
+        source = getattr(getattr(func, "config", None), "_name_or_path", "")
+        return ClassifierReward(
+            func, own or (AutoTokenizer.from_pretrained(source) if source else tokenizer), name, **options
+        )
+    if not callable(func):
+        raise TypeError(f"A reward function is a function, a model, or a name; got {func!r}.")
+    return FunctionReward(func, name)
+
+
+def reward_name(func: Any) -> str:
+    """What metrics call a reward: the function's name, or the last part of the model's."""
+    if isinstance(func, nn.Module):
+        func = getattr(getattr(func, "config", None), "_name_or_path", "") or type(func).__name__
+    if isinstance(func, str | Path):
+        return Path(str(func).rstrip("/")).name
+    return getattr(func, "__name__", type(func).__name__)
+
+
+def unique_name(name: str, taken: Sequence[str]) -> str:
+    """The name, numbered if it is taken (and never a dotted one: PEFT uses it as the name of a module)."""
+    name = name.replace(".", "_")
+    numbered = (f"{name}_{i}" for i in range(2, 1000))
+    return name if name not in taken else next(n for n in numbered if n not in taken)
+
+
+def adapter_folder(path: str) -> Path | None:
+    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None if this is no adapter."""
+    local = Path(path)
+    if (local / "adapter_config.json").is_file():
+        if not any((local / f).is_file() for f in ("adapter_model.safetensors",)):
+            raise ValueError(f"{path} has an adapter_config.json but no adapter_model.safetensors: no weights.")
+        return local
+    if local.exists():
+        return None
+    try:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            found = hf_hub_download(path, file)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return None
+    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):
+        hf_hub_download(path, REWARD_FILE)  # an adapter that was trained elsewhere says nothing about itself
+    return Path(found).parent
+
+
+def check_same_backbone(
+    path: Path, info: dict[str, Any], model: ActorCritic, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Name both sides where a reward adapter was trained on another base or another chat template than the actor's."""
+    theirs = info.get("base_model") or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    ours = model.language_model.config._name_or_path
+    if theirs and ours and Path(theirs).name != Path(ours).name:
+        warnings.warn(
+            f"The reward adapter in {path} was trained on {theirs!r}, the actor's base is {ours!r}; its scores mean "
+            "nothing on another base.",
+            stacklevel=2,
+        )
+    template = info.get("chat_template_sha256")
+    if "chat_template_sha256" in info and template != template_hash(tokenizer):
+        warnings.warn(
+            f"The reward adapter in {path} was trained with the chat template {str(template)[:12]}, the actor's "
+            f"tokenizer has {str(template_hash(tokenizer))[:12]}; conversations would be scored in another form.",
+            stacklevel=2,
+        )
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the chat template, or None where there is none."""
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()

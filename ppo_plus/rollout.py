@@ -1,0 +1,226 @@
+"""What one rollout is: the tensors, who masks what, and every seed as a pure function of position.
+
+Nothing here touches weights. A rollout can be rebuilt from (seed, rollout index), and its minibatches from
+(seed, rollout index, PPO epoch); that is why training resumes to the same bits without a generator state.
+
+Notation: N responses, P prompt tokens (left-padded), R response tokens (right-padded).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def position_seed(seed: int, *position: int | str) -> int:
+    """A 63-bit seed that depends on nothing but `seed` and a position such as `("sampling", rollout_index)`."""
+    digest = hashlib.blake2b(repr((seed, *position)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's generators inside the block and put them back after it.
+
+    User code runs inside rollouts and evaluations (reward functions may draw numbers); without this, how often
+    one evaluates would change how one trains.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def sampling_noise(seed: int, rows: int, length: int) -> Tensor:
+    """Uniform numbers that decide every sampled token, `(rows, length)` float64 on the CPU.
+
+    Drawn per row and position rather than per step, so a response does not depend on the size of the decode
+    batch, on the order of its rows, or on when its neighbours finished.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, length, generator=generator, dtype=torch.float64)
+
+
+def response_mask(responses: Tensor, stop_ids: Sequence[int], *, include_stop: bool = True) -> Tensor:
+    """1 for response tokens up to and including the first stop token.
+
+    Pad may be the same id as EOS (SmolLM2's is), so the mask comes from the first stop token and never from
+    `!= pad`.
+
+    Args:
+        responses: sampled token ids, `(N, R)` int64.
+        stop_ids: ids that end a response, any number of them.
+        include_stop: whether the stop token itself is an action that is learned. If not, a response that is
+            nothing but a stop token keeps it, so that every response has a token to carry its score.
+
+    Returns:
+        `(N, R)` bool.
+    """
+    is_stop = torch.isin(responses, torch.tensor(list(stop_ids), dtype=responses.dtype, device=responses.device))
+    stops_before = is_stop.cumsum(-1) - is_stop.long()
+    mask = stops_before == 0
+    if not include_stop:
+        mask &= ~is_stop
+        mask[:, 0] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Everything the learning phase needs of N responses; the one container between the phases of PPO.
+
+    Attributes:
+        input_ids: prompt and response tokens, `(N, P + R)` int64.
+        attention_mask: 1 for real prompt tokens and for response tokens up to the stop token, `(N, P + R)` int64.
+        mask: True for the response tokens that are actions, `(N, R)` bool.
+        logprobs: `log pi_old(a_t | s_t)` at the sampling temperature, `(N, R)` float32, nats.
+        ref_logprobs: the same under the reference policy, `(N, R)` float32, nats.
+        values: `V_old(s_t)` before token t is emitted, `(N, R)` float32, reward units.
+        advantages: whitened GAE advantages, `(N, R)` float32.
+        returns: GAE advantages (before whitening) plus values, `(N, R)` float32, reward units.
+        scores: sequence score after callbacks and the missing-EOS penalty, `(N,)` float32, reward units.
+        kl: summed estimate of KL(policy || reference) per response, `(N,)` float32, nats.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    scores: Tensor
+    kl: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def response_length(self) -> int:
+        """R, in tokens."""
+        return self.mask.shape[1]
+
+    @property
+    def prompt_length(self) -> int:
+        """P, in tokens."""
+        return self.input_ids.shape[1] - self.response_length
+
+    def lengths(self) -> Tensor:
+        """Real tokens per row, prompt and response, `(N,)` int64."""
+        return self.attention_mask.sum(-1)
+
+    def take(self, rows: Tensor) -> dict[str, Tensor]:
+        """The micro-batch of these rows, with columns that are padding in all of them cut away.
+
+        A dict because `Trainer` moves dicts to the device (and cannot rebuild a NamedTuple).
+        """
+        attention_mask = self.attention_mask[rows]
+        prompt, response = attention_mask.split([self.prompt_length, self.response_length], dim=1)
+        # `mask` can be one token shorter than the attended response (stop token left out), never longer.
+        first, end = int(prompt.any(0).int().argmax()), max(1, int(response.any(0).sum()))
+        columns = slice(first, self.prompt_length + end)
+        per_token = ("mask", "logprobs", "ref_logprobs", "values", "advantages", "returns")
+        return {
+            "input_ids": self.input_ids[rows, columns],
+            "attention_mask": attention_mask[:, columns],
+            **{name: getattr(self, name)[rows, :end] for name in per_token},
+        }
+
+    def save(self, path: str | Path, **metadata: object) -> None:
+        """Write the tensors as safetensors; `metadata` (JSON values) travels in the header."""
+        tensors = {f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}
+        save_file(tensors, path, metadata={"ppo_plus": json.dumps(metadata)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple[Rollout, dict]:
+        """Read what `save` wrote: the rollout and its metadata."""
+        with safe_open(str(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("ppo_plus", "{}"))
+            missing = [f.name for f in fields(cls) if f.name not in file.keys()]  # noqa: SIM118 (not a dict)
+            if missing:
+                raise ValueError(f"{path} is not a rollout of this version of ppo_plus: it lacks {missing}.")
+            return cls(**{f.name: file.get_tensor(f.name) for f in fields(cls)}), metadata
+
+
+def minibatch_rows(n: int, num_mini_batches: int, *, seed: int, rollout_index: int, ppo_epoch: int) -> list[Tensor]:
+    """Rows of each minibatch of one PPO epoch: a fresh permutation, cut into `num_mini_batches` equal parts."""
+    generator = torch.Generator().manual_seed(position_seed(seed, "minibatches", rollout_index, ppo_epoch))
+    return list(torch.randperm(n, generator=generator).view(num_mini_batches, -1))
+
+
+def micro_batch_rows(rows: Tensor, lengths: Tensor, batch_size: int) -> list[Tensor]:
+    """Cut one minibatch into micro-batches of rows of similar length, so that little of a micro-batch is padding.
+
+    Their order does not change the gradient: the loss is summed and divided by the tokens of the whole minibatch.
+    """
+    return list(rows[lengths[rows].argsort(stable=True)].split(batch_size))
+
+
+class PromptSampler:
+    """Batch sampler that hands all prompts of a rollout to its first micro-batch and nothing to the others.
+
+    It is as long as training is (one item per micro-batch), so `Trainer`'s arithmetic of epochs, schedules and
+    skipped batches holds unchanged. The order is a pure function of (seed, epoch).
+
+    Args:
+        num_prompts: D, the size of the dataset. The `D mod N` prompts left over in an epoch sit it out.
+        rollout_batch_size: N per process.
+        micro_batches_per_rollout: PPO epochs x minibatches x micro-batches.
+        seed: seed of the permutation.
+        shuffle: whether to permute at all.
+        process_index: which share of each rollout this process takes.
+        num_processes: how many share a rollout.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        rollout_batch_size: int,
+        micro_batches_per_rollout: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.num_prompts, self.rollout_batch_size = num_prompts, rollout_batch_size
+        self.micro_batches_per_rollout = micro_batches_per_rollout
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation; `Trainer` calls this at every epoch, also when it resumes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        rollouts = self.num_prompts // (self.rollout_batch_size * self.num_processes)
+        return rollouts * self.micro_batches_per_rollout
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.arange(self.num_prompts)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(position_seed(self.seed, "prompts", self.epoch))
+            order = torch.randperm(self.num_prompts, generator=generator)
+        n = self.rollout_batch_size
+        for start in range(0, len(self) // self.micro_batches_per_rollout):
+            first = (start * self.num_processes + self.process_index) * n
+            yield order[first : first + n].tolist()
+            yield from ([] for _ in range(self.micro_batches_per_rollout - 1))

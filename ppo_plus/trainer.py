@@ -1,0 +1,528 @@
+"""PPO inside `Trainer.train()`.
+
+Trainer's loop is kept whole: schedules, clipping, logging, checkpoints, evaluation and callbacks are inherited. It
+asks for the micro-batches of each optimizer step in one place, `get_batch_samples`, and there PPO happens:
+
+    1. generate            responses to the next N prompts          |
+    2. score               by the reward functions                  |  when `global_step` is a multiple of
+    3. look                log-probabilities and values, one pass   |  `steps_per_rollout`; see collector.py
+    4. look again          as the reference                         |
+    5. advantages          KL penalty, score at the last token, GAE |
+    6. learn               one minibatch per optimizer step; the loss is in `compute_loss`
+
+The clock is `state.global_step`, which is in every checkpoint; every seed is a function of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_callback import ExportableState
+
+from . import functional as F
+from .callbacks import PPOCallback, RolloutSettings, SamplesTableCallback
+from .collector import Collector, Samples, Stopwatch
+from .config import PPOConfig
+from .data import Row, check_context, check_tokenizer, tokenize_prompts
+from .metrics import Meter
+from .modeling import ActorCritic, ActorCriticOutput, ValueHead, disable_base_dropout, frozen_copy, load_policy
+from .rewards import build_rewards
+from .rollout import (
+    PromptSampler,
+    Rollout,
+    isolated_rng,
+    micro_batch_rows,
+    minibatch_rows,
+    position_seed,
+    sampling_noise,
+)
+
+PPO_STATE_FILE = "ppo_state.json"
+FORMAT_VERSION = 1
+
+
+class PromptLoader(DataLoader):
+    """Rows of the dataset as they are; the sampler says which micro-batch gets them."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler, which Trainer cannot reach by itself."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class PPOTrainer(Trainer):
+    """Proximal policy optimization (Schulman et al. 2017) of a language model against a reward.
+
+    Args:
+        model: the policy: a name, a causal language model, or a `PeftModel` whose adapter is trained further.
+        reward_funcs: a reward function, a sequence classifier (instance or name), the folder of a reward adapter
+            on the same base, or a list of these.
+        args: hyper-parameters.
+        train_dataset: prompts, in a column `prompt` as text or messages; other columns go to reward functions.
+        eval_dataset: prompts for `evaluate`, or a dict of them.
+        processing_class: the policy's tokenizer; loaded by the model's name if not given.
+        reward_processing_classes: tokenizers of reward models, in the order of `reward_funcs`.
+        callbacks: `PPOCallback`s also get the events of rollouts.
+        optimizers: an optimizer and a schedule to use instead of those of `args`.
+        quantization_config: for a model loaded by name.
+        peft_config: the adapter to train; without it, the whole model is trained.
+        reward_model: another name for `reward_funcs`, as TRL's PPOTrainer had it.
+        ref_model: a reference model of its own; by default it is the model without its adapter.
+    """
+
+    loss_is_scaled_for_ga = True
+    _tag_names: ClassVar[list[str]] = ["ppo_plus", "ppo"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        reward_model: Any = None,
+        ref_model: PreTrainedModel | None = None,
+    ) -> None:
+        args = args if args is not None else PPOConfig(output_dir="ppo_output")
+        check_arguments(args, train_dataset, reward_funcs, reward_model)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model))
+        check_tokenizer(tokenizer)
+        options = {"max_prompt_length": args.max_prompt_length, "chat_template_kwargs": args.chat_template_kwargs}
+        datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        tokenized = {
+            name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()
+        }
+        check_enough_prompts(args, len(tokenized["train_dataset"]))
+
+        policy = load_policy(
+            model,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            model_init_kwargs=args.model_init_kwargs,
+        )
+        actor_critic = build_actor_critic(policy, args, ref_model)
+        context = getattr(actor_critic.config.get_text_config(), "max_position_embeddings", None)
+        for name, dataset in tokenized.items():
+            check_context(dataset, args.response_length, context, name)
+        self.stop_ids = stop_token_ids(actor_critic, tokenizer, args)
+
+        super().__init__(
+            model=actor_critic,
+            args=args,
+            data_collator=list,
+            train_dataset=tokenized.pop("train_dataset"),
+            eval_dataset=tokenized.get("eval_dataset") or tokenized or None,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
+        actor_critic.value_head.to(args.device)  # a quantized policy is placed already, and Trainer moves neither
+        actor_critic.add_model_tags(self._tag_names)
+        rewards = build_rewards(
+            reward_funcs if reward_funcs is not None else reward_model,
+            reward_processing_classes,
+            actor_critic,
+            tokenizer,
+            weights=args.reward_weights,
+            batch_size=args.local_rollout_forward_batch_size,
+            chat_template_kwargs=args.chat_template_kwargs or {},
+        )
+        self.collector = Collector(actor_critic, rewards, tokenizer, args, self.accelerator, self.stop_ids)
+        if args.num_sample_generations or args.log_completions:
+            self.add_callback(SamplesTableCallback())
+        self._rollout: Rollout | None = None
+        self._kl_coef = args.kl_coef
+        self._num_tokens = 0
+        self._meter = Meter()
+
+    # Serving minibatches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Prompts for each rollout; as long as training has micro-batches, so Trainer's arithmetic holds."""
+        sampler = PromptSampler(
+            len(self.train_dataset),  # type: ignore[arg-type]
+            self.args.rollout_batch_size,
+            self.args.steps_per_rollout * self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            shuffle=self.args.shuffle_dataset,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return PromptLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def set_initial_training_values(self, args: PPOConfig, dataloader: DataLoader) -> tuple:
+        """Trainer's sizes, with `total_episodes` turned into steps."""
+        if args.total_episodes is not None and args.max_steps <= 0:
+            per_rollout = args.rollout_batch_size * self.accelerator.num_processes
+            args.max_steps = -(-args.total_episodes // per_rollout) * args.steps_per_rollout
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """The micro-batches of one optimizer step and their response tokens over all processes."""
+        prompts = list(islice(epoch_iterator, num_batches))
+        rollout_index, step = divmod(self.state.global_step, self.args.steps_per_rollout)
+        if step == 0:
+            self._rollout = self._collect(prompts[0], rollout_index)
+        if self._rollout is None:
+            raise RuntimeError(
+                f"Training resumes at step {self.state.global_step}, inside rollout {rollout_index}, but the "
+                "checkpoint holds no rollout (was it saved with save_only_model?). Resume from a checkpoint whose "
+                f"step is a multiple of {self.args.steps_per_rollout}."
+            )
+        ppo_epoch, minibatch = divmod(step, self.args.num_mini_batches)
+        rows = minibatch_rows(
+            len(self._rollout),
+            self.args.num_mini_batches,
+            seed=self.args.seed,
+            rollout_index=rollout_index,
+            ppo_epoch=ppo_epoch,
+        )[minibatch]
+        micro_batches = micro_batch_rows(rows, self._rollout.lengths(), self.args.per_device_train_batch_size)
+        tokens = self.collector.reduce(self._rollout.mask[rows].sum()).clamp(min=1)
+        return [self._rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
+
+    def _collect(self, prompts: list[Row], rollout_index: int) -> Rollout:
+        seed = position_seed(self.args.seed, "rollout", rollout_index, self.accelerator.process_index)
+        settings = RolloutSettings(kl_coef=self.args.kl_coef)
+        self._fire("on_rollout_begin", settings=settings)
+        samples = self._sample(prompts, seed)
+        watch = Stopwatch()
+        scores = samples.scores.clone()
+        self._fire("on_scores", scores=scores, all_scores=self.accelerator.gather(scores.to(self.args.device)).cpu())
+        rollout = self.collector.rollout(samples, scores, settings.kl_coef)
+        metrics = self.collector.metrics(samples)
+        watch.lap("advantages")
+        self._num_tokens += int(self.collector.reduce(samples.attention_mask.sum()))
+        metrics |= {
+            "num_tokens": self._num_tokens,
+            "ppo/kl_coef": settings.kl_coef,
+            "critic/explained_variance": self.collector.explained_variance(rollout),
+            **{f"time/{phase}": seconds for phase, seconds in (samples.seconds | watch.seconds).items()},
+        }
+        self._fire("on_rollout_end", rollout=rollout, samples=samples, metrics=metrics)
+        for name, value in metrics.items():
+            self._meter.add(name, value)
+        self._kl_coef = settings.kl_coef
+        return rollout
+
+    def _sample(self, prompts: list[Row], seed: int, meter: Meter | None = None) -> Samples:
+        meter = meter or self._meter
+        context = {
+            "trainer_state": self.state,
+            "log_metric": lambda name, value: meter.add(name, float(value)),
+        }
+        with isolated_rng(seed):
+            noise = sampling_noise(seed, len(prompts), self.args.response_length)
+            return self.collector.sample(prompts, noise, context)
+
+    def _fire(self, event: str, **kwargs: Any) -> None:
+        # Looked up each time: Trainer replaces stateful callbacks when it resumes.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PPOCallback):
+                getattr(callback, event)(
+                    self.args, self.state, self.control, model=self.model, processing_class=self.processing_class,
+                    **kwargs,
+                )  # fmt: skip
+
+    # Learning
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """PPO's loss of one micro-batch, as its share of the whole minibatch.
+
+        Per-token losses are summed and divided by the response tokens of the minibatch over all processes, so how
+        it is cut into micro-batches does not change the gradient.
+        """
+        output = model(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["mask"].shape[1],
+            self.args.temperature,
+            with_entropy=self.args.entropy_coef > 0,
+        )
+        per_token = self._per_token_loss(output, inputs)
+        tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
+        # DDP averages gradients over processes, the division is by the tokens of all of them.
+        loss = per_token.masked_fill(~inputs["mask"], 0.0).sum() / tokens * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def _per_token_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
+        args = self.args
+        new, old, advantages = output.logprobs, inputs["logprobs"], inputs["advantages"]
+        policy, clipped = policy_loss(args, new, old, advantages)
+        value, value_clipped = F.clipped_value_loss(
+            output.values, inputs["values"], inputs["returns"], cliprange=args.cliprange_value
+        )
+        loss = policy + args.value_coef * value
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * output.entropy
+        if args.kl_in == "loss":
+            loss = loss + self._kl_coef * F.kl_divergence(new, inputs["ref_logprobs"], args.kl_estimator)
+        with torch.no_grad():
+            self._measure(new - old, inputs["mask"], policy, value, clipped, value_clipped)
+        return loss
+
+    def _measure(
+        self, log_ratio: Tensor, mask: Tensor, policy: Tensor, value: Tensor, clipped: Tensor, value_clipped: Tensor
+    ) -> None:
+        ratio, tokens = log_ratio.exp(), mask.sum()
+        per_token = {
+            "ppo/policy_loss": policy,
+            "ppo/value_loss": value,
+            "ppo/ratio": ratio,
+            "ppo/approx_kl": ratio - 1 - log_ratio,
+            "clip_ratio/policy": clipped,
+            "clip_ratio/value": value_clipped,
+        }
+        for name, numbers in per_token.items():
+            self._meter.add(name, (numbers * mask).sum(), tokens)
+        if self.state.global_step % self.args.steps_per_rollout == 0:
+            # Nothing was learned from this rollout yet: any distance from 1 is numerical noise or LoRA dropout.
+            self._meter.add("ppo/first_ratio_error", ((ratio - 1).abs() * mask).sum(), tokens)
+
+    def get_optimizer_cls_and_kwargs(self, args: PPOConfig, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+        """Trainer's optimizer, over one group for the actor and one for the value head, each with its rate."""
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        actor, critic = self._parameter_groups()
+        kwargs["params"] = [
+            {"params": actor, "lr": args.learning_rate, "weight_decay": args.weight_decay},
+            {"params": critic, "lr": args.value_learning_rate, "weight_decay": 0.0},
+        ]
+        return cls, kwargs
+
+    def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        model: ActorCritic = self.model  # type: ignore[assignment]
+        return [p for p in model.policy.parameters() if p.requires_grad], list(model.value_head.parameters())
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        # Apart: an early critic's large gradients would shrink the actor's step under one common norm.
+        actor, critic = self._parameter_groups()
+        norm = self.accelerator.clip_grad_norm_(actor, self.args.max_grad_norm)
+        self._meter.add("critic/grad_norm", nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm))
+        return norm  # type: ignore[return-value]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with what was measured since the last one."""
+        if "loss" in logs:
+            logs = {**logs, **self._meter.flush(self.collector.reduce)}
+        super().log(logs, start_time)
+
+    # Evaluating
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Answer the evaluation prompts and report reward, KL to the reference and lengths.
+
+        The same seed every time, so two evaluations differ by the policy alone; training does not notice.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate() needs prompts: pass eval_dataset here or to PPOTrainer.")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if "input_ids" not in dataset.column_names:
+            options = {k: getattr(self.args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
+            dataset = tokenize_prompts(dataset, self.processing_class, name="eval_dataset", **options)  # type: ignore[arg-type]
+        meter = Meter()
+        samples = self._sample(self._share(dataset), position_seed(self.args.seed, "evaluation"), meter)
+        metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _share(self, dataset: Dataset) -> list[Row]:
+        """The rows of a dataset that this process evaluates."""
+        return [dataset[i] for i in range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)]
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+        self.processing_class.save_pretrained(directory)  # type: ignore[union-attr]
+        text = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
+        (Path(directory) / "training_args.json").write_text(text)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Trainer calls this where it saves the rest of what a resumed run needs.
+        super()._save_rng_state(output_dir)
+        if self._rollout is not None and self.state.global_step % self.args.steps_per_rollout:
+            self._rollout.save(self._rollout_file(output_dir), kl_coef=self._kl_coef)
+        state = {**self._fingerprint(), "num_tokens": self._num_tokens, "meter": self._meter.state_dict()}
+        (Path(output_dir) / f"{self.accelerator.process_index}_{PPO_STATE_FILE}").write_text(json.dumps(state))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A callback that the resumed checkpoint did not know has no entry for Trainer to fill.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        state_file = directory / f"{self.accelerator.process_index}_{PPO_STATE_FILE}"
+        if not state_file.is_file():
+            raise ValueError(
+                f"{directory} has no {state_file.name}, so training cannot resume from it: it was saved with "
+                "save_only_model, by another number of processes, or not by ppo_plus."
+            )
+        state = json.loads(state_file.read_text())
+        check_fingerprint(str(directory), state, self._fingerprint())
+        self.model.load_weights(directory)  # type: ignore[operator]
+        self._num_tokens = state["num_tokens"]
+        self._meter.load_state_dict(state["meter"], self.args.device)
+        self._rollout = None
+        if os.path.isfile(self._rollout_file(resume_from_checkpoint)):
+            self._rollout, metadata = Rollout.load(self._rollout_file(resume_from_checkpoint))
+            self._kl_coef = metadata["kl_coef"]
+
+    def _load_best_model(self) -> None:
+        self.model.load_weights(self.state.best_model_checkpoint)  # type: ignore[operator]
+
+    def _rollout_file(self, directory: str) -> str:
+        return os.path.join(directory, f"rollout_{self.accelerator.process_index}.safetensors")
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint's steps to mean the same in this run."""
+        names = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length", "seed")
+        sizes = {name: getattr(self.args, name) for name in names}
+        return {
+            "format_version": FORMAT_VERSION,
+            **sizes,
+            "num_processes": self.accelerator.num_processes,
+            "num_prompts": len(self.train_dataset),  # type: ignore[arg-type]
+        }
+
+
+def policy_loss(args: PPOConfig, new: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective that `args` names, per token, and where it was clipped; each `(B, R)`."""
+    if args.objective == "clip":
+        return F.clipped_policy_loss(
+            new, old, advantages,
+            cliprange=args.cliprange, cliprange_high=args.cliprange_high, dual_clip=args.dual_clip,
+        )  # fmt: skip
+    if args.objective == "kl_penalty":
+        loss = F.kl_penalty_policy_loss(new, old, advantages, beta=args.policy_kl_coef)
+    else:
+        loss = F.unclipped_policy_loss(new, old, advantages)
+    return loss, torch.zeros_like(loss, dtype=torch.bool)
+
+
+def build_actor_critic(
+    policy: PreTrainedModel | PeftModel, args: PPOConfig, ref_model: PreTrainedModel | None
+) -> ActorCritic:
+    """The policy with its value head, and a frozen copy as reference where there is no adapter to switch off."""
+    if args.disable_dropout:
+        disable_base_dropout(policy)
+    if ref_model is None and not isinstance(policy, PeftModel):
+        ref_model = frozen_copy(policy)
+    if ref_model is not None:
+        ref_model.to(args.device)
+    generator_seed = position_seed(args.seed, "value head")
+    with isolated_rng(generator_seed):
+        hidden_size = policy.config.get_text_config().hidden_size
+        head = ValueHead(hidden_size, args.value_head, args.value_head_activation)
+    return ActorCritic(policy, head, detach_values=args.critic == "detached", ref_model=ref_model)
+
+
+def stop_token_ids(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> list[int]:
+    """Every id that ends a response: the tokenizer's EOS, all that the model declares, and `stop_token_id`."""
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    ids = [tokenizer.eos_token_id, *declared, args.stop_token_id]
+    return sorted({int(i) for i in ids if i is not None})
+
+
+def model_name(model: Any) -> str:
+    """Where a model came from."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        raise ValueError("This model does not say where it came from: pass its tokenizer as processing_class.")
+    return name
+
+
+def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
+    """One evaluation dataset under its argument's name, several under their own."""
+    if eval_dataset is None:
+        return {}
+    return dict(eval_dataset) if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+
+
+def check_arguments(args: Any, train_dataset: Any, reward_funcs: Any, reward_model: Any) -> None:
+    """Refuse what can be known to fail before any weight is loaded."""
+    if not isinstance(args, PPOConfig):
+        raise TypeError(f"args must be a ppo_plus.PPOConfig; got {type(args).__name__}.")
+    if (reward_funcs is None) == (reward_model is None):
+        both = "both" if reward_funcs is not None else "neither"
+        raise ValueError(f"Pass reward_funcs or its other name reward_model; got {both}.")
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "train_dataset is a stream; PPO needs its length: pass Dataset.from_list(list(stream.take(n)))."
+        )
+    if not isinstance(train_dataset, Dataset):
+        raise ValueError(f"train_dataset must be a datasets.Dataset of prompts; got {type(train_dataset).__name__}.")
+
+
+def check_enough_prompts(args: PPOConfig, num_prompts: int) -> None:
+    """A rollout needs as many prompts as it has responses."""
+    needed = args.rollout_batch_size * args.world_size
+    if num_prompts < needed:
+        raise ValueError(
+            f"train_dataset has {num_prompts} prompts, but one rollout takes {needed} (per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} x gradient_accumulation_steps {args.gradient_accumulation_steps} x "
+            f"num_mini_batches {args.num_mini_batches} x processes {args.world_size}). Add prompts, or lower one."
+        )
+
+
+def check_fingerprint(directory: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose steps meant something else."""
+    differing = [
+        f"{name} {saved.get(name)} there, {value} here" for name, value in current.items() if saved.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{directory} cannot be resumed with these arguments: {'; '.join(differing)}. Use the checkpoint's values, "
+            "or start a new run from its adapter."
+        )

@@ -1,0 +1,124 @@
+"""Tiny models and data, built in code: no network, no files."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ppo_plus import PPOConfig, PPOTrainer
+
+torch.set_num_threads(1)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?'\n<|>_:"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = None, pad_token: str = "<pad>") -> PreTrainedTokenizerFast:
+    """One token per letter; ids 0 to 3 are <pad>, <bos>, <eos>, <unk>."""
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token=pad_token,
+        padding_side="left",
+        chat_template=chat_template,
+    )
+
+
+def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
+    """A random Llama of two layers; output scaled up so that its distribution is not flat."""
+    sizes = {
+        "vocab_size": 4 + len(LETTERS),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def make_prompts(n: int = 16) -> Dataset:
+    """Prompts of uneven length, with a column that reward functions see."""
+    texts = [("the film was " + "very " * (i % 4))[: 6 + i % 9] for i in range(n)]
+    return Dataset.from_dict({"prompt": texts, "wanted": [LETTERS[i % 5] for i in range(n)]})
+
+
+def count_e(prompts, completions, **kwargs) -> list[float]:
+    """Reward: how often the letter e occurs."""
+    return [float(as_text(c).count("e")) for c in completions]
+
+
+def as_text(completion) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def lora(**overrides) -> LoraConfig:
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **overrides}
+    )
+
+
+def make_config(tmp_path, **overrides) -> PPOConfig:
+    """A rollout of 8 responses, 2 PPO epochs x 2 minibatches = 4 steps per rollout."""
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "response_length": 8,
+        "learning_rate": 1e-2,
+        "value_learning_rate": 1e-2,
+        "max_steps": 8,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "num_sample_generations": 0,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+    }
+    return PPOConfig(**{**defaults, **overrides})
+
+
+def make_trainer(tmp_path, *, config=None, **overrides) -> PPOTrainer:
+    """A trainer on the tiny model; `config` holds overrides of PPOConfig."""
+    arguments = {
+        "model": make_model(),
+        "reward_funcs": count_e,
+        "args": make_config(tmp_path, **(config or {})),
+        "train_dataset": make_prompts(),
+        "processing_class": make_tokenizer(),
+        "peft_config": lora(),
+    }
+    return PPOTrainer(**{**arguments, **overrides})
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()

@@ -1,0 +1,172 @@
+"""The reward model learns an order, says how it is to be used, and scores the same wherever it is loaded."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import lora, make_model, make_prompts, make_tokenizer, make_trainer
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from ppo_plus import RewardConfig, RewardTrainer
+from ppo_plus.rewards import Completions, template_hash
+
+
+def pairs(n=64, seed=0):
+    """More e is better: random letters, half of them e in the chosen one."""
+    letters = random.Random(seed)
+    texts = ["".join(letters.choice("abcdfgh ") for _ in range(letters.randint(4, 12))) for _ in range(n)]
+    with_e = ["".join("e" if letters.random() < 0.5 else c for c in text) for text in texts]
+    keep = [i for i in range(n) if "e" in with_e[i]]
+    return Dataset.from_dict({"chosen": [with_e[i] for i in keep], "rejected": [texts[i] for i in keep]})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model on disk, as a user has it."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(base, tmp_path_factory):
+    """A reward adapter trained on that base, and its trainer."""
+    folder = tmp_path_factory.mktemp("reward") / "reward-adapter"
+    args = RewardConfig(
+        output_dir=str(folder), per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=60,
+        learning_rate=3e-3, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, logging_steps=5,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = RewardTrainer(
+        str(base), args, peft_config=lora(), train_dataset=pairs(), eval_dataset=pairs(16, seed=1),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    return folder, trainer
+
+
+def stand_alone_scores(base, folder, texts):
+    """The scores of the reward model as anybody would load it."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.config.pad_token_id = 0
+    model = PeftModel.from_pretrained(model, folder).eval()
+    inputs = make_tokenizer()(texts, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        return model(**{k: inputs[k] for k in ("input_ids", "attention_mask")}).logits[:, 0]
+
+
+def test_what_is_saved_says_how_to_use_it(base, reward_adapter):
+    folder, _ = reward_adapter
+    info = json.loads((folder / "reward_model.json").read_text())
+    assert info["base_model"] == str(base)
+    assert info["quantization"] is None
+    assert info["chat_template_sha256"] == template_hash(make_tokenizer()) is None
+    held_out = pairs(16, seed=1)
+    assert info["pairs"] == len(held_out) and info["step"] == 60
+    scores = stand_alone_scores(base, folder, [p[k] + "<eos>" for p in held_out for k in ("chosen", "rejected")])
+    chosen, rejected = scores.view(-1, 2).T
+    assert info["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    assert info["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert info["reward_std"] == pytest.approx(scores.std(unbiased=False).item(), abs=1e-5)
+
+
+def test_it_learned_the_order(reward_adapter):
+    folder, _ = reward_adapter
+    assert json.loads((folder / "reward_model.json").read_text())["accuracy"] > 0.85
+
+
+def test_mounted_on_the_actor_it_scores_as_it_does_alone(base, reward_adapter, tmp_path):
+    folder, _ = reward_adapter
+    trainer = make_trainer(tmp_path, model=str(base), reward_funcs=str(folder))
+    prompts = ["the film was ", "so"]
+    batch = Completions(prompts, ["see the sea", "bad"], [[5], [5]])
+    expected = stand_alone_scores(
+        base, folder, [p + c + "<eos>" for p, c in zip(prompts, batch.completions, strict=True)]
+    )
+    reward = trainer.collector.rewards.rewards[0]
+    before = torch.tensor(reward(batch))
+    assert torch.allclose(before, expected, rtol=1e-4)
+    trainer.train()
+    assert torch.equal(torch.tensor(reward(batch)), before)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained and all(".default." in name or name.startswith("value_head") for name in trained)
+
+
+def test_the_actor_learns_from_the_mounted_reward_model(base, reward_adapter, tmp_path):
+    folder, _ = reward_adapter
+    config = {"max_steps": 60, "learning_rate": 3e-3, "kl_coef": 0.0, "logging_steps": 4}
+    prompts = Dataset.from_dict({"prompt": pairs(32, seed=2)["rejected"]})
+    trainer = make_trainer(tmp_path, model=str(base), reward_funcs=str(folder), config=config, train_dataset=prompts)
+    trainer.train()
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
+
+
+def test_a_reward_adapter_of_another_base_is_named(base, reward_adapter, tmp_path):
+    folder, _ = reward_adapter
+    with pytest.raises(ValueError, match="score head has shape.*expected one of \\(1, 16\\)"):
+        make_trainer(tmp_path, model=make_model(hidden_size=16), reward_funcs=str(folder))
+    other = tmp_path / "another-llama"
+    make_model(seed=1).save_pretrained(other)
+    with pytest.warns(UserWarning, match="trained on '.*tiny-llama', the actor's base is '.*another-llama'"):
+        make_trainer(tmp_path, model=str(other), reward_funcs=str(folder))
+
+
+def test_another_chat_template_is_named(base, reward_adapter, tmp_path):
+    from conftest import CHAT_TEMPLATE
+
+    folder, _ = reward_adapter
+    with pytest.warns(UserWarning, match="chat template"):
+        make_trainer(
+            tmp_path, model=str(base), reward_funcs=str(folder), processing_class=make_tokenizer(CHAT_TEMPLATE)
+        )
+
+
+def test_an_adapter_folder_without_weights_is_named(tmp_path, reward_adapter):
+    folder, _ = reward_adapter
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    with pytest.raises(ValueError, match="no adapter_model.safetensors"):
+        make_trainer(tmp_path, reward_funcs=str(empty))
+
+
+def classifier(labels=1):
+    torch.manual_seed(3)
+    model = make_model()
+    config = model.config
+    config.num_labels = labels
+    return LlamaForSequenceClassification(config)
+
+
+def test_a_sequence_classifier_with_its_own_tokenizer(tmp_path):
+    own = make_tokenizer(pad_token="<unk>")
+    model = classifier()
+    trainer = make_trainer(tmp_path, reward_funcs=model, reward_processing_classes=own)
+    reward = trainer.collector.rewards.rewards[0]
+    found = reward(Completions(["ab", "abcdef"], ["c", "d"], [[1], [1]]))
+    for text, score in zip(["abc", "abcdefd"], found, strict=True):
+        inputs = own(text, return_tensors="pt")
+        alone = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0, 0].item()
+        assert score == pytest.approx(alone, abs=1e-5)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_classifier_folder(tmp_path):
+    folder = tmp_path / "classifier"
+    classifier().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    trainer = make_trainer(tmp_path, reward_funcs=str(folder), eval_dataset=make_prompts(4))
+    assert "eval_rewards/classifier/mean" in trainer.evaluate()
+
+
+def test_a_classifier_with_two_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_labels=2; a reward model needs num_labels=1"):
+        make_trainer(tmp_path, reward_funcs=classifier(labels=2), reward_processing_classes=make_tokenizer())
