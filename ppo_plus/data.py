@@ -123,6 +123,13 @@ def check_context(dataset: Dataset, response_length: int, context: int | None, n
             )
 
 
+def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, extra: int | None) -> list[int]:
+    """Every id that ends a response: the tokenizer's EOS, all that the model declares, and one more if given."""
+    declared = getattr(generation_config, "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({int(i) for i in (tokenizer.eos_token_id, *declared, extra) if i is not None})
+
+
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of prompts, `(B, P)` int64 each, padded on the left."""
     longest = max(map(len, sequences))

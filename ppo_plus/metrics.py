@@ -22,7 +22,7 @@ class Meter:
         """Add `count` observations whose sum is `total`."""
         device = next((x.device for x in (total, count) if isinstance(x, Tensor)), torch.device("cpu"))
         pair = torch.stack([torch.as_tensor(x, device=device).detach().double() for x in (total, count)])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self._sums[name] = self._sums[name].to(device) + pair if name in self._sums else pair
 
     def flush(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
         """The means since the last flush, over all processes if `reduce` sums over them."""
@@ -38,6 +38,6 @@ class Meter:
         """What has not been logged yet, for a checkpoint."""
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
-    def load_state_dict(self, state: dict[str, list[float]], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Go on from a checkpoint."""
-        self._sums = {name: torch.tensor(p, dtype=torch.float64, device=device) for name, p in state.items()}
+        self._sums = {name: torch.tensor(p, dtype=torch.float64) for name, p in state.items()}

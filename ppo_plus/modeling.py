@@ -533,3 +533,34 @@ def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) ->
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that stays as it is: the reference of full fine-tuning."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def build_actor_critic(
+    policy: PreTrainedModel | PeftModel,
+    *,
+    head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]],
+    detach_values: bool,
+    ref_model: PreTrainedModel | None,
+    disable_dropout: bool,
+    seed: int,
+) -> ActorCritic:
+    """A policy with its value head, and a frozen copy as reference where there is no adapter to switch off.
+
+    Args:
+        policy: from `load_policy`.
+        head: kind and activation of the value head.
+        detach_values: stop the critic's gradient at the head.
+        ref_model: a reference of the user's own.
+        disable_dropout: zero the base model's dropout.
+        seed: of the value head's hidden layer.
+    """
+    if disable_dropout:
+        disable_base_dropout(policy)
+    if ref_model is None and not isinstance(policy, PeftModel):
+        ref_model = frozen_copy(policy)
+    if ref_model is not None:
+        ref_model.to(policy.device)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        value_head = ValueHead(policy.config.get_text_config().hidden_size, *head)
+    return ActorCritic(policy, value_head, detach_values=detach_values, ref_model=ref_model)

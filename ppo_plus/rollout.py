@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -144,20 +142,18 @@ class Rollout:
             **{name: getattr(self, name)[rows, :end] for name in per_token},
         }
 
-    def save(self, path: str | Path, **metadata: object) -> None:
-        """Write the tensors as safetensors; `metadata` (JSON values) travels in the header."""
-        tensors = {f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}
-        save_file(tensors, path, metadata={"ppo_plus": json.dumps(metadata)})
+    def save(self, path: str | Path) -> None:
+        """Write the tensors as safetensors."""
+        save_file({f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> tuple[Rollout, dict]:
-        """Read what `save` wrote: the rollout and its metadata."""
-        with safe_open(str(path), framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("ppo_plus", "{}"))
-            missing = [f.name for f in fields(cls) if f.name not in file.keys()]  # noqa: SIM118 (not a dict)
-            if missing:
-                raise ValueError(f"{path} is not a rollout of this version of ppo_plus: it lacks {missing}.")
-            return cls(**{f.name: file.get_tensor(f.name) for f in fields(cls)}), metadata
+    def load(cls, path: str | Path) -> Rollout:
+        """Read what `save` wrote."""
+        tensors = load_file(path)
+        missing = [f.name for f in fields(cls) if f.name not in tensors]
+        if missing:
+            raise ValueError(f"{path} is not a rollout of this version of ppo_plus: it lacks {missing}.")
+        return cls(**{f.name: tensors[f.name] for f in fields(cls)})
 
 
 def minibatch_rows(n: int, num_mini_batches: int, *, seed: int, rollout_index: int, ppo_epoch: int) -> list[Tensor]:

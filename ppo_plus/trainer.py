@@ -16,14 +16,13 @@ The clock is `state.global_step`, which is in every checkpoint; every seed is a 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -38,11 +37,12 @@ from transformers.trainer_callback import ExportableState
 
 from . import functional as F
 from .callbacks import PPOCallback, RolloutSettings, SamplesTableCallback
+from .checkpoint import Progress, load_progress, save_progress
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
-from .data import Row, check_context, check_tokenizer, tokenize_prompts
+from .data import Row, check_context, check_tokenizer, stop_token_ids, tokenize_prompts
 from .metrics import Meter
-from .modeling import ActorCritic, ActorCriticOutput, ValueHead, disable_base_dropout, frozen_copy, load_policy
+from .modeling import ActorCritic, ActorCriticOutput, build_actor_critic, load_policy
 from .rewards import build_rewards
 from .rollout import (
     PromptSampler,
@@ -53,9 +53,7 @@ from .rollout import (
     position_seed,
     sampling_noise,
 )
-
-PPO_STATE_FILE = "ppo_state.json"
-FORMAT_VERSION = 1
+from .validation import check_arguments, check_enough_prompts, model_name, named_datasets
 
 
 class PromptLoader(DataLoader):
@@ -86,6 +84,11 @@ class PPOTrainer(Trainer):
         ref_model: a reference model of its own; by default it is the model without its adapter.
     """
 
+    args: PPOConfig
+    model: ActorCritic
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    eval_dataset: Dataset | dict[str, Dataset] | None
     loss_is_scaled_for_ga = True
     _tag_names: ClassVar[list[str]] = ["ppo_plus", "ppo"]
 
@@ -123,11 +126,18 @@ class PPOTrainer(Trainer):
             quantization_config=quantization_config,
             model_init_kwargs=args.model_init_kwargs,
         )
-        actor_critic = build_actor_critic(policy, args, ref_model)
+        actor_critic = build_actor_critic(
+            policy,
+            head=(args.value_head, args.value_head_activation),
+            detach_values=args.critic == "detached",
+            ref_model=ref_model,
+            disable_dropout=args.disable_dropout,
+            seed=position_seed(args.seed, "value head"),
+        )
         context = getattr(actor_critic.config.get_text_config(), "max_position_embeddings", None)
         for name, dataset in tokenized.items():
             check_context(dataset, args.response_length, context, name)
-        self.stop_ids = stop_token_ids(actor_critic, tokenizer, args)
+        self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
 
         super().__init__(
             model=actor_critic,
@@ -155,10 +165,7 @@ class PPOTrainer(Trainer):
         self.collector = Collector(actor_critic, rewards, tokenizer, args, self.accelerator, self.stop_ids)
         if args.num_sample_generations or args.log_completions:
             self.add_callback(SamplesTableCallback())
-        self._rollout: Rollout | None = None
-        self._kl_coef = args.kl_coef
-        self._num_tokens = 0
-        self._meter = Meter()
+        self._progress = Progress(kl_coef=args.kl_coef)
 
     # Serving minibatches
 
@@ -189,8 +196,9 @@ class PPOTrainer(Trainer):
         prompts = list(islice(epoch_iterator, num_batches))
         rollout_index, step = divmod(self.state.global_step, self.args.steps_per_rollout)
         if step == 0:
-            self._rollout = self._collect(prompts[0], rollout_index)
-        if self._rollout is None:
+            self._progress.rollout = self._collect(prompts[0], rollout_index)
+        rollout = self._progress.rollout
+        if rollout is None:
             raise RuntimeError(
                 f"Training resumes at step {self.state.global_step}, inside rollout {rollout_index}, but the "
                 "checkpoint holds no rollout (was it saved with save_only_model?). Resume from a checkpoint whose "
@@ -198,15 +206,15 @@ class PPOTrainer(Trainer):
             )
         ppo_epoch, minibatch = divmod(step, self.args.num_mini_batches)
         rows = minibatch_rows(
-            len(self._rollout),
+            len(rollout),
             self.args.num_mini_batches,
             seed=self.args.seed,
             rollout_index=rollout_index,
             ppo_epoch=ppo_epoch,
         )[minibatch]
-        micro_batches = micro_batch_rows(rows, self._rollout.lengths(), self.args.per_device_train_batch_size)
-        tokens = self.collector.reduce(self._rollout.mask[rows].sum()).clamp(min=1)
-        return [self._rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
+        micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
+        tokens = self.collector.reduce(rollout.mask[rows].sum()).clamp(min=1)
+        return [rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
 
     def _collect(self, prompts: list[Row], rollout_index: int) -> Rollout:
         seed = position_seed(self.args.seed, "rollout", rollout_index, self.accelerator.process_index)
@@ -219,21 +227,21 @@ class PPOTrainer(Trainer):
         rollout = self.collector.rollout(samples, scores, settings.kl_coef)
         metrics = self.collector.metrics(samples)
         watch.lap("advantages")
-        self._num_tokens += int(self.collector.reduce(samples.attention_mask.sum()))
+        self._progress.num_tokens += int(self.collector.reduce(samples.attention_mask.sum()))
         metrics |= {
-            "num_tokens": self._num_tokens,
+            "num_tokens": self._progress.num_tokens,
             "ppo/kl_coef": settings.kl_coef,
             "critic/explained_variance": self.collector.explained_variance(rollout),
             **{f"time/{phase}": seconds for phase, seconds in (samples.seconds | watch.seconds).items()},
         }
         self._fire("on_rollout_end", rollout=rollout, samples=samples, metrics=metrics)
         for name, value in metrics.items():
-            self._meter.add(name, value)
-        self._kl_coef = settings.kl_coef
+            self._progress.meter.add(name, value)
+        self._progress.kl_coef = settings.kl_coef
         return rollout
 
     def _sample(self, prompts: list[Row], seed: int, meter: Meter | None = None) -> Samples:
-        meter = meter or self._meter
+        meter = meter or self._progress.meter
         context = {
             "trainer_state": self.state,
             "log_metric": lambda name, value: meter.add(name, float(value)),
@@ -289,7 +297,7 @@ class PPOTrainer(Trainer):
         if args.entropy_coef:
             loss = loss - args.entropy_coef * output.entropy
         if args.kl_in == "loss":
-            loss = loss + self._kl_coef * F.kl_divergence(new, inputs["ref_logprobs"], args.kl_estimator)
+            loss = loss + self._progress.kl_coef * F.kl_divergence(new, inputs["ref_logprobs"], args.kl_estimator)
         with torch.no_grad():
             self._measure(new - old, inputs["mask"], policy, value, clipped, value_clipped)
         return loss
@@ -307,10 +315,10 @@ class PPOTrainer(Trainer):
             "clip_ratio/value": value_clipped,
         }
         for name, numbers in per_token.items():
-            self._meter.add(name, (numbers * mask).sum(), tokens)
+            self._progress.meter.add(name, (numbers * mask).sum(), tokens)
         if self.state.global_step % self.args.steps_per_rollout == 0:
             # Nothing was learned from this rollout yet: any distance from 1 is numerical noise or LoRA dropout.
-            self._meter.add("ppo/first_ratio_error", ((ratio - 1).abs() * mask).sum(), tokens)
+            self._progress.meter.add("ppo/first_ratio_error", ((ratio - 1).abs() * mask).sum(), tokens)
 
     def get_optimizer_cls_and_kwargs(self, args: PPOConfig, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         """Trainer's optimizer, over one group for the actor and one for the value head, each with its rate."""
@@ -330,13 +338,13 @@ class PPOTrainer(Trainer):
         # Apart: an early critic's large gradients would shrink the actor's step under one common norm.
         actor, critic = self._parameter_groups()
         norm = self.accelerator.clip_grad_norm_(actor, self.args.max_grad_norm)
-        self._meter.add("critic/grad_norm", nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm))
+        self._progress.meter.add("critic/grad_norm", nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm))
         return norm  # type: ignore[return-value]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with what was measured since the last one."""
         if "loss" in logs:
-            logs = {**logs, **self._meter.flush(self.collector.reduce)}
+            logs = {**logs, **self._progress.meter.flush(self.collector.reduce)}
         super().log(logs, start_time)
 
     # Evaluating
@@ -388,10 +396,8 @@ class PPOTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         # Trainer calls this where it saves the rest of what a resumed run needs.
         super()._save_rng_state(output_dir)
-        if self._rollout is not None and self.state.global_step % self.args.steps_per_rollout:
-            self._rollout.save(self._rollout_file(output_dir), kl_coef=self._kl_coef)
-        state = {**self._fingerprint(), "num_tokens": self._num_tokens, "meter": self._meter.state_dict()}
-        (Path(output_dir) / f"{self.accelerator.process_index}_{PPO_STATE_FILE}").write_text(json.dumps(state))
+        inside = self.state.global_step % self.args.steps_per_rollout != 0
+        save_progress(output_dir, self.accelerator.process_index, self._progress, self._fingerprint(), inside)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A callback that the resumed checkpoint did not know has no entry for Trainer to fill.
@@ -401,36 +407,18 @@ class PPOTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        directory = Path(resume_from_checkpoint)
-        state_file = directory / f"{self.accelerator.process_index}_{PPO_STATE_FILE}"
-        if not state_file.is_file():
-            raise ValueError(
-                f"{directory} has no {state_file.name}, so training cannot resume from it: it was saved with "
-                "save_only_model, by another number of processes, or not by ppo_plus."
-            )
-        state = json.loads(state_file.read_text())
-        check_fingerprint(str(directory), state, self._fingerprint())
-        self.model.load_weights(directory)  # type: ignore[operator]
-        self._num_tokens = state["num_tokens"]
-        self._meter.load_state_dict(state["meter"], self.args.device)
-        self._rollout = None
-        if os.path.isfile(self._rollout_file(resume_from_checkpoint)):
-            self._rollout, metadata = Rollout.load(self._rollout_file(resume_from_checkpoint))
-            self._kl_coef = metadata["kl_coef"]
+        progress = load_progress(resume_from_checkpoint, self.accelerator.process_index, self._fingerprint())
+        self.model.load_weights(resume_from_checkpoint)  # type: ignore[operator]
+        self._progress = progress
 
     def _load_best_model(self) -> None:
         self.model.load_weights(self.state.best_model_checkpoint)  # type: ignore[operator]
 
-    def _rollout_file(self, directory: str) -> str:
-        return os.path.join(directory, f"rollout_{self.accelerator.process_index}.safetensors")
-
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint's steps to mean the same in this run."""
         names = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length", "seed")
-        sizes = {name: getattr(self.args, name) for name in names}
         return {
-            "format_version": FORMAT_VERSION,
-            **sizes,
+            **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
             "num_prompts": len(self.train_dataset),  # type: ignore[arg-type]
         }
@@ -448,81 +436,3 @@ def policy_loss(args: PPOConfig, new: Tensor, old: Tensor, advantages: Tensor) -
     else:
         loss = F.unclipped_policy_loss(new, old, advantages)
     return loss, torch.zeros_like(loss, dtype=torch.bool)
-
-
-def build_actor_critic(
-    policy: PreTrainedModel | PeftModel, args: PPOConfig, ref_model: PreTrainedModel | None
-) -> ActorCritic:
-    """The policy with its value head, and a frozen copy as reference where there is no adapter to switch off."""
-    if args.disable_dropout:
-        disable_base_dropout(policy)
-    if ref_model is None and not isinstance(policy, PeftModel):
-        ref_model = frozen_copy(policy)
-    if ref_model is not None:
-        ref_model.to(args.device)
-    generator_seed = position_seed(args.seed, "value head")
-    with isolated_rng(generator_seed):
-        hidden_size = policy.config.get_text_config().hidden_size
-        head = ValueHead(hidden_size, args.value_head, args.value_head_activation)
-    return ActorCritic(policy, head, detach_values=args.critic == "detached", ref_model=ref_model)
-
-
-def stop_token_ids(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS, all that the model declares, and `stop_token_id`."""
-    declared = getattr(model.generation_config, "eos_token_id", None)
-    declared = declared if isinstance(declared, list) else [declared]
-    ids = [tokenizer.eos_token_id, *declared, args.stop_token_id]
-    return sorted({int(i) for i in ids if i is not None})
-
-
-def model_name(model: Any) -> str:
-    """Where a model came from."""
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    if not name:
-        raise ValueError("This model does not say where it came from: pass its tokenizer as processing_class.")
-    return name
-
-
-def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
-    """One evaluation dataset under its argument's name, several under their own."""
-    if eval_dataset is None:
-        return {}
-    return dict(eval_dataset) if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-
-
-def check_arguments(args: Any, train_dataset: Any, reward_funcs: Any, reward_model: Any) -> None:
-    """Refuse what can be known to fail before any weight is loaded."""
-    if not isinstance(args, PPOConfig):
-        raise TypeError(f"args must be a ppo_plus.PPOConfig; got {type(args).__name__}.")
-    if (reward_funcs is None) == (reward_model is None):
-        both = "both" if reward_funcs is not None else "neither"
-        raise ValueError(f"Pass reward_funcs or its other name reward_model; got {both}.")
-    if isinstance(train_dataset, IterableDataset):
-        raise ValueError(
-            "train_dataset is a stream; PPO needs its length: pass Dataset.from_list(list(stream.take(n)))."
-        )
-    if not isinstance(train_dataset, Dataset):
-        raise ValueError(f"train_dataset must be a datasets.Dataset of prompts; got {type(train_dataset).__name__}.")
-
-
-def check_enough_prompts(args: PPOConfig, num_prompts: int) -> None:
-    """A rollout needs as many prompts as it has responses."""
-    needed = args.rollout_batch_size * args.world_size
-    if num_prompts < needed:
-        raise ValueError(
-            f"train_dataset has {num_prompts} prompts, but one rollout takes {needed} (per_device_train_batch_size "
-            f"{args.per_device_train_batch_size} x gradient_accumulation_steps {args.gradient_accumulation_steps} x "
-            f"num_mini_batches {args.num_mini_batches} x processes {args.world_size}). Add prompts, or lower one."
-        )
-
-
-def check_fingerprint(directory: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose steps meant something else."""
-    differing = [
-        f"{name} {saved.get(name)} there, {value} here" for name, value in current.items() if saved.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{directory} cannot be resumed with these arguments: {'; '.join(differing)}. Use the checkpoint's values, "
-            "or start a new run from its adapter."
-        )

@@ -161,7 +161,7 @@ def _convert_smollm2(folder: Path) -> None:
     )
     model.save_pretrained(folder)
     longest = model.config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(  # set here, not afterwards: only what it was made with is saved
+    tokenizer = AutoTokenizer.from_pretrained(  # both set here: a later padding_side is not saved
         gguf.parent, gguf_file=gguf.name, padding_side="left", model_max_length=longest
     )
     tokenizer.save_pretrained(folder)
@@ -172,7 +172,8 @@ def _convert_smollm2(folder: Path) -> None:
 
 def clean(text: str, tokenized: bool = False) -> str:
     """Plain text of a review: no HTML, no cp1252 leftovers; `tokenized` closes spaces at punctuation."""
-    text = re.sub(r"</?[a-zA-Z]+ ?/?>", " ", html.unescape(text))
+    text = re.sub(r"<br ?/?>", " ", html.unescape(text))
+    text = re.sub(r"</?[a-zA-Z]+>", "", text)
     text = text.translate({0x85: "...", 0x91: "'", 0x92: "'", 0x93: '"', 0x94: '"', 0x96: " - ", 0x97: " - "})
     if tokenized:  # Rotten Tomatoes: "a " quiet " film ( well , mostly ) ."
         text = re.sub(r'" ([^"]*) "', r'"\1"', text)
@@ -224,7 +225,7 @@ def preference_pairs(reviews: Dataset, tokenizer: Any, n: int, length_tokens: in
     """`n` pairs: `chosen` the beginning of a positive review, `rejected` of a negative one, as plain text.
 
     Nothing but the opinion tells the two apart: both have the same number of tokens, drawn per pair
-    from `SHORTEST` to `length_tokens`, end with a word, and come from the same source. Each review serves once.
+    from `SHORTEST` to `length_tokens`, end with a word, are of the same source. Each review serves once.
     """
     rng = random.Random(seed)
     columns = reviews[:]

@@ -38,7 +38,7 @@ def make_wheel(folder: Path) -> tuple[Path, str]:
     files = {
         "toy_asset/data/toy.csv": CSV,
         "toy_asset/__init__.py": "raise RuntimeError('the package must not be imported')",
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\nRequires-Dist: not-there\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\nRequires-Dist: none\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/LICENSE": "toy licence",
     }
@@ -188,7 +188,26 @@ GOOD, BAD = (
     ["lovely", "moving", "brilliant", "warm", "funny"],
     ["dull", "awful", "clumsy", "cold", "unwatchable"],
 )
-FILLER = ["the", "actor", "walks", "through", "scene", "after", "scene", "while", "music", "plays", "and", "nobody", "ever", "asks", "what", "this", "story", "says"]
+FILLER = [
+    "the",
+    "actor",
+    "walks",
+    "through",
+    "scene",
+    "after",
+    "scene",
+    "while",
+    "music",
+    "plays",
+    "and",
+    "nobody",
+    "ever",
+    "asks",
+    "what",
+    "this",
+    "story",
+    "says",
+]
 
 
 def review(number: int, label: int, source: str, words: int) -> dict:
@@ -228,6 +247,13 @@ def test_pairs_have_equal_token_lengths_that_vary(reviews, tokenizer):
     assert min(chosen) >= 24 and max(chosen) <= 64 and len(set(chosen)) > 10
 
 
+def test_pairs_of_long_reviews_are_short_and_long(reviews, tokenizer):
+    long = reviews.filter(lambda row: tokens(tokenizer, row["text"]) > 80)
+    pairs = assets.preference_pairs(long, tokenizer, n=40, length_tokens=64)
+    lengths = [tokens(tokenizer, text) for text in pairs["chosen"]]
+    assert sum(length < 44 for length in lengths) > 10 and sum(length > 44 for length in lengths) > 10
+
+
 def test_whole_reviews_are_not_of_equal_length(reviews, tokenizer):
     """Negative control: without the cut the lengths do differ."""
     texts = reviews[:]["text"]
@@ -264,11 +290,34 @@ def test_prompts_have_their_length_are_different_and_are_not_whole_reviews(revie
         assert any(text.startswith(prompt + " ") for text in texts)
 
 
+def test_a_review_that_is_the_whole_prompt_is_left_out(reviews, tokenizer):
+    whole = Dataset.from_dict({"text": assets.prompts(reviews, tokenizer, 10, 16)["prompt"]})
+    with pytest.raises(ValueError, match="give 0 of 1 prompts"):
+        assets.prompts(whole, tokenizer, 1, 16)
+
+
 def test_a_cut_never_breaks_a_word_or_a_character(tokenizer):
     text = "unwatchable — naïve"
     ids = tokenizer(text)["input_ids"]
     pieces = {assets.cut(text, ids, length, tokenizer) for length in range(1, len(ids) + 1)}
     assert pieces == {None, "unwatchable", "unwatchable —", text}
+
+
+def test_a_cut_comes_back_as_the_same_tokens():
+    """A tokenizer that reads "to" alone otherwise than before " day": the piece would not have the length asked for."""
+
+    class Fickle:
+        words = {"to day": [1, 2], "to": [3, 4], "in day": [5, 2], "in": [5]}
+        decoded = {(1,): "to", (5,): "in"}
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": self.words[text]}
+
+        def decode(self, ids):
+            return self.decoded[tuple(ids)]
+
+    assert assets.cut("to day", [1, 2], 1, Fickle()) is None
+    assert assets.cut("in day", [5, 2], 1, Fickle()) == "in"
 
 
 def test_too_few_reviews_say_how_many_there_are(reviews, tokenizer):
@@ -325,7 +374,7 @@ def test_splits_are_a_function_of_the_seed(reviews):
 @pytest.mark.parametrize(
     ("raw", "tokenized", "plain"),
     [
-        ("Dull.<br /><br />And <i>long</i>.", False, "Dull. And long ."),
+        ("Dull.<br /><br />And <i>long</i>.", False, "Dull. And long."),
         ("wow \x96 four stars\x85", False, "wow - four stars..."),
         ("Caf&eacute; <:-D 3 < 4", False, "Café <:-D 3 < 4"),
         ("a film ( well , mostly ) .", True, "a film (well, mostly)."),

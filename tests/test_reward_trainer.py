@@ -102,7 +102,7 @@ def test_mounted_on_the_actor_it_scores_as_it_does_alone(base, reward_adapter, t
 def test_the_actor_learns_from_the_mounted_reward_model(base, reward_adapter, tmp_path):
     folder, _ = reward_adapter
     config = {"max_steps": 60, "learning_rate": 3e-3, "kl_coef": 0.0, "logging_steps": 4}
-    prompts = Dataset.from_dict({"prompt": pairs(32, seed=2)["rejected"]})
+    prompts = Dataset.from_dict({"prompt": [a + b for a in "abcd" for b in "fgh "]})
     trainer = make_trainer(tmp_path, model=str(base), reward_funcs=str(folder), config=config, train_dataset=prompts)
     trainer.train()
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
