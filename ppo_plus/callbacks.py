@@ -142,9 +142,10 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
         if len(known) == 0:
             return
         mean, var = known.mean().item(), known.var(unbiased=False).item()
-        self.mean = mean if self.mean is None else ema(self.mean, mean, self.decay)
-        self.var = var if self.var is None else ema(self.var, var, self.decay)
-        scores.sub_(self.mean).div_(math.sqrt(self.var) + 1e-6)
+        if self.mean is not None and self.var is not None:
+            mean, var = ema(self.mean, mean, self.decay), ema(self.var, var, self.decay)
+        self.mean, self.var = mean, var
+        scores.sub_(mean).div_(math.sqrt(var) + 1e-6)
         if self.clip is not None:
             scores.clamp_(-self.clip, self.clip)
 
@@ -164,9 +165,10 @@ class SamplesTableCallback(PPOCallback):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         """Print at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
-        rollouts = max(1, state.max_steps // args.steps_per_rollout)
-        every = 1 if args.log_completions else max(1, rollouts // args.num_sample_generations)
-        if state.is_world_process_zero and (state.global_step // args.steps_per_rollout) % every == 0:
+        rollouts, index = -(-state.max_steps // args.steps_per_rollout), state.global_step // args.steps_per_rollout
+        # Tables due before and with this rollout, spread evenly.
+        before, due = ((i * args.num_sample_generations) // max(1, rollouts) for i in (index - 1, index))
+        if state.is_world_process_zero and (args.log_completions or index == 0 or due > before):
             shown = range(min(args.num_completions_to_print, len(rollout)))
             completions = samples.completions
             print_samples(
@@ -197,9 +199,9 @@ def print_samples(title: str, columns: dict[str, list[str]]) -> None:
         for row in zip(*columns.values(), strict=True):
             print(" | ".join(f"{name}: {value}" for name, value in zip(columns, row, strict=True)))
         return
-    table = Table(title=title, show_lines=True)
+    table = Table(title=Text(title), show_lines=True)  # Text: what people and models write is not markup
     for name in columns:
-        table.add_column(name, overflow="fold")
+        table.add_column(Text(name), overflow="fold")
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(value) for value in row))  # Text: what a model writes is not markup
+        table.add_row(*(Text(value) for value in row))
     Console().print(table)

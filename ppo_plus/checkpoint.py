@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import Meter
-from .rollout import Rollout
+from .rollout import Rollout, readable
 
 FORMAT_VERSION = 1
 
@@ -60,7 +60,8 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             f"{directory} has no {file.name}, so training cannot resume from it: it was saved with save_only_model, "
             "by another number of processes, or not by ppo_plus."
         )
-    state = json.loads(file.read_text())
+    with readable(file):
+        state = json.loads(file.read_text())
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"{directory} was written by a newer ppo_plus (format {state['format_version']}, this one reads "

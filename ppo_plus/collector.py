@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from . import functional as F
 from .config import PPOConfig
-from .data import Row, columns_of, is_conversational, left_pad
+from .data import Row, columns_of, is_conversational, left_pad, pad_id
 from .modeling import ActorCritic, Generation
 from .rewards import Completions, RewardSet
 from .rollout import Rollout, response_mask
@@ -111,7 +111,7 @@ class Collector:
             completions, extra = self._completions(rows, tokens, attended, context)
             rewards = self.rewards(completions)
             watch.lap("score")
-            input_ids, prompt_mask = left_pad(prompts, self.tokenizer.pad_token_id)
+            input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
             input_ids = torch.cat([input_ids, tokens], 1)
             attention_mask = torch.cat([prompt_mask, attended.long()], 1)
             logprobs, values, entropy = self._forward(input_ids, attention_mask, tokens.shape[1])
@@ -186,7 +186,7 @@ class Collector:
         """Sum over processes; the result is on the tensor's own device."""
         if self.accelerator.num_processes == 1:
             return tensor
-        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
+        return cast(Tensor, self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")).to(tensor.device)
 
     def _moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
         mask = ~values.isnan() if mask is None else mask
@@ -194,19 +194,19 @@ class Collector:
         return mean.item(), var.item()
 
     def _generate(self, prompts: Sequence[list[int]], noise: Tensor) -> Generation:
-        rows, length = noise.shape
-        tokens = torch.full((rows, length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        (rows, length), padding = noise.shape, pad_id(self.tokenizer)
+        tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
         order = torch.tensor([len(p) for p in prompts]).argsort(stable=True)
         size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size
         for chunk in order.split(size):
-            input_ids, attention_mask = left_pad([prompts[i] for i in chunk], self.tokenizer.pad_token_id)
+            input_ids, attention_mask = left_pad([prompts[i] for i in chunk.tolist()], padding)
             out = self.model.generate(
                 input_ids.to(self.accelerator.device),
                 attention_mask.to(self.accelerator.device),
                 noise[chunk],
                 stop_ids=self.stop_ids,
-                pad_token_id=self.tokenizer.pad_token_id,
+                pad_token_id=padding,
                 temperature=self.args.temperature,
                 warp=self.warp,
             )
@@ -244,7 +244,7 @@ class Collector:
         if prompts is None:
             prompts = self.tokenizer.batch_decode([row["input_ids"] for row in rows], skip_special_tokens=True)
         completions = [
-            [{"role": "assistant", "content": self.tokenizer.decode(response, skip_special_tokens=True)}]
+            [{"role": "assistant", "content": decode(self.tokenizer, response)}]
             if is_conversational(prompt)
             else continuation(self.tokenizer, row["input_ids"], response)
             for prompt, row, response in zip(prompts, rows, ids, strict=True)
@@ -256,9 +256,13 @@ class Collector:
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
     """Text of a response that continues a prompt; some tokenizers drop a leading space when it is decoded alone."""
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode(prompt + response, skip_special_tokens=True)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(response, skip_special_tokens=True)
+    before, whole = decode(tokenizer, prompt), decode(tokenizer, prompt + response)
+    return whole[len(before) :] if whole.startswith(before) else decode(tokenizer, response)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text of one sequence of token ids, without special tokens."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
 class Stopwatch:

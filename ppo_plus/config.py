@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,11 +22,10 @@ class RewardConfig(TRLRewardConfig):
     """Configuration of `RewardTrainer`: TRL's `RewardConfig`, with full precision where bf16 is not native."""
 
     # TRL turns on what transformers now calls activation_checkpointing, by its deprecated name.
-    gradient_checkpointing: bool | None = _field(None, "Deprecated name of activation_checkpointing.")  # type: ignore[assignment]
+    gradient_checkpointing: bool | None = _field(None, "Deprecated name of activation_checkpointing.")
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = _bf16_by_default(self.fp16)
+        _settle_precision(self)
         super().__post_init__()
 
 
@@ -105,22 +105,24 @@ class PPOConfig(TrainingArguments):
     bf16: bool | None = _field(None, "bf16 autocast; None means: where the GPU supports it.")
     logging_steps: float | None = _field(None, "Optimizer steps between logs; None means once per rollout.")
     logging_nan_inf_filter: bool = _field(False, "Hide NaN losses in the log.")
-    remove_unused_columns: bool = _field(False, "Drop dataset columns; reward functions may need them.")
+    remove_unused_columns: bool = _field(False, "Always off: reward functions get every column.")
     restore_callback_states_from_checkpoint: bool = _field(True, "Resume adaptive KL and reward statistics.")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = _bf16_by_default(self.fp16)
+        _settle_precision(self)
         self._check_sizes()
+        self._check_numbers()
         self._check_choices()
+        self._check_combinations()
         self._check_trainer_options()
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
-        if self.stop_token == "eos" and self.stop_token_id is not None:
-            raise ValueError("stop_token and stop_token_id exclude each other: keep one of them.")
         super().__post_init__()
+        for name in ("model_init_kwargs", "chat_template_kwargs"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, dict), self, name, "a dict, or one as JSON text")
 
     @property
     def rollout_batch_size(self) -> int:
@@ -150,7 +152,18 @@ class PPOConfig(TrainingArguments):
                 value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None"
             )
         _require(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
-        not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", "value_learning_rate", "num_sample_generations")
+        shown = self.num_sample_generations
+        _require(_is_int(shown) and shown >= 0, self, "num_sample_generations", "a whole number, 0 (never) or more")
+
+    def _check_numbers(self) -> None:
+        not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", "learning_rate", "value_learning_rate")
+        for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
+            _require(_is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
+        for name in ("cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty"):
+            _require(getattr(self, name) is None or _is_number(getattr(self, name)), self, name, "a number or None")
+        weights = self.reward_weights
+        numbers = isinstance(weights, list | tuple) and all(map(_is_number, weights))
+        _require(weights is None or numbers, self, "reward_weights", "a list of numbers, or None")
         for name in not_negative:
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(self.temperature > 0, self, "temperature", "above 0 (there is no PPO of greedy decoding)")
@@ -168,7 +181,7 @@ class PPOConfig(TrainingArguments):
         _require(penalty is None or penalty >= 0, self, "missing_eos_penalty", "0 or more, or None: it is subtracted")
 
     def _check_choices(self) -> None:
-        choices = {
+        choices: dict[str, tuple] = {
             "kl_estimator": KL_ESTIMATORS,
             "kl_in": ("reward", "loss"),
             "objective": ("clip", "kl_penalty", "unclipped"),
@@ -177,8 +190,22 @@ class PPOConfig(TrainingArguments):
             "value_head_activation": ("silu", "gelu"),
             "stop_token": ("eos", None),
         }
+        switches = ("include_eos", "whiten_rewards", "disable_dropout", "shuffle_dataset", "log_completions")
+        choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():
             _require(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
+
+    def _check_combinations(self) -> None:
+        if self.stop_token == "eos" and self.stop_token_id is not None:
+            raise ValueError("PPOConfig: stop_token and stop_token_id exclude each other: keep one of them.")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "PPOConfig: kl_in='loss' does nothing with kl_estimator='k1', whose gradient is zero in expectation. "
+                "Set kl_estimator='k3' (or 'k2', 'abs'), or kl_in='reward'."
+            )
+        if self.objective != "clip" and (self.dual_clip is not None or self.cliprange_high is not None):
+            name = "cliprange_high" if self.dual_clip is None else "dual_clip"
+            raise ValueError(f"PPOConfig: {name} has no effect with objective={self.objective!r}. Remove it.")
 
     def _check_trainer_options(self) -> None:
         refused = {
@@ -187,6 +214,8 @@ class PPOConfig(TrainingArguments):
             "label_smoothing_factor": "PPO has no labels",
             "neftune_noise_alpha": "noisy embeddings would make the scored policy another one than the sampled",
             "ignore_data_skip": "prompts are a function of (seed, epoch), skipping them costs nothing",
+            "remove_unused_columns": "reward functions get every column of the dataset; drop columns of yours with "
+            "dataset.remove_columns",
             "group_by_length": "micro-batches are already sorted by length",
         }
         for name, why in refused.items():
@@ -198,10 +227,17 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _require(holds: bool, config: PPOConfig, name: str, what: str) -> None:
     if not holds:
         raise ValueError(f"PPOConfig: {name} must be {what}; got {getattr(config, name)!r}.")
 
 
-def _bf16_by_default(fp16: bool) -> bool:
-    return not fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def _settle_precision(config: PPOConfig | RewardConfig) -> None:
+    if config.bf16 is None:
+        config.bf16 = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if config.bf16 and not torch.accelerator.is_available():
+        config.use_cpu = True  # CPUs run bf16 too; Trainer wants to be told

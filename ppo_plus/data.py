@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -20,6 +20,11 @@ def is_conversational(prompt: object) -> bool:
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that cannot end or pad a response; take EOS as padding where there is none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class must be a tokenizer; got {type(tokenizer).__name__}. Pass "
+            "AutoTokenizer.from_pretrained(...), or the tokenizer of a multimodal processor."
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no response could ever end. "
@@ -27,6 +32,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the padding token, which a tokenizer has once it was checked."""
+    return cast(int, tokenizer.pad_token_id)
 
 
 def tokenize_prompts(
@@ -55,7 +65,7 @@ def tokenize_prompts(
             f"{name} has no column 'prompt' (it has {columns}). Rename yours: dataset.rename_column('...', 'prompt')."
         )
     if len(dataset) == 0:
-        raise ValueError(f"{name} is empty.")
+        raise ValueError(f"{name} is empty: it has no rows. Look at how it was loaded or filtered.")
 
     def encode(row: Row, index: int) -> Row:
         where = f"{name}[{index}]"
@@ -63,6 +73,8 @@ def tokenize_prompts(
             ids = encode_prompt(row["prompt"], tokenizer, chat_template_kwargs or {}, where)
         else:
             ids = _given_ids(row, tokenizer, where)
+        if not ids:
+            raise ValueError(f"{where} has no tokens: the tokenizer drops every character of it. Filter such rows out.")
         return {"input_ids": ids[-max_prompt_length:] if max_prompt_length else ids}
 
     return dataset.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
@@ -81,6 +93,7 @@ def encode_prompt(
             f"{where} is {_short(prompt)}; a prompt is text, or a list of messages such as "
             "[{'role': 'user', 'content': '...'}]."
         )
+    check_messages(prompt, where)  # type: ignore[arg-type]
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{where} is a conversation, but the tokenizer {tokenizer.name_or_path!r} has no chat template. "
@@ -90,9 +103,19 @@ def encode_prompt(
     last = "continue_final_message" if prompt[-1]["role"] == "assistant" else "add_generation_prompt"  # type: ignore[index]
     kwargs = {last: True, **chat_template_kwargs}
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **kwargs)["input_ids"]  # type: ignore[arg-type,index,return-value]
+        return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **kwargs)["input_ids"]
     except Exception as error:
         raise ValueError(f"{where}: the chat template does not take {_short(prompt)}: {error}") from error
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Refuse what a chat template would render as the word None, or as nothing."""
+    for index, message in enumerate(messages):
+        role, content = message["role"], message.get("content")
+        if not isinstance(role, str) or not role:
+            raise ValueError(f"{where}: message {index} has the role {role!r}; it must be text such as 'user'.")
+        if not isinstance(content, str | list) and not message.get("tool_calls"):
+            raise ValueError(f"{where}: message {index} has the content {_short(content)}; it must be text.")
 
 
 def _given_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
@@ -100,9 +123,19 @@ def _given_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
         raise ValueError(f"{where}: input_ids is {_short(ids)}; it must be a non-empty list of token ids.")
     if "attention_mask" in row:
-        ids = [i for i, real in zip(ids, row["attention_mask"], strict=True) if real]
-    if max(ids) >= len(tokenizer) or min(ids) < 0:
-        raise ValueError(f"{where}: input_ids has id {max(ids)}, but the vocabulary has {len(tokenizer)} tokens.")
+        mask = row["attention_mask"]
+        if len(mask) != len(ids) or not any(mask):
+            raise ValueError(
+                f"{where}: attention_mask has {len(mask)} entries, {sum(map(bool, mask))} of them real, for {len(ids)} "
+                "input_ids; it must have one each, and at least one that is not 0. Drop the column if unsure."
+            )
+        ids = [i for i, real in zip(ids, mask, strict=True) if real]
+    wrong = [i for i in ids if not 0 <= i < len(tokenizer)]
+    if wrong:
+        raise ValueError(
+            f"{where}: input_ids has id {wrong[0]}, but the vocabulary has {len(tokenizer)} tokens. Tokenize with "
+            "the tokenizer that is passed as processing_class."
+        )
     return ids
 
 
@@ -111,10 +144,25 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def check_vocabulary(dataset: Dataset, embeddings: int, name: str) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    for index, ids in enumerate(dataset["input_ids"]):
+        if max(ids) >= embeddings:
+            raise ValueError(
+                f"{name}[{index}] has token id {max(ids)}, but the model has embeddings for {embeddings} tokens. Pass "
+                "the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) first."
+            )
+
+
 def check_context(dataset: Dataset, response_length: int, context: int | None, name: str) -> None:
     """Refuse prompts that, with a full response, would not fit the model's context."""
     if context is None:
         return
+    if response_length >= context:
+        raise ValueError(
+            f"response_length={response_length} leaves no room for a prompt in the model's context of {context}. "
+            "Lower response_length."
+        )
     for index, ids in enumerate(dataset["input_ids"]):
         if len(ids) + response_length > context:
             raise ValueError(
@@ -127,7 +175,8 @@ def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, e
     """Every id that ends a response: the tokenizer's EOS, all that the model declares, and one more if given."""
     declared = getattr(generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
-    return sorted({int(i) for i in (tokenizer.eos_token_id, *declared, extra) if i is not None})
+    ids: list[Any] = [tokenizer.eos_token_id, *declared, extra]
+    return sorted({int(i) for i in ids if i is not None})
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

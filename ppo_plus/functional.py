@@ -14,6 +14,7 @@ What stands outside `mask` never reaches a result of a function that takes one, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes; every process calls it equally often, also one with an empty mask."""
+
+Average = TypeVar("Average", float, Tensor)
 
 
 # --- statistics over real tokens ---
@@ -457,7 +460,7 @@ def band_kl_coef(kl_coef: float, kl: float, *, low: float, high: float, factor: 
     return kl_coef * factor if kl > high else kl_coef
 
 
-def ema(old: float | Tensor, new: float | Tensor, decay: float) -> float | Tensor:
+def ema(old: Average, new: Average, decay: float) -> Average:
     """Exponential moving average, `decay old + (1 - decay) new`.
 
     Args:

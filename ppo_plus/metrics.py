@@ -21,7 +21,7 @@ class Meter:
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add `count` observations whose sum is `total`."""
         device = next((x.device for x in (total, count) if isinstance(x, Tensor)), torch.device("cpu"))
-        pair = torch.stack([torch.as_tensor(x, device=device).detach().double() for x in (total, count)])
+        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).detach() for x in (total, count)])
         self._sums[name] = self._sums[name].to(device) + pair if name in self._sums else pair
 
     def flush(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -30,6 +30,8 @@ from transformers.utils import ModelOutput
 
 from .functional import entropy as entropy_of
 from .functional import token_logprobs
+from .lora import use_plain_lora
+from .rollout import readable
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 REFERENCE_ADAPTER = "ref"
@@ -67,9 +69,9 @@ class ValueHead(nn.Module):
 class ActorCriticOutput(ModelOutput):
     """What the learning phase needs of a forward pass, each `(B, R)` float32; `None` where it was not asked for."""
 
-    logprobs: Tensor | None = None
-    values: Tensor | None = None
-    entropy: Tensor | None = None
+    logprobs: Tensor = None  # type: ignore[assignment]
+    values: Tensor = None  # type: ignore[assignment]
+    entropy: Tensor = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -106,6 +108,7 @@ class ActorCritic(nn.Module):
         self.policy, self.value_head, self.detach_values = policy, value_head, detach_values
         # In a list so that the reference is no submodule: it is neither trained, saved, nor wrapped by DDP.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
+        use_plain_lora(policy)
         self._active: PreTrainedModel = self.language_model
         if not self.is_peft and ref_model is None:
             raise ValueError(
@@ -129,12 +132,17 @@ class ActorCritic(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The causal language model, with adapters injected where there are any."""
-        return self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy  # type: ignore[return-value]
+        return self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
 
     @property
     def device(self) -> torch.device:
         """The device of the policy."""
-        return self.policy.device  # type: ignore[return-value]
+        return self.policy.device
+
+    @property
+    def num_embeddings(self) -> int:
+        """How many token ids the language model has embeddings for."""
+        return self.language_model.get_input_embeddings().weight.shape[0]
 
     @property
     def quantization_method(self) -> Any:
@@ -184,7 +192,7 @@ class ActorCritic(nn.Module):
         if with_logprobs or with_entropy:
             targets = input_ids[:, -response_length:]
             head = logits_function(self._active)
-            output.logprobs, output.entropy = chunked_logprobs(head, hidden, targets, temperature, with_entropy)
+            output.logprobs, output.entropy = chunked_logprobs(head, hidden, targets, temperature, with_entropy)  # type: ignore[assignment]
         if with_values:
             output.values = self.value_head(hidden.detach() if self.detach_values else hidden)
         return output
@@ -198,11 +206,11 @@ class ActorCritic(nn.Module):
                 yield
             finally:
                 self._active = self.language_model
-        elif REFERENCE_ADAPTER in self.policy.peft_config:  # type: ignore[operator]
+        elif REFERENCE_ADAPTER in self.policy.peft_config:
             with use_adapter(self.policy, REFERENCE_ADAPTER):
                 yield
         else:
-            with self.policy.disable_adapter():  # type: ignore[operator]
+            with same_requires_grad(self.policy), self.policy.disable_adapter():
                 yield
 
     @torch.no_grad()
@@ -271,7 +279,7 @@ class ActorCritic(nn.Module):
                 "peft_config, or load the reward model by itself and pass the instance."
             )
         config = PeftConfig.from_pretrained(str(directory))
-        weights = load_peft_weights(str(directory), device="cpu")
+        weights = adapter_weights(Path(directory))
         heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
         if len(heads) != 1 or heads[0].shape != (1, self.config.get_text_config().hidden_size):
             found = [tuple(head.shape) for head in heads]
@@ -283,7 +291,9 @@ class ActorCritic(nn.Module):
         config.modules_to_save, config.inference_mode, config.task_type = None, True, "CAUSAL_LM"
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.policy.add_adapter(name, config)
-        result = set_peft_model_state_dict(self.policy, weights, adapter_name=name)
+        use_plain_lora(self.policy)
+        with fitting(f"The reward adapter in {directory}", "It was trained on another architecture."):
+            result = set_peft_model_state_dict(self.policy, weights, adapter_name=name)
         absent = [key for key in result.missing_keys if f".{name}." in key]
         if absent or result.unexpected_keys:
             raise ValueError(
@@ -344,8 +354,9 @@ class ActorCritic(nn.Module):
         if not head_file.is_file():
             raise ValueError(f"{directory} has no {VALUE_HEAD_FILE}: it was not written by ppo_plus, or not finished.")
         if isinstance(self.policy, PeftModel):
-            weights = load_peft_weights(str(directory), device="cpu")
-            result = set_peft_model_state_dict(self.policy, weights, adapter_name="default")
+            weights = adapter_weights(directory)
+            with fitting(f"The adapter in {directory}", "Use the same base and peft_config."):
+                result = set_peft_model_state_dict(self.policy, weights, adapter_name="default")
             absent = [k for k in result.missing_keys if ".default." in k]
             if absent or result.unexpected_keys:
                 raise ValueError(
@@ -353,9 +364,40 @@ class ActorCritic(nn.Module):
                     f"unexpected {result.unexpected_keys[:3]}. Use the same base and peft_config."
                 )
         else:
-            saved = type(self.policy).from_pretrained(str(directory), dtype=self.policy.dtype)
-            self.policy.load_state_dict(saved.state_dict())
-        self.value_head.load_state_dict(load_file(head_file))
+            with readable(directory):
+                saved, info = cast(Any, type(self.policy)).from_pretrained(
+                    str(directory), dtype=self.policy.dtype, output_loading_info=True
+                )
+            if info["missing_keys"] or info["unexpected_keys"]:
+                raise ValueError(
+                    f"The model in {directory} does not fit this one: missing {sorted(info['missing_keys'])[:3]}, "
+                    f"unexpected {sorted(info['unexpected_keys'])[:3]}."
+                )
+            with fitting(f"The model in {directory}", "Use the same base."):
+                self.policy.load_state_dict(saved.state_dict())
+        with readable(head_file):
+            head = load_file(head_file)
+        with fitting(f"The value head in {directory}", "Use the same base, value_head and value_head_activation."):
+            self.value_head.load_state_dict(head)
+
+
+def adapter_weights(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter on disk; PEFT would look for a missing file on the Hub."""
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{directory} has no {file.name}: it holds no adapter, or was not finished.")
+    with readable(file):
+        return load_peft_weights(str(directory), device="cpu")
+
+
+@contextlib.contextmanager
+def fitting(what: str, fix: str) -> Iterator[None]:
+    """Say in one sentence that tensors have other names or shapes than the model's."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        raise ValueError(f"{what} does not fit this model ({first[:200]}). {fix}") from error
 
 
 def sample(logits: Tensor, noise: Tensor) -> Tensor:
@@ -385,7 +427,7 @@ def select_rows(cache: Any, rows: Tensor) -> None:
 def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """The model's map from last hidden states `(..., H)` to logits `(..., V)`, scaling and soft-capping included."""
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head = cast(nn.Module, model.get_output_embeddings())
     multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
     divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -397,15 +439,20 @@ def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Refuse an architecture whose logits are not its head applied to the backbone's last hidden states."""
+def check_architecture(model: PreTrainedModel) -> None:
+    """Refuse what is no causal language model."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; ppo_plus trains causal (decoder-only) language models.")
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"{name} has no language-model head; pass a model for causal language modelling.")
-    training = model.training
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse an architecture whose logits are not its head applied to the backbone's last hidden states."""
+    check_architecture(model)
+    name, training = type(model).__name__, model.training
     model.eval()
     ids = torch.arange(1, 4, device=model.device)[None]
     expected = model(input_ids=ids, use_cache=False).logits.float()
@@ -459,14 +506,23 @@ def use_adapter(model: nn.Module, name: str) -> Iterator[None]:
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     active = [(layer, layer.active_adapters) for layer in layers]
+    with same_requires_grad(model):
+        try:
+            for layer in layers:
+                layer.set_adapter([name], inference_mode=True)
+            yield
+        finally:
+            for layer, names in active:
+                layer.set_adapter(list(names))
+
+
+@contextlib.contextmanager
+def same_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Put back after the block what was trained before it; PEFT's switches turn on whole adapters."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        for layer in layers:
-            layer.set_adapter([name], inference_mode=True)
         yield
     finally:
-        for layer, names in active:
-            layer.set_adapter(list(names))
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
@@ -476,8 +532,9 @@ def disable_base_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        # Some models keep rates for functional dropout, under several names (`attention_dropout`, `hidden_dropout`).
+        for attribute in [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]:
+            setattr(module, attribute, 0.0)
 
 
 def load_policy(
@@ -491,6 +548,11 @@ def load_policy(
 
     Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
     """
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
+            "LoraConfig."
+        )
     if isinstance(model, str):
         kwargs = {"dtype": "auto" if peft_config is not None else torch.float32, **(model_init_kwargs or {})}
         if quantization_config is not None:
@@ -503,13 +565,12 @@ def load_policy(
         )
     if isinstance(model, PeftModel):
         return _with_reference_adapter(model, peft_config)
+    check_architecture(model)
     if peft_config is None:
         if getattr(model, "is_quantized", False):
             raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
         return model
-    if peft_config.is_prompt_learning:
-        raise ValueError(f"{type(peft_config).__name__} is prompt learning; ppo_plus trains LoRA-like adapters.")
-    return get_peft_model(model, peft_config)  # type: ignore[return-value,arg-type]
+    return get_peft_model(model, peft_config)
 
 
 def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
@@ -558,8 +619,15 @@ def build_actor_critic(
         disable_base_dropout(policy)
     if ref_model is None and not isinstance(policy, PeftModel):
         ref_model = frozen_copy(policy)
+    if isinstance(ref_model, PeftModel):
+        ref_model = cast(PreTrainedModel, ref_model.get_base_model())
+    if ref_model is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, ref_model.parameters())):
+        raise ValueError(
+            "model and ref_model share their weights, so the reference would move with the policy: leave ref_model "
+            "out (the model without its adapter, or a frozen copy, is the reference), or load it a second time."
+        )
     if ref_model is not None:
-        ref_model.to(policy.device)  # type: ignore[arg-type]
+        ref_model.to(policy.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         value_head = ValueHead(policy.config.get_text_config().hidden_size, *head)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .config import RewardConfig
+from .lora import use_plain_lora
 from .rewards import REWARD_FILE, template_hash
 
 
@@ -32,6 +34,9 @@ class RewardTrainer(TRLRewardTrainer):
         **kwargs: see `trl.RewardTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, ...
     """
 
+    args: RewardConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
     _tag_names = ["ppo_plus", "reward-trainer"]
 
     def __init__(
@@ -47,9 +52,10 @@ class RewardTrainer(TRLRewardTrainer):
             peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = TaskType.SEQ_CLS
             saved = getattr(peft_config, "modules_to_save", None) or []
-            peft_config.modules_to_save = sorted({*saved, "score"})  # type: ignore[attr-defined]
+            peft_config.modules_to_save = sorted({*saved, "score"})
         self._calibration: dict[str, Any] = {}
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        use_plain_lora(self.model)
 
     @torch.no_grad()
     def calibrate(self, dataset: Dataset | None = None) -> dict[str, float]:
@@ -62,17 +68,18 @@ class RewardTrainer(TRLRewardTrainer):
             `accuracy` (share of pairs in the right order), `reward_mean` and `reward_std` (reward units, over
             chosen and rejected), `pairs`, and the `step` of training at which they were measured.
         """
+        pairs: Any = dataset
         if dataset is not None:
-            dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "calibration")
+            pairs = cast(Any, self._prepare_dataset(dataset, self.processing_class, self.args, "calibration"))
         chosen, rejected = [], []
         training = self.model.training
         self.model.eval()
-        for batch in self.get_eval_dataloader(dataset):
+        for batch in self.get_eval_dataloader(pairs):
             batch = self._prepare_inputs(batch)
             batch.pop("margin", None)
             with self.accelerator.autocast():
                 scores = self.model(**batch, use_cache=False).logits.squeeze(-1).float()
-            first, second = self.accelerator.gather_for_metrics(scores.view(2, -1).T).T
+            first, second = cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T
             chosen.append(first)
             rejected.append(second)
         self.model.train(training)
@@ -97,12 +104,12 @@ class RewardTrainer(TRLRewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            directory = Path(output_dir or self.args.output_dir)
+            directory = Path(cast(str, output_dir or self.args.output_dir))
             (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2))
 
     def _description(self) -> dict[str, Any]:
         config = self.accelerator.unwrap_model(self.model).config
-        quantization = getattr(config, "quantization_config", None)
+        quantization: Any = getattr(config, "quantization_config", None)
         return {
             "base_model": config._name_or_path,
             "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,

@@ -12,11 +12,11 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -25,10 +25,11 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import is_conversational
-from .modeling import ActorCritic
+from .data import is_conversational, pad_id
+from .modeling import REFERENCE_ADAPTER, ActorCritic
 
 REWARD_FILE = "reward_model.json"
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Completions:
     def texts(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> list[str]:
         """Prompt and completion as one text, through the chat template where they are messages."""
         return [
-            tokenizer.apply_chat_template(prompt + completion, tokenize=False, **chat_template_kwargs)
+            cast(str, tokenizer.apply_chat_template(prompt + completion, tokenize=False, **chat_template_kwargs))
             if is_conversational(prompt)
             else prompt + completion
             for prompt, completion in zip(self.prompts, self.completions, strict=True)
@@ -80,21 +81,29 @@ class FunctionReward:
 
     def __call__(self, batch: Completions) -> Sequence[float | None]:
         """Call the function; an async one runs to its end in a loop of its own."""
+        try:
+            result = self._result(batch)
+        except Exception as error:
+            error.add_note(f"This was raised by the reward function {self.name!r}, given {len(batch)} completions.")
+            raise
+        return checked(result, batch, self.name)
+
+    def _result(self, batch: Completions) -> Any:
         result = self.function(
             prompts=batch.prompts,
             completions=batch.completions,
             completion_ids=batch.completion_ids,
             **{**batch.columns, **batch.context},
         )
-        if inspect.isawaitable(result):
+        if not inspect.isawaitable(result):
+            return result
 
-            async def wait() -> Any:
-                return await result
+        async def wait() -> Any:
+            return await result
 
-            # A thread of its own: a notebook has an event loop running already in this one.
-            with ThreadPoolExecutor(1) as pool:
-                result = pool.submit(asyncio.run, wait()).result()
-        return checked(result, batch, self.name)
+        # A thread of its own: a notebook has an event loop running already in this one.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, wait()).result()
 
 
 class ClassifierReward:
@@ -109,13 +118,14 @@ class ClassifierReward:
         batch_size: int,
         chat_template_kwargs: dict[str, Any],
     ) -> None:
-        labels = getattr(getattr(model, "config", None), "num_labels", 1)
+        config = getattr(model, "config", None)
+        labels = getattr(config, "num_labels", 1)
         if labels != 1:
             raise ValueError(f"The reward model {name!r} has num_labels={labels}; a reward model needs num_labels=1.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if hasattr(model, "config"):  # sequence classifiers read the score at the last token that is not padding
-            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if config is not None:  # sequence classifiers read the score at the last token that is not padding
+            config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
 
@@ -126,9 +136,18 @@ class ClassifierReward:
 
         def score(texts: list[str]) -> Tensor:
             inputs = encode(texts, self.tokenizer, batch).to(device)
+            self._check_vocabulary(int(inputs["input_ids"].max()))
             return self.model(**inputs).logits[:, 0].float()
 
         return checked(in_batches(texts, self.batch_size, score), batch, self.name)
+
+    def _check_vocabulary(self, largest: int) -> None:
+        known = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if known is not None and largest >= known:
+            raise ValueError(
+                f"The reward model {self.name!r} has embeddings for {known} tokens, but its tokenizer gave the id "
+                f"{largest}. Pass the reward model's own tokenizer in reward_processing_classes."
+            )
 
 
 class AdapterReward:
@@ -154,13 +173,13 @@ class AdapterReward:
         """Score prompt and completion as the stand-alone reward model would."""
         texts = batch.texts(self.tokenizer, self.chat_template_kwargs)
         if not is_conversational(batch.prompts[0]):  # the reward model was trained on texts that end in EOS
-            eos = self.tokenizer.eos_token
+            eos = cast(str, self.tokenizer.eos_token)
             texts = [t if t.endswith(eos) else t + eos for t in texts]
 
         def score(texts: list[str]) -> Tensor:
             inputs = encode(texts, self.tokenizer, batch).to(self.model.device)
             return self.model.reward_scores(
-                self.name, self.head, inputs["input_ids"], inputs["attention_mask"], self.tokenizer.pad_token_id
+                self.name, self.head, inputs["input_ids"], inputs["attention_mask"], pad_id(self.tokenizer)
             )
 
         return checked(in_batches(texts, self.batch_size, score), batch, self.name)
@@ -188,7 +207,8 @@ def checked(scores: Any, batch: Completions, name: str) -> list[float | None]:
     """Scores as a list of finite floats or None; anything else is named with the prompt it belongs to."""
     if isinstance(scores, Tensor):
         scores = scores.tolist()
-    if isinstance(scores, str | bytes) or not hasattr(scores, "__len__"):
+    listed = hasattr(scores, "__len__") and getattr(scores, "ndim", 1) > 0
+    if not listed or isinstance(scores, str | bytes | Mapping | Set):
         raise ValueError(
             f"The reward function {name!r} returned {scores!r}; it must return a list with one number each."
         )
@@ -218,8 +238,7 @@ class RewardSet:
     """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None) -> None:
-        if weights is not None and len(weights) != len(rewards):
-            raise ValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} reward functions.")
+        check_weights(weights, len(rewards))
         self.rewards = list(rewards)
         self.weights = torch.tensor(list(weights) if weights is not None else [1.0] * len(rewards))
 
@@ -248,6 +267,50 @@ class RewardSet:
         return torch.where(scores.isnan().all(1), torch.nan, total)
 
 
+def check_weights(weights: Sequence[float] | None, count: int) -> None:
+    """Refuse weights that are not one per reward function."""
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {count} reward functions; give one each.")
+
+
+def listed_rewards(reward_funcs: Any, tokenizers: Any) -> tuple[list, list]:
+    """Reward functions and their tokenizers, as two lists of the same length."""
+    funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(funcs)
+    if not funcs or any(f is None for f in funcs):
+        raise ValueError("PPOTrainer needs reward_funcs: a function, a reward model, an adapter folder, or a list.")
+    if len(own) != len(funcs):
+        raise ValueError(
+            f"reward_processing_classes has {len(own)} entries for {len(funcs)} reward functions; give one each, None "
+            "for a function."
+        )
+    for func in funcs:
+        if not callable(func) and not isinstance(func, str | Path):
+            raise TypeError(f"A reward function is a function, a model, or a name; got {func!r}.")
+    return funcs, own
+
+
+def check_call(function: Callable, columns: Sequence[str]) -> None:
+    """Refuse a reward function that could not be called with these columns of the dataset."""
+    name, taken = reward_name(function), [c for c in columns if c in REWARD_ARGUMENTS]
+    if taken:
+        raise ValueError(
+            f"train_dataset has a column {taken[0]!r}, but reward functions get something else by that name: use "
+            f"dataset.rename_column({taken[0]!r}, '...')."
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    try:
+        signature.bind(**dict.fromkeys([*REWARD_ARGUMENTS, *columns]))
+    except TypeError as error:
+        raise ValueError(
+            f"The reward function {name!r} cannot be called: {error}. It gets {', '.join(REWARD_ARGUMENTS)} and the "
+            f"further columns that train_dataset has, {list(columns)}; end its signature in **kwargs."
+        ) from error
+
+
 def build_rewards(
     reward_funcs: Any,
     tokenizers: Any,
@@ -259,16 +322,11 @@ def build_rewards(
     chat_template_kwargs: dict[str, Any],
 ) -> RewardSet:
     """Turn what the user passed (functions, models, names, adapter folders, lists of these) into rewards."""
-    funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(funcs)
-    if not funcs or any(f is None for f in funcs):
-        raise ValueError("PPOTrainer needs reward_funcs: a function, a reward model, an adapter folder, or a list.")
-    if len(own) != len(funcs):
-        raise ValueError(f"reward_processing_classes has {len(own)} entries for {len(funcs)} reward functions.")
+    funcs, own = listed_rewards(reward_funcs, tokenizers)
     options: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     rewards: list[Reward] = []
     for func, its_tokenizer in zip(funcs, own, strict=True):
-        name = unique_name(reward_name(func), [r.name for r in rewards])
+        name = unique_name(reward_name(func), ["default", REFERENCE_ADAPTER, *(r.name for r in rewards)])
         rewards.append(_build_reward(func, its_tokenizer, name, model, tokenizer, options))
     return RewardSet(rewards, weights)
 
@@ -288,8 +346,6 @@ def _build_reward(
         return ClassifierReward(
             func, own or (AutoTokenizer.from_pretrained(source) if source else tokenizer), name, **options
         )
-    if not callable(func):
-        raise TypeError(f"A reward function is a function, a model, or a name; got {func!r}.")
     return FunctionReward(func, name)
 
 

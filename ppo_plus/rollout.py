@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,6 +46,17 @@ def isolated_rng(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Name the file where safetensors or JSON inside the block turn out to be damaged."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): it is truncated or damaged. Use an earlier checkpoint."
+        ) from error
 
 
 def sampling_noise(seed: int, rows: int, length: int) -> Tensor:
@@ -149,7 +162,8 @@ class Rollout:
     @classmethod
     def load(cls, path: str | Path) -> Rollout:
         """Read what `save` wrote."""
-        tensors = load_file(path)
+        with readable(path):
+            tensors = load_file(path)
         missing = [f.name for f in fields(cls) if f.name not in tensors]
         if missing:
             raise ValueError(f"{path} is not a rollout of this version of ppo_plus: it lacks {missing}.")

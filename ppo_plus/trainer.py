@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
@@ -40,7 +40,7 @@ from .callbacks import PPOCallback, RolloutSettings, SamplesTableCallback
 from .checkpoint import Progress, load_progress, save_progress
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
-from .data import Row, check_context, check_tokenizer, stop_token_ids, tokenize_prompts
+from .data import Row, check_context, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput, build_actor_critic, load_policy
 from .rewards import build_rewards
@@ -53,7 +53,15 @@ from .rollout import (
     position_seed,
     sampling_noise,
 )
-from .validation import check_arguments, check_enough_prompts, model_name, named_datasets
+from .validation import (
+    check_arguments,
+    check_enough_prompts,
+    check_models,
+    check_rewards,
+    check_stop_token,
+    model_name,
+    named_datasets,
+)
 
 
 class PromptLoader(DataLoader):
@@ -110,22 +118,27 @@ class PPOTrainer(Trainer):
         ref_model: PreTrainedModel | None = None,
     ) -> None:
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
-        check_arguments(args, train_dataset, reward_funcs, reward_model)
+        check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
+        reward_funcs = reward_funcs if reward_funcs is not None else reward_model
+        check_rewards(args, reward_funcs, reward_processing_classes, train_dataset.column_names)  # type: ignore[union-attr]
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model))
         check_tokenizer(tokenizer)
-        options = {"max_prompt_length": args.max_prompt_length, "chat_template_kwargs": args.chat_template_kwargs}
+        check_stop_token(args, tokenizer)
+        check_models(model, ref_model, tokenizer)
+        options: dict[str, Any] = {k: getattr(args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
         datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
         tokenized = {
             name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()
         }
         check_enough_prompts(args, len(tokenized["train_dataset"]))
 
-        policy = load_policy(
-            model,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            model_init_kwargs=args.model_init_kwargs,
-        )
+        with isolated_rng(position_seed(args.seed, "adapter")):  # its first weights are drawn here
+            policy = load_policy(
+                model,
+                peft_config=peft_config,
+                quantization_config=quantization_config,
+                model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
+            )
         actor_critic = build_actor_critic(
             policy,
             head=(args.value_head, args.value_head_activation),
@@ -137,6 +150,7 @@ class PPOTrainer(Trainer):
         context = getattr(actor_critic.config.get_text_config(), "max_position_embeddings", None)
         for name, dataset in tokenized.items():
             check_context(dataset, args.response_length, context, name)
+            check_vocabulary(dataset, actor_critic.num_embeddings, name)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
 
         super().__init__(
@@ -149,18 +163,16 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
         actor_critic.value_head.to(args.device)  # a quantized policy is placed already, and Trainer moves neither
         actor_critic.add_model_tags(self._tag_names)
         rewards = build_rewards(
-            reward_funcs if reward_funcs is not None else reward_model,
+            reward_funcs,
             reward_processing_classes,
             actor_critic,
             tokenizer,
             weights=args.reward_weights,
             batch_size=args.local_rollout_forward_batch_size,
-            chat_template_kwargs=args.chat_template_kwargs or {},
+            chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}),
         )
         self.collector = Collector(actor_critic, rewards, tokenizer, args, self.accelerator, self.stop_ids)
         if args.num_sample_generations or args.log_completions:
@@ -172,7 +184,7 @@ class PPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Prompts for each rollout; as long as training has micro-batches, so Trainer's arithmetic holds."""
         sampler = PromptSampler(
-            len(self.train_dataset),  # type: ignore[arg-type]
+            len(self.train_dataset),
             self.args.rollout_batch_size,
             self.args.steps_per_rollout * self.args.gradient_accumulation_steps,
             seed=self.args.seed,
@@ -180,7 +192,7 @@ class PPOTrainer(Trainer):
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        return PromptLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+        return PromptLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: DataLoader) -> tuple:
         """Trainer's sizes, with `total_episodes` turned into steps."""
@@ -223,7 +235,7 @@ class PPOTrainer(Trainer):
         samples = self._sample(prompts, seed)
         watch = Stopwatch()
         scores = samples.scores.clone()
-        self._fire("on_scores", scores=scores, all_scores=self.accelerator.gather(scores.to(self.args.device)).cpu())
+        self._fire("on_scores", scores=scores)
         rollout = self.collector.rollout(samples, scores, settings.kl_coef)
         metrics = self.collector.metrics(samples)
         watch.lap("advantages")
@@ -254,6 +266,9 @@ class PPOTrainer(Trainer):
         # Looked up each time: Trainer replaces stateful callbacks when it resumes.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PPOCallback):
+                if event == "on_scores":  # as the callbacks before this one left them, on every process
+                    scores = kwargs["scores"].to(self.args.device)
+                    kwargs["all_scores"] = cast(Tensor, self.accelerator.gather(scores)).cpu().clone()
                 getattr(callback, event)(
                     self.args, self.state, self.control, model=self.model, processing_class=self.processing_class,
                     **kwargs,
@@ -320,7 +335,7 @@ class PPOTrainer(Trainer):
             # Nothing was learned from this rollout yet: any distance from 1 is numerical noise or LoRA dropout.
             self._progress.meter.add("ppo/first_ratio_error", ((ratio - 1).abs() * mask).sum(), tokens)
 
-    def get_optimizer_cls_and_kwargs(self, args: PPOConfig, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+    def get_optimizer_cls_and_kwargs(self, args: PPOConfig, model: Any = None) -> tuple[Any, Any]:
         """Trainer's optimizer, over one group for the actor and one for the value head, each with its rate."""
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         actor, critic = self._parameter_groups()
@@ -331,7 +346,7 @@ class PPOTrainer(Trainer):
         return cls, kwargs
 
     def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        model: ActorCritic = self.model  # type: ignore[assignment]
+        model: ActorCritic = self.model
         return [p for p in model.policy.parameters() if p.requires_grad], list(model.value_head.parameters())
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -339,7 +354,7 @@ class PPOTrainer(Trainer):
         actor, critic = self._parameter_groups()
         norm = self.accelerator.clip_grad_norm_(actor, self.args.max_grad_norm)
         self._progress.meter.add("critic/grad_norm", nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm))
-        return norm  # type: ignore[return-value]
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with what was measured since the last one."""
@@ -367,29 +382,42 @@ class PPOTrainer(Trainer):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        if "input_ids" not in dataset.column_names:
-            options = {k: getattr(self.args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
-            dataset = tokenize_prompts(dataset, self.processing_class, name="eval_dataset", **options)  # type: ignore[arg-type]
         meter = Meter()
-        samples = self._sample(self._share(dataset), position_seed(self.args.seed, "evaluation"), meter)
+        samples = self.generate_completions(dataset, meter)
         metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _share(self, dataset: Dataset) -> list[Row]:
-        """The rows of a dataset that this process evaluates."""
-        return [dataset[i] for i in range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)]
+    def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples:
+        """Answer prompts and score the answers, without logging; each process answers its share.
+
+        Args:
+            dataset: prompts; `eval_dataset` by default.
+            meter: takes what reward functions log.
+
+        Returns:
+            texts, tokens, scores, log-probabilities and values; the same for the same policy every time.
+        """
+        prompts = dataset if dataset is not None else self.eval_dataset
+        if not isinstance(prompts, Dataset):
+            raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
+        if "input_ids" not in prompts.column_names:
+            options = {k: getattr(self.args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
+            prompts = tokenize_prompts(prompts, self.processing_class, name="eval_dataset", **options)
+        share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        rows = [prompts[i] for i in share]
+        return self._sample(rows, position_seed(self.args.seed, "evaluation", share.start), meter or Meter())
 
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        directory = output_dir or self.args.output_dir
+        directory = cast(str, output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model).save_pretrained(directory)
-        self.processing_class.save_pretrained(directory)  # type: ignore[union-attr]
+        self.processing_class.save_pretrained(directory)
         text = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
         (Path(directory) / "training_args.json").write_text(text)
 
@@ -403,16 +431,16 @@ class PPOTrainer(Trainer):
         # A callback that the resumed checkpoint did not know has no entry for Trainer to fill.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
+                cast(dict, self.state.stateful_callbacks).setdefault(type(callback).__name__, {})
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         progress = load_progress(resume_from_checkpoint, self.accelerator.process_index, self._fingerprint())
-        self.model.load_weights(resume_from_checkpoint)  # type: ignore[operator]
+        self.model.load_weights(resume_from_checkpoint)
         self._progress = progress
 
     def _load_best_model(self) -> None:
-        self.model.load_weights(self.state.best_model_checkpoint)  # type: ignore[operator]
+        self.model.load_weights(self.state.best_model_checkpoint)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint's steps to mean the same in this run."""
@@ -420,7 +448,7 @@ class PPOTrainer(Trainer):
         return {
             **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
-            "num_prompts": len(self.train_dataset),  # type: ignore[arg-type]
+            "num_prompts": len(self.train_dataset),
         }
 
 

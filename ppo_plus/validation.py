@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, cast
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PPOConfig
+from .rewards import check_call, check_weights, listed_rewards
 
 
 def model_name(model: Any) -> str:
@@ -24,19 +29,84 @@ def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
     return dict(eval_dataset) if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
 
 
-def check_arguments(args: Any, train_dataset: Any, reward_funcs: Any, reward_model: Any) -> None:
-    """Refuse what can be known to fail before any weight is loaded."""
+def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_funcs: Any, reward_model: Any) -> None:
+    """Refuse arguments of the wrong kind, and settings that this machine cannot run."""
     if not isinstance(args, PPOConfig):
         raise TypeError(f"args must be a ppo_plus.PPOConfig; got {type(args).__name__}.")
     if (reward_funcs is None) == (reward_model is None):
         both = "both" if reward_funcs is not None else "neither"
         raise ValueError(f"Pass reward_funcs or its other name reward_model; got {both}.")
-    if isinstance(train_dataset, IterableDataset):
+    if isinstance(eval_dataset, dict) and {"train_dataset", "eval_dataset"} & set(eval_dataset):
+        raise ValueError("eval_dataset: the names 'train_dataset' and 'eval_dataset' are taken; choose others.")
+    for name, dataset in {"train_dataset": train_dataset, **named_datasets(eval_dataset)}.items():
+        check_dataset(name, dataset)
+    if args.eval_strategy != "no" and not named_datasets(eval_dataset):
         raise ValueError(
-            "train_dataset is a stream; PPO needs its length: pass Dataset.from_list(list(stream.take(n)))."
+            f"eval_strategy={args.eval_strategy.value!r} needs prompts to evaluate on: pass eval_dataset, or set "
+            "eval_strategy='no'."
         )
-    if not isinstance(train_dataset, Dataset):
-        raise ValueError(f"train_dataset must be a datasets.Dataset of prompts; got {type(train_dataset).__name__}.")
+    if args.n_gpu > 1:
+        raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
+    check_output_dir(cast(str, args.output_dir))
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Refuse what is not a dataset with a length."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{name} is a stream; PPO needs its length: pass Dataset.from_list(list(stream.take(n))).")
+    if not isinstance(dataset, Dataset):
+        fixes: dict[type, str] = {list: " Pass Dataset.from_list(rows)."}
+        if isinstance(dataset, DatasetDict):
+            fixes[DatasetDict] = f" Choose one of its splits: {', '.join(f'[{split!r}]' for split in dataset)}."
+        kind = type(dataset)
+        raise ValueError(f"{name} must be a datasets.Dataset of prompts; got {kind.__name__}.{fixes.get(kind, '')}")
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """Refuse a folder in which the first checkpoint could not be written, hours from now."""
+    folder = Path(output_dir).absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {str(output_dir)!r} cannot be used: {existing} is not a folder. Choose another.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {str(output_dir)!r} is not writable: no permission in {existing}.")
+
+
+def check_models(model: Any, ref_model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what is no language model, and a reference that could not be one."""
+    if not isinstance(model, str | PreTrainedModel) and not hasattr(model, "peft_config"):
+        raise TypeError(f"model must be a name, a causal language model or a PeftModel; got {type(model).__name__}.")
+    if ref_model is None:
+        return
+    if not isinstance(ref_model, nn.Module):
+        raise TypeError(f"ref_model must be a model that is loaded already; got {type(ref_model).__name__}.")
+    if ref_model is model:
+        raise ValueError("ref_model is the model that is trained, so no KL could be seen: leave ref_model out.")
+    vocabulary = ref_model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    if vocabulary < len(tokenizer):
+        raise ValueError(
+            f"ref_model has a vocabulary of {vocabulary}, the tokenizer one of {len(tokenizer)}: the reference must "
+            "read the policy's tokens. Pass a reference with the same tokenizer."
+        )
+
+
+def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: list[str]) -> None:
+    """Refuse rewards that could not be called, and lists of unequal length."""
+    funcs, _ = listed_rewards(reward_funcs, tokenizers)
+    check_weights(args.reward_weights, len(funcs))
+    for func in funcs:
+        if not isinstance(func, str | Path | nn.Module):
+            check_call(func, [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")])
+
+
+def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a stop token that no response could contain."""
+    stop = args.stop_token_id
+    if stop is not None and not 0 <= stop < len(tokenizer):
+        raise ValueError(
+            f"stop_token_id={stop}, but the vocabulary has {len(tokenizer)} tokens, so it would never be seen. Choose "
+            "an id below, or leave it out: responses end at EOS."
+        )
 
 
 def check_enough_prompts(args: PPOConfig, num_prompts: int) -> None:

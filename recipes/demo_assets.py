@@ -36,7 +36,7 @@ OWN = {  # what each package is, and how a user goes on without it
 }
 SHARES = {"rm_train": 0.5, "rm_eval": 0.1, "ppo_train": 0.3, "ppo_eval": 0.1}  # of all reviews; sums to 1
 OPENING = 40  # characters that identify a review: reviews that begin alike fall into the same split
-SHORTEST = 24  # tokens of the shortest piece of a preference pair
+SHORTEST = 10  # tokens of the shortest piece of a preference pair
 
 
 class AssetError(RuntimeError):

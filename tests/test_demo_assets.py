@@ -244,7 +244,7 @@ def test_pairs_have_equal_token_lengths_that_vary(reviews, tokenizer):
     assert pairs.column_names == ["chosen", "rejected"] and len(pairs) == 60
     chosen = [tokens(tokenizer, text) for text in pairs["chosen"]]
     assert chosen == [tokens(tokenizer, text) for text in pairs["rejected"]]
-    assert min(chosen) >= 24 and max(chosen) <= 64 and len(set(chosen)) > 10
+    assert min(chosen) >= 10 and max(chosen) <= 64 and len(set(chosen)) > 10
 
 
 def test_pairs_of_long_reviews_are_short_and_long(reviews, tokenizer):
@@ -322,7 +322,7 @@ def test_a_cut_comes_back_as_the_same_tokens():
 
 def test_too_few_reviews_say_how_many_there_are(reviews, tokenizer):
     few = reviews.select(range(8))
-    with pytest.raises(ValueError, match=r"give \d of 50 pairs of 24 to 64 tokens: ask for fewer"):
+    with pytest.raises(ValueError, match=r"give \d of 50 pairs of 10 to 64 tokens: ask for fewer"):
         assets.preference_pairs(few, tokenizer, 50, 64)
     with pytest.raises(ValueError, match=r"give \d of 50 prompts of 16 tokens: ask for fewer"):
         assets.prompts(few, tokenizer, 50, 16)

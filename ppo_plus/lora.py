@@ -1,0 +1,73 @@
+"""Plain LoRA in two thin matrix products, in place of PEFT's general forward pass.
+
+PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` as four operations on whole activations, and keeps an
+fp32 copy of `x` for the backward pass where the adapter is fp32. A rank-16 update deserves neither: here it is added
+into the base layer's output by one fused product, and the backward pass keeps `x` as it came. Weights, names and
+files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, merged, mixed batches) goes through PEFT's own code.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+try:  # only there where bitsandbytes is installed
+    from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+
+    _KINDS: tuple[type, ...] = (LoraLinear, Linear4bit, Linear8bitLt)
+except ImportError:
+    _KINDS = (LoraLinear,)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """`base += scaling * (x A^T) B^T`, in place (Hu et al. 2021, eq. 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        low_a, low_b = a.to(base.dtype), b.to(base.dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(base.dtype)
+        inner = flat.mm(low_a.t())
+        base.view(-1, base.shape[-1]).addmm_(inner, low_b.t(), alpha=scaling)
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(flat, inner, low_a, low_b)
+        ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = scaling, x.shape, x.dtype, a.dtype
+        return base
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, a, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        through_b = flat.mm(b) * ctx.scaling
+        grad_x = through_b.mm(a).view(ctx.x_shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
+        grad_a = through_b.t().mm(x).to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+        grad_b = (flat.t().mm(inner) * ctx.scaling).to(ctx.weight_dtype) if ctx.needs_input_grad[3] else None
+        return grad, grad_x, grad_a, grad_b, None
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = not (layer.merged or args or kwargs) and all(
+        name not in layer.lora_variant and isinstance(layer.lora_dropout[name], nn.Identity) for name in names
+    )
+    if not plain or layer.disable_adapters or not names:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    result = layer.base_layer(x)
+    if not result.is_contiguous() or result is x:
+        return type(layer).forward(layer, x)
+    if result.requires_grad and result.is_leaf:
+        result = result.clone()
+    for name in names:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        result = _AddLowRank.apply(result, x, a, b, layer.scaling[name])
+    return result
+
+
+def use_plain_lora(model: nn.Module) -> None:
+    """Give every LoRA linear layer of a PEFT model the forward pass of this module."""
+    for module in model.modules():
+        if type(module) in _KINDS:
+            module.forward = types.MethodType(_forward, module)

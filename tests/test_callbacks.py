@@ -1,0 +1,463 @@
+"""What listens to rollouts: controllers by hand-computed numbers through real runs, events, states, tables."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import json
+import math
+
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, lora, make_prompts, make_tokenizer, make_trainer
+from datasets import Dataset
+
+from ppo_plus import (
+    ActorCritic,
+    AdaptiveKLCallback,
+    PPOCallback,
+    PPOConfig,
+    RewardNormalizationCallback,
+    Rollout,
+    RolloutSettings,
+    SamplesTableCallback,
+)
+from ppo_plus.callbacks import print_samples
+from ppo_plus.collector import Samples
+
+EXACT = {"rel": 1e-9, "abs": 1e-9}
+
+
+class Watch(PPOCallback):
+    """Keeps what each rollout was, and may set the KL that the callbacks after it see."""
+
+    def __init__(self, kl=None):
+        self.kl, self.rollouts, self.metrics = kl, [], []
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        if self.kl is not None:
+            metrics["kl"] = self.kl[len(self.rollouts)]
+        self.rollouts.append(rollout)
+        self.metrics.append(dict(metrics))
+
+    @property
+    def kl_coefs(self):
+        return [m["ppo/kl_coef"] for m in self.metrics]
+
+
+def run(tmp_path, *callbacks, rollouts=4, config=None, resume=None, **overrides):
+    """Train `rollouts` rollouts of 8 responses, one step each, so that a step's number is its rollout's."""
+    sizes = {"num_ppo_epochs": 1, "num_mini_batches": 1, "gradient_accumulation_steps": 4}
+    config = {**sizes, "max_steps": rollouts, **(config or {})}
+    trainer = make_trainer(tmp_path, config=config, callbacks=list(callbacks), **overrides)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def installed(trainer, kind):
+    return next(c for c in trainer.callback_handler.callbacks if type(c) is kind)
+
+
+# The KL coefficient
+
+
+def test_proportional_control_by_hand(tmp_path):
+    """The error kl / 6 - 1 is -1, 0.1, 0.5, -0.1, clipped to 0.2; a rollout is 8 episodes of a horizon of 80."""
+    watch = Watch(kl=[0.0, 6.6, 9.0, 5.4])
+    trainer = run(tmp_path, watch, AdaptiveKLCallback(target=6.0, horizon=80))
+    assert watch.kl_coefs == pytest.approx([0.05, 0.049, 0.04949, 0.0504798], **EXACT)
+    assert installed(trainer, AdaptiveKLCallback).kl_coef == pytest.approx(0.049975002, **EXACT)
+
+
+def test_the_band_by_hand(tmp_path):
+    """Halved below 2, doubled above 8, left alone inside and at the ends."""
+    watch = Watch(kl=[1.9, 2.0, 8.0, 5.0, 8.1, 9.0])
+    trainer = run(tmp_path, watch, AdaptiveKLCallback(band=[2.0, 8.0]), rollouts=6)
+    assert watch.kl_coefs == pytest.approx([0.05, 0.025, 0.025, 0.025, 0.025, 0.05], **EXACT)
+    assert installed(trainer, AdaptiveKLCallback).kl_coef == pytest.approx(0.1, **EXACT)
+
+
+def test_the_coefficient_follows_the_kl_that_is_logged(tmp_path):
+    watch = Watch()
+    run(tmp_path, watch, AdaptiveKLCallback(target=0.5, horizon=16))
+    coefficient = 0.05
+    for metrics in watch.metrics:
+        assert metrics["ppo/kl_coef"] == pytest.approx(coefficient, rel=1e-9)
+        coefficient *= 1 + min(0.2, max(-0.2, metrics["kl"] / 0.5 - 1)) * 8 / 16
+    assert watch.metrics[0]["kl"] == 0.0  # the first rollout is the reference's own
+    assert len({round(c, 6) for c in watch.kl_coefs}) == 4
+
+
+def test_without_the_callback_the_coefficient_stays(tmp_path):
+    watch = Watch()
+    run(tmp_path, watch, config={"kl_coef": 0.3})
+    assert watch.kl_coefs == [0.3] * 4
+
+
+def test_the_coefficient_in_force_is_the_price_of_kl_in_the_reward(tmp_path):
+    """With gamma and lambda 1 the first return is the sum of rewards: the score less coefficient times KL."""
+
+    class Price(PPOCallback):
+        def on_rollout_begin(self, args, state, control, settings, **kwargs):
+            settings.kl_coef = 0.7 + state.global_step
+
+    watch = Watch()
+    run(tmp_path, Price(), watch, rollouts=3, config={"lam": 1.0})
+    assert watch.kl_coefs == pytest.approx([0.7, 1.7, 2.7])
+    for rollout, price in zip(watch.rollouts, (0.7, 1.7, 2.7), strict=True):
+        assert torch.allclose(rollout.returns[:, 0], rollout.scores - price * rollout.kl, atol=1e-5)
+    assert watch.rollouts[2].kl.abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0}, "target=0 and horizon=10000 must be above 0"),
+        ({"horizon": -5}, "horizon=-5 must be above 0"),
+        ({"band": (3.0, 1.0)}, r"band=\(3.0, 1.0\) must be \(low, high\)"),
+        ({"band": (-1.0, 1.0)}, "0 <= low < high"),
+    ],
+)
+def test_a_controller_that_could_not_work_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveKLCallback(**arguments)
+
+
+# Reward normalization
+
+
+def two_heights(trainer_state, completions, **kwargs):
+    """Half of a rollout low, half high: 1 and 3 (mean 2, variance 1), then 6 and 14 (mean 10, variance 16)."""
+    low, high = [(1.0, 3.0), (6.0, 14.0)][min(1, trainer_state.global_step)]
+    return [low, high] * (len(completions) // 2)
+
+
+PLAIN = {"missing_eos_penalty": None}
+
+
+def test_normalization_by_hand(tmp_path):
+    """The first rollout sets mean 2 and variance 1; with decay 0.75 the second moves them to 4 and 4.75."""
+    watch = Watch()
+    callback = RewardNormalizationCallback(decay=0.75, clip=2.0)
+    trainer = run(tmp_path, callback, watch, rollouts=2, reward_funcs=two_heights, config=PLAIN)
+    first, second = (rollout.scores.tolist() for rollout in watch.rollouts)
+    assert first == pytest.approx([-1.0, 1.0] * 4, abs=1e-5)
+    assert second == pytest.approx([2 / math.sqrt(4.75), 2.0] * 4, abs=1e-5)  # (6 - 4) / 2.18; 10 / 2.18 is clipped
+    kept = installed(trainer, RewardNormalizationCallback)
+    assert (kept.mean, kept.var) == pytest.approx((4.0, 4.75), abs=1e-6)
+    assert [m["reward"] for m in watch.metrics] == pytest.approx([2.0, 10.0])  # the log says what functions gave
+
+
+def test_without_a_clip_the_score_goes_as_far_as_it_goes(tmp_path):
+    watch = Watch()
+    callback = RewardNormalizationCallback(decay=0.75, clip=None)
+    run(tmp_path, callback, watch, rollouts=2, reward_funcs=two_heights, config=PLAIN)
+    assert watch.rollouts[1].scores[1].item() == pytest.approx(10 / math.sqrt(4.75), abs=1e-5)
+
+
+def test_responses_without_a_score_take_no_part_in_the_statistics(tmp_path):
+    def score(completions, **kwargs):
+        return [None, 1.0, 3.0, None, 1.0, 3.0, 1.0, 3.0]
+
+    watch = Watch()
+    callback = RewardNormalizationCallback()
+    with pytest.warns(UserWarning, match="returned None for 2 of 8"):
+        trainer = run(tmp_path, callback, watch, rollouts=1, reward_funcs=score, config=PLAIN)
+    kept = installed(trainer, RewardNormalizationCallback)
+    assert (kept.mean, kept.var) == pytest.approx((2.0, 1.0), abs=1e-6)
+    assert watch.rollouts[0].scores.tolist() == pytest.approx([0, -1, 1, 0, -1, 1, -1, 1], abs=1e-5)
+    assert watch.rollouts[0].mask.any(1).tolist() == [False, True, True, False, True, True, True, True]
+
+
+def test_equal_scores_become_zero_and_not_infinite(tmp_path):
+    def score(completions, **kwargs):
+        return [5.0] * len(completions)
+
+    watch = Watch()
+    run(tmp_path, RewardNormalizationCallback(), watch, rollouts=2, reward_funcs=score, config=PLAIN)
+    assert all(rollout.scores.tolist() == [0.0] * 8 for rollout in watch.rollouts)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_would_never_forget_or_never_remember_is_refused(decay):
+    with pytest.raises(ValueError, match="must be at least 0 and below 1"):
+        RewardNormalizationCallback(decay=decay)
+
+
+# States
+
+
+def stateful():
+    return AdaptiveKLCallback(target=6.0, horizon=80), RewardNormalizationCallback(decay=0.75, clip=2.0)
+
+
+SAVING = {**PLAIN, "save_strategy": "steps", "save_steps": 2}
+
+
+def test_states_are_in_the_checkpoint_and_a_resumed_run_goes_on_from_them(tmp_path):
+    watch = Watch(kl=[0.0, 6.6, 9.0])
+    run(tmp_path, watch, *stateful(), rollouts=3, reward_funcs=two_heights, config=SAVING)
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    saved = json.loads(file.read_text())["stateful_callbacks"]
+    assert saved["AdaptiveKLCallback"]["args"] == {"target": 6.0, "horizon": 80, "band": None}
+    assert saved["AdaptiveKLCallback"]["attributes"]["kl_coef"] == pytest.approx(0.04949, **EXACT)
+    assert saved["RewardNormalizationCallback"]["attributes"] == pytest.approx({"mean": 4.0, "var": 4.75}, abs=1e-6)
+
+    resumed = Watch(kl=[9.0])
+    fresh = AdaptiveKLCallback(target=99.0), RewardNormalizationCallback()  # the checkpoint's arguments win
+    trainer = run(
+        tmp_path / "resumed", resumed, *fresh, rollouts=3, reward_funcs=two_heights, config=SAVING,
+        resume=str(tmp_path / "checkpoint-2"),
+    )  # fmt: skip
+    assert resumed.kl_coefs == watch.kl_coefs[2:]
+    assert torch.equal(resumed.rollouts[0].scores, watch.rollouts[2].scores)
+    assert installed(trainer, AdaptiveKLCallback).kl_coef == pytest.approx(0.0504798, **EXACT)
+
+
+def test_a_run_that_does_not_restore_states_starts_over(tmp_path):
+    """Negative control: without the restored state the coefficient is the configured one again."""
+    run(tmp_path, Watch(kl=[0.0, 6.6]), *stateful(), rollouts=2, reward_funcs=two_heights, config=SAVING)
+    watch = Watch(kl=[9.0])
+    config = {**SAVING, "restore_callback_states_from_checkpoint": False}
+    run(
+        tmp_path / "resumed", watch, *stateful(), rollouts=3, reward_funcs=two_heights, config=config,
+        resume=str(tmp_path / "checkpoint-2"),
+    )  # fmt: skip
+    assert watch.kl_coefs == [0.05]
+
+
+def test_training_again_from_the_start_forgets_the_states(tmp_path):
+    watch = Watch(kl=[0.0, 0.0])
+    trainer = run(tmp_path, watch, *stateful(), rollouts=1, reward_funcs=two_heights, config=PLAIN)
+    trainer.train()
+    assert watch.kl_coefs == [0.05, 0.05]
+    assert installed(trainer, RewardNormalizationCallback).mean == pytest.approx(2.0)
+
+
+# Scores that a callback changes
+
+
+def test_a_callback_may_change_scores_in_place(tmp_path):
+    class Halve(PPOCallback):
+        def on_scores(self, args, state, control, scores, **kwargs):
+            scores.mul_(0.5).add_(100)
+
+    watch = Watch()
+    run(tmp_path, Halve(), watch, rollouts=1, reward_funcs=two_heights, config={**PLAIN, "lam": 1.0})
+    assert watch.rollouts[0].scores.tolist() == [100.5, 101.5] * 4
+    assert watch.rollouts[0].returns[:, 0].tolist() == pytest.approx([100.5, 101.5] * 4, abs=1e-4)
+    assert watch.metrics[0]["reward"] == 2.0
+
+
+def test_a_callback_may_leave_a_response_out_of_learning(tmp_path):
+    class Drop(PPOCallback):
+        def on_scores(self, args, state, control, scores, **kwargs):
+            scores[3] = float("nan")
+
+    watch = Watch()
+    run(tmp_path, Drop(), watch, rollouts=1)
+    assert [i for i, learned in enumerate(watch.rollouts[0].mask.any(1)) if not learned] == [3]
+
+
+def test_each_callback_sees_all_scores_as_the_one_before_left_them(tmp_path):
+    class Double(PPOCallback):
+        def on_scores(self, args, state, control, scores, all_scores, **kwargs):
+            before = all_scores.clone()
+            scores.mul_(2)
+            assert torch.equal(all_scores, before)
+
+    watch = Watch()
+    callback = RewardNormalizationCallback(clip=None)
+    trainer = run(tmp_path, Double(), callback, watch, rollouts=1, reward_funcs=two_heights, config=PLAIN)
+    assert installed(trainer, RewardNormalizationCallback).mean == pytest.approx(4.0)  # twice 2
+    assert watch.rollouts[0].scores.tolist() == pytest.approx([-1.0, 1.0] * 4, abs=1e-5)
+
+
+# Events
+
+
+class Diary(PPOCallback):
+    """Writes down every event with the step it came at, and checks its arguments."""
+
+    def __init__(self):
+        self.events, self.trainer = [], None
+
+    def note(self, event, args, state, control, model, processing_class):
+        assert isinstance(args, PPOConfig)
+        assert isinstance(model, ActorCritic)
+        assert state is self.trainer.state
+        assert control is self.trainer.control
+        assert processing_class is self.trainer.processing_class
+        self.events.append((event, state.global_step))
+
+    def on_rollout_begin(self, args, state, control, settings, model, processing_class, **kwargs):
+        self.note("rollout begins", args, state, control, model, processing_class)
+        assert isinstance(settings, RolloutSettings)
+        assert settings.kl_coef == args.kl_coef
+        assert not kwargs
+
+    def on_scores(self, args, state, control, scores, all_scores, model, processing_class, **kwargs):
+        self.note("scores", args, state, control, model, processing_class)
+        assert scores.shape == (8,)
+        assert torch.equal(scores, all_scores)
+        assert not kwargs
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, model, processing_class, **kwargs):
+        self.note("rollout ends", args, state, control, model, processing_class)
+        assert isinstance(rollout, Rollout)
+        assert isinstance(samples, Samples)
+        assert len(rollout) == len(samples) == 8
+        assert metrics["reward"] == pytest.approx(samples.scores.mean().item())
+        metrics["mine/step"] = float(state.global_step)
+        assert not kwargs
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append(("train begins", state.global_step))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.events.append(("epoch begins", state.global_step))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.events.append(("step begins", state.global_step))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(("step ends", state.global_step))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append(("train ends", state.global_step))
+
+
+def test_events_come_in_order_with_their_arguments(tmp_path):
+    """Sixteen prompts are two rollouts of two steps each, then the second epoch begins."""
+    diary = Diary()
+    trainer = make_trainer(tmp_path, config={"num_ppo_epochs": 1, "max_steps": 5}, callbacks=[diary])
+    diary.trainer = trainer
+    trainer.train()
+    rollout = ["rollout begins", "scores", "rollout ends"]
+    expected = [
+        ("train begins", 0), ("epoch begins", 0),
+        *((event, 0) for event in rollout), ("step begins", 0), ("step ends", 1), ("step begins", 1), ("step ends", 2),
+        *((event, 2) for event in rollout), ("step begins", 2), ("step ends", 3), ("step begins", 3), ("step ends", 4),
+        ("epoch begins", 4),
+        *((event, 4) for event in rollout), ("step begins", 4), ("step ends", 5),
+        ("train ends", 5),
+    ]  # fmt: skip
+    assert diary.events == expected
+    logged = {row["step"]: row["mine/step"] for row in trainer.state.log_history if "mine/step" in row}
+    assert logged == {1: 0.0, 3: 2.0, 5: 4.0}
+
+
+def test_evaluation_fires_no_event_of_a_rollout(tmp_path):
+    diary = Diary()
+    trainer = make_trainer(tmp_path, callbacks=[diary], eval_dataset=make_prompts(5))
+    diary.trainer = trainer
+    trainer.evaluate()
+    assert diary.events == []
+
+
+def test_callbacks_of_trainer_that_know_nothing_of_rollouts_are_left_alone(tmp_path):
+    from transformers import TrainerCallback
+
+    class Plain(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+
+    plain = Plain()
+    run(tmp_path, plain, rollouts=2)
+    assert plain.steps == 2
+
+
+def test_every_event_can_be_overridden_with_keywords_alone():
+    """A user's signature may be (self, **kwargs) after the three that Trainer passes by position."""
+    for event in ("on_rollout_begin", "on_scores", "on_rollout_end"):
+        parameters = list(inspect.signature(getattr(PPOCallback, event)).parameters.values())
+        assert [p.name for p in parameters[:4]] == ["self", "args", "state", "control"]
+        assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+
+
+# Tables of samples
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        ({"num_sample_generations": 0}, []),
+        ({"num_sample_generations": 1}, [0]),
+        ({"num_sample_generations": 2}, [0, 2]),
+        ({"num_sample_generations": 3}, [0, 2, 3]),
+        ({"num_sample_generations": 4}, [0, 1, 2, 3]),
+        ({"num_sample_generations": 99}, [0, 1, 2, 3]),
+        ({"num_sample_generations": 0, "log_completions": True}, [0, 1, 2, 3]),
+        ({"num_sample_generations": 1, "log_completions": True}, [0, 1, 2, 3]),
+    ],
+)
+def test_tables_are_spread_over_training(config, steps, tmp_path, capsys):
+    run(tmp_path, config={"num_completions_to_print": 1, **config})
+    printed = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "Samples at step" in line]
+    assert printed == steps
+
+
+MARKUP = "[bold]x[/bold] [/] [link=file:///]y[/link] :smile: [red"
+
+
+def test_the_table_prints_text_as_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    print_samples(f"title {MARKUP}", {f"name {MARKUP}": [f"value {MARKUP}", "second"], "reward": ["1.00", "-2.00"]})
+    printed = capsys.readouterr().out
+    for text in (f"title {MARKUP}", f"name {MARKUP}", f"value {MARKUP}", "second", "1.00", "-2.00"):
+        assert text in printed
+
+
+def test_the_table_prints_text_as_it_is_without_rich(capsys, monkeypatch):
+    genuine = builtins.__import__
+
+    def without_rich(name, *args, **kwargs):
+        if name.startswith("rich"):
+            raise ImportError(name)
+        return genuine(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    print_samples("title", {"prompt": [MARKUP], "reward": ["1.00"]})
+    assert capsys.readouterr().out == f"title\nprompt: {MARKUP} | reward: 1.00\n"
+
+
+def test_a_table_holds_prompts_completions_rewards_kl_and_what_functions_logged(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    seen = []
+
+    def score(prompts, completions, log_extra, **kwargs):
+        seen.append((prompts, completions))
+        log_extra("[why]", [f"[b]because {i}[/b]" for i in range(len(prompts))])
+        return [1.25 + i for i in range(len(prompts))]
+
+    config = {"num_completions_to_print": 3, "num_sample_generations": 1}
+    rows = Dataset.from_dict({"prompt": [f"[i]q{'abcdefgh'[i]}[/i]" for i in range(8)]})
+    run(tmp_path, rollouts=1, config=config, reward_funcs=score, train_dataset=rows)
+    printed = capsys.readouterr().out
+    prompts, completions = seen[0]
+    for i in range(3):
+        line = next(line for line in printed.splitlines() if prompts[i] in line)
+        for text in (f"{1.25 + i:.2f}", "0.00", f"[b]because {i}[/b]", completions[i].splitlines()[0].strip()):
+            assert text in line
+    assert not any(prompt in printed for prompt in prompts[3:])
+    assert "[why]" in printed
+
+
+def test_a_table_shows_messages_as_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    rows = [[{"role": "system", "content": "be kind"}, {"role": "user", "content": "[hi]"}]] * 8
+    run(
+        tmp_path, rollouts=1, config={"num_sample_generations": 1}, train_dataset=Dataset.from_dict({"prompt": rows}),
+        processing_class=make_tokenizer(CHAT_TEMPLATE),
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    for text in ("system: be kind", "user: [hi]", "assistant: "):
+        assert text in printed
+
+
+def test_a_user_may_install_the_table_too(tmp_path, capsys):
+    config = {"num_sample_generations": 0, "num_completions_to_print": 1}
+    run(tmp_path, SamplesTableCallback(), rollouts=2, config=config, peft_config=lora(r=2))
+    assert capsys.readouterr().out.count("Samples at step 0") == 1

@@ -1,0 +1,201 @@
+"""The configuration: sizes that are derived, help for every field, and the same values from code, flags and YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+from trl import TrlParser
+
+from ppo_plus import PPOConfig, RewardConfig
+
+OWN = [
+    field
+    for config in (PPOConfig, RewardConfig)
+    for field in dataclasses.fields(config)
+    if field.name in config.__annotations__
+]
+BASE = ["--output_dir", "out", "--use_cpu", "--report_to", "none"]
+
+
+def config(**overrides) -> PPOConfig:
+    return PPOConfig(output_dir="out", use_cpu=True, report_to="none", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "accumulation", "minibatches", "epochs", "rollout", "steps"),
+    [(1, 1, 1, 1, 1, 1), (2, 2, 2, 2, 8, 4), (4, 8, 3, 1, 96, 3), (8, 1, 1, 4, 8, 4), (1, 16, 2, 3, 32, 6)],
+)
+def test_derived_sizes_by_hand(micro_batch, accumulation, minibatches, epochs, rollout, steps):
+    args = config(
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        num_mini_batches=minibatches,
+        num_ppo_epochs=epochs,
+    )
+    assert (args.rollout_batch_size, args.steps_per_rollout) == (rollout, steps)
+    assert args.logging_steps == steps  # once per rollout, unless it is set
+
+
+@pytest.mark.parametrize(
+    ("critic", "vf_coef", "used"),
+    [
+        ("shared", None, 0.1),
+        ("detached", None, 1.0),
+        ("shared", 0.7, 0.7),
+        ("detached", 0.7, 0.7),
+        ("shared", 0.0, 0.0),
+    ],
+)
+def test_the_weight_of_the_value_loss_follows_the_critic_unless_it_is_set(critic, vf_coef, used):
+    assert config(critic=critic, vf_coef=vf_coef).value_coef == used
+
+
+def test_the_defaults_are_those_that_are_documented():
+    args = config()
+    expected = {
+        "num_ppo_epochs": 2, "num_mini_batches": 2, "learning_rate": 1e-5, "value_learning_rate": 1e-4,
+        "adam_epsilon": 1e-5, "weight_decay": 0.0, "max_grad_norm": 1.0, "kl_coef": 0.05, "kl_estimator": "k1",
+        "kl_in": "reward", "gamma": 1.0, "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2, "objective": "clip",
+        "missing_eos_penalty": 1.0, "whiten_rewards": False, "logging_nan_inf_filter": False,
+        "remove_unused_columns": False, "restore_callback_states_from_checkpoint": True,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_a_log_interval_that_is_set_stays():
+    assert config(logging_steps=3).logging_steps == 3
+
+
+@pytest.mark.parametrize("field", OWN, ids=lambda field: field.name)
+def test_every_field_has_a_sentence_of_help(field):
+    text = field.metadata["help"]
+    assert text[0].isupper() or text[0] in "'" or text.startswith("bf16")
+    assert text.endswith(".")
+    assert len(text) < 120
+
+
+def test_no_field_of_trainer_is_redefined_by_accident():
+    """A new field of ours must not take the name of one of transformers with another meaning."""
+    ours = set(PPOConfig.__annotations__) & {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert ours == {
+        "learning_rate", "adam_epsilon", "bf16", "logging_steps", "logging_nan_inf_filter", "remove_unused_columns",
+        "restore_callback_states_from_checkpoint",
+    }  # fmt: skip
+
+
+FLAGS = {
+    "total_episodes": ("100", 100),
+    "num_mini_batches": ("3", 3),
+    "generation_batch_size": ("16", 16),
+    "kl_coef": ("1e-1", 0.1),
+    "kl_estimator": ("k3", "k3"),
+    "kl_in": ("loss", "loss"),
+    "cliprange_value": ("0.3", 0.3),
+    "cliprange_high": ("0.28", 0.28),
+    "missing_eos_penalty": ("2", 2.0),
+    "stop_token": ("eos", "eos"),
+    "critic": ("detached", "detached"),
+    "value_head": ("mlp", "mlp"),
+    "value_head_activation": ("gelu", "gelu"),
+    "value_learning_rate": ("3e-4", 3e-4),
+    "learning_rate": ("3e-5", 3e-5),
+    "shuffle_dataset": ("false", False),
+    "log_completions": ("true", True),
+    "model_init_kwargs": ('{"dtype": "float32"}', {"dtype": "float32"}),
+    "chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
+}
+
+
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+def test_flags_give_values_of_the_right_type(parser):
+    flags = [part for name, (text, _) in FLAGS.items() for part in (f"--{name}", text)]
+    (args,) = parser(PPOConfig).parse_args_into_dataclasses([*BASE, *flags, "--reward_weights", "1", "0.5"])
+    for name, (_, value) in FLAGS.items():
+        found = getattr(args, name)
+        assert found == value, name
+        assert type(found) is type(value), name
+    assert args.reward_weights == [1.0, 0.5]
+
+
+def test_without_flags_the_parser_gives_the_defaults():
+    (args,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(BASE)
+    expected = config()
+    for field in dataclasses.fields(PPOConfig):
+        if field.name in PPOConfig.__annotations__:
+            assert getattr(args, field.name) == getattr(expected, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    "flags", [["--kl_in", "both"], ["--critic", "twin"], ["--response_length", "many"], ["--no_such_option", "1"]]
+)
+def test_flags_that_mean_nothing_are_refused(flags, capsys):
+    with pytest.raises((SystemExit, ValueError)):
+        HfArgumentParser(PPOConfig).parse_args_into_dataclasses([*BASE, *flags])
+    capsys.readouterr()
+
+
+YAML = """
+output_dir: out
+use_cpu: true
+report_to: none
+learning_rate: 3.0e-5
+value_learning_rate: 1.0e-4
+num_mini_batches: 4
+reward_weights: [1, 0.5]
+model_init_kwargs: {dtype: float32}
+cliprange_value: null
+missing_eos_penalty: null
+stop_token: eos
+shuffle_dataset: false
+"""
+FROM_YAML = {
+    "learning_rate": 3e-5, "value_learning_rate": 1e-4, "num_mini_batches": 4, "reward_weights": [1, 0.5],
+    "model_init_kwargs": {"dtype": "float32"}, "cliprange_value": None, "missing_eos_penalty": None,
+    "stop_token": "eos", "shuffle_dataset": False,
+}  # fmt: skip
+
+
+def test_a_yaml_file_gives_the_same_through_both_parsers(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(YAML)
+    (by_transformers,) = HfArgumentParser(PPOConfig).parse_yaml_file(str(file))
+    (by_trl,) = TrlParser(PPOConfig).parse_args_and_config(["--config", str(file)])
+    for args in (by_transformers, by_trl):
+        assert {name: getattr(args, name) for name in FROM_YAML} == FROM_YAML
+
+
+def test_a_flag_wins_over_the_yaml_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(YAML)
+    (args,) = TrlParser(PPOConfig).parse_args_and_config(["--config", str(file), "--num_mini_batches", "8"])
+    assert (args.num_mini_batches, args.stop_token) == (8, "eos")
+
+
+def test_a_name_that_does_not_exist_in_yaml_is_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(YAML + "kl_coeff: 0.1\n")
+    with pytest.raises(ValueError, match="kl_coeff"):
+        HfArgumentParser(PPOConfig).parse_yaml_file(str(file))
+    with pytest.raises(ValueError, match="kl_coeff"):
+        TrlParser(PPOConfig).parse_args_and_config(["--config", str(file)])
+
+
+def test_a_number_that_yaml_takes_for_text_is_named(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(YAML.replace("3.0e-5", "3e-5"))
+    with pytest.raises(ValueError, match=r"learning_rate must be a number \(.*write 3.0e-5\); got '3e-5'"):
+        HfArgumentParser(PPOConfig).parse_yaml_file(str(file))
+
+
+def test_a_config_survives_a_round_trip_through_its_dict():
+    args = config(kl_coef=0.3, reward_weights=[1.0, 2.0], total_episodes=64)
+    again = PPOConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PPOConfig) if f.init})
+    assert again.to_dict() == args.to_dict()
+    assert dataclasses.replace(args, num_mini_batches=4).rollout_batch_size == 2 * args.rollout_batch_size
+
+
+def test_reward_config_does_not_warn_about_names_that_are_deprecated(recwarn):
+    RewardConfig(output_dir="out", use_cpu=True, report_to="none")
+    assert not [w for w in recwarn if "deprecated" in str(w.message)]

@@ -1,0 +1,107 @@
+"""The thin LoRA forward pass computes what PEFT's own computes, and steps aside where the adapter is not plain LoRA."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import lora, make_model
+from peft import get_peft_model
+
+import ppo_plus.lora as plain
+from ppo_plus.lora import use_plain_lora
+
+
+def peft_model(**options):
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(), lora(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide the adapter
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def outputs_and_gradients(model):
+    ids = torch.arange(4, 31).view(3, 9)
+    model.zero_grad()
+    logits = model(ids).logits
+    logits.square().mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the thin product ran."""
+    counted = []
+    original = plain._AddLowRank.apply
+    monkeypatch.setattr(plain._AddLowRank, "apply", lambda *a: counted.append(1) or original(*a))
+    return counted
+
+
+def test_outputs_and_gradients_equal_pefts(calls):
+    model = peft_model()
+    ours = copy.deepcopy(model)
+    use_plain_lora(ours)
+    expected, expected_gradients = outputs_and_gradients(model)
+    assert not calls
+    found, gradients = outputs_and_gradients(ours)
+    assert len(calls) == 14  # seven linear layers in each of two blocks
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys() and len(gradients) == 28
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected_gradients[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_without_the_adapter_it_would_differ():
+    """Negative control: the adapter above is large enough to be seen."""
+    model = peft_model()
+    expected, _ = outputs_and_gradients(model)
+    with model.disable_adapter():
+        assert (model(torch.arange(4, 31).view(3, 9)).logits - expected).abs().max() > 0.1
+
+
+def test_a_switched_off_adapter_is_the_base(calls):
+    model = peft_model()
+    base = copy.deepcopy(model).unload()
+    use_plain_lora(model)
+    ids = torch.arange(4, 31).view(3, 9)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+    assert not calls
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}])
+def test_what_is_not_plain_goes_through_peft(calls, options):
+    model = peft_model(**options).train()
+    ours = copy.deepcopy(model)
+    use_plain_lora(ours)
+    torch.manual_seed(1)
+    expected, _ = outputs_and_gradients(model)
+    torch.manual_seed(1)
+    found, _ = outputs_and_gradients(ours)
+    assert torch.equal(found, expected) and not calls
+
+
+def test_activation_checkpointing_recomputes_the_same_gradients():
+    model = peft_model()
+    use_plain_lora(model)
+    _, expected = outputs_and_gradients(model)
+    model.get_base_model().activation_checkpointing_enable()
+    model.train()
+    _, found = outputs_and_gradients(model)
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-7)
+
+
+def test_bf16_autocast_keeps_fp32_gradients():
+    model = peft_model()
+    ours = copy.deepcopy(model)
+    use_plain_lora(ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, gradients = outputs_and_gradients(ours)
+        _, expected = outputs_and_gradients(model)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.999, name

@@ -1,0 +1,335 @@
+"""The rollout's tensors, masks, orders and seeds: what they hold, by hand, and what they must not depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ppo_plus.rollout import (
+    PromptSampler,
+    Rollout,
+    isolated_rng,
+    micro_batch_rows,
+    minibatch_rows,
+    position_seed,
+    response_mask,
+    sampling_noise,
+)
+
+PER_TOKEN = ("mask", "logprobs", "ref_logprobs", "values", "advantages", "returns")
+
+# Responses
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops", "with_stop", "without_stop"),
+    [
+        ([5, 6, 2, 0, 0], [2], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]),
+        ([5, 6, 7, 8, 9], [2], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+        ([5, 6, 7, 8, 2], [2], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]),
+        ([5, 2, 2, 2, 2], [2], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]),  # padded with EOS
+        ([5, 0, 6, 2, 0], [2], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]),  # the padding's id is also a token that was sampled
+        ([5, 7, 2, 0, 0], [2, 7], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]),  # the first of several stop tokens
+        ([5, 2, 7, 0, 0], [2, 7], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]),
+        ([2, 0, 0, 0, 0], [2], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]),  # nothing but the stop token keeps it
+    ],
+)
+def test_a_response_ends_with_its_first_stop_token(tokens, stops, with_stop, without_stop):
+    responses = torch.tensor([tokens])
+    assert response_mask(responses, stops).int().tolist() == [with_stop]
+    assert response_mask(responses, stops, include_stop=False).int().tolist() == [without_stop]
+
+
+def test_the_mask_agrees_with_a_slow_loop():
+    responses = torch.randint(0, 6, (200, 7), generator=torch.Generator().manual_seed(0))
+    mask = response_mask(responses, [2, 5])
+    for row, found in zip(responses.tolist(), mask.tolist(), strict=True):
+        alive, expected = True, []
+        for token in row:
+            expected.append(alive)
+            alive = alive and token not in (2, 5)
+        assert found == expected
+    assert mask.dtype == torch.bool
+
+
+# The container
+
+
+def make_rollout(prompts=(2, 4, 3), responses=(3, 1, 2), longest_prompt=5, longest_response=6) -> Rollout:
+    """Every number says where it is: row, then column, so that nothing can be cut or moved unseen."""
+    n, width = len(prompts), longest_prompt + longest_response
+    columns = torch.arange(width)
+    starts = longest_prompt - torch.tensor(prompts)[:, None]
+    ends = longest_prompt + torch.tensor(responses)[:, None]
+    place = torch.arange(n)[:, None] * 100 + columns
+    mask = (columns[longest_prompt:] < ends).bool()
+    per_token = {name: place[:, longest_prompt:] + i / 10 for i, name in enumerate(PER_TOKEN[1:])}
+    return Rollout(
+        input_ids=place,
+        attention_mask=((columns >= starts) & (columns < ends)).long(),
+        mask=mask,
+        scores=torch.arange(n) + 0.5,
+        kl=torch.arange(n) - 0.25,
+        **per_token,
+    )
+
+
+def test_sizes_of_a_rollout():
+    rollout = make_rollout()
+    assert (len(rollout), rollout.prompt_length, rollout.response_length) == (3, 5, 6)
+    assert rollout.lengths().tolist() == [5, 5, 5]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rollout.scores = rollout.kl
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "end"),  # columns kept: prompt from `first`, `end` response tokens
+    [([0, 1, 2], 1, 3), ([0], 3, 3), ([1], 1, 1), ([2, 0], 2, 3), ([2, 1], 1, 2), ([2, 2], 2, 2)],
+)
+def test_take_cuts_padding_and_nothing_else(rows, first, end):
+    rollout = make_rollout()
+    taken = rollout.take(torch.tensor(rows))
+    columns = range(first, 5 + end)
+    assert taken["input_ids"].tolist() == [[100 * row + c for c in columns] for row in rows]
+    assert torch.equal(taken["attention_mask"], rollout.attention_mask[rows][:, columns])
+    for name in PER_TOKEN:
+        assert torch.equal(taken[name], getattr(rollout, name)[rows][:, :end])
+    # What was cut away is padding in every row.
+    assert taken["attention_mask"].sum() == rollout.attention_mask[rows].sum()
+    assert taken["mask"].sum() == rollout.mask[rows].sum()
+    assert set(taken) == {"input_ids", "attention_mask", *PER_TOKEN}
+
+
+def test_take_keeps_an_unlearned_stop_token_that_is_attended():
+    rollout = make_rollout()
+    shorter = rollout.mask & (torch.arange(6) < torch.tensor([[2], [1], [1]]))
+    taken = dataclasses.replace(rollout, mask=shorter).take(torch.tensor([0]))
+    assert taken["mask"].tolist() == [[True, True, False]]
+    assert taken["input_ids"].shape == (1, 5)
+
+
+def test_take_keeps_a_column_for_a_response_that_is_left_out():
+    rollout = make_rollout()
+    taken = dataclasses.replace(rollout, mask=torch.zeros_like(rollout.mask)).take(torch.tensor([1, 2]))
+    assert taken["mask"].shape == (2, 2)
+    assert not taken["mask"].any()
+
+
+def test_a_rollout_comes_back_from_disk_to_the_bit(tmp_path):
+    rollout = make_rollout()
+    rollout = dataclasses.replace(rollout, values=torch.randn(3, 12)[:, ::2] * 1e-38)  # strided, with subnormals
+    rollout.save(tmp_path / "rollout.safetensors")
+    loaded = Rollout.load(tmp_path / "rollout.safetensors")
+    for field in dataclasses.fields(Rollout):
+        expected, found = getattr(rollout, field.name), getattr(loaded, field.name)
+        assert expected.dtype == found.dtype
+        assert torch.equal(expected, found)
+
+
+# Prompts
+
+
+def sampler(num_prompts=21, n=4, micro_batches=6, **overrides) -> PromptSampler:
+    return PromptSampler(num_prompts, n, micro_batches, **{"seed": 7, **overrides})
+
+
+def batches(prompts: PromptSampler, epoch: int = 0) -> list[list[int]]:
+    prompts.set_epoch(epoch)
+    return list(prompts)
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "n", "micro_batches", "processes", "length"),
+    [(21, 4, 6, 1, 30), (20, 4, 6, 1, 30), (19, 4, 6, 1, 24), (4, 4, 1, 1, 1), (3, 4, 6, 1, 0), (21, 4, 6, 2, 12)],
+)
+def test_it_is_as_long_as_training_has_micro_batches(num_prompts, n, micro_batches, processes, length):
+    prompts = sampler(num_prompts, n, micro_batches, num_processes=processes)
+    assert len(prompts) == len(list(prompts)) == length  # floor(D / (N * processes)) * micro-batches
+
+
+def test_all_prompts_of_a_rollout_come_with_its_first_micro_batch():
+    sizes = [len(batch) for batch in sampler()]
+    assert sizes == [4, 0, 0, 0, 0, 0] * 5
+
+
+def test_an_epoch_draws_each_prompt_at_most_once_and_leaves_out_the_remainder():
+    drawn = [i for batch in sampler() for i in batch]
+    assert len(drawn) == len(set(drawn)) == 20
+    assert set(drawn) < set(range(21))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    one = batches(sampler(), epoch=3)
+    torch.rand(100)
+    assert batches(sampler(), epoch=3) == one
+    assert batches(sampler(), epoch=4) != one
+    assert batches(sampler(seed=8), epoch=3) != one
+    used = sampler()
+    list(used)
+    next(iter(used))
+    assert batches(used, epoch=3) == one
+
+
+def test_every_prompt_is_drawn_in_some_epoch():
+    drawn = {i for epoch in range(20) for batch in batches(sampler(), epoch) for i in batch}
+    assert drawn == set(range(21))
+
+
+def test_without_shuffling_prompts_come_in_their_order_in_every_epoch():
+    prompts = sampler(shuffle=False)
+    assert [i for batch in batches(prompts, 0) for i in batch] == list(range(20))
+    assert batches(prompts, 5) == batches(prompts, 0)
+
+
+def test_processes_share_each_rollout_of_one_process_with_their_joint_batch():
+    shares = [batches(sampler(process_index=p, num_processes=2)) for p in (0, 1)]
+    whole = batches(sampler(n=8))
+    for left, right, both in zip(*shares, whole, strict=True):
+        assert left + right == both
+
+
+def test_skipping_micro_batches_leaves_the_rest_of_the_epoch_unchanged():
+    """What Trainer does on a resume in the middle of an epoch: it draws and drops."""
+    from accelerate import skip_first_batches
+    from torch.utils.data import DataLoader
+
+    prompts = sampler()
+    prompts.set_epoch(2)
+    loader = DataLoader(list(range(21)), batch_sampler=prompts, collate_fn=list)
+    whole = list(loader)
+    for skipped in (0, 1, 6, 8, 29):
+        assert list(skip_first_batches(loader, skipped)) == whole[skipped:]
+
+
+# Minibatches
+
+
+@pytest.mark.parametrize(("n", "parts"), [(8, 2), (8, 1), (8, 8), (12, 3)])
+def test_minibatches_are_a_partition_into_equal_parts(n, parts):
+    found = minibatch_rows(n, parts, seed=1, rollout_index=0, ppo_epoch=0)
+    assert [len(rows) for rows in found] == [n // parts] * parts
+    assert sorted(torch.cat(found).tolist()) == list(range(n))
+
+
+def test_minibatches_are_another_permutation_for_each_epoch_rollout_and_seed():
+    positions = [(seed, r, e) for seed in range(3) for r in range(3) for e in range(3)]
+
+    def order(seed, rollout_index, ppo_epoch):
+        rows = minibatch_rows(32, 2, seed=seed, rollout_index=rollout_index, ppo_epoch=ppo_epoch)
+        return tuple(torch.cat(rows).tolist())
+
+    orders = [order(*position) for position in positions]
+    assert len(set(orders)) == len(positions)
+    torch.rand(1)
+    assert [order(*position) for position in positions] == orders
+    assert tuple(range(32)) not in orders
+
+
+def test_micro_batches_are_a_partition_sorted_by_length():
+    lengths = torch.tensor([9, 3, 7, 1, 8, 2, 6, 5])
+    rows = torch.tensor([0, 3, 6, 1, 4])
+    assert [m.tolist() for m in micro_batch_rows(rows, lengths, 2)] == [[3, 1], [6, 4], [0]]
+
+
+def test_rows_of_equal_length_keep_their_order():
+    rows = torch.tensor([5, 2, 9, 0])
+    assert [m.tolist() for m in micro_batch_rows(rows, torch.full((10,), 4), 2)] == [[5, 2], [9, 0]]
+
+
+# Seeds
+
+
+def test_a_seed_is_a_function_of_its_position_and_of_nothing_else():
+    """The number itself is promised: another one would make every old checkpoint continue differently."""
+    import hashlib
+
+    text = b"(42, 'rollout', 3, 0)"
+    expected = int(hashlib.blake2b(text, digest_size=8).hexdigest(), 16) // 2
+    assert position_seed(42, "rollout", 3, 0) == expected
+    assert 0 <= expected < 2**63
+
+
+def test_seeds_of_different_positions_differ():
+    positions = [(seed, kind, i, j) for seed in range(5) for kind in ("a", "b") for i in range(20) for j in range(20)]
+    assert len({position_seed(*p) for p in positions}) == len(positions)
+    assert position_seed(1, 23) != position_seed(12, 3) != position_seed(1, 2, 3)
+    assert position_seed(0, "1") != position_seed(0, 1)
+
+
+def draw() -> tuple:
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_an_isolated_block_is_seeded_and_leaves_no_trace():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    draw()
+    expected = draw(), draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    draw()
+    before = draw()
+    with isolated_rng(5):
+        inside = draw()
+        for _ in range(10):
+            draw()
+    after = draw()
+    assert (before, after) == expected
+    with isolated_rng(5):
+        assert draw() == inside
+    with isolated_rng(6):
+        again = draw()
+    assert all(a != b for a, b in zip(again, inside, strict=True))
+
+
+def test_an_isolated_block_leaves_no_trace_after_an_error():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with pytest.raises(KeyError), isolated_rng(5):
+        draw()
+        raise KeyError
+    assert draw() == expected
+
+
+def test_isolation_takes_any_seed_that_a_position_gives():
+    with isolated_rng(2**63 - 1):
+        draw()
+    with isolated_rng(0):
+        draw()
+
+
+def test_noise_of_a_row_does_not_depend_on_how_many_rows_follow():
+    many = sampling_noise(3, 64, 11)
+    assert torch.equal(sampling_noise(3, 5, 11), many[:5])
+    assert many.dtype == torch.float64
+    assert ((many >= 0) & (many < 1)).all()
+    assert not torch.equal(sampling_noise(4, 64, 11), many)
+
+
+def test_noise_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    sampling_noise(3, 5, 11)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_response_does_not_depend_on_the_decode_batch(size, tmp_path):
+    from conftest import make_trainer
+
+    def responses(generation_batch_size):
+        trainer = make_trainer(tmp_path, config={"generation_batch_size": generation_batch_size})
+        rows = [trainer.train_dataset[i] for i in range(8)]
+        noise = sampling_noise(11, 8, 8)
+        samples = trainer.collector.sample(rows, noise, {})
+        alone = trainer.collector.sample(rows[5:6], noise[5:6], {})
+        return samples.completions.completion_ids, alone.completions.completion_ids[0]
+
+    together, alone = responses(size)
+    assert together == responses(64)[0]
+    assert alone == together[5]
+    assert len({tuple(ids) for ids in together}) > 4
