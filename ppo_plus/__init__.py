@@ -2,6 +2,7 @@
 
 from .callbacks import (
     AdaptiveKLCallback,
+    NumericsWatchCallback,
     PPOCallback,
     RewardNormalizationCallback,
     RolloutSettings,
@@ -16,6 +17,7 @@ from .trainer import PPOTrainer
 __all__ = [
     "ActorCritic",
     "AdaptiveKLCallback",
+    "NumericsWatchCallback",
     "PPOCallback",
     "PPOConfig",
     "PPOTrainer",

@@ -7,6 +7,10 @@ callbacks when it resumes: constructor arguments must be JSON, and nobody may ho
 from __future__ import annotations
 
 import math
+import signal
+import sys
+import threading
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +159,113 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
             "args": {"decay": self.decay, "clip": self.clip},
             "attributes": {"mean": self.mean, "var": self.var},
         }
+
+
+class InterruptCallback(TrainerCallback):
+    """SIGTERM or SIGINT once: finish the optimizer step, write a checkpoint, and end as the signal would have.
+
+    A second one ends the process at once. A step is finished rather than a micro-batch, because only between steps
+    is the state one that a run can resume from to the same bits. Signals are listened to inside the `with` block.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> InterruptCallback:
+        self.received = None
+        if threading.current_thread() is threading.main_thread():  # only there can one listen to signals
+            self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._put_back()
+        if self.received is not None:
+            signal.raise_signal(self.received)  # what was put off happens now, with the conventional exit status
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop, if a signal came."""
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            self._put_back()
+            signal.raise_signal(number)
+        self.received = number
+        name = signal.Signals(number).name
+        print(f"{name}: finishing this step and saving; send it again to stop at once.", file=sys.stderr, flush=True)
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class NumericsWatchCallback(PPOCallback):
+    """Warns, once each and in words, of what usually means that a run is not doing what it seems to.
+
+    Args:
+        max_kl: KL per response beyond which text tends to break, nats.
+    """
+
+    def __init__(self, max_kl: float = 50.0) -> None:
+        self.max_kl = max_kl
+        self._said: set[str] = set()
+
+    def on_rollout_end(
+        self, args: Any, state: Any, control: Any, rollout: Rollout, samples: Samples, metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Look at the figures of a rollout."""
+        kl, entropy = metrics["kl"], metrics["entropy"]
+        truncated = args.top_p < 1 or args.top_k or args.min_p
+        # The mean of a log-ratio over few responses scatters around its expectation, which is never negative.
+        spread = float(rollout.kl.std(unbiased=False)) / max(1, len(rollout)) ** 0.5
+        self._warn_if(
+            "negative KL",
+            kl < -0.5 - 4 * spread,
+            f"KL to the reference is {kl:.2f} nats per response, and a KL cannot be negative. "
+            + (
+                "top_p, top_k or min_p sample from another distribution than the one that is scored: turn them off."
+                if truncated
+                else "Look for a model or reference that changes outside of training, or dropout in one of them."
+            ),
+        )
+        self._warn_if(
+            "high KL",
+            kl > self.max_kl,
+            f"KL to the reference is {kl:.0f} nats per response; beyond {self.max_kl:.0f} text tends to break. Raise "
+            "kl_coef, use AdaptiveKLCallback, or lower the learning rate.",
+        )
+        self._warn_if(
+            "entropy",
+            entropy < 0.02,
+            f"Entropy is {entropy:.3f} nats per token: the policy hardly samples any more. Raise kl_coef or "
+            "entropy_coef, or lower the learning rate.",
+        )
+        texts = {as_text(text) for text in samples.completions.completions}
+        self._warn_if(
+            "one answer",
+            len(texts) == 1 and len(rollout) > 1,
+            f"All {len(rollout)} prompts of a rollout got the same answer: the policy has collapsed. Look at what the "
+            "reward pays for, and raise kl_coef.",
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Look at the first ratio of a rollout, which only learning may move away from 1."""
+        error = (logs or {}).get("ppo/first_ratio_error", 0.0)
+        self._warn_if(
+            "first ratio",
+            error > 0.1,
+            f"Before anything was learned from a rollout the ratio was off 1 by {error:.2f} on average: old and new "
+            "log-probabilities do not come from the same computation. LoRA dropout does this, and very low precision.",
+        )
+
+    def _warn_if(self, kind: str, holds: bool, text: str) -> None:
+        if holds and kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(text, stacklevel=2)
 
 
 class SamplesTableCallback(PPOCallback):

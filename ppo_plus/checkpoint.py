@@ -1,16 +1,26 @@
-"""What a checkpoint of PPO holds beyond Trainer's: the rollout in use, and what was measured but not yet logged."""
+"""What a checkpoint of PPO holds beyond Trainer's, and how a half-written one is never taken for a whole one.
+
+A checkpoint is whole once its manifest stands in it: the sizes and hashes of all other files, written aside and
+renamed after everything else has reached the disk. The checkpoint before is deleted only after that.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers.trainer_utils import sort_checkpoints
 
 from .metrics import Meter
 from .rollout import Rollout, readable
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -21,12 +31,14 @@ class Progress:
         kl_coef: KL coefficient of the rollout in use, reward units per nat.
         rollout: the one that is being learned from; None before the first.
         num_tokens: prompt and response tokens of all rollouts so far, over all processes.
+        skipped: steps in a row that were skipped for gradients that are not finite.
         meter: measurements since the last log.
     """
 
     kl_coef: float
     rollout: Rollout | None = None
     num_tokens: int = 0
+    skipped: int = 0
     meter: Meter = field(default_factory=Meter)
 
 
@@ -40,6 +52,7 @@ def save_progress(
         "fingerprint": fingerprint,
         "kl_coef": progress.kl_coef,
         "num_tokens": progress.num_tokens,
+        "skipped": progress.skipped,
         "meter": progress.meter.state_dict(),
     }
     _state_file(directory, process_index).write_text(json.dumps(state, indent=2))
@@ -78,7 +91,7 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             f"{directory} cannot be resumed with these arguments: {'; '.join(differing)}. Use the checkpoint's "
             "values, or start a new run from its adapter."
         )
-    progress = Progress(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"])
+    progress = Progress(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"], skipped=state["skipped"])
     progress.meter.load_state_dict(state["meter"])
     if _rollout_file(directory, process_index).is_file():
         progress.rollout = Rollout.load(_rollout_file(directory, process_index))
@@ -91,3 +104,57 @@ def _state_file(directory: Path, process_index: int) -> Path:
 
 def _rollout_file(directory: Path, process_index: int) -> Path:
     return directory / f"rollout_{process_index}.safetensors"
+
+
+def seal(directory: str | Path) -> None:
+    """Flush a checkpoint's files to the disk, then write its manifest; from then on it is whole."""
+    directory = Path(directory)
+    aside = directory / f".{MANIFEST}"
+    others = [p for p in sorted(directory.iterdir()) if p.is_file() and p.name not in (MANIFEST, aside.name)]
+    files = {path.name: _describe(path, flush=True) for path in others}
+    aside.write_text(json.dumps(files, indent=1))
+    _flush(aside)
+    aside.replace(directory / MANIFEST)
+    _flush(directory)
+    _flush(directory.parent)
+
+
+def damage(directory: str | Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole."""
+    directory = Path(directory)
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if _describe(directory / name) != expected:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        return "it was not finished" if name == MANIFEST else f"{name} is missing"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run that is whole, by its step; damaged newer ones are named in a warning."""
+    for directory in reversed(sort_checkpoints(str(output_dir))):
+        found = damage(directory)
+        if found is None:
+            return directory
+        warnings.warn(f"{directory} is skipped: {found}. The checkpoint before it is used.", stacklevel=2)
+    return None
+
+
+def _describe(path: Path, flush: bool = False) -> list:
+    if flush:
+        _flush(path)
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

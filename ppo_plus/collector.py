@@ -7,6 +7,7 @@ where it does. Training and evaluation collect with the same code.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -89,6 +90,8 @@ class Collector:
         self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
         self.accelerator, self.stop_ids = accelerator, list(stop_ids)
         self.warp = truncation(args)
+        self.forward_size = args.local_rollout_forward_batch_size
+        self.decode_size = args.generation_batch_size or self.forward_size
 
     @torch.no_grad()
     def sample(self, rows: Sequence[Row], noise: Tensor, context: dict[str, Any]) -> Samples:
@@ -198,19 +201,21 @@ class Collector:
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
         order = torch.tensor([len(p) for p in prompts]).argsort(stable=True)
-        size = self.args.generation_batch_size or self.args.local_rollout_forward_batch_size
-        for chunk in order.split(size):
-            input_ids, attention_mask = left_pad([prompts[i] for i in chunk.tolist()], padding)
+
+        def decode_rows(chunk: Tensor) -> None:
+            input_ids, attention_mask = left_pad([prompts[int(i)] for i in chunk], pad_id(self.tokenizer))
             out = self.model.generate(
                 input_ids.to(self.accelerator.device),
                 attention_mask.to(self.accelerator.device),
                 noise[chunk],
                 stop_ids=self.stop_ids,
-                pad_token_id=padding,
+                pad_token_id=pad_id(self.tokenizer),
                 temperature=self.args.temperature,
                 warp=self.warp,
             )
             tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
+
+        self.decode_size = in_chunks(order, self.decode_size, decode_rows)
         longest = int(response_mask(tokens, self.stop_ids).sum(1).max())
         return Generation(tokens[:, :longest], logprobs[:, :longest])
 
@@ -220,7 +225,8 @@ class Collector:
         shape = (len(input_ids), response_length)
         logprobs, values, entropy = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
         order = attention_mask.sum(1).argsort(stable=True)
-        for chunk in order.split(self.args.local_rollout_forward_batch_size):
+
+        def forward_rows(chunk: Tensor) -> None:
             first = int(attention_mask[chunk].any(0).int().argmax())
             out = self.model(
                 input_ids[chunk, first:].to(self.accelerator.device),
@@ -233,6 +239,8 @@ class Collector:
             logprobs[chunk] = out.logprobs.cpu()
             if actor:
                 values[chunk], entropy[chunk] = out.values.cpu(), out.entropy.cpu()
+
+        self.forward_size = in_chunks(order, self.forward_size, forward_rows)
         return logprobs, values, entropy
 
     def _completions(
@@ -252,6 +260,31 @@ class Collector:
         extra: dict[str, list] = {}
         context = {**context, "log_extra": lambda name, values: extra.__setitem__(name, list(values))}
         return Completions(prompts, completions, ids, columns, context), extra
+
+
+def in_chunks(order: Tensor, size: int, run: Callable[[Tensor], None]) -> int:
+    """Run over chunks of rows; where memory does not suffice, over smaller ones.
+
+    What a row becomes does not depend on its chunk (noise is drawn per row), so the result is the same up to the
+    re-association of sums.
+
+    Returns:
+        the size that fitted, to begin with next time.
+    """
+    start = 0
+    while start < len(order):
+        try:
+            run(order[start : start + size])
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = min(size, len(order)) // 2 or 1
+            warnings.warn(f"Out of memory: going on with {size} rows at a time instead of more.", stacklevel=2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            start += size
+    return size
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:

@@ -94,6 +94,12 @@ class PPOConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of apply_chat_template.")
     shuffle_dataset: bool = _field(True, "Draw prompts in a new order each epoch.")
 
+    # When something goes wrong
+    on_reward_error: Literal["raise", "skip"] = _field(
+        "raise", "A reward function that fails or returns nonsense: 'raise', or 'skip' it for that rollout."
+    )
+    max_skipped_steps: int = _field(5, "Steps in a row with NaN or infinite gradients before training stops.")
+
     # Looking at it
     num_sample_generations: int = _field(10, "How many times over training to show sampled responses; 0 is never.")
     log_completions: bool = _field(False, "Show sampled responses after every rollout.")
@@ -143,6 +149,7 @@ class PPOConfig(TrainingArguments):
         at_least_one = (
             "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size", "gradient_accumulation_steps",
             "response_length", "local_rollout_forward_batch_size", "num_completions_to_print",
+            "max_skipped_steps",
         )  # fmt: skip
         for name in at_least_one:
             _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a whole number, 1 or more")
@@ -189,6 +196,7 @@ class PPOConfig(TrainingArguments):
             "value_head": ("linear", "mlp"),
             "value_head_activation": ("silu", "gelu"),
             "stop_token": ("eos", None),
+            "on_reward_error": ("raise", "skip"),
         }
         switches = ("include_eos", "whiten_rewards", "disable_dropout", "shuffle_dataset", "log_completions")
         choices |= dict.fromkeys(switches, (True, False))

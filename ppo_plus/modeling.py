@@ -140,6 +140,11 @@ class ActorCritic(nn.Module):
         return self.policy.device
 
     @property
+    def context(self) -> int | None:
+        """Most tokens that prompt and response may have together; None where the model has no limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def num_embeddings(self) -> int:
         """How many token ids the language model has embeddings for."""
         return self.language_model.get_input_embeddings().weight.shape[0]

@@ -235,10 +235,12 @@ class RewardSet:
     Args:
         rewards: at least one.
         weights: one each; `None` means 1.
+        on_error: "raise", or "skip" to go on without a reward function that failed, as if it had returned None.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None) -> None:
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None, on_error: str = "raise") -> None:
         check_weights(weights, len(rewards))
+        self.on_error = on_error
         self.rewards = list(rewards)
         self.weights = torch.tensor(list(weights) if weights is not None else [1.0] * len(rewards))
 
@@ -249,7 +251,7 @@ class RewardSet:
 
     def __call__(self, batch: Completions) -> Tensor:
         """Scores by reward function, `(N, F)` float32; NaN where a function returned None."""
-        by_function = [[math.nan if s is None else s for s in reward(batch)] for reward in self.rewards]
+        by_function = [[math.nan if s is None else s for s in self._scores(reward, batch)] for reward in self.rewards]
         scores = torch.tensor(by_function, dtype=torch.float32).T
         unscored = scores.isnan().all(1)
         if unscored.any():
@@ -260,6 +262,15 @@ class RewardSet:
                 stacklevel=2,
             )
         return scores
+
+    def _scores(self, reward: Reward, batch: Completions) -> Sequence[float | None]:
+        try:
+            return reward(batch)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            warnings.warn(f"{reward.name!r} is left out of this rollout: {type(error).__name__}: {error}", stacklevel=3)
+            return [None] * len(batch)
 
     def total(self, scores: Tensor) -> Tensor:
         """Weighted sum over functions, `(N,)`; NaN for rows that no function scored."""
@@ -320,6 +331,7 @@ def build_rewards(
     weights: Sequence[float] | None,
     batch_size: int,
     chat_template_kwargs: dict[str, Any],
+    on_error: str = "raise",
 ) -> RewardSet:
     """Turn what the user passed (functions, models, names, adapter folders, lists of these) into rewards."""
     funcs, own = listed_rewards(reward_funcs, tokenizers)
@@ -328,7 +340,7 @@ def build_rewards(
     for func, its_tokenizer in zip(funcs, own, strict=True):
         name = unique_name(reward_name(func), ["default", REFERENCE_ADAPTER, *(r.name for r in rewards)])
         rewards.append(_build_reward(func, its_tokenizer, name, model, tokenizer, options))
-    return RewardSet(rewards, weights)
+    return RewardSet(rewards, weights, on_error)
 
 
 def _build_reward(

@@ -16,6 +16,9 @@ The clock is `state.global_step`, which is in every checkpoint; every seed is a 
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -34,10 +37,11 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from . import functional as F
-from .callbacks import PPOCallback, RolloutSettings, SamplesTableCallback
-from .checkpoint import Progress, load_progress, save_progress
+from .callbacks import InterruptCallback, NumericsWatchCallback, PPOCallback, RolloutSettings, SamplesTableCallback
+from .checkpoint import Progress, damage, last_whole_checkpoint, load_progress, save_progress, seal
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
 from .data import Row, check_context, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
@@ -120,64 +124,73 @@ class PPOTrainer(Trainer):
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
-        check_rewards(args, reward_funcs, reward_processing_classes, train_dataset.column_names)  # type: ignore[union-attr]
+        check_rewards(args, reward_funcs, reward_processing_classes, cast(Dataset, train_dataset).column_names)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model))
         check_tokenizer(tokenizer)
         check_stop_token(args, tokenizer)
         check_models(model, ref_model, tokenizer)
-        options: dict[str, Any] = {k: getattr(args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
-        datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
-        tokenized = {
-            name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()
-        }
-        check_enough_prompts(args, len(tokenized["train_dataset"]))
-
-        with isolated_rng(position_seed(args.seed, "adapter")):  # its first weights are drawn here
-            policy = load_policy(
-                model,
-                peft_config=peft_config,
-                quantization_config=quantization_config,
-                model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
-            )
-        actor_critic = build_actor_critic(
-            policy,
-            head=(args.value_head, args.value_head_activation),
-            detach_values=args.critic == "detached",
-            ref_model=ref_model,
-            disable_dropout=args.disable_dropout,
-            seed=position_seed(args.seed, "value head"),
-        )
-        context = getattr(actor_critic.config.get_text_config(), "max_position_embeddings", None)
-        for name, dataset in tokenized.items():
-            check_context(dataset, args.response_length, context, name)
+        datasets = tokenized({"train_dataset": train_dataset, **named_datasets(eval_dataset)}, tokenizer, args)
+        check_enough_prompts(args, len(datasets["train_dataset"]))
+        actor_critic = loaded(model, args, ref_model, quantization_config, peft_config)
+        for name, dataset in datasets.items():
+            check_context(dataset, args.response_length, actor_critic.context, name)
             check_vocabulary(dataset, actor_critic.num_embeddings, name)
-        self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
 
         super().__init__(
             model=actor_critic,
             args=args,
             data_collator=list,
-            train_dataset=tokenized.pop("train_dataset"),
-            eval_dataset=tokenized.get("eval_dataset") or tokenized or None,
+            train_dataset=datasets.pop("train_dataset"),
+            eval_dataset=datasets.get("eval_dataset") or datasets or None,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         actor_critic.value_head.to(args.device)  # a quantized policy is placed already, and Trainer moves neither
         actor_critic.add_model_tags(self._tag_names)
+        self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
+        self.collector = self._build_collector(reward_funcs, reward_processing_classes)
+        self._interrupt = InterruptCallback()
+        self.add_callback(self._interrupt)
+        self.add_callback(NumericsWatchCallback())
+        if args.num_sample_generations or args.log_completions:
+            self.add_callback(SamplesTableCallback())
+        self._progress = Progress(kl_coef=args.kl_coef)
+        self._critic_grad_norm: Tensor | float = 0.0
+
+    def _build_collector(self, reward_funcs: Any, reward_processing_classes: Any) -> Collector:
+        args, tokenizer = self.args, self.processing_class
         rewards = build_rewards(
             reward_funcs,
             reward_processing_classes,
-            actor_critic,
+            self.model,
             tokenizer,
             weights=args.reward_weights,
             batch_size=args.local_rollout_forward_batch_size,
             chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}),
+            on_error=args.on_reward_error,
         )
-        self.collector = Collector(actor_critic, rewards, tokenizer, args, self.accelerator, self.stop_ids)
-        if args.num_sample_generations or args.log_completions:
-            self.add_callback(SamplesTableCallback())
-        self._progress = Progress(kl_coef=args.kl_coef)
+        return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trainer's `train`; `resume_from_checkpoint=True` means the newest checkpoint that is whole.
+
+        A damaged newer one is named and skipped. If there is none at all, training starts at the beginning, so that
+        a script that is restarted by a supervisor needs no case of its own for the first start.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                warnings.warn(f"No whole checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=2)
+        elif isinstance(resume_from_checkpoint, str) and (found := damage(resume_from_checkpoint)):
+            raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {found}. Use the checkpoint before it.")
+        with self._interrupt:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     # Serving minibatches
 
@@ -224,6 +237,7 @@ class PPOTrainer(Trainer):
             rollout_index=rollout_index,
             ppo_epoch=ppo_epoch,
         )[minibatch]
+        self._rows = rows
         micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
         tokens = self.collector.reduce(rollout.mask[rows].sum()).clamp(min=1)
         return [rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
@@ -353,8 +367,37 @@ class PPOTrainer(Trainer):
         # Apart: an early critic's large gradients would shrink the actor's step under one common norm.
         actor, critic = self._parameter_groups()
         norm = self.accelerator.clip_grad_norm_(actor, self.args.max_grad_norm)
-        self._progress.meter.add("critic/grad_norm", nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm))
+        self._critic_grad_norm = nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm)
+        self._progress.meter.add("critic/grad_norm", self._critic_grad_norm)
         return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Called once per optimizer step, whether gradients are clipped or not, just before the optimizer.
+        norm = super()._get_grad_norm(model, grad_norm)
+        if math.isfinite(float(norm)) and math.isfinite(float(self._critic_grad_norm)):
+            self._progress.skipped = 0
+        else:
+            model.zero_grad(set_to_none=True)  # an optimizer leaves parameters without gradients alone
+            self._skipped_a_step()
+        return norm
+
+    def _skipped_a_step(self) -> None:
+        self._progress.skipped += 1
+        self._progress.meter.add("ppo/skipped_steps", 1.0)
+        rollout = cast(Rollout, self._progress.rollout)
+        numbers = torch.cat([rollout.advantages, rollout.returns, rollout.logprobs, rollout.values], 1)
+        rows = [int(r) for r in self._rows if not numbers[r].isfinite().all()] or self._rows.tolist()
+        texts = self.processing_class.batch_decode(rollout.input_ids[rows[:2]], skip_special_tokens=True)
+        what = (
+            f"Step {self.state.global_step} has gradients that are not finite and is skipped; its responses: {texts!r}"
+        )
+        if self._progress.skipped >= self.args.max_skipped_steps:
+            last = last_whole_checkpoint(cast(str, self.args.output_dir))
+            raise RuntimeError(
+                f"{what}. That makes {self._progress.skipped} steps in a row (max_skipped_steps): lower the learning "
+                f"rate or look at the rewards. The last whole checkpoint is {last}."
+            )
+        warnings.warn(what, stacklevel=2)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with what was measured since the last one."""
@@ -404,8 +447,7 @@ class PPOTrainer(Trainer):
         if not isinstance(prompts, Dataset):
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
         if "input_ids" not in prompts.column_names:
-            options = {k: getattr(self.args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
-            prompts = tokenize_prompts(prompts, self.processing_class, name="eval_dataset", **options)
+            prompts = tokenized({"eval_dataset": prompts}, self.processing_class, self.args)["eval_dataset"]
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         rows = [prompts[i] for i in share]
         return self._sample(rows, position_seed(self.args.seed, "evaluation", share.start), meter or Meter())
@@ -432,7 +474,21 @@ class PPOTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 cast(dict, self.state.stateful_callbacks).setdefault(type(callback).__name__, {})
-        super()._save_checkpoint(model, trial)
+        run_dir = self._get_output_dir(trial=trial)
+        directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(directory, ignore_errors=True)  # left over from a run that was killed while it wrote
+        self.accelerator.wait_for_everyone()
+        # Trainer would delete the checkpoint before while this one has no manifest yet.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(directory)
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         progress = load_progress(resume_from_checkpoint, self.accelerator.process_index, self._fingerprint())
@@ -450,6 +506,31 @@ class PPOTrainer(Trainer):
             "num_processes": self.accelerator.num_processes,
             "num_prompts": len(self.train_dataset),
         }
+
+
+def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> dict[str, Dataset]:
+    """Datasets of prompts with their token ids."""
+    options: dict[str, Any] = {k: getattr(args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
+    return {name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()}
+
+
+def loaded(model: Any, args: PPOConfig, ref_model: Any, quantization_config: Any, peft_config: Any) -> ActorCritic:
+    """The actor-critic that `args` describes; an adapter's first weights are drawn here, from the seed alone."""
+    with isolated_rng(position_seed(args.seed, "adapter")):
+        policy = load_policy(
+            model,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
+        )
+    return build_actor_critic(
+        policy,
+        head=(args.value_head, args.value_head_activation),
+        detach_values=args.critic == "detached",
+        ref_model=ref_model,
+        disable_dropout=args.disable_dropout,
+        seed=position_seed(args.seed, "value head"),
+    )
 
 
 def policy_loss(args: PPOConfig, new: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from ppo_plus import PPOCallback, PPOConfig
+from ppo_plus.checkpoint import seal
 from ppo_plus.data import encode_prompt
 from ppo_plus.functional import kl_divergence
 
@@ -107,6 +108,7 @@ def checkpoint(says: str, spoil: Callable[[Path], object], *, args=None, **overr
         copy = tmp_path / "checkpoint-2"
         shutil.copytree(good, copy)
         spoil(copy)
+        seal(copy)  # past the manifest, as if it had been damaged before it was sealed
         make_trainer(tmp_path / "out", config=args, **overrides).train(resume_from_checkpoint=str(copy))
 
     return Case(act, says)
@@ -490,7 +492,8 @@ CASES = {
     "a newer version": checkpoint("was written by a newer ppo_plus .format 99.*Upgrade", newer),
     "no state of PPO": checkpoint("has no ppo_state_0.json, so training cannot resume", remove("ppo_state_0.json")),
     "no checkpoint at all": Case(
-        lambda tmp_path, _: make_trainer(tmp_path).train(resume_from_checkpoint=True), "No valid checkpoint found"
+        lambda tmp_path, _: make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9")),
+        "checkpoint-9 cannot be resumed: it was not finished",
     ),
 }
 

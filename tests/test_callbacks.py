@@ -6,15 +6,18 @@ import builtins
 import inspect
 import json
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, lora, make_prompts, make_tokenizer, make_trainer
+from conftest import CHAT_TEMPLATE, lora, make_config, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 
 from ppo_plus import (
     ActorCritic,
     AdaptiveKLCallback,
+    NumericsWatchCallback,
     PPOCallback,
     PPOConfig,
     RewardNormalizationCallback,
@@ -461,3 +464,59 @@ def test_a_user_may_install_the_table_too(tmp_path, capsys):
     config = {"num_sample_generations": 0, "num_completions_to_print": 1}
     run(tmp_path, SamplesTableCallback(), rollouts=2, config=config, peft_config=lora(r=2))
     assert capsys.readouterr().out.count("Samples at step 0") == 1
+
+
+class Rows:
+    """As much of a rollout as the watch looks at."""
+
+    def __init__(self, kl):
+        self.kl = kl
+
+    def __len__(self):
+        return len(self.kl)
+
+
+def watched(tmp_path, **overrides):
+    """The warnings of a short run, by their first word."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, **overrides).train()
+    return [str(w.message) for w in caught if str(w.message).startswith(("KL", "Entropy", "All ", "Before"))]
+
+
+def test_a_healthy_run_is_not_warned_about(tmp_path):
+    assert watched(tmp_path, config={"max_steps": 12, "learning_rate": 1e-3}) == []
+
+
+def test_truncated_sampling_is_named_as_the_cause_of_a_negative_kl(tmp_path):
+    callback, args = NumericsWatchCallback(), make_config(tmp_path, top_k=1)
+    samples = SimpleNamespace(completions=SimpleNamespace(completions=["a", "b"]))
+    with pytest.warns(UserWarning, match=r"KL to the reference is -3.10 nats.*top_p, top_k or min_p.*turn them off"):
+        callback.on_rollout_end(args, None, None, Rows(torch.tensor([-3.0, -3.2])), samples, {"kl": -3.1, "entropy": 1})
+
+
+@pytest.mark.parametrize(
+    ("metrics", "texts", "words"),
+    [
+        ({"kl": 80.0, "entropy": 1.0}, ["a", "b"], "80 nats per response; beyond 50 text tends to break"),
+        ({"kl": 1.0, "entropy": 0.001}, ["a", "b"], "hardly samples any more"),
+        ({"kl": 1.0, "entropy": 1.0}, ["a", "a"], "All 2 prompts of a rollout got the same answer"),
+        ({"kl": -2.0, "entropy": 1.0}, ["a", "b"], "a KL cannot be negative"),
+    ],
+)
+def test_what_looks_wrong_is_said_once(tmp_path, metrics, texts, words):
+    callback, args = NumericsWatchCallback(), make_config(tmp_path)
+    samples = SimpleNamespace(completions=SimpleNamespace(completions=texts))
+    with pytest.warns(UserWarning, match=words) as caught:
+        for _ in range(3):
+            callback.on_rollout_end(args, None, None, Rows(torch.tensor([1.0, 1.0])), samples, metrics)
+    assert len(caught) == 1
+
+
+def test_a_first_ratio_that_is_not_one_is_named(tmp_path):
+    callback = NumericsWatchCallback()
+    with pytest.warns(UserWarning, match="the ratio was off 1 by 0.40"):
+        callback.on_log(None, None, None, logs={"ppo/first_ratio_error": 0.4})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback.on_log(None, None, None, logs={"ppo/first_ratio_error": 0.01})

@@ -28,6 +28,7 @@ SIGNATURES = {
     "get_train_dataloader": [],
     "get_optimizer_cls_and_kwargs": ["args", "model"],
     "_clip_grad_norm": ["model"],
+    "_get_grad_norm": ["model", "grad_norm"],
     "_save": ["output_dir", "state_dict"],
     "_save_rng_state": ["output_dir"],
     "_load_rng_state": ["checkpoint"],
@@ -37,9 +38,10 @@ SIGNATURES = {
     "_load_callback_state": [],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["logs", "start_time"],
+    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
 }
 INHERITED = [
-    "train", "_inner_training_loop", "_run_epoch", "training_step", "create_optimizer", "create_scheduler",
+    "_inner_training_loop", "_run_epoch", "training_step", "create_optimizer", "create_scheduler",
     "_maybe_log_save_evaluate", "_load_rng_state", "_save_optimizer_and_scheduler", "save_model", "push_to_hub",
 ]  # fmt: skip
 OVERRIDDEN = [name for name in vars(PPOTrainer) if name != "__init__" and callable(getattr(Trainer, name, None))]

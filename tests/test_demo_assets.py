@@ -431,7 +431,10 @@ def test_the_real_model_and_reviews():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = assets.load_smollm2()
+    try:
+        folder = assets.load_smollm2()
+    except assets.AssetError as error:
+        pytest.skip(str(error))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == 2

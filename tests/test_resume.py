@@ -9,6 +9,7 @@ import torch
 from conftest import lora, make_trainer
 
 from ppo_plus import AdaptiveKLCallback, RewardNormalizationCallback
+from ppo_plus.checkpoint import seal
 
 STEPS = 12  # three rollouts of 4 steps; the second data epoch begins at step 8
 TIMES = ("time/", "train_", "epoch")
@@ -68,6 +69,7 @@ def test_the_gap_is_seen_if_the_rollout_is_another_one(undisturbed, tmp_path):
     copy = tmp_path / "checkpoint-6"
     shutil.copytree(folder / "checkpoint-6", copy)
     shutil.copy(folder / "checkpoint-3" / "rollout_0.safetensors", copy)
+    seal(copy)
     assert largest_gap(weights, run(tmp_path / "out", resume=str(copy))[0]) > 1e-4
 
 
@@ -76,6 +78,7 @@ def test_a_missing_rollout_is_named(undisturbed, tmp_path):
     copy = tmp_path / "checkpoint-6"
     shutil.copytree(folder / "checkpoint-6", copy)
     (copy / "rollout_0.safetensors").unlink()
+    seal(copy)
     with pytest.raises(RuntimeError, match="inside rollout 1.*multiple of 4"):
         run(tmp_path / "out", resume=str(copy))
 

@@ -1,0 +1,43 @@
+"""Every Python block of the documentation runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = [
+    pytest.param(code, id=f"{file.name}-{index}")
+    for file in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    for index, code in enumerate(re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_the_block_runs_as_shown(code, tmp_path, monkeypatch):
+    # The name of the model in the text is a folder here, with a tiny model in it.
+    folder = tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct"
+    make_model().save_pretrained(folder)
+    make_tokenizer(CHAT_TEMPLATE).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "__main__"}
+    exec(compile(code, "README", "exec"), namespace)
+    trainer = namespace.get("trainer")
+    if trainer is not None:
+        assert trainer.state.global_step > 0
+        assert (Path(trainer.args.output_dir) / "adapter_model.safetensors").is_file()
+
+
+def test_there_are_blocks_and_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(BLOCKS) >= 3
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_quickstart_is_short():
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20

@@ -1,0 +1,56 @@
+"""The demo recipe, from its YAML file, on the real model for a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+import demo_assets  # noqa: E402
+
+
+def real_model() -> Path:
+    try:
+        return demo_assets.load_smollm2()
+    except demo_assets.AssetError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_reward_model_then_ppo_on_the_real_model(tmp_path):
+    base = real_model()
+    config = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text())
+    config |= {"num_pairs": 16, "num_eval_pairs": 8, "num_prompts": 16, "num_eval_prompts": 4}
+    config["ppo"] |= {"total_episodes": 16, "per_device_train_batch_size": 4, "response_length": 8}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "recipes/rm_then_ppo.py", "--config", str(tmp_path / "small.yaml")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Held-out reward" in done.stdout.splitlines()[-1]
+
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["before"]["kl"] == pytest.approx(0, abs=0.05)  # bf16 where the machine prefers it
+    assert result["after"]["kl"] != result["before"]["kl"]
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+    folder = tmp_path / "out" / "ppo"
+    saved = {file.name for file in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"} <= saved
+    assert "model.safetensors" not in saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answer = model.generate(**tokenizer("The film was", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert answer.shape == (1, 7)
