@@ -2,7 +2,7 @@
 
 PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` as four operations on whole activations, and keeps an
 fp32 copy of `x` for the backward pass where the adapter is fp32. A rank-16 update deserves neither: here it is added
-into the base layer's output by one fused product, and the backward pass keeps `x` as it came. Weights, names and
+to the base layer's output by one fused product, and the backward pass keeps `x` as it came. Weights, names and
 files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, merged, mixed batches) goes through PEFT's own code.
 """
 
@@ -24,18 +24,17 @@ except ImportError:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """`base += scaling * (x A^T) B^T`, in place (Hu et al. 2021, eq. 3)."""
+    """`base + scaling * (x A^T) B^T` (Hu et al. 2021, eq. 3)."""
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         low_a, low_b = a.to(base.dtype), b.to(base.dtype)
         flat = x.reshape(-1, x.shape[-1]).to(base.dtype)
         inner = flat.mm(low_a.t())
-        base.view(-1, base.shape[-1]).addmm_(inner, low_b.t(), alpha=scaling)
-        ctx.mark_dirty(base)
+        result = torch.addmm(base.reshape(-1, base.shape[-1]), inner, low_b.t(), alpha=scaling)
         ctx.save_for_backward(flat, inner, low_a, low_b)
         ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = scaling, x.shape, x.dtype, a.dtype
-        return base
+        return result.view(base.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,10 +55,6 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not plain or layer.disable_adapters or not names:
         return type(layer).forward(layer, x, *args, **kwargs)
     result = layer.base_layer(x)
-    if not result.is_contiguous() or result is x:
-        return type(layer).forward(layer, x)
-    if result.requires_grad and result.is_leaf:
-        result = result.clone()
     for name in names:
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         result = _AddLowRank.apply(result, x, a, b, layer.scaling[name])

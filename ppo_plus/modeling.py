@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .functional import entropy as entropy_of
 from .functional import token_logprobs
@@ -66,8 +65,11 @@ class ValueHead(nn.Module):
 
 
 @dataclass
-class ActorCriticOutput(ModelOutput):
-    """What the learning phase needs of a forward pass, each `(B, R)` float32; `None` where it was not asked for."""
+class ActorCriticOutput:
+    """What the learning phase needs of a forward pass, each `(B, R)` float32; `None` where it was not asked for.
+
+    No `ModelOutput`: that is a dict, and a field `values` would hide the method by which DDP reads it.
+    """
 
     logprobs: Tensor = None  # type: ignore[assignment]
     values: Tensor = None  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardTrainer as TRLRewardTrainer
 
@@ -56,6 +56,7 @@ class RewardTrainer(TRLRewardTrainer):
         self._calibration: dict[str, Any] = {}
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         use_plain_lora(self.model)
+        keep_head_precise(self.model)
 
     @torch.no_grad()
     def calibrate(self, dataset: Dataset | None = None) -> dict[str, float]:
@@ -116,3 +117,19 @@ class RewardTrainer(TRLRewardTrainer):
             "chat_template_sha256": template_hash(self.processing_class),
             **self._calibration,
         }
+
+
+def keep_head_precise(model: nn.Module) -> None:
+    """Hold what is trained in fp32, and hand the score head hidden states of its own dtype.
+
+    TRL casts the trained weights of a quantized model to bf16, where small updates of the score head are lost, and
+    where nothing is autocast a head of another dtype than the hidden states is an error.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and isinstance(model, PeftModel):
+            parameter.data = parameter.data.float()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "score":
+            weights = sorted(module.parameters(), key=lambda p: p.requires_grad)  # the trained one last
+            dtype = weights[-1].dtype
+            module.register_forward_pre_hook(lambda _, inputs, dtype=dtype: (inputs[0].to(dtype), *inputs[1:]))

@@ -107,21 +107,22 @@ LEARNING = {
 
 
 @pytest.mark.parametrize(
-    ("adapter", "config"),
-    [(lora(), {"seed": 1}), (lora(), {"seed": 42}), (None, {"learning_rate": 5e-3, "max_steps": 32, "seed": 0})],
+    ("adapter", "steps", "seed"),
+    [(lora(), 60, 1), (lora(), 60, 42), (None, 32, 0)],
     ids=["LoRA, seed 1", "LoRA, seed 42", "whole model"],
 )
-def test_the_reward_rises_also_on_prompts_that_are_not_trained_on(tmp_path, adapter, config):
+def test_the_reward_rises_also_on_prompts_that_are_not_trained_on(tmp_path, adapter, steps, seed):
+    config = {**LEARNING, "learning_rate": 5e-3, "max_steps": steps, "seed": seed}
     trainer = make_trainer(
-        tmp_path, config={**LEARNING, **config}, train_dataset=make_prompts(64), peft_config=adapter,
+        tmp_path, config=config, train_dataset=make_prompts(64), peft_config=adapter,
         eval_dataset=Dataset.from_dict({"prompt": [a + b for a in "xyzq" for b in "xyzq"]}),
     )  # fmt: skip
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     rewards = logged(trainer, "reward")
-    assert rewards[0] < 1 and sum(rewards[-2:]) / 2 > 3
-    assert after["eval_reward"] > before["eval_reward"] + 1.5
+    assert rewards[0] < 1 and sum(rewards[-2:]) / 2 > rewards[0] + 2
+    assert after["eval_reward"] > before["eval_reward"] + 0.75
     assert after["eval_kl"] > before["eval_kl"] == 0.0
 
 
