@@ -10,7 +10,6 @@ Notation: B rows, P prompt tokens (left-padded), R response tokens (right-padded
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft import PeftConfig, PeftModel
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .adapters import adapter_weights, fitting, same_requires_grad, use_adapter
 from .functional import entropy as entropy_of
 from .functional import token_logprobs
 from .lora import use_plain_lora
@@ -388,25 +386,6 @@ class ActorCritic(nn.Module):
             self.value_head.load_state_dict(head)
 
 
-def adapter_weights(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter on disk; PEFT would look for a missing file on the Hub."""
-    file = directory / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{directory} has no {file.name}: it holds no adapter, or was not finished.")
-    with readable(file):
-        return load_peft_weights(str(directory), device="cpu")
-
-
-@contextlib.contextmanager
-def fitting(what: str, fix: str) -> Iterator[None]:
-    """Say in one sentence that tensors have other names or shapes than the model's."""
-    try:
-        yield
-    except RuntimeError as error:
-        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
-        raise ValueError(f"{what} does not fit this model ({first[:200]}). {fix}") from error
-
-
 def sample(logits: Tensor, noise: Tensor) -> Tensor:
     """Inverse-CDF sampling: the token at which the cumulative probability passes the noise.
 
@@ -502,140 +481,3 @@ def chunked_logprobs(
         pieces.append(checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t))
     logprobs, *entropy = (torch.cat(parts).view(targets.shape) for parts in zip(*pieces, strict=True))
     return logprobs, entropy[0] if entropy else None
-
-
-@contextlib.contextmanager
-def use_adapter(model: nn.Module, name: str) -> Iterator[None]:
-    """Make one adapter the active one inside the block, and put back what was active, also after an error.
-
-    PEFT's `set_adapter` turns `requires_grad` on for the adapter it activates and off for the others; here
-    nothing is trained that was not trained before.
-    """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    active = [(layer, layer.active_adapters) for layer in layers]
-    with same_requires_grad(model):
-        try:
-            for layer in layers:
-                layer.set_adapter([name], inference_mode=True)
-            yield
-        finally:
-            for layer, names in active:
-                layer.set_adapter(list(names))
-
-
-@contextlib.contextmanager
-def same_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Put back after the block what was trained before it; PEFT's switches turn on whole adapters."""
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-
-
-def disable_base_dropout(model: nn.Module) -> None:
-    """Zero the dropout of the base model. `lora_dropout` is the user's choice and stays."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        # Some models keep rates for functional dropout, under several names (`attention_dropout`, `hidden_dropout`).
-        for attribute in [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]:
-            setattr(module, attribute, 0.0)
-
-
-def load_policy(
-    model: str | PreTrainedModel | PeftModel,
-    *,
-    peft_config: PeftConfig | None,
-    quantization_config: Any = None,
-    model_init_kwargs: dict[str, Any] | None = None,
-) -> PreTrainedModel | PeftModel:
-    """The policy from a name or a model: loaded, adapted, and with a frozen `ref` copy of an adapter it came with.
-
-    Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
-    """
-    if peft_config is not None and peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
-            "LoraConfig."
-        )
-    if isinstance(model, str):
-        kwargs = {"dtype": "auto" if peft_config is not None else torch.float32, **(model_init_kwargs or {})}
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    elif quantization_config is not None or model_init_kwargs:
-        raise ValueError(
-            "quantization_config and model_init_kwargs apply to a model that is loaded by name; this model is "
-            "loaded already. Pass its name, or load it with these arguments yourself."
-        )
-    if isinstance(model, PeftModel):
-        return _with_reference_adapter(model, peft_config)
-    check_architecture(model)
-    if peft_config is None:
-        if getattr(model, "is_quantized", False):
-            raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
-        return model
-    return get_peft_model(model, peft_config)
-
-
-def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
-    if peft_config is not None:
-        raise ValueError("This model has an adapter already: pass it without peft_config to go on training it.")
-    if "default" not in model.peft_config:
-        raise ValueError(f"The adapter to train must be named 'default'; this model has {list(model.peft_config)}.")
-    if REFERENCE_ADAPTER not in model.peft_config:
-        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config["default"]))
-        state = {k: v for k, v in model.state_dict().items() if ".default." in k}
-        renamed = {k.replace(".default.", f".{REFERENCE_ADAPTER}."): v.clone() for k, v in state.items()}
-        model.load_state_dict(renamed, strict=False)
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            parameter.requires_grad_(True)
-        elif f".{REFERENCE_ADAPTER}." in name:
-            parameter.requires_grad_(False)
-    return model
-
-
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that stays as it is: the reference of full fine-tuning."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def build_actor_critic(
-    policy: PreTrainedModel | PeftModel,
-    *,
-    head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]],
-    detach_values: bool,
-    ref_model: PreTrainedModel | None,
-    disable_dropout: bool,
-    seed: int,
-) -> ActorCritic:
-    """A policy with its value head, and a frozen copy as reference where there is no adapter to switch off.
-
-    Args:
-        policy: from `load_policy`.
-        head: kind and activation of the value head.
-        detach_values: stop the critic's gradient at the head.
-        ref_model: a reference of the user's own.
-        disable_dropout: zero the base model's dropout.
-        seed: of the value head's hidden layer.
-    """
-    if disable_dropout:
-        disable_base_dropout(policy)
-    if ref_model is None and not isinstance(policy, PeftModel):
-        ref_model = frozen_copy(policy)
-    if isinstance(ref_model, PeftModel):
-        ref_model = cast(PreTrainedModel, ref_model.get_base_model())
-    if ref_model is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, ref_model.parameters())):
-        raise ValueError(
-            "model and ref_model share their weights, so the reference would move with the policy: leave ref_model "
-            "out (the model without its adapter, or a frozen copy, is the reference), or load it a second time."
-        )
-    if ref_model is not None:
-        ref_model.to(policy.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        value_head = ValueHead(policy.config.get_text_config().hidden_size, *head)
-    return ActorCritic(policy, value_head, detach_values=detach_values, ref_model=ref_model)

@@ -45,8 +45,9 @@ from .checkpoint import Progress, damage, last_whole_checkpoint, load_progress, 
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
 from .data import Row, check_context, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
+from .loading import build_actor_critic, load_policy
 from .metrics import Meter
-from .modeling import ActorCritic, ActorCriticOutput, build_actor_critic, load_policy
+from .modeling import ActorCritic, ActorCriticOutput
 from .rewards import build_rewards
 from .rollout import (
     PromptSampler,

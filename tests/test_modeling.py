@@ -36,18 +36,11 @@ from transformers import (
 )
 
 from ppo_plus import modeling
+from ppo_plus.adapters import use_adapter
 from ppo_plus.collector import truncation
 from ppo_plus.data import left_pad
-from ppo_plus.modeling import (
-    ActorCritic,
-    ValueHead,
-    build_actor_critic,
-    chunked_logprobs,
-    load_policy,
-    logits_function,
-    sample,
-    use_adapter,
-)
+from ppo_plus.loading import build_actor_critic, load_policy
+from ppo_plus.modeling import ActorCritic, ValueHead, chunked_logprobs, logits_function, sample
 from ppo_plus.rollout import response_mask
 
 VOCABULARY, PAD, EOS = 42, 0, 2
