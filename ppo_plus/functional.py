@@ -132,8 +132,20 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     Returns:
         Log-probabilities, `(B, R)` float32, nats.
     """
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return logprobs_and_entropy(logits, targets, temperature, with_entropy=False)[0]
+
+
+def logprobs_and_entropy(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` and `entropy` from one softmax; `None` for the entropy where it is not asked for."""
+    scaled = logits.float()
+    if temperature != 1:
+        # In place where a copy was made just now: these are the largest tensors there are.
+        scaled = scaled / temperature if scaled is logits else scaled.div_(temperature)
+    logprobs = F.log_softmax(scaled, dim=-1)
+    chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return chosen, _entropy(logprobs) if with_entropy else None
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -146,7 +158,10 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Returns:
         Entropy per position, `(B, R)` float32, nats, between 0 and `log V`.
     """
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    return _entropy(F.log_softmax(logits.float() / temperature, dim=-1))
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
     probs = logprobs.exp()
     # The limit of p log p at p = 0 is 0; computed, it is 0 * -inf.
     return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(-1)

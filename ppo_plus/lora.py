@@ -8,7 +8,9 @@ files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, merged, mixed batc
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,6 +49,22 @@ class _AddLowRank(torch.autograd.Function):
         return grad, grad_x, grad_a, grad_b, None
 
 
+@contextlib.contextmanager
+def weights_at_rest(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters do not change and nothing is differentiated: their weights are cast to the backbone's dtype
+    once, and not at each of the hundreds of steps of decoding.
+    """
+    layers: list[Any] = [module for module in model.modules() if type(module) in _KINDS]
+    with torch.no_grad():
+        try:
+            for layer in layers:
+                layer.at_rest = {}
+            yield
+        finally:
+            for layer in layers:
+                layer.at_rest = None
+
+
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = not (layer.merged or args or kwargs) and all(
@@ -56,8 +74,16 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(layer).forward(layer, x, *args, **kwargs)
     result = layer.base_layer(x)
     for name in names:
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        result = _AddLowRank.apply(result, x, a, b, layer.scaling[name])
+        a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        at_rest = getattr(layer, "at_rest", None)
+        if at_rest is None:
+            result = _AddLowRank.apply(result, x, a, b, scaling)
+        else:
+            if name not in at_rest:
+                at_rest[name] = (a.to(result.dtype).t(), b.to(result.dtype).t())
+            inner = x.reshape(-1, x.shape[-1]).to(result.dtype).mm(at_rest[name][0])
+            flat = torch.addmm(result.reshape(-1, result.shape[-1]), inner, at_rest[name][1], alpha=scaling)
+            result = flat.view(result.shape)
     return result
 
 

@@ -21,19 +21,17 @@ from peft import PeftConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .adapters import adapter_weights, fitting, same_requires_grad, use_adapter
-from .functional import entropy as entropy_of
 from .functional import token_logprobs
-from .lora import use_plain_lora
+from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
+from .lora import use_plain_lora, weights_at_rest
 from .rollout import readable
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 REFERENCE_ADAPTER = "ref"
-# Logits of one chunk: 16 M numbers are 64 MB in fp32, whatever the vocabulary.
-CHUNK_ELEMENTS = 2**24
+SHORT_SEQUENCE = 128  # tokens
 
 
 class ValueHead(nn.Module):
@@ -110,6 +108,11 @@ class ActorCritic(nn.Module):
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         use_plain_lora(policy)
         self._active: PreTrainedModel = self.language_model
+        self._fused_attention = [
+            model
+            for model in (self.language_model, *self._ref_model)
+            if model.config.get_text_config()._attn_implementation == "sdpa"
+        ]
         if not self.is_peft and ref_model is None:
             raise ValueError(
                 "Full fine-tuning needs a reference that training does not change: pass ref_model, "
@@ -196,8 +199,10 @@ class ActorCritic(nn.Module):
         output = ActorCriticOutput()
         if with_logprobs or with_entropy:
             targets = input_ids[:, -response_length:]
-            head = logits_function(self._active)
-            output.logprobs, output.entropy = chunked_logprobs(head, hidden, targets, temperature, with_entropy)  # type: ignore[assignment]
+            output.logprobs, output.entropy = chunked_logprobs(  # type: ignore[assignment]
+                logits_function(self._active), hidden, targets, temperature, with_entropy,
+                frozen_head=head_is_frozen(self._active),
+            )  # fmt: skip
         if with_values:
             output.values = self.value_head(hidden.detach() if self.detach_values else hidden)
         return output
@@ -218,7 +223,6 @@ class ActorCritic(nn.Module):
             with same_requires_grad(self.policy), self.policy.disable_adapter():
                 yield
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -245,12 +249,19 @@ class ActorCritic(nn.Module):
             temperature: divides the logits.
             warp: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
         """
-        rows, length = noise.shape
-        tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=input_ids.device)
-        logprobs = torch.zeros(rows, length, device=input_ids.device)
-        stop = torch.tensor(list(stop_ids), device=input_ids.device)
-        head, noise = logits_function(self._active), noise.to(input_ids.device)
-        alive, cache, step_ids, mask = torch.arange(rows, device=input_ids.device), None, input_ids, attention_mask
+        with weights_at_rest(self.policy):
+            return self._decode(input_ids, attention_mask, noise, stop_ids, pad_token_id, temperature, warp)
+
+    def _decode(
+        self, input_ids: Tensor, mask: Tensor, noise: Tensor, stop_ids: Sequence[int], pad_token_id: int,
+        temperature: float, warp: Callable[[Tensor], Tensor] | None,
+    ) -> Generation:  # fmt: skip
+        (rows, length), device = noise.shape, input_ids.device
+        tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(rows, length, device=device)
+        stop = torch.tensor(list(stop_ids), device=device)
+        head, noise = logits_function(self._active), noise.to(device)
+        alive, cache, step_ids = torch.arange(rows, device=device), None, input_ids
         for t in range(length):
             outputs = self._hidden_states(step_ids, mask, past_key_values=cache, use_cache=True)
             cache = outputs.past_key_values
@@ -333,6 +344,8 @@ class ActorCritic(nn.Module):
 
     def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor, **cache: Any) -> Any:
         backbone = self._active.base_model
+        if self._active in self._fused_attention:
+            choose_attention(backbone, input_ids.shape[1], attention_mask.shape[1])
         parameters = inspect.signature(backbone.forward).parameters
         kwargs: dict[str, Any] = {"use_cache": False, **cache}
         if "position_ids" in parameters:
@@ -386,22 +399,6 @@ class ActorCritic(nn.Module):
             self.value_head.load_state_dict(head)
 
 
-def sample(logits: Tensor, noise: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the token at which the cumulative probability passes the noise.
-
-    Args:
-        logits: `(B, V)` float32.
-        noise: uniform in [0, 1), `(B,)` float64.
-
-    Returns:
-        token ids, `(B,)` int64.
-    """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Scaled by the total, which is 1 only up to rounding: the noise must not fall behind the last token.
-    index = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True).squeeze(-1)
-    return index.clamp(max=logits.shape[-1] - 1)
-
-
 def select_rows(cache: Any, rows: Tensor) -> None:
     """Keep only these rows of a key-value cache, in place."""
     if hasattr(cache, "batch_select_indices") and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
@@ -410,19 +407,16 @@ def select_rows(cache: Any, rows: Tensor) -> None:
         cache.reorder_cache(rows)
 
 
-def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The model's map from last hidden states `(..., H)` to logits `(..., V)`, scaling and soft-capping included."""
-    config = model.config.get_text_config()
-    head = cast(nn.Module, model.get_output_embeddings())
-    multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+def choose_attention(backbone: PreTrainedModel, queries: int, keys: int) -> None:
+    """On a CPU in half precision, plain matrix products for short sequences: the fused kernel takes twice as long.
 
-    def logits(hidden: Tensor) -> Tensor:
-        out = head(hidden) * (multiplier / divisor) if multiplier != divisor else head(hidden)
-        return softcap * torch.tanh(out / softcap) if softcap else out
-
-    return logits
+    Set for good and not for a block, so that what the backward pass recomputes is what the forward pass computed.
+    """
+    half = backbone.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    plain = backbone.device.type == "cpu" and half and (queries == 1 or keys <= SHORT_SEQUENCE)
+    config, wanted = backbone.config.get_text_config(), "eager" if plain else "sdpa"
+    if config._attn_implementation != wanted:
+        config._attn_implementation = wanted
 
 
 def check_architecture(model: PreTrainedModel) -> None:
@@ -451,33 +445,3 @@ def check_head(model: PreTrainedModel) -> None:
             f"{name} computes its logits in a way that ppo_plus does not know (the head applied to the last hidden "
             "states gives other numbers). Please open an issue with the name of the model."
         )
-
-
-def chunked_logprobs(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `targets`, with vocabulary logits for one chunk of tokens at a time.
-
-    The backward pass recomputes each chunk's logits, so neither pass ever holds `(B, R, V)`.
-
-    Args:
-        head: hidden states to logits.
-        hidden: `(B, R, H)`.
-        targets: `(B, R)` int64.
-        temperature: divides the logits.
-        with_entropy: also return the entropy, `(B, R)` float32, nats.
-    """
-
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logits = head(hidden).float()
-        outputs = (token_logprobs(logits, targets, temperature),)
-        return (*outputs, entropy_of(logits, temperature)) if with_entropy else outputs
-
-    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    vocabulary = head(flat_hidden[:1]).shape[-1]
-    size = max(16, CHUNK_ELEMENTS // vocabulary)
-    pieces = []
-    for h, t in zip(flat_hidden.split(size), flat_targets.split(size), strict=True):
-        pieces.append(checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t))
-    logprobs, *entropy = (torch.cat(parts).view(targets.shape) for parts in zip(*pieces, strict=True))
-    return logprobs, entropy[0] if entropy else None

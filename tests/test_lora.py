@@ -10,7 +10,7 @@ from conftest import lora, make_model
 from peft import get_peft_model
 
 import ppo_plus.lora as plain
-from ppo_plus.lora import use_plain_lora
+from ppo_plus.lora import use_plain_lora, weights_at_rest
 
 
 def peft_model(**options):
@@ -105,3 +105,46 @@ def test_bf16_autocast_keeps_fp32_gradients():
         assert gradient.dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
         assert cosine > 0.999, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_at_rest_are_cast_once_and_change_no_bit(dtype):
+    model = peft_model()
+    model.get_base_model().to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    use_plain_lora(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    ids = torch.arange(4, 31).view(3, 9)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with weights_at_rest(model):
+        first, kept = model(ids).logits, layer.at_rest["default"]
+        assert torch.equal(first, expected) and kept[0].dtype == dtype
+        assert torch.equal(model(ids).logits, expected) and layer.at_rest["default"] is kept
+        with model.disable_adapter():
+            assert not torch.equal(model(ids).logits, expected)
+    assert layer.at_rest is None
+
+
+def test_what_was_cast_is_forgotten_when_weights_move_again():
+    model = peft_model()
+    use_plain_lora(model)
+    ids = torch.arange(4, 31).view(3, 9)
+    with weights_at_rest(model):
+        before = model(ids).logits
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data * 2
+    with weights_at_rest(model):
+        assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+
+
+def test_gradients_flow_again_after_an_error_inside():
+    model = peft_model()
+    use_plain_lora(model)
+    with pytest.raises(RuntimeError, match="inside"), weights_at_rest(model):
+        raise RuntimeError("inside")
+    _, gradients = outputs_and_gradients(model)
+    assert len(gradients) == 28

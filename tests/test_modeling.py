@@ -35,12 +35,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ppo_plus import modeling
+from ppo_plus import logits, modeling
 from ppo_plus.adapters import use_adapter
 from ppo_plus.collector import truncation
 from ppo_plus.data import left_pad
 from ppo_plus.loading import build_actor_critic, load_policy
-from ppo_plus.modeling import ActorCritic, ValueHead, chunked_logprobs, logits_function, sample
+from ppo_plus.logits import chunked_logprobs, head_is_frozen, logits_function, sample
+from ppo_plus.modeling import ActorCritic, ValueHead
 from ppo_plus.rollout import response_mask
 
 VOCABULARY, PAD, EOS = 42, 0, 2
@@ -363,7 +364,8 @@ def tokens_to_score(n=90, vocabulary=50, hidden_size=12, seed=0):
 
 @pytest.mark.parametrize("tokens_per_chunk", [1, 16, 17, 32, 89, 90, 1000])
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_chunks_change_neither_values_nor_gradients(monkeypatch, tokens_per_chunk, with_entropy):
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_chunks_change_neither_values_nor_gradients(monkeypatch, tokens_per_chunk, with_entropy, frozen_head):
     head, hidden, targets = tokens_to_score()
     distribution = (head(hidden).double() / 0.7).log_softmax(-1)
     expected = distribution.gather(-1, targets[..., None]).squeeze(-1)
@@ -371,23 +373,27 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, tokens_per_chun
     weights = torch.linspace(-1, 1, 90).view(3, 30)
     whole = ((expected + entropy * 2) if with_entropy else expected) * weights
     wanted = torch.autograd.grad(whole.sum(), [hidden, head.weight])
+    head.requires_grad_(not frozen_head)
 
-    monkeypatch.setattr(modeling, "CHUNK_ELEMENTS", tokens_per_chunk * 50)
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", tokens_per_chunk * 50)
     calls = []
 
     def counted(states):
         calls.append(len(states))
         return head(states)
 
-    logprobs, found_entropy = chunked_logprobs(counted, hidden, targets, 0.7, with_entropy)
+    logprobs, found_entropy = chunked_logprobs(counted, hidden, targets, 0.7, with_entropy, frozen_head=frozen_head)
     assert max(calls) == min(max(tokens_per_chunk, 16), 90) and sum(calls[1:]) == 90
     assert gap(logprobs, expected) < 1e-5
     assert (found_entropy is None) != with_entropy
     if with_entropy:
         assert gap(found_entropy, entropy) < 1e-5
     loss = ((logprobs + found_entropy * 2) if with_entropy else logprobs) * weights
-    for found, gradient in zip(torch.autograd.grad(loss.sum(), [hidden, head.weight]), wanted, strict=True):
+    trained = [hidden] if frozen_head else [hidden, head.weight]
+    for found, gradient in zip(torch.autograd.grad(loss.sum(), trained), wanted, strict=False):
         assert gap(found, gradient) < 1e-5
+    # A frozen head is asked once per token, in the forward pass; a trained one again in the backward pass.
+    assert sum(calls[1:]) == (90 if frozen_head else 180)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -410,17 +416,55 @@ class PeakMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("elements", "grows"), [(16 * 4000, False), (2**24, True)])
-def test_memory_grows_with_the_chunk_and_not_with_vocabulary_times_tokens(monkeypatch, elements, grows):
-    monkeypatch.setattr(modeling, "CHUNK_ELEMENTS", elements)
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_memory_grows_with_the_chunk_and_not_with_vocabulary_times_tokens(monkeypatch, elements, grows, frozen_head):
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", elements)
     peaks = []
     for n in (96, 384):
         head, hidden, targets = tokens_to_score(n=n, vocabulary=4000, hidden_size=4)
+        head.requires_grad_(not frozen_head)
         with PeakMemory() as memory:
-            logprobs, entropy = chunked_logprobs(head, hidden, targets, 1.0, True)
+            logprobs, entropy = chunked_logprobs(head, hidden, targets, 1.0, True, frozen_head=frozen_head)
             (logprobs.sum() + entropy.sum()).backward()
         peaks.append(memory.peak)
     bytes_per_token = (peaks[1] - peaks[0]) / (384 - 96)
     assert (bytes_per_token > 4 * 4000) if grows else (bytes_per_token < 4 * 4000 / 20)
+
+
+def test_which_path_is_taken_follows_from_what_is_trained():
+    assert head_is_frozen(adapted().get_base_model())
+    assert not head_is_frozen(make_model())
+    assert not head_is_frozen(adapted(target_modules=["q_proj", "lm_head"]).get_base_model())
+
+
+# --- attention ---
+
+
+def test_on_a_cpu_in_half_precision_short_sequences_take_plain_products_and_the_numbers_stay():
+    rows = ragged_rows()
+    actor = actor_critic(adapted().to(torch.bfloat16))
+    config = actor.config
+    assert config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        plain = actor(*as_batch(rows)).logprobs
+        assert config._attn_implementation == "eager"
+        actor._fused_attention.clear()
+        config._attn_implementation = "sdpa"
+        fused = actor(*as_batch(rows)).logprobs
+    assert not torch.equal(plain, fused) and gap(plain, fused) < 0.1
+    exact = actor_critic(adapted())
+    exact(*as_batch(rows))
+    assert exact.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_the_user_chose_stays(monkeypatch):
+    model = make_model().to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    actor = actor_critic(get_peft_model(model, lora()))
+    long = torch.randint(4, 40, (1, 120)), torch.ones(1, 120, dtype=torch.long)
+    monkeypatch.setattr(modeling, "SHORT_SEQUENCE", 8)
+    actor(*long, 4)
+    assert actor.config._attn_implementation == "eager"
 
 
 # --- reference ---

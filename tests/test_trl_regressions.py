@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
-import ppo_plus.modeling as modeling
+import ppo_plus.logits as logits
 from ppo_plus import PPOCallback, PPOTrainer
 
 EOS = 2
@@ -633,7 +633,7 @@ def test_logits_of_all_response_tokens_never_exist_at_once(tmp_path, monkeypatch
               "local_rollout_forward_batch_size": rows}  # fmt: skip
 
     def largest(chunk_elements):
-        monkeypatch.setattr(modeling, "CHUNK_ELEMENTS", chunk_elements)
+        monkeypatch.setattr(logits, "CHUNK_ELEMENTS", chunk_elements)
         trainer = make_trainer(tmp_path, config=config, model=make_model(vocab_size=vocabulary))
         with LargestTensor(trainer.model) as seen:
             trainer.train()

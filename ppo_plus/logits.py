@@ -1,0 +1,127 @@
+"""From hidden states to tokens and their log-probabilities, with vocabulary logits for one chunk of tokens at a time.
+
+Notation: B rows, R response tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .functional import logprobs_and_entropy
+
+# Logits of one chunk: 16 M numbers are 64 MB in fp32, whatever the vocabulary.
+CHUNK_ELEMENTS = 2**24
+
+Head = Callable[[Tensor], Tensor]
+
+
+def logits_function(model: PreTrainedModel) -> Head:
+    """The model's map from last hidden states `(..., H)` to logits `(..., V)`, scaling and soft-capping included."""
+    config = model.config.get_text_config()
+    head = cast(nn.Module, model.get_output_embeddings())
+    multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden) * (multiplier / divisor) if multiplier != divisor else head(hidden)
+        return softcap * torch.tanh(out / softcap) if softcap else out
+
+    return logits
+
+
+def head_is_frozen(model: PreTrainedModel) -> bool:
+    """Whether nothing in the map from hidden states to logits is trained."""
+    return not any(p.requires_grad for p in cast(nn.Module, model.get_output_embeddings()).parameters())
+
+
+class _ScoreChunk(torch.autograd.Function):
+    """Log-probabilities and entropies of one chunk of tokens under a frozen head.
+
+    Each number depends on one token's hidden state, so its gradient is a vector of H numbers that needs nothing from
+    the layers above: it is computed while the logits are there, and they are neither kept nor computed a second time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, score: Callable, with_entropy: bool) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            states = hidden.detach().requires_grad_()
+            outputs = [out for out in score(states, targets, with_entropy) if out is not None]
+            gradients = [
+                torch.autograd.grad(out.sum(), states, retain_graph=out is not outputs[-1])[0] for out in outputs
+            ]
+        ctx.save_for_backward(*gradients)
+        return tuple(out.detach() for out in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [g * up[:, None].to(g.dtype) for g, up in zip(ctx.saved_tensors, upstream, strict=True)]
+        return sum(parts[1:], parts[0]), None, None, None
+
+
+def chunked_logprobs(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    *,
+    frozen_head: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of `targets`, with vocabulary logits for one chunk of tokens at a time.
+
+    Neither pass ever holds `(B, R, V)`: a frozen head gives its gradients in the forward pass, a trained one computes
+    each chunk's logits again in the backward pass.
+
+    Args:
+        head: hidden states to logits.
+        hidden: `(B, R, H)`.
+        targets: `(B, R)` int64.
+        temperature: divides the logits.
+        with_entropy: also return the entropy, `(B, R)` float32, nats.
+        frozen_head: nothing in `head` is trained.
+    """
+
+    def score(states: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        return logprobs_and_entropy(head(states), tokens, temperature, with_entropy)
+
+    def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        if (not states.requires_grad and frozen_head) or not torch.is_grad_enabled():
+            return score(states, tokens, with_entropy)
+        if frozen_head:
+            outputs = _ScoreChunk.apply(states, tokens, score, with_entropy)
+            return outputs if with_entropy else (*outputs, None)
+        return checkpoint(score, states, tokens, with_entropy, use_reentrant=False)
+
+    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    size = max(16, CHUNK_ELEMENTS // head(flat_hidden[:1]).shape[-1])
+    pieces = [chunk(h, t) for h, t in zip(flat_hidden.split(size), flat_targets.split(size), strict=True)]
+    logprobs, entropies = zip(*pieces, strict=True)
+    return (
+        torch.cat(logprobs).view(targets.shape),
+        torch.cat(cast(tuple[Tensor, ...], entropies)).view(targets.shape) if with_entropy else None,
+    )
+
+
+def sample(logits: Tensor, noise: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the token at which the cumulative probability passes the noise.
+
+    Args:
+        logits: `(B, V)` float32.
+        noise: uniform in [0, 1), `(B,)` float64.
+
+    Returns:
+        token ids, `(B,)` int64.
+    """
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # Scaled by the total, which is 1 only up to rounding: the noise must not fall behind the last token.
+    index = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True).squeeze(-1)
+    return index.clamp(max=logits.shape[-1] - 1)
