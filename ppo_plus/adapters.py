@@ -1,43 +1,55 @@
-"""Adapters on one base: which of them speaks, and their weights on disk. What PEFT's own switches change in passing
-(`requires_grad`, the state after an error) is put back here.
-"""
+"""Adapters on one base: which of them speaks, and their weights on disk."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from .lora import use_plain_lora
 from .rollout import readable
+
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @contextlib.contextmanager
-def use_adapter(model: nn.Module, name: str) -> Iterator[None]:
-    """Make one adapter the active one inside the block, and put back what was active, also after an error.
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Make one adapter the active one inside the block, or none; put back what was active, also after an error.
 
-    PEFT's `set_adapter` turns `requires_grad` on for the adapter it activates and off for the others; here
-    nothing is trained that was not trained before.
+    Only the two fields that PEFT's layers read are changed. PEFT's own switches turn `requires_grad` on for an adapter
+    that they activate and off for the others; here nothing is trained that was not trained before.
     """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    active = [(layer, layer.active_adapters) for layer in layers]
-    with same_requires_grad(model):
-        try:
-            for layer in layers:
-                layer.set_adapter([name], inference_mode=True)
-            yield
-        finally:
-            for layer, names in active:
-                layer.set_adapter(list(names))
+    if name is not None and name not in cast(Any, model).peft_config:
+        raise ValueError(f"There is no adapter {name!r} here, only {list(cast(Any, model).peft_config)}.")
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = layer._active_adapter if name is None else [name]
+            layer._disable_adapters = name is None
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The adapter that speaks now; None if none does."""
+    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return None if layer.disable_adapters else layer.active_adapters[0]
 
 
 @contextlib.contextmanager
 def same_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Put back after the block what was trained before it; PEFT's switches turn on whole adapters."""
+    """Put back after the block what was trained before it; adding an adapter turns on and off whole adapters."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
@@ -46,12 +58,72 @@ def same_requires_grad(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def adapter_weights(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter on disk; PEFT would look for a missing file on the Hub."""
-    file = directory / "adapter_model.safetensors"
+def set_trained(model: nn.Module, adapter: str, trained: bool) -> None:
+    """Whether the weights of one adapter are trained."""
+    for name, parameter in model.named_parameters():
+        if f".{adapter}." in name:
+            parameter.requires_grad_(trained)
+
+
+def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = False) -> Tensor:
+    """Load the adapter of a reward model onto a base, next to the adapters it has.
+
+    Args:
+        policy: the base with its adapters.
+        name: what the adapter is called here.
+        directory: an adapter of `AutoModelForSequenceClassification` with one label, as `RewardTrainer` saves it.
+        trained: whether its weights are trained.
+
+    Returns:
+        the weight of its `score` head, `(1, H)`.
+    """
+    weights, config = adapter_weights(directory), PeftConfig.from_pretrained(str(directory))
+    check_score_head(directory, policy.config.get_text_config().hidden_size)
+    head = next(weights.pop(key) for key in list(weights) if key.endswith("score.weight"))
+    config.modules_to_save, config.inference_mode, config.task_type = None, not trained, "CAUSAL_LM"
+    with same_requires_grad(policy):
+        policy.add_adapter(name, config)
+        use_plain_lora(policy)
+        load_adapter(policy, name, weights, directory, "It was trained on another architecture.")
+    set_trained(policy, name, trained)
+    return head
+
+
+def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path, fix: str) -> None:
+    """Put weights into an adapter; nothing missing, nothing left over."""
+    with fitting(f"The adapter in {directory}", fix):
+        result = set_peft_model_state_dict(policy, weights, adapter_name=name)
+    absent = [key for key in result.missing_keys if f".{name}." in key]
+    if absent or result.unexpected_keys:
+        raise ValueError(
+            f"The adapter in {directory} does not fit this model: missing {absent[:3]}, unexpected "
+            f"{result.unexpected_keys[:3]}. {fix}"
+        )
+
+
+def check_score_head(directory: Path, hidden_size: int) -> None:
+    """Refuse an adapter that is no reward model of this base; reads no more than the file's header."""
+    file = weights_file(directory)
+    with readable(file), safe_open(file, framework="pt") as tensors:
+        shapes = [tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys() if key.endswith("score.weight")]  # noqa: SIM118
+    if shapes != [(1, hidden_size)]:
+        raise ValueError(
+            f"{directory} is not a reward adapter for this base: its score head has shape {shapes}, expected one of "
+            f"(1, {hidden_size}). Train it on the same base, with num_labels=1 and modules_to_save=['score']."
+        )
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's tensors; PEFT would look for a missing one on the Hub."""
+    file = directory / WEIGHTS_FILE
     if not file.is_file():
         raise ValueError(f"{directory} has no {file.name}: it holds no adapter, or was not finished.")
-    with readable(file):
+    return file
+
+
+def adapter_weights(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter on disk."""
+    with readable(weights_file(directory)):
         return load_peft_weights(str(directory), device="cpu")
 
 

@@ -110,8 +110,8 @@ def seal(directory: str | Path) -> None:
     """Flush a checkpoint's files to the disk, then write its manifest; from then on it is whole."""
     directory = Path(directory)
     aside = directory / f".{MANIFEST}"
-    others = [p for p in sorted(directory.iterdir()) if p.is_file() and p.name not in (MANIFEST, aside.name)]
-    files = {path.name: _describe(path, flush=True) for path in others}
+    others = [p for p in sorted(directory.rglob("*")) if p.is_file() and p not in (directory / MANIFEST, aside)]
+    files = {path.relative_to(directory).as_posix(): _describe(path, flush=True) for path in others}
     aside.write_text(json.dumps(files, indent=1))
     _flush(aside)
     aside.replace(directory / MANIFEST)

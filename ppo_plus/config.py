@@ -81,12 +81,14 @@ class PPOConfig(TrainingArguments):
     vf_coef: float | None = _field(None, "Weight of the value loss; None means 0.1 for critic='shared', else 1.")
 
     # Critic
-    critic: Literal["shared", "detached"] = _field(
-        "shared", "'shared': a head on the actor's hidden states; 'detached': its gradient stops at the head."
+    critic: Literal["shared", "detached", "adapter", "separate"] = _field(
+        "shared", "Where the value head reads: the actor, without gradient, an own adapter, or value_model."
     )
     value_head: Literal["linear", "mlp"] = _field("linear", "Shape of the value head.")
     value_head_activation: Literal["silu", "gelu"] = _field("silu", "Activation of value_head='mlp'.")
     value_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
+    critic_learning_rate: float = _field(2e-5, "Learning rate of a critic's own adapter or model.")
+    critic_warmup_steps: int = _field(0, "First optimizer steps, in which only the critic learns.")
 
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model by name.")
@@ -159,11 +161,13 @@ class PPOConfig(TrainingArguments):
                 value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None"
             )
         _require(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
-        shown = self.num_sample_generations
-        _require(_is_int(shown) and shown >= 0, self, "num_sample_generations", "a whole number, 0 (never) or more")
+        for name, zero in (("num_sample_generations", "never"), ("critic_warmup_steps", "none")):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 0, self, name, f"a whole number, 0 ({zero}) or more")
 
     def _check_numbers(self) -> None:
-        not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", "learning_rate", "value_learning_rate")
+        rates = ("learning_rate", "value_learning_rate", "critic_learning_rate")
+        not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", *rates)
         for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
             _require(_is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
         for name in ("cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty"):
@@ -192,7 +196,7 @@ class PPOConfig(TrainingArguments):
             "kl_estimator": KL_ESTIMATORS,
             "kl_in": ("reward", "loss"),
             "objective": ("clip", "kl_penalty", "unclipped"),
-            "critic": ("shared", "detached"),
+            "critic": ("shared", "detached", "adapter", "separate"),
             "value_head": ("linear", "mlp"),
             "value_head_activation": ("silu", "gelu"),
             "stop_token": ("eos", None),

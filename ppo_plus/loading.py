@@ -1,16 +1,30 @@
-"""From a name or a model to an actor-critic: base, adapter, reference, value head."""
+"""From a name or a model to an actor-critic: base, adapter, reference, critic."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from .modeling import REFERENCE_ADAPTER, ActorCritic, ValueHead, check_architecture
+from .adapters import mount, same_requires_grad, set_trained
+from .config import PPOConfig
+from .modeling import (
+    CRITIC_ADAPTER,
+    REFERENCE_ADAPTER,
+    ActorCritic,
+    Critic,
+    ValueHead,
+    check_architecture,
+    unwrapped,
+)
+from .rewards import adapter_folder
+from .rollout import isolated_rng, position_seed
 
 
 def load_policy(
@@ -40,13 +54,26 @@ def load_policy(
             "loaded already. Pass its name, or load it with these arguments yourself."
         )
     if isinstance(model, PeftModel):
-        return _with_reference_adapter(model, peft_config)
+        return _refusing_to_merge(_with_reference_adapter(model, peft_config))
     check_architecture(model)
     if peft_config is None:
         if getattr(model, "is_quantized", False):
             raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
         return model
-    return get_peft_model(model, peft_config)
+    return _refusing_to_merge(get_peft_model(model, peft_config))
+
+
+def _refusing_to_merge(policy: PeftModel) -> PeftModel:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "This adapter is not merged: its base is quantized, and rounding the sum to a few bits again would change "
+            "the policy, and with it the base that is its reference. Save the adapter, load the base in bf16, put the "
+            "adapter on it with PeftModel.from_pretrained, and merge there."
+        )
+
+    if getattr(policy.get_base_model(), "is_quantized", False):
+        policy.merge_and_unload = policy.merge_adapter = refuse
+    return policy
 
 
 def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
@@ -59,50 +86,129 @@ def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) ->
         state = {k: v for k, v in model.state_dict().items() if ".default." in k}
         renamed = {k.replace(".default.", f".{REFERENCE_ADAPTER}."): v.clone() for k, v in state.items()}
         model.load_state_dict(renamed, strict=False)
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            parameter.requires_grad_(True)
-        elif f".{REFERENCE_ADAPTER}." in name:
-            parameter.requires_grad_(False)
+    set_trained(model, "default", True)
+    set_trained(model, REFERENCE_ADAPTER, False)
     return model
+
+
+@dataclass
+class CriticSource:
+    """Where a critic comes from.
+
+    Attributes:
+        kind: see `ActorCritic`.
+        adapter: of a reward model on the same base, where the critic's own adapter starts; its score head, times
+            `scale`, is where a linear value head starts.
+        scale: weight of that reward.
+        model: a critic of its own; a linear value head starts from its `score`, where it has one.
+        head: shape and activation of the value head.
+        seed: of what starts at random.
+    """
+
+    kind: Critic = "shared"
+    adapter: Path | None = None
+    scale: float = 1.0
+    model: PreTrainedModel | PeftModel | None = None
+    head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]] = ("linear", "silu")
+    seed: int = 0
+
+
+def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSource:
+    """The critic that a user asked for; passing a `value_model` selects it."""
+    head, seed = (args.value_head, args.value_head_activation), position_seed(args.seed, "value head")
+    named = isinstance(value_model, str | Path)
+    adapter = adapter_folder(str(value_model)) if named else None
+    if adapter is not None and args.critic != "adapter":
+        raise ValueError(f"value_model={str(value_model)!r} is an adapter: set critic='adapter' to start from it.")
+    if value_model is None or adapter is not None:
+        if args.critic == "separate":
+            raise ValueError("critic='separate' needs a critic of its own: pass value_model.")
+        scale = 1.0
+        if args.critic == "adapter" and adapter is None:
+            adapter, scale = _first_reward_adapter(args, reward_funcs)
+        return CriticSource(args.critic, adapter, scale, None, head, seed)
+    if args.critic not in ("shared", "separate"):
+        raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
+    args.critic = "separate"
+    if named:
+        value_model = AutoModelForSequenceClassification.from_pretrained(
+            str(value_model), num_labels=1, dtype=torch.float32
+        )
+    return CriticSource(args.critic, None, 1.0, value_model, head, seed)
+
+
+def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | None, float]:
+    funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for func, weight in zip(funcs, args.reward_weights or [1.0] * len(funcs), strict=True):
+        if isinstance(func, str | Path) and (folder := adapter_folder(str(func))) is not None:
+            return folder, weight
+    return None, 1.0
 
 
 def build_actor_critic(
     policy: PreTrainedModel | PeftModel,
     *,
-    head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]],
-    detach_values: bool,
-    ref_model: PreTrainedModel | None,
-    disable_dropout: bool,
-    seed: int,
+    critic: CriticSource,
+    ref_model: PreTrainedModel | None = None,
+    disable_dropout: bool = True,
 ) -> ActorCritic:
-    """A policy with its value head, and a frozen copy as reference where there is no adapter to switch off.
+    """A policy with its critic, and a frozen copy as reference where there is no adapter to switch off.
 
     Args:
         policy: from `load_policy`.
-        head: kind and activation of the value head.
-        detach_values: stop the critic's gradient at the head.
+        critic: where the critic comes from.
         ref_model: a reference of the user's own.
         disable_dropout: zero the base model's dropout.
-        seed: of the value head's hidden layer.
     """
-    if disable_dropout:
-        disable_base_dropout(policy)
     if ref_model is None and not isinstance(policy, PeftModel):
         ref_model = frozen_copy(policy)
     if isinstance(ref_model, PeftModel):
         ref_model = cast(PreTrainedModel, ref_model.get_base_model())
-    if ref_model is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, ref_model.parameters())):
-        raise ValueError(
-            "model and ref_model share their weights, so the reference would move with the policy: leave ref_model "
-            "out (the model without its adapter, or a frozen copy, is the reference), or load it a second time."
-        )
+    check_apart(policy, ref_model, "ref_model", "the reference would move with the policy: leave ref_model out (the "
+                "model without its adapter, or a frozen copy, is the reference)")  # fmt: skip
+    check_apart(policy, critic.model, "value_model", "actor and critic would overwrite each other: leave value_model "
+                "out (critic='detached' reads the actor's hidden states)")  # fmt: skip
+    for model in (policy, critic.model):
+        if disable_dropout and model is not None:
+            disable_base_dropout(model)
     if ref_model is not None:
         ref_model.to(policy.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        value_head = ValueHead(policy.config.get_text_config().hidden_size, *head)
-    return ActorCritic(policy, value_head, detach_values=detach_values, ref_model=ref_model)
+    with isolated_rng(critic.seed):
+        start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_weight(critic.model)
+        own = policy if critic.model is None else critic.model
+        value_head = ValueHead(own.config.get_text_config().hidden_size, *critic.head)
+    if start is not None and critic.head[0] == "linear":
+        cast(nn.Linear, value_head.layers[0]).weight.data.copy_(start * critic.scale)
+    return ActorCritic(policy, value_head, critic=critic.kind, value_model=critic.model, ref_model=ref_model)
+
+
+def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSource) -> Tensor | None:
+    if not isinstance(policy, PeftModel):
+        raise ValueError(
+            "critic='adapter' puts an adapter on a frozen base: pass peft_config, or choose another critic."
+        )
+    if critic.adapter is not None:
+        return mount(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
+    with same_requires_grad(policy):
+        policy.add_adapter(CRITIC_ADAPTER, copy.deepcopy(policy.peft_config["default"]))
+    set_trained(policy, CRITIC_ADAPTER, True)
+    return None
+
+
+def score_weight(model: PreTrainedModel | PeftModel | None) -> Tensor | None:
+    """The weight `(1, H)` of a sequence classifier's head, which nothing trains from here on; None without one."""
+    head = None if model is None else getattr(unwrapped(model), "score", None)
+    weight = getattr(head, "weight", None)
+    if head is None or weight is None:
+        return None
+    head.requires_grad_(False)
+    return cast(Tensor, weight.data.float())
+
+
+def check_apart(policy: nn.Module, other: nn.Module | None, name: str, why: str) -> None:
+    """Refuse a second model that shares trained weights with the policy."""
+    if other is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, other.parameters())):
+        raise ValueError(f"model and {name} share their weights, so {why}, or load it a second time.")
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

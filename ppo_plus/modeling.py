@@ -1,8 +1,8 @@
 """The weights: one frozen backbone that plays actor, critic, reference and reward model.
 
 The actor is the backbone with its LoRA adapter on; the reference is the same with it off; the critic is a value
-head on the hidden states. Hidden states leave the backbone, vocabulary logits never do: they exist for one chunk
-of response tokens at a time.
+head on the hidden states of the actor, of another adapter, or of a model of its own. Hidden states leave the backbone,
+vocabulary logits never do: they exist for one chunk of response tokens at a time.
 
 Notation: B rows, P prompt tokens (left-padded), R response tokens (right-padded), H hidden size, V vocabulary.
 """
@@ -12,25 +12,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapter_weights, fitting, same_requires_grad, use_adapter
+from .adapters import active_adapter, adapter_weights, fitting, load_adapter, mount, use_adapter
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import use_plain_lora, weights_at_rest
 from .rollout import readable
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-REFERENCE_ADAPTER = "ref"
+VALUE_MODEL = "value_model"
+REFERENCE_ADAPTER, CRITIC_ADAPTER = "ref", "critic"
+Critic = Literal["shared", "detached", "adapter", "separate"]
 SHORT_SEQUENCE = 128  # tokens
 
 
@@ -81,13 +83,15 @@ class Generation:
 
 
 class ActorCritic(nn.Module):
-    """A causal language model as policy, with a value head on its hidden states.
+    """A causal language model as policy, with a critic.
 
     Args:
         policy: a `PeftModel` (its adapter is the actor, its base the reference) or a plain causal language model
             that is trained in full.
         value_head: the critic's head.
-        detach_values: stop the critic's gradient at the head.
+        critic: whose hidden states the head reads: the actor's ("shared"), the actor's with no gradient flowing back
+            ("detached"), those of an adapter on the same base ("adapter"), or those of `value_model` ("separate").
+        value_model: the critic's own model.
         ref_model: a separate reference model; needed where there is no adapter to switch off.
     """
 
@@ -99,20 +103,18 @@ class ActorCritic(nn.Module):
         policy: PreTrainedModel | PeftModel,
         value_head: ValueHead,
         *,
-        detach_values: bool = False,
+        critic: Critic = "shared",
+        value_model: PreTrainedModel | PeftModel | None = None,
         ref_model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
-        self.policy, self.value_head, self.detach_values = policy, value_head, detach_values
+        self.policy, self.value_head, self.critic, self.value_model = policy, value_head, critic, value_model
         # In a list so that the reference is no submodule: it is neither trained, saved, nor wrapped by DDP.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         use_plain_lora(policy)
         self._active: PreTrainedModel = self.language_model
-        self._fused_attention = [
-            model
-            for model in (self.language_model, *self._ref_model)
-            if model.config.get_text_config()._attn_implementation == "sdpa"
-        ]
+        models = [self.language_model, *self._ref_model, *([unwrapped(value_model)] if value_model else [])]
+        self._fused_attention = [m for m in models if m.config.get_text_config()._attn_implementation == "sdpa"]
         if not self.is_peft and ref_model is None:
             raise ValueError(
                 "Full fine-tuning needs a reference that training does not change: pass ref_model, "
@@ -135,7 +137,7 @@ class ActorCritic(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The causal language model, with adapters injected where there are any."""
-        return self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
+        return unwrapped(self.policy)
 
     @property
     def device(self) -> torch.device:
@@ -162,13 +164,39 @@ class ActorCritic(nn.Module):
         """The policy's generation defaults; never used for rollouts, and saved unchanged."""
         return self.language_model.generation_config
 
+    def place_critic(self, device: torch.device) -> None:
+        """Move what hangs on a policy that is placed already."""
+        self.value_head.to(device)
+        if self.value_model is not None and not getattr(unwrapped(self.value_model), "is_quantized", False):
+            self.value_model.to(device)
+
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Tag the policy for the Hub."""
         self.language_model.add_model_tags(tags)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute the policy's activations in the backward pass."""
-        self.language_model.activation_checkpointing_enable(**kwargs)
+        """Recompute activations in the backward pass, with the adapter that spoke in the forward pass."""
+        given = kwargs.pop("activation_checkpointing_kwargs", None) or {}
+        if self.critic == "adapter":
+            given = {**given, "use_reentrant": False, "context_fn": self._same_adapter}
+        for model in [self.policy, *([self.value_model] if self.value_model else [])]:
+            unwrapped(model).activation_checkpointing_enable(activation_checkpointing_kwargs=given or None, **kwargs)
+
+    def _same_adapter(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return contextlib.nullcontext(), use_adapter(self.policy, active_adapter(self.policy))
+
+    # What is trained.
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """What the actor trains."""
+        mark = f".{CRITIC_ADAPTER}."
+        return [p for name, p in self.policy.named_parameters() if p.requires_grad and mark not in name]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critic trains below its head: an adapter or a model of its own; empty where it has neither."""
+        mark, own = f".{CRITIC_ADAPTER}.", [] if self.value_model is None else self.value_model.parameters()
+        adapter = [p for name, p in self.policy.named_parameters() if p.requires_grad and mark in name]
+        return adapter + [p for p in own if p.requires_grad]
 
     # The four roles.
 
@@ -182,45 +210,69 @@ class ActorCritic(nn.Module):
         with_values: bool = True,
         with_entropy: bool = False,
     ) -> ActorCriticOutput:
-        """Log-probabilities, values and entropies of the response tokens, from one pass over the backbone.
+        """Log-probabilities, values and entropies of the response tokens.
+
+        One pass over the backbone, and a second one where the critic has an adapter or a model of its own.
 
         Args:
             input_ids: prompt and response, `(B, P + R)` int64.
             attention_mask: 1 for real tokens, `(B, P + R)`.
             response_length: R, how many of the last positions are the response.
             temperature: divides the logits, as it does in sampling.
-            with_logprobs: compute `logprobs`.
+            with_logprobs: compute `logprobs`; without them (nor entropies), nothing flows back into the actor.
             with_values: compute `values`.
             with_entropy: compute `entropy`; differentiable, so ask for it only where it is used.
         """
-        hidden = self._hidden_states(input_ids, attention_mask).last_hidden_state
-        # The state before token t is the hidden state one position to its left.
-        hidden = hidden[:, -response_length - 1 : -1]
-        output = ActorCriticOutput()
-        if with_logprobs or with_entropy:
+        output, states = ActorCriticOutput(), None
+        actor, own = with_logprobs or with_entropy, self.critic in ("adapter", "separate")
+        if actor or not own:
+            with contextlib.nullcontext() if actor else torch.no_grad():
+                states = self._response_states(input_ids, attention_mask, response_length)
+        if states is not None and actor:
             targets = input_ids[:, -response_length:]
             output.logprobs, output.entropy = chunked_logprobs(  # type: ignore[assignment]
-                logits_function(self._active), hidden, targets, temperature, with_entropy,
+                logits_function(self._active), states, targets, temperature, with_entropy,
                 frozen_head=head_is_frozen(self._active),
             )  # fmt: skip
         if with_values:
-            output.values = self.value_head(hidden.detach() if self.detach_values else hidden)
+            if own:
+                with self._critic():
+                    states = self._response_states(input_ids, attention_mask, response_length)
+            states = cast(Tensor, states)
+            output.values = self.value_head(states.detach() if self.critic == "detached" else states)
         return output
+
+    @contextlib.contextmanager
+    def _critic(self) -> Iterator[None]:
+        if self.value_model is None:
+            with use_adapter(self.policy, CRITIC_ADAPTER):
+                yield
+        else:
+            with self._speaking(unwrapped(self.value_model)):
+                yield
+
+    @contextlib.contextmanager
+    def _speaking(self, model: PreTrainedModel) -> Iterator[None]:
+        self._active = model
+        try:
+            yield
+        finally:
+            self._active = self.language_model
+
+    def _response_states(self, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
+        hidden = self._hidden_states(input_ids, attention_mask).last_hidden_state
+        # The state before token t is the hidden state one position to its left.
+        return hidden[:, -response_length - 1 : -1]
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the model speaks as the reference: adapter off, or the frozen copy named `ref`, or `ref_model`."""
         if self._ref_model:
-            self._active = self._ref_model[0]
-            try:
-                yield
-            finally:
-                self._active = self.language_model
-        elif REFERENCE_ADAPTER in self.policy.peft_config:
-            with use_adapter(self.policy, REFERENCE_ADAPTER):
+            with self._speaking(self._ref_model[0]):
                 yield
         else:
-            with same_requires_grad(self.policy), self.policy.disable_adapter():
+            frozen = REFERENCE_ADAPTER in cast(PeftModel, self.policy).peft_config
+            with use_adapter(self.policy, REFERENCE_ADAPTER if frozen else None):
                 yield
 
     def generate(
@@ -294,34 +346,8 @@ class ActorCritic(nn.Module):
                 "A reward adapter shares the actor's frozen base, but this actor is trained in full: pass "
                 "peft_config, or load the reward model by itself and pass the instance."
             )
-        config = PeftConfig.from_pretrained(str(directory))
-        weights = adapter_weights(Path(directory))
-        heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
-        if len(heads) != 1 or heads[0].shape != (1, self.config.get_text_config().hidden_size):
-            found = [tuple(head.shape) for head in heads]
-            raise ValueError(
-                f"{directory} is not a reward adapter for this base: its score head has shape {found}, expected one "
-                f"of (1, {self.config.get_text_config().hidden_size}). Train it with num_labels=1 and "
-                "modules_to_save=['score']."
-            )
-        config.modules_to_save, config.inference_mode, config.task_type = None, True, "CAUSAL_LM"
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.policy.add_adapter(name, config)
-        use_plain_lora(self.policy)
-        with fitting(f"The reward adapter in {directory}", "It was trained on another architecture."):
-            result = set_peft_model_state_dict(self.policy, weights, adapter_name=name)
-        absent = [key for key in result.missing_keys if f".{name}." in key]
-        if absent or result.unexpected_keys:
-            raise ValueError(
-                f"The adapter in {directory} does not fit this base: missing {absent[:3]}, unexpected "
-                f"{result.unexpected_keys[:3]}. It was trained on another architecture."
-            )
-        for parameter_name, parameter in self.policy.named_parameters():
-            if f".{name}." in parameter_name:
-                parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        return nn.Parameter(heads[0].to(self.device), requires_grad=False)
+        head = mount(self.policy, name, Path(directory))
+        return nn.Parameter(head.to(self.device), requires_grad=False)
 
     def reward_scores(
         self, name: str, head: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
@@ -353,17 +379,24 @@ class ActorCritic(nn.Module):
             kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
         return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    # On disk: a plain adapter (or model), and the value head beside it.
+    # On disk: a plain adapter (or model), and the critic beside it.
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        """Write the adapter as PEFT does (or the whole model where there is none) and `value_head.safetensors`."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        """Write the adapter as PEFT does (or the whole model where there is none) and `value_head.safetensors`.
+
+        A critic's own adapter goes to the folder `critic`, its own model to `value_model`.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         if isinstance(self.policy, PeftModel):
-            self.policy.save_pretrained(str(directory), selected_adapters=["default"])
+            adapters = ["default", CRITIC_ADAPTER] if self.critic == "adapter" else ["default"]
+            self.policy.save_pretrained(str(directory), selected_adapters=adapters)
         else:
             self.policy.save_pretrained(str(directory))
+        if self.value_model is not None:
+            self.value_model.save_pretrained(str(directory / VALUE_MODEL))
         head = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
-        save_file(head, Path(directory) / VALUE_HEAD_FILE, metadata={"format": "pt"})
+        save_file(head, directory / VALUE_HEAD_FILE, metadata={"format": "pt"})
 
     def load_weights(self, directory: str | Path) -> None:
         """Read into this model what `save_pretrained` wrote; nothing missing, nothing left over."""
@@ -371,32 +404,38 @@ class ActorCritic(nn.Module):
         head_file = directory / VALUE_HEAD_FILE
         if not head_file.is_file():
             raise ValueError(f"{directory} has no {VALUE_HEAD_FILE}: it was not written by ppo_plus, or not finished.")
-        if isinstance(self.policy, PeftModel):
-            weights = adapter_weights(directory)
-            with fitting(f"The adapter in {directory}", "Use the same base and peft_config."):
-                result = set_peft_model_state_dict(self.policy, weights, adapter_name="default")
-            absent = [k for k in result.missing_keys if ".default." in k]
-            if absent or result.unexpected_keys:
-                raise ValueError(
-                    f"The adapter in {directory} does not fit this model: missing {absent[:3]}, "
-                    f"unexpected {result.unexpected_keys[:3]}. Use the same base and peft_config."
-                )
-        else:
-            with readable(directory):
-                saved, info = cast(Any, type(self.policy)).from_pretrained(
-                    str(directory), dtype=self.policy.dtype, output_loading_info=True
-                )
-            if info["missing_keys"] or info["unexpected_keys"]:
-                raise ValueError(
-                    f"The model in {directory} does not fit this one: missing {sorted(info['missing_keys'])[:3]}, "
-                    f"unexpected {sorted(info['unexpected_keys'])[:3]}."
-                )
-            with fitting(f"The model in {directory}", "Use the same base."):
-                self.policy.load_state_dict(saved.state_dict())
+        load_model(self.policy, directory)
+        if self.critic == "adapter":
+            load_model(self.policy, directory / CRITIC_ADAPTER, CRITIC_ADAPTER)
+        if self.value_model is not None:
+            load_model(self.value_model, directory / VALUE_MODEL)
         with readable(head_file):
             head = load_file(head_file)
         with fitting(f"The value head in {directory}", "Use the same base, value_head and value_head_activation."):
             self.value_head.load_state_dict(head)
+
+
+def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str = "default") -> None:
+    """Read weights into a model: those of its adapter where it has one, else all."""
+    if isinstance(model, PeftModel):
+        load_adapter(model, adapter, adapter_weights(directory), directory, "Use the same base and peft_config.")
+        return
+    with readable(directory):
+        saved, info = cast(Any, type(model)).from_pretrained(
+            str(directory), dtype=model.dtype, output_loading_info=True
+        )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(
+            f"The model in {directory} does not fit this one: missing {sorted(info['missing_keys'])[:3]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:3]}."
+        )
+    with fitting(f"The model in {directory}", "Use the same base."):
+        model.load_state_dict(saved.state_dict())
+
+
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without PEFT's wrapper; its adapters stay in it."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:

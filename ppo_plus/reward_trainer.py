@@ -53,6 +53,9 @@ class RewardTrainer(TRLRewardTrainer):
             peft_config.task_type = TaskType.SEQ_CLS
             saved = getattr(peft_config, "modules_to_save", None) or []
             peft_config.modules_to_save = sorted({*saved, "score"})
+        if peft_config is not None and isinstance(model, str):
+            # Weights that are not trained stay as they were saved; TRL would load them in fp32.
+            args.model_init_kwargs = {"dtype": "auto", **cast(dict, args.model_init_kwargs or {})}
         self._calibration: dict[str, Any] = {}
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         use_plain_lora(self.model)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import is_conversational, pad_id
-from .modeling import REFERENCE_ADAPTER, ActorCritic
+from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic
+from .rollout import readable
 
 REWARD_FILE = "reward_model.json"
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -163,8 +164,8 @@ class AdapterReward:
         batch_size: int,
         chat_template_kwargs: dict[str, Any],
     ) -> None:
-        self.info = json.loads((path / REWARD_FILE).read_text()) if (path / REWARD_FILE).is_file() else {}
-        check_same_backbone(path, self.info, model, tokenizer)
+        self.info = reward_description(path)
+        check_same_template(path, self.info, tokenizer)
         self.head = model.mount_reward(name, path)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
@@ -338,7 +339,8 @@ def build_rewards(
     options: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     rewards: list[Reward] = []
     for func, its_tokenizer in zip(funcs, own, strict=True):
-        name = unique_name(reward_name(func), ["default", REFERENCE_ADAPTER, *(r.name for r in rewards)])
+        taken = ["default", REFERENCE_ADAPTER, CRITIC_ADAPTER, *(r.name for r in rewards)]
+        name = unique_name(reward_name(func), taken)
         rewards.append(_build_reward(func, its_tokenizer, name, model, tokenizer, options))
     return RewardSet(rewards, weights, on_error)
 
@@ -396,18 +398,30 @@ def adapter_folder(path: str) -> Path | None:
     return Path(found).parent
 
 
-def check_same_backbone(
-    path: Path, info: dict[str, Any], model: ActorCritic, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Name both sides where a reward adapter was trained on another base or another chat template than the actor's."""
-    theirs = info.get("base_model") or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-    ours = model.language_model.config._name_or_path
-    if theirs and ours and Path(theirs).name != Path(ours).name:
-        warnings.warn(
-            f"The reward adapter in {path} was trained on {theirs!r}, the actor's base is {ours!r}; its scores mean "
-            "nothing on another base.",
-            stacklevel=2,
+def check_same_base(path: Path, base: str) -> None:
+    """Refuse an adapter that was trained on another base than the actor's."""
+    config = PeftConfig.from_pretrained(str(path))
+    theirs = reward_description(path).get("base_model") or config.base_model_name_or_path or ""
+    names = [Path(name).name.lower().removesuffix("-bnb-4bit").removesuffix("-unsloth") for name in (theirs, base)]
+    if all(names) and names[0] != names[1]:
+        raise ValueError(
+            f"The reward adapter in {path} was trained on {theirs!r}, the actor's base is {base!r}: its numbers mean "
+            "nothing there. Train one on the actor's base (or, if this is the same base under another name, put that "
+            f"name into {REWARD_FILE} and adapter_config.json)."
         )
+
+
+def reward_description(path: Path) -> dict[str, Any]:
+    """What `RewardTrainer` wrote about a reward model; empty where it was trained by something else."""
+    file = path / REWARD_FILE
+    if not file.is_file():
+        return {}
+    with readable(file):
+        return cast(dict, json.loads(file.read_text()))
+
+
+def check_same_template(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name both sides where a reward adapter was trained with another chat template than the actor's."""
     template = info.get("chat_template_sha256")
     if "chat_template_sha256" in info and template != template_hash(tokenizer):
         warnings.warn(

@@ -45,7 +45,7 @@ from .checkpoint import Progress, damage, last_whole_checkpoint, load_progress, 
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
 from .data import Row, check_context, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
-from .loading import build_actor_critic, load_policy
+from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
 from .rewards import build_rewards
@@ -59,6 +59,7 @@ from .rollout import (
     sampling_noise,
 )
 from .validation import (
+    check_adapters,
     check_arguments,
     check_enough_prompts,
     check_models,
@@ -95,6 +96,8 @@ class PPOTrainer(Trainer):
         peft_config: the adapter to train; without it, the whole model is trained.
         reward_model: another name for `reward_funcs`, as TRL's PPOTrainer had it.
         ref_model: a reference model of its own; by default it is the model without its adapter.
+        value_model: a critic of its own, trained too: a sequence classifier with one label (instance or name) that
+            reads the policy's tokens. Or, with `critic="adapter"`, the reward adapter from which the critic starts.
     """
 
     args: PPOConfig
@@ -121,6 +124,7 @@ class PPOTrainer(Trainer):
         *,
         reward_model: Any = None,
         ref_model: PreTrainedModel | None = None,
+        value_model: str | Path | PreTrainedModel | PeftModel | None = None,
     ) -> None:
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
@@ -129,10 +133,17 @@ class PPOTrainer(Trainer):
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model))
         check_tokenizer(tokenizer)
         check_stop_token(args, tokenizer)
-        check_models(model, ref_model, tokenizer)
+        check_models(model, ref_model, value_model, tokenizer)
+        check_adapters(args, model, peft_config, reward_funcs, value_model)
         datasets = tokenized({"train_dataset": train_dataset, **named_datasets(eval_dataset)}, tokenizer, args)
         check_enough_prompts(args, len(datasets["train_dataset"]))
-        actor_critic = loaded(model, args, ref_model, quantization_config, peft_config)
+        policy = loaded_policy(model, args, quantization_config, peft_config)
+        actor_critic = build_actor_critic(
+            policy,
+            critic=critic_source(args, value_model, reward_funcs),
+            ref_model=ref_model,
+            disable_dropout=args.disable_dropout,
+        )
         for name, dataset in datasets.items():
             check_context(dataset, args.response_length, actor_critic.context, name)
             check_vocabulary(dataset, actor_critic.num_embeddings, name)
@@ -147,7 +158,7 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        actor_critic.value_head.to(args.device)  # a quantized policy is placed already, and Trainer moves neither
+        actor_critic.place_critic(args.device)  # a quantized policy is placed already, and Trainer moves nothing then
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
         self.collector = self._build_collector(reward_funcs, reward_processing_classes)
@@ -303,12 +314,14 @@ class PPOTrainer(Trainer):
         Per-token losses are summed and divided by the response tokens of the minibatch over all processes, so how
         it is cut into micro-batches does not change the gradient.
         """
+        train_actor = self.state.global_step >= self.args.critic_warmup_steps
         output = model(
             inputs["input_ids"],
             inputs["attention_mask"],
             inputs["mask"].shape[1],
             self.args.temperature,
-            with_entropy=self.args.entropy_coef > 0,
+            with_logprobs=train_actor,
+            with_entropy=train_actor and self.args.entropy_coef > 0,
         )
         per_token = self._per_token_loss(output, inputs)
         tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
@@ -317,57 +330,50 @@ class PPOTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def _per_token_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
-        args = self.args
-        new, old, advantages = output.logprobs, inputs["logprobs"], inputs["advantages"]
-        policy, clipped = policy_loss(args, new, old, advantages)
-        value, value_clipped = F.clipped_value_loss(
-            output.values, inputs["values"], inputs["returns"], cliprange=args.cliprange_value
+        value, clipped = F.clipped_value_loss(
+            output.values, inputs["values"], inputs["returns"], cliprange=self.args.cliprange_value
         )
-        loss = policy + args.value_coef * value
+        self._measure(inputs["mask"], {"ppo/value_loss": value, "clip_ratio/value": clipped})
+        loss = self.args.value_coef * value
+        return loss if output.logprobs is None else loss + self._actor_loss(output, inputs)
+
+    def _actor_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
+        args, new, old = self.args, output.logprobs, inputs["logprobs"]
+        loss, clipped = policy_loss(args, new, old, inputs["advantages"])
+        log_ratio = (new - old).detach()
+        ratio = log_ratio.exp()
+        measured = {"ppo/policy_loss": loss, "clip_ratio/policy": clipped, "ppo/ratio": ratio}
+        measured["ppo/approx_kl"] = ratio - 1 - log_ratio  # k3 of Schulman 2020
+        if self.state.global_step % args.steps_per_rollout == 0:
+            # Nothing was learned from this rollout yet: any distance from 1 is numerical noise or LoRA dropout.
+            measured["ppo/first_ratio_error"] = (ratio - 1).abs()
+        self._measure(inputs["mask"], measured)
         if args.entropy_coef:
             loss = loss - args.entropy_coef * output.entropy
         if args.kl_in == "loss":
             loss = loss + self._progress.kl_coef * F.kl_divergence(new, inputs["ref_logprobs"], args.kl_estimator)
-        with torch.no_grad():
-            self._measure(new - old, inputs["mask"], policy, value, clipped, value_clipped)
         return loss
 
-    def _measure(
-        self, log_ratio: Tensor, mask: Tensor, policy: Tensor, value: Tensor, clipped: Tensor, value_clipped: Tensor
-    ) -> None:
-        ratio, tokens = log_ratio.exp(), mask.sum()
-        per_token = {
-            "ppo/policy_loss": policy,
-            "ppo/value_loss": value,
-            "ppo/ratio": ratio,
-            "ppo/approx_kl": ratio - 1 - log_ratio,
-            "clip_ratio/policy": clipped,
-            "clip_ratio/value": value_clipped,
-        }
+    @torch.no_grad()
+    def _measure(self, mask: Tensor, per_token: dict[str, Tensor]) -> None:
         for name, numbers in per_token.items():
-            self._progress.meter.add(name, (numbers * mask).sum(), tokens)
-        if self.state.global_step % self.args.steps_per_rollout == 0:
-            # Nothing was learned from this rollout yet: any distance from 1 is numerical noise or LoRA dropout.
-            self._progress.meter.add("ppo/first_ratio_error", ((ratio - 1).abs() * mask).sum(), tokens)
+            self._progress.meter.add(name, (numbers * mask).sum(), mask.sum())
 
     def get_optimizer_cls_and_kwargs(self, args: PPOConfig, model: Any = None) -> tuple[Any, Any]:
-        """Trainer's optimizer, over one group for the actor and one for the value head, each with its rate."""
+        """Trainer's optimizer, over groups for the actor, the value head, and a critic's own weights below it."""
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        actor, critic = self._parameter_groups()
-        kwargs["params"] = [
-            {"params": actor, "lr": args.learning_rate, "weight_decay": args.weight_decay},
-            {"params": critic, "lr": args.value_learning_rate, "weight_decay": 0.0},
-        ]
+        groups = (
+            (self.model.actor_parameters(), args.learning_rate, args.weight_decay),
+            (list(self.model.value_head.parameters()), args.value_learning_rate, 0.0),
+            (self.model.critic_parameters(), args.critic_learning_rate, args.weight_decay),
+        )
+        kwargs["params"] = [{"params": p, "lr": rate, "weight_decay": decay} for p, rate, decay in groups if p]
         return cls, kwargs
-
-    def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        model: ActorCritic = self.model
-        return [p for p in model.policy.parameters() if p.requires_grad], list(model.value_head.parameters())
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         # Apart: an early critic's large gradients would shrink the actor's step under one common norm.
-        actor, critic = self._parameter_groups()
-        norm = self.accelerator.clip_grad_norm_(actor, self.args.max_grad_norm)
+        critic = [*self.model.value_head.parameters(), *self.model.critic_parameters()]
+        norm = self.accelerator.clip_grad_norm_(self.model.actor_parameters(), self.args.max_grad_norm)
         self._critic_grad_norm = nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm)
         self._progress.meter.add("critic/grad_norm", self._critic_grad_norm)
         return norm
@@ -501,7 +507,7 @@ class PPOTrainer(Trainer):
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint's steps to mean the same in this run."""
-        names = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length", "seed")
+        names = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length", "critic", "seed")
         return {
             **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
@@ -515,23 +521,15 @@ def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args
     return {name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()}
 
 
-def loaded(model: Any, args: PPOConfig, ref_model: Any, quantization_config: Any, peft_config: Any) -> ActorCritic:
-    """The actor-critic that `args` describes; an adapter's first weights are drawn here, from the seed alone."""
+def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_config: Any) -> Any:
+    """The policy that `args` describes; an adapter's first weights are drawn here, from the seed alone."""
     with isolated_rng(position_seed(args.seed, "adapter")):
-        policy = load_policy(
+        return load_policy(
             model,
             peft_config=peft_config,
             quantization_config=quantization_config,
             model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
         )
-    return build_actor_critic(
-        policy,
-        head=(args.value_head, args.value_head_activation),
-        detach_values=args.critic == "detached",
-        ref_model=ref_model,
-        disable_dropout=args.disable_dropout,
-        seed=position_seed(args.seed, "value head"),
-    )
 
 
 def policy_loss(args: PPOConfig, new: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

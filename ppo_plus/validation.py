@@ -8,10 +8,13 @@ from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import check_score_head
 from .config import PPOConfig
-from .rewards import check_call, check_weights, listed_rewards
+from .rewards import adapter_folder, check_call, check_same_base, check_weights, listed_rewards
+
+REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
 
 
 def model_name(model: Any) -> str:
@@ -72,22 +75,48 @@ def check_output_dir(output_dir: str | Path) -> None:
         raise ValueError(f"output_dir {str(output_dir)!r} is not writable: no permission in {existing}.")
 
 
-def check_models(model: Any, ref_model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse what is no language model, and a reference that could not be one."""
+def check_models(model: Any, ref_model: Any, value_model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what is no language model, and a reference or critic that could not be one."""
     if not isinstance(model, str | PreTrainedModel) and not hasattr(model, "peft_config"):
         raise TypeError(f"model must be a name, a causal language model or a PeftModel; got {type(model).__name__}.")
-    if ref_model is None:
-        return
-    if not isinstance(ref_model, nn.Module):
+    if ref_model is not None and not isinstance(ref_model, nn.Module):
         raise TypeError(f"ref_model must be a model that is loaded already; got {type(ref_model).__name__}.")
-    if ref_model is model:
+    if ref_model is not None and ref_model is model:
         raise ValueError("ref_model is the model that is trained, so no KL could be seen: leave ref_model out.")
-    vocabulary = ref_model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    if not isinstance(value_model, str | Path | nn.Module | None):
+        raise TypeError(f"value_model must be a sequence classifier or its name; got {type(value_model).__name__}.")
+    labels = getattr(getattr(value_model, "config", None), "num_labels", 1)
+    if hasattr(value_model, "score") and labels != 1:
+        raise ValueError(f"value_model has num_labels={labels}; a critic gives one number: use num_labels=1.")
+    for name, other in (("ref_model", ref_model), ("value_model", value_model)):
+        if isinstance(other, nn.Module):
+            check_reads_tokens(name, other, tokenizer)
+
+
+def check_reads_tokens(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a second model that has no embeddings for some of the policy's tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise ValueError(
-            f"ref_model has a vocabulary of {vocabulary}, the tokenizer one of {len(tokenizer)}: the reference must "
-            "read the policy's tokens. Pass a reference with the same tokenizer."
+            f"{name} has a vocabulary of {vocabulary}, the tokenizer one of {len(tokenizer)}: it must read the "
+            "policy's tokens. Pass one with the same tokenizer."
         )
+
+
+def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: Any, value_model: Any) -> None:
+    """Refuse adapters that were not trained as reward models of this base."""
+    config = getattr(model, "config", None)
+    for path in [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]:
+        folder = adapter_folder(str(path)) if isinstance(path, str | Path) else None
+        if folder is None:
+            continue
+        if config is None:
+            options = {k: v for k, v in cast(dict, args.model_init_kwargs or {}).items() if k in REMOTE}
+            config = AutoConfig.from_pretrained(model, **options)
+        check_same_base(folder, config._name_or_path)
+        check_score_head(folder, config.get_text_config().hidden_size)
+    if args.critic == "adapter" and peft_config is None and not hasattr(model, "peft_config"):
+        raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
 
 
 def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: list[str]) -> None:

@@ -39,7 +39,7 @@ from ppo_plus import logits, modeling
 from ppo_plus.adapters import use_adapter
 from ppo_plus.collector import truncation
 from ppo_plus.data import left_pad
-from ppo_plus.loading import build_actor_critic, load_policy
+from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
 from ppo_plus.logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from ppo_plus.modeling import ActorCritic, ValueHead
 from ppo_plus.rollout import response_mask
@@ -211,8 +211,8 @@ def test_an_adapters_gradients_are_those_of_plain_peft_on_each_row_alone(checkpo
     rows, plain_peft = ragged_rows(), adapted().eval()
     actor = build_actor_critic(
         load_policy(make_model(), peft_config=lora()),
-        head=("linear", "silu"), detach_values=False, ref_model=None, disable_dropout=True, seed=0,
-    ).train(checkpointing)  # fmt: skip
+        critic=CriticSource(),
+    ).train(checkpointing)
     actor.policy.load_state_dict(plain_peft.state_dict())
     if checkpointing:
         actor.activation_checkpointing_enable()
@@ -267,7 +267,7 @@ def test_values_are_the_head_on_the_hidden_state_that_predicts_the_token():
 
 @pytest.mark.parametrize("detached", [False, True])
 def test_the_critics_gradient_reaches_the_backbone_unless_it_is_detached(detached):
-    actor = actor_critic(detach_values=detached)
+    actor = actor_critic(critic="detached" if detached else "shared")
     actor(*as_batch(ragged_rows())).values.sum().backward()
     assert actor.value_head.layers[0].weight.grad.abs().sum() > 0
     reached = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in actor.policy.model.layers.parameters()]
@@ -276,7 +276,7 @@ def test_the_critics_gradient_reaches_the_backbone_unless_it_is_detached(detache
 
 def test_detached_values_leave_the_policys_gradient_alone():
     gradients = []
-    for options in ({"detach_values": True}, {"detach_values": True}, {}):
+    for options in ({"critic": "detached"}, {"critic": "detached"}, {}):
         actor = actor_critic(**options)
         output = actor(*as_batch(ragged_rows()), with_values=bool(gradients))
         (output.logprobs.sum() + (output.values.sum() if gradients else 0)).backward()
@@ -296,7 +296,7 @@ def test_detached_values_leave_the_policys_gradient_alone():
     ],
 )  # fmt: skip
 def test_without_dropout_a_model_in_training_scores_as_in_evaluation(cls, config):
-    options = {"head": ("linear", "silu"), "detach_values": False, "ref_model": None, "seed": 0}
+    options = {"critic": CriticSource()}
     for disable in (False, True):
         model = build(cls, cls.config_class(**{**config, "vocab_size": VOCABULARY}))
         actor = build_actor_critic(model, disable_dropout=disable, **options)
@@ -496,9 +496,7 @@ def test_a_separate_reference_model_is_used_and_is_no_part_of_the_model():
 
 def test_a_reference_with_an_adapter_of_its_own_speaks_with_it():
     reference, rows = adapted(seed=6).eval(), ragged_rows()
-    actor = build_actor_critic(
-        adapted(), head=("linear", "silu"), detach_values=False, ref_model=reference, disable_dropout=True, seed=0
-    )
+    actor = build_actor_critic(adapted(), critic=CriticSource(), ref_model=reference)
     with torch.no_grad(), actor.eval().reference():
         assert gap_to_plain(actor(*as_batch(rows)), reference, rows) < 1e-5
 
@@ -508,9 +506,7 @@ def test_the_policy_cannot_be_its_own_reference(peft):
     model = make_model()
     policy = load_policy(model, peft_config=lora() if peft else None)
     with pytest.raises(ValueError, match="ref_model share their weights"):
-        build_actor_critic(
-            policy, head=("linear", "silu"), detach_values=False, ref_model=model, disable_dropout=True, seed=0
-        )
+        build_actor_critic(policy, critic=CriticSource(), ref_model=model)
 
 
 def test_full_fine_tuning_without_a_reference_is_refused():

@@ -462,6 +462,8 @@ OPTIONS = {
     "cliprange_value": differs("cliprange_value", 0.001),
     "vf_coef": differs("vf_coef", 0.5),
     "critic": differs("critic", "detached", given={"vf_coef": 0.1}),
+    "critic_learning_rate": differs("critic_learning_rate", 1e-2, given={"critic": "adapter"}),
+    "critic_warmup_steps": differs("critic_warmup_steps", 2),
     "value_head": differs("value_head", "mlp"),
     "value_head_activation": differs("value_head_activation", "gelu", given={"value_head": "mlp"}),
     "value_learning_rate": differs("value_learning_rate", 1e-3),
