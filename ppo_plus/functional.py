@@ -139,13 +139,18 @@ def logprobs_and_entropy(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` and `entropy` from one softmax; `None` for the entropy where it is not asked for."""
+    logprobs = scaled_log_softmax(logits, temperature)
+    chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return chosen, entropy_of_logprobs(logprobs) if with_entropy else None
+
+
+def scaled_log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of the whole vocabulary, `(..., V)` float32, nats."""
     scaled = logits.float()
     if temperature != 1:
         # In place where a copy was made just now: these are the largest tensors there are.
         scaled = scaled / temperature if scaled is logits else scaled.div_(temperature)
-    logprobs = F.log_softmax(scaled, dim=-1)
-    chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen, _entropy(logprobs) if with_entropy else None
+    return F.log_softmax(scaled, dim=-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -158,10 +163,11 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Returns:
         Entropy per position, `(B, R)` float32, nats, between 0 and `log V`.
     """
-    return _entropy(F.log_softmax(logits.float() / temperature, dim=-1))
+    return entropy_of_logprobs(scaled_log_softmax(logits, temperature))
 
 
-def _entropy(logprobs: Tensor) -> Tensor:
+def entropy_of_logprobs(logprobs: Tensor) -> Tensor:
+    """`entropy` where the log-probabilities `(..., V)` are known already."""
     probs = logprobs.exp()
     # The limit of p log p at p = 0 is 0; computed, it is 0 * -inf.
     return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(-1)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .functional import logprobs_and_entropy
+from .functional import entropy_of_logprobs, logprobs_and_entropy, scaled_log_softmax
 
 # Logits of one chunk: 16 M numbers are 64 MB in fp32, whatever the vocabulary.
 CHUNK_ELEMENTS = 2**24
@@ -50,21 +50,44 @@ class _ScoreChunk(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, score: Callable, with_entropy: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             states = hidden.detach().requires_grad_()
-            outputs = [out for out in score(states, targets, with_entropy) if out is not None]
-            gradients = [
-                torch.autograd.grad(out.sum(), states, retain_graph=out is not outputs[-1])[0] for out in outputs
-            ]
+            logits = head(states)
+        logprobs = scaled_log_softmax(logits.detach(), temperature)
+        outputs = [logprobs.gather(-1, targets[:, None]).squeeze(-1)]
+        if with_entropy:
+            outputs.append(entropy_of_logprobs(logprobs))
+        slopes = logit_slopes(logprobs, targets, temperature, *outputs[1:])
+        gradients = [torch.autograd.grad(logits, states, s.to(logits.dtype), retain_graph=True)[0] for s in slopes]
         ctx.save_for_backward(*gradients)
-        return tuple(out.detach() for out in outputs)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         parts = [g * up[:, None].to(g.dtype) for g, up in zip(ctx.saved_tensors, upstream, strict=True)]
-        return sum(parts[1:], parts[0]), None, None, None
+        return sum(parts[1:], parts[0]), None, None, None, None
+
+
+def logit_slopes(logprobs: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None = None) -> list[Tensor]:
+    """How the chosen log-probability, and the entropy if it is given, change with each logit.
+
+    `d log p_c / d z_v = ([v = c] - p_v) / T` and `d H / d z_v = -p_v (log p_v + H) / T`.
+
+    Args:
+        logprobs: of the whole vocabulary, `(n, V)` float32; overwritten.
+        targets: c, `(n,)` int64.
+        temperature: T.
+        entropy: H, `(n,)` float32, nats.
+    """
+    probs, slopes = logprobs.exp(), []
+    if entropy is not None:
+        slopes.append(logprobs.add_(entropy[:, None]).masked_fill_(probs == 0, 0.0).mul_(probs).mul_(-1 / temperature))
+    chosen = torch.full_like(targets, 1, dtype=probs.dtype) / temperature
+    return [probs.mul_(-1 / temperature).scatter_add_(-1, targets[:, None], chosen[:, None]), *slopes]
 
 
 def chunked_logprobs(
@@ -97,12 +120,13 @@ def chunked_logprobs(
         if (not states.requires_grad and frozen_head) or not torch.is_grad_enabled():
             return score(states, tokens, with_entropy)
         if frozen_head:
-            outputs = _ScoreChunk.apply(states, tokens, score, with_entropy)
+            outputs = _ScoreChunk.apply(states, tokens, head, temperature, with_entropy)
             return outputs if with_entropy else (*outputs, None)
         return checkpoint(score, states, tokens, with_entropy, use_reentrant=False)
 
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    size = max(16, CHUNK_ELEMENTS // head(flat_hidden[:1]).shape[-1])
+    most = max(16, CHUNK_ELEMENTS // head(flat_hidden[:1]).shape[-1])
+    size = -(-len(flat_hidden) // -(-len(flat_hidden) // most))  # chunks of equal size
     pieces = [chunk(h, t) for h, t in zip(flat_hidden.split(size), flat_targets.split(size), strict=True)]
     logprobs, entropies = zip(*pieces, strict=True)
     return (

@@ -260,9 +260,9 @@ class ActorCritic(nn.Module):
             self._active = self.language_model
 
     def _response_states(self, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-        hidden = self._hidden_states(input_ids, attention_mask).last_hidden_state
-        # The state before token t is the hidden state one position to its left.
-        return hidden[:, -response_length - 1 : -1]
+        # The state before token t is the hidden state one position to its left; after the last token nothing is asked.
+        hidden = self._hidden_states(input_ids[:, :-1], attention_mask[:, :-1]).last_hidden_state
+        return hidden[:, -response_length:]
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
