@@ -276,10 +276,8 @@ class SamplesTableCallback(PPOCallback):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         """Print at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
-        rollouts, index = -(-state.max_steps // args.steps_per_rollout), state.global_step // args.steps_per_rollout
-        # Tables due before and with this rollout, spread evenly.
-        before, due = ((i * args.num_sample_generations) // max(1, rollouts) for i in (index - 1, index))
-        if state.is_world_process_zero and (args.log_completions or index == 0 or due > before):
+        due = args.log_completions or is_due(args, state, args.num_sample_generations)
+        if state.is_world_process_zero and due:
             shown = range(min(args.num_completions_to_print, len(rollout)))
             completions = samples.completions
             print_samples(
@@ -292,6 +290,13 @@ class SamplesTableCallback(PPOCallback):
                     **{name: [str(values[i]) for i in shown] for name, values in samples.extra.items()},
                 },
             )
+
+
+def is_due(args: PPOConfig, state: TrainerState, times: int) -> bool:
+    """Whether the rollout at this step is the first, or one of `times` that are spread evenly over training."""
+    rollouts, index = -(-state.max_steps // args.steps_per_rollout), state.global_step // args.steps_per_rollout
+    before, due = ((i * times) // max(1, rollouts) for i in (index - 1, index))
+    return index == 0 or due > before
 
 
 def as_text(prompt: Any) -> str:

@@ -106,6 +106,7 @@ class PPOConfig(TrainingArguments):
     num_sample_generations: int = _field(10, "How many times over training to show sampled responses; 0 is never.")
     log_completions: bool = _field(False, "Show sampled responses after every rollout.")
     num_completions_to_print: int = _field(5, "Responses per table of samples.")
+    run_report: bool = _field(True, "Keep report.html in output_dir: curves, fixed prompts, tokens of rollouts.")
 
     # Defaults that differ from TrainingArguments
     learning_rate: float = _field(1e-5, "Learning rate of the actor.")
@@ -202,7 +203,14 @@ class PPOConfig(TrainingArguments):
             "stop_token": ("eos", None),
             "on_reward_error": ("raise", "skip"),
         }
-        switches = ("include_eos", "whiten_rewards", "disable_dropout", "shuffle_dataset", "log_completions")
+        switches = (
+            "include_eos",
+            "whiten_rewards",
+            "disable_dropout",
+            "shuffle_dataset",
+            "log_completions",
+            "run_report",
+        )
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():
             _require(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")

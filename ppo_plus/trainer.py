@@ -48,6 +48,7 @@ from .data import Row, check_context, check_tokenizer, check_vocabulary, stop_to
 from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
+from .report import RunReportCallback, fixed_prompts
 from .rewards import build_rewards
 from .rollout import (
     PromptSampler,
@@ -167,6 +168,10 @@ class PPOTrainer(Trainer):
         self.add_callback(NumericsWatchCallback())
         if args.num_sample_generations or args.log_completions:
             self.add_callback(SamplesTableCallback())
+        if args.run_report:
+            self.add_callback(
+                RunReportCallback(self.generate_completions, fixed_prompts(self.train_dataset, self.eval_dataset))
+            )
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
 

@@ -21,10 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset
 from demo_assets import distinct_n, judge, load_smollm2, movie_reviews, preference_pairs, prompts, repetition, splits
@@ -34,6 +30,7 @@ from trl import TrlParser
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from ppo_plus.callbacks import print_samples
+from ppo_plus.report import REPORT, curves_png
 
 
 @dataclass
@@ -134,21 +131,6 @@ def look(trainer: PPOTrainer) -> tuple[dict[str, float], list[str], list[str]]:
     return figures, samples.completions.prompts, texts
 
 
-def plot(history: list[dict[str, float]], file: Path) -> None:
-    """Reward and KL over training."""
-    rows = [row for row in history if "reward" in row]
-    figure, left = plt.subplots(figsize=(7, 4))
-    right = left.twinx()
-    left.plot([r["step"] for r in rows], [r["reward"] for r in rows], color="tab:blue")
-    right.plot([r["step"] for r in rows], [r["kl"] for r in rows], color="tab:orange")
-    left.set_xlabel("optimizer step")
-    left.set_ylabel("reward (reward model's units)", color="tab:blue")
-    right.set_ylabel("KL to the reference (nats per response)", color="tab:orange")
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
     (args,) = TrlParser(DemoArguments).parse_args_and_config()
     started = time.perf_counter()
@@ -166,7 +148,7 @@ def main() -> None:
     after, _, last_answers = look(trainer)
     trainer.save_model()
 
-    plot(trainer.state.log_history, out / "curves.png")
+    curves_png(trainer.state.log_history, out / "curves.png")
     shown = slice(0, 8)
     print_samples(
         "The same held-out prompts and seeds, before and after PPO",
@@ -188,7 +170,8 @@ def main() -> None:
     (out / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
     for name in before:
         print(f"{name:>26}: {before[name]:8.3f} -> {after[name]:8.3f}")
-    print(f"Adapter and value head: {trainer.args.output_dir}; curves: {out / 'curves.png'}")
+    folder = Path(trainer.args.output_dir)
+    print(f"Adapter and value head: {folder}; report: {folder / REPORT}; curves: {out / 'curves.png'}")
     print(
         f"Held-out reward {before['reward']:.2f} -> {after['reward']:.2f}, KL {after['kl']:.1f} nats, "
         f"VADER {before['vader']:.2f} -> {after['vader']:.2f}, {result['minutes']:.1f} minutes"

@@ -99,6 +99,7 @@ def make_config(tmp_path, **overrides) -> PPOConfig:
         "save_strategy": "no",
         "disable_tqdm": True,
         "num_sample_generations": 0,
+        "run_report": False,
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "logging_steps": 1,

@@ -1,0 +1,134 @@
+"""The callback that keeps the page of a run up to date."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from transformers import TrainerState
+
+from ..callbacks import PPOCallback, is_due
+from ..config import PPOConfig
+from .curves import POINTS, curves
+from .page import REPORT, read_run, write_page
+from .samples import answers, token_view
+
+if TYPE_CHECKING:
+    from ..collector import Samples
+    from ..rollout import Rollout
+
+MOMENTS = 10  # at which the fixed prompts are answered, spread over training, besides its end
+ROLLOUTS = 4  # the last ones, whose tokens are shown
+WRITING = 0.02  # share of the time that may be spent writing pages between evaluations and checkpoints
+
+SETTINGS = (
+    "total_episodes", "rollout_batch_size", "num_ppo_epochs", "num_mini_batches", "response_length", "temperature",
+    "learning_rate", "value_learning_rate", "kl_coef", "kl_estimator", "kl_in", "objective", "cliprange", "gamma",
+    "lam", "critic", "seed",
+)  # fmt: skip
+
+
+class RunReportCallback(PPOCallback):
+    """Keeps `report.html` in the output folder up to date: curves, answers to fixed prompts, tokens of rollouts.
+
+    The page is written at each evaluation, checkpoint and at the end; at a log only if pages have taken no more than
+    2% of the time. Process 0 writes it and answers the prompts, so on several processes the others wait for that.
+
+    Args:
+        answer: answers prompts and scores the answers, `PPOTrainer.generate_completions`; training must not notice.
+        prompts: the fixed prompts, a few rows of a tokenized dataset.
+    """
+
+    def __init__(self, answer: Callable[[Dataset], Samples], prompts: Dataset) -> None:
+        self.answer, self.prompts = answer, prompts
+        self.run: dict[str, Any] | None = None
+        self._written, self._took = -math.inf, 0.0
+        self._learning: list[float] = []
+        self._tokens = 0
+        self._began = 0.0
+        self._seconds: dict[str, float] = {}
+
+    def on_train_begin(self, args: PPOConfig, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
+        """Start a report, or go on with the one that is there, as it was at the step that is resumed."""
+        if not state.is_world_process_zero:
+            return
+        page = Path(str(args.output_dir)) / REPORT
+        self.run = {"answers": [], "rollouts": [], "speed": []}
+        if state.global_step > 0 and page.is_file():
+            try:
+                before = read_run(page)
+                # What was collected at this very step or later will be collected again.
+                self.run = {kind: [e for e in before[kind] if e["step"] < state.global_step] for kind in self.run}
+            except (ValueError, KeyError, TypeError) as error:
+                warnings.warn(f"The report starts anew at step {state.global_step}: {error}", stacklevel=2)
+        self.run["name"] = Path(str(args.output_dir)).resolve().name
+        base = model.language_model
+        settings = {
+            "model": Path(base.config._name_or_path).name or type(base).__name__,
+            **{name: getattr(args, name) for name in SETTINGS},
+        }
+        self.run["settings"] = {name: value for name, value in settings.items() if value is not None}
+        self._tokens, self._learning = 0, []
+
+    def on_rollout_end(
+        self, args: PPOConfig, state: TrainerState, control: Any, rollout: Rollout, samples: Samples,
+        metrics: dict[str, float], processing_class: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Keep the tokens of the rollout and, at a few moments of training, the answers to the fixed prompts."""
+        if self.run is None:
+            return
+        step = state.global_step
+        view = token_view(rollout, samples, processing_class, args, kl_coef=metrics["ppo/kl_coef"], step=step)
+        self.run["rollouts"] = [*self.run["rollouts"], view][-ROLLOUTS:]
+        self._tokens, self._seconds, self._learning = int(rollout.mask.sum()), samples.seconds, []
+        if is_due(args, state, MOMENTS):
+            self.run["answers"].append(answers(self.answer(self.prompts), step))
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Time the learning."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """When a rollout has been learned from, note how fast each phase was."""
+        self._learning.append(time.perf_counter() - self._began)
+        if self.run is None or len(self._learning) != args.steps_per_rollout or not self._tokens:
+            return
+        seconds = {**self._seconds, "learn": sum(self._learning) / args.num_ppo_epochs}
+        speed = {phase: self._tokens / max(s, 1e-9) for phase, s in seconds.items()}
+        self.run["speed"].append({"step": state.global_step - 1, **{f"speed/{p}": s for p, s in speed.items()}})
+        if len(self.run["speed"]) > 2 * POINTS:
+            del self.run["speed"][::2]
+
+    def on_log(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write the page, unless that was done only just now."""
+        if time.perf_counter() - self._written > self._took / WRITING:
+            self._write(args, state)
+
+    def on_evaluate(self, args: PPOConfig, state: TrainerState, control: Any, *a: Any, **kwargs: Any) -> None:
+        """Write the page."""
+        self._write(args, state)
+
+    def on_save(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write the page."""
+        self._write(args, state)
+
+    def on_train_end(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Answer the fixed prompts for the last time and write the page."""
+        if self.run is not None:
+            self.run["answers"].append(answers(self.answer(self.prompts), state.global_step))
+        self._write(args, state)
+
+    def _write(self, args: PPOConfig, state: TrainerState) -> None:
+        if self.run is None:  # not process 0, or evaluation without training
+            return
+        started = time.perf_counter()
+        history = curves([*state.log_history, *self.run["speed"]])
+        run = {**self.run, "step": state.global_step, "max_steps": state.max_steps, "curves": history}
+        write_page(Path(str(args.output_dir)) / REPORT, [run])
+        self._written = time.perf_counter()
+        self._took = self._written - started

@@ -1,0 +1,71 @@
+"""The page: a template and the data of runs as JSON, written as one file and read again from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .curves import CHARTS
+
+REPORT = "report.html"
+TEMPLATE = Path(__file__).with_name("template.html")
+DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+FORMAT_VERSION = 1
+
+
+def embedded(data: Any) -> str:
+    """JSON that stands safely inside a `<script>` element; NaN and infinities become null."""
+    text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # In strings only: JSON has none of these outside them. No `</script>`, no `<!--`, whatever a model writes.
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(name): _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float):
+        return float(f"{data:.5g}") if math.isfinite(data) else None
+    return data if isinstance(data, int | str | bool | None) else str(data)
+
+
+def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
+    """Write the page of one run, or of several side by side; readers never see half of it.
+
+    Args:
+        path: of the page.
+        runs: what `RunReportCallback` collected, or `read_run` read.
+    """
+    data = embedded({"format": FORMAT_VERSION, "runs": list(runs), "charts": [asdict(chart) for chart in CHARTS]})
+    before, after = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes((before + data + after).encode("utf-8", "replace"))
+    aside.replace(path)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The run in a page of one.
+
+    Raises:
+        ValueError: there is no such page, or it is none of ours, or a newer one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. PPOTrainer writes it as it trains, unless run_report=False.")
+    found = DATA.search(path.read_text(encoding="utf-8"))
+    try:
+        data = json.loads(found[1]) if found else {}
+    except json.JSONDecodeError:
+        data = {}
+    if data.get("format", 0) > FORMAT_VERSION:
+        raise ValueError(f"{path} was written by a newer ppo_plus (format {data['format']}). Upgrade ppo_plus.")
+    if len(data.get("runs", [])) != 1:
+        raise ValueError(f"{path} is not the report of one run: give the output folder of a PPOTrainer.")
+    return data["runs"][0]

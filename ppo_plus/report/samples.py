@@ -1,0 +1,135 @@
+"""What the page shows of responses: the answers to fixed prompts, and tokens with their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..callbacks import as_text
+from ..config import PPOConfig
+from ..functional import kl_divergence, shape_rewards
+
+if TYPE_CHECKING:
+    from ..collector import Samples
+    from ..rollout import Rollout
+
+# What keeps a page below two megabytes, however long the run and its responses.
+PROMPTS = 6  # answered again and again
+RESPONSES = 8  # of a rollout
+TOKENS = 400  # of each response
+CHARACTERS = 1200  # of each prompt, its end, and of each answer, its beginning
+
+
+def fixed_prompts(train: Dataset, evaluation: Any) -> Dataset:
+    """The prompts that are answered again and again: of evaluation if reward functions can score them."""
+    held_out = evaluation if isinstance(evaluation, Dataset) else next(iter((evaluation or {}).values()), None)
+    known = held_out is not None and set(train.column_names) <= set(held_out.column_names)
+    dataset: Any = held_out if known else train
+    rows: dict[tuple[int, ...], int] = {}
+    for row, ids in enumerate(dataset[:200]["input_ids"]):  # different ones, for they are told apart by their text
+        rows.setdefault(tuple(ids), row)
+    return dataset.select(list(rows.values())[:PROMPTS])
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; empty where a token only begins a character that a later one ends."""
+    texts, start, read = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        # From a few tokens before: some tokenizers drop a leading space of what they decode.
+        known, now = _decoded(tokenizer, ids[start:read]), _decoded(tokenizer, ids[start:end])
+        if len(now) > len(known) and (not now.endswith("\ufffd") or end == len(ids)):
+            texts.append(now[len(known) :])
+            start, read = read, end
+        else:
+            texts.append("")
+    return texts
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= CHARACTERS else text[:CHARACTERS] + " […]"
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= CHARACTERS else "[…] " + text[-CHARACTERS:]
+
+
+def answers(samples: Samples, step: int) -> dict[str, Any]:
+    """What the policy says to the fixed prompts at a step."""
+    kl = ((samples.logprobs - samples.ref_logprobs) * samples.mask).sum(1)
+    texts = samples.completions
+    return {
+        "step": step,
+        "rows": [
+            {
+                "prompt": _end(as_text(texts.prompts[i])),
+                "answer": _beginning(as_text(texts.completions[i])),
+                "reward": float(samples.scores[i]),
+                "kl": float(kl[i]),
+            }
+            for i in range(len(samples))
+        ],
+    }
+
+
+def token_view(
+    rollout: Rollout,
+    samples: Samples,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+    *,
+    kl_coef: float,
+    step: int,
+) -> dict[str, Any]:
+    """The tokens of some responses of a rollout with their numbers, evenly spread over the scores.
+
+    Args:
+        rollout: the rollout, `(N, R)`.
+        samples: the texts of its responses.
+        tokenizer: of the policy.
+        args: where the KL is penalized and how it is estimated.
+        kl_coef: coefficient of the KL penalty, reward units per nat.
+        step: at which the rollout was collected.
+
+    Returns:
+        Per response the prompt, the score (reward units), the KL (nats) and, token by token, its text, advantage
+        (standard deviations), value, KL (nats), reward (before whitening) and log-probability (nats).
+    """
+    kl = kl_divergence(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator) * rollout.mask
+    rewards = shape_rewards(rollout.scores, kl, rollout.mask, kl_coef if args.kl_in == "reward" else 0.0)
+    ranked = rollout.scores.argsort(descending=True, stable=True)
+    shown = min(RESPONSES, len(rollout))
+    rows = ranked[torch.linspace(0, len(rollout) - 1, shown).round().long()]
+    per_token = {
+        "advantage": rollout.advantages, "value": rollout.values, "kl": kl, "reward": rewards,
+        "logprob": rollout.logprobs,
+    }  # fmt: skip
+    return {
+        "step": step,
+        "total": len(rollout),
+        "responses": [_response(int(row), rollout, samples, tokenizer, per_token) for row in rows],
+    }
+
+
+def _response(
+    row: int, rollout: Rollout, samples: Samples, tokenizer: PreTrainedTokenizerBase, per_token: dict[str, Tensor]
+) -> dict[str, Any]:
+    length = int(rollout.mask[row].sum())  # actions come first, padding after them
+    kept = min(length, TOKENS)
+    ids = rollout.input_ids[row, rollout.prompt_length :][:kept].tolist()
+    return {
+        "prompt": _end(as_text(samples.completions.prompts[row])),
+        "score": float(rollout.scores[row]),
+        "total_kl": float(rollout.kl[row]),
+        "length": length,
+        "tokens": token_texts(tokenizer, ids),
+        **{name: [round(x, 4) for x in numbers[row, :kept].tolist()] for name, numbers in per_token.items()},
+    }

@@ -1,0 +1,520 @@
+"""The run report: what stands in the page, that it survives a resume, and that a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from conftest import count_e, lora, make_prompts, make_tokenizer, make_trainer
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ppo_plus import PPOCallback
+from ppo_plus.collector import Samples
+from ppo_plus.report import REPORT, callback, curves_png, fixed_prompts, read_run, write_page
+from ppo_plus.report.__main__ import main
+from ppo_plus.report.curves import POINTS, curves
+from ppo_plus.report.page import embedded
+from ppo_plus.report.samples import PROMPTS, RESPONSES, TOKENS, answers, token_texts, token_view
+from ppo_plus.rewards import Completions
+from ppo_plus.rollout import Rollout
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- & \u2028"
+
+
+class Recorder(PPOCallback):
+    """Keeps rollouts and the coefficients they were penalized with."""
+
+    def __init__(self):
+        self.rollouts = []
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        self.rollouts.append((state.global_step, rollout, samples, metrics["ppo/kl_coef"]))
+
+
+def trained(tmp_path, config=None, **overrides):
+    trainer = make_trainer(tmp_path, config={"run_report": True, **(config or {})}, **overrides)
+    trainer.train()
+    return trainer
+
+
+class Page(HTMLParser):
+    """Scripts and tags of a page; every opened element must be closed."""
+
+    VOID = {"meta", "!doctype"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.scripts, self.tags = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+
+class TestPage:
+    def test_hostile_text_stays_text(self, tmp_path):
+        run = example_run()
+        write_page(tmp_path / REPORT, [run])
+        page = Page((tmp_path / REPORT).read_text())
+        assert len(page.scripts) == 2
+        assert json.loads(page.scripts[0])["runs"][0]["name"] == HOSTILE
+        assert not any(tag == "img" for tag, _ in page.tags)
+
+    def test_without_escaping_it_would_not(self, tmp_path):
+        """Negative control: the parser above sees what gets out of a script."""
+        escaped = embedded({"name": HOSTILE})
+        template = f'<script type="application/json">{escaped}</script>'
+        assert len(Page(template).scripts) == 1
+        with pytest.raises(AssertionError):
+            assert len(Page(template.replace(escaped, json.dumps({"name": HOSTILE}))).scripts) == 1
+
+    def test_numbers_that_json_has_not_become_null(self):
+        read = json.loads(embedded([math.nan, math.inf, -math.inf, 0.123456789, 3, None, True]))
+        assert read == [None, None, None, 0.12346, 3, None, True]
+
+    def test_nothing_is_loaded_from_anywhere(self, tmp_path):
+        write_page(tmp_path / REPORT, [example_run()])
+        for _, attributes in Page((tmp_path / REPORT).read_text()).tags:
+            assert not attributes.keys() & {"src", "href"}
+
+    def test_no_half_of_a_page_is_left(self, tmp_path):
+        (tmp_path / REPORT).write_text("before")
+        with pytest.raises(ValueError, match="circular|Circular|recursion"):
+            circular: list = []
+            circular.append(circular)
+            try:
+                write_page(tmp_path / REPORT, [{"a": circular}])
+            except RecursionError as error:
+                raise ValueError("recursion") from error
+        assert [file.name for file in tmp_path.iterdir()] == [REPORT]
+        assert (tmp_path / REPORT).read_text() == "before"
+
+    @pytest.mark.parametrize("text", ["", "<html></html>", '<script type="application/json" id="data">{</script>'])
+    def test_another_page_is_named(self, tmp_path, text):
+        (tmp_path / REPORT).write_text(text)
+        with pytest.raises(ValueError, match=r"report\.html is not the report of one run"):
+            read_run(tmp_path / REPORT)
+
+    def test_a_newer_page_is_named(self, tmp_path):
+        write_page(tmp_path / REPORT, [example_run()])
+        text = (tmp_path / REPORT).read_text()
+        (tmp_path / REPORT).write_text(text.replace('{"format":1', '{"format":2'))
+        with pytest.raises(ValueError, match="newer ppo_plus"):
+            read_run(tmp_path / REPORT)
+
+
+class TestRun:
+    def test_page_says_what_happened(self, tmp_path):
+        recorder = Recorder()
+        trainer = trained(tmp_path, callbacks=[recorder], config={"max_steps": 12, "kl_coef": 0.3})
+        run = read_run(tmp_path / REPORT)
+        assert (run["step"], run["max_steps"], run["settings"]["kl_coef"]) == (12, 12, 0.3)
+
+        logged = [row for row in trainer.state.log_history if "reward" in row]
+        steps, rewards = run["curves"]["reward"]
+        assert steps == [row["step"] for row in logged]
+        assert rewards == pytest.approx([row["reward"] for row in logged], rel=1e-4)
+        assert {"kl", "entropy", "clip_ratio/policy", "critic/explained_variance", "learning_rate"} <= run[
+            "curves"
+        ].keys()
+        for phase in ("generate", "score", "logprobs", "learn"):
+            steps, speeds = run["curves"][f"speed/{phase}"]
+            assert steps == [3, 7, 11]
+            assert min(speeds) > 0
+
+        assert [view["step"] for view in run["rollouts"]] == [0, 4, 8]
+        for view, (_, rollout, samples, kl_coef) in zip(run["rollouts"], recorder.rollouts, strict=True):
+            self.check_tokens(view, rollout, samples, kl_coef)
+
+    def check_tokens(self, view, rollout, samples, kl_coef):
+        assert view["total"] == len(view["responses"]) == len(rollout) == 8
+        scores = [response["score"] for response in view["responses"]]
+        assert scores == pytest.approx(sorted(rollout.scores.tolist(), reverse=True), rel=1e-4)
+        rows = rollout.scores.argsort(descending=True, stable=True).tolist()
+        for row, response in zip(rows, view["responses"], strict=True):
+            length = int(rollout.mask[row].sum())
+            assert response["length"] == len(response["tokens"]) == length
+            spoken = "".join(response["tokens"]).replace("<eos>", "")
+            assert (
+                spoken.replace("<pad>", "").replace("<bos>", "").replace("<unk>", "")
+                == samples.completions.completions[row]
+            )
+            for name, numbers in {"advantage": rollout.advantages, "value": rollout.values}.items():
+                assert response[name] == pytest.approx(numbers[row, :length].tolist(), abs=1e-4)
+            assert sum(response["kl"]) == pytest.approx(float(rollout.kl[row]), abs=2e-3)
+            expected = float(rollout.scores[row]) - kl_coef * float(rollout.kl[row])
+            assert sum(response["reward"]) == pytest.approx(expected, abs=2e-3)
+
+    def test_the_same_prompts_are_answered_over_time(self, tmp_path):
+        trainer = trained(tmp_path, eval_dataset=make_prompts(4))
+        before, middle, after = read_run(tmp_path / REPORT)["answers"]
+        assert (before["step"], middle["step"], after["step"]) == (0, 4, 8)
+        now = trainer.generate_completions(make_prompts(4))
+        assert [row["answer"] for row in after["rows"]] == now.completions.completions
+        assert [row["reward"] for row in after["rows"]] == now.scores.tolist()
+        assert [row["prompt"] for row in before["rows"]] == [row["prompt"] for row in after["rows"]]
+        assert [row["kl"] for row in before["rows"]] == pytest.approx([0.0] * 4, abs=1e-4)
+        assert before["rows"] != after["rows"]
+
+    def test_training_does_not_notice(self, tmp_path):
+        weights = []
+        for report in (True, False):
+            torch.manual_seed(0)
+            folder = tmp_path / str(report)
+            trainer = make_trainer(folder, config={"run_report": report}, peft_config=lora(lora_dropout=0.1))
+            trainer.train()
+            weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+            assert (folder / REPORT).exists() == report
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    @pytest.mark.parametrize("stop", [6, 8])
+    def test_resuming_goes_on_with_the_page(self, tmp_path, stop, monkeypatch):
+        """Killed at step 10, resumed from a checkpoint before: as if nothing had happened."""
+        monkeypatch.setattr(callback, "WRITING", math.inf)  # a page at every log
+        config = {"max_steps": 12, "save_strategy": "steps", "save_steps": stop}
+        trained(tmp_path / "whole", config)
+
+        class Kill(PPOCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 10:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "parts", config, callbacks=[Kill()])
+        assert read_run(tmp_path / "parts" / REPORT)["step"] == 10 > stop
+        trainer = make_trainer(tmp_path / "parts", config={"run_report": True, **config})
+        trainer.train(resume_from_checkpoint=True)
+        whole, parts = (read_run(tmp_path / name / REPORT) for name in ("whole", "parts"))
+        for run in (whole, parts):
+            run["curves"] = {name: curve for name, curve in run["curves"].items() if not name.startswith("speed")}
+            run.pop("name"), run.pop("speed")
+        assert [at["step"] for at in parts["answers"]] == [0, 4, 8, 12]
+        assert parts == whole
+
+    def test_a_new_run_in_the_same_folder_starts_anew(self, tmp_path):
+        trained(tmp_path, {"max_steps": 8})
+        trained(tmp_path, {"max_steps": 4})
+        run = read_run(tmp_path / REPORT)
+        assert [at["step"] for at in run["answers"]] == [0, 4]
+        assert max(run["curves"]["learning_rate"][0]) == 4
+
+    def test_a_damaged_page_does_not_stop_a_resumed_run(self, tmp_path):
+        config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+        trained(tmp_path, config)
+        (tmp_path / REPORT).write_text("<html>")
+        trainer = make_trainer(tmp_path, config={"run_report": True, **config, "max_steps": 8})
+        with pytest.warns(UserWarning, match="report starts anew at step 4"):
+            trainer.train(resume_from_checkpoint=True)
+        run = read_run(tmp_path / REPORT)
+        assert run["curves"]["reward"][0][0] < 4  # curves come from the checkpoint
+        assert [view["step"] for view in run["rollouts"]] == [4]
+
+    def test_only_the_first_process_writes(self, tmp_path):
+        class Second(PPOCallback):
+            def on_train_begin(self, args, state, control, **kwargs):
+                state.is_world_process_zero = False
+
+        trainer = make_trainer(tmp_path, config={"run_report": True})
+        trainer.callback_handler.callbacks.insert(0, Second())
+        trainer.train()
+        assert not (tmp_path / REPORT).exists()
+
+
+class TestFixedPrompts:
+    def test_evaluation_where_reward_functions_can_score_it(self):
+        train = Dataset.from_dict({"prompt": ["a", "b"], "input_ids": [[1], [2]], "wanted": ["x", "y"]})
+        held_out = Dataset.from_dict(
+            {"prompt": ["c", "c", "d"], "input_ids": [[3], [3], [4]], "wanted": ["x", "x", "y"]}
+        )
+        assert fixed_prompts(train, held_out)["prompt"] == ["c", "d"]
+        assert fixed_prompts(train, {"some": held_out, "other": train})["prompt"] == ["c", "d"]
+        assert fixed_prompts(train, held_out.remove_columns("wanted"))["prompt"] == ["a", "b"]
+        assert fixed_prompts(train, None)["prompt"] == ["a", "b"]
+
+
+def byte_tokenizer():
+    """One token per byte, as byte-level BPE falls back to for rare characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class TestTokenTexts:
+    def test_characters_of_several_tokens(self):
+        tokenizer = byte_tokenizer()
+        text = "né 你好 🙂!"
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text.encode())
+        texts = token_texts(tokenizer, ids)
+        assert texts == ["n", "", "é", " ", "", "", "你", "", "", "好", " ", "", "", "", "🙂", "!"]
+
+    def test_a_character_cut_by_the_end(self):
+        tokenizer = byte_tokenizer()
+        assert token_texts(tokenizer, tokenizer.encode("aé")[:-1]) == ["a", "\ufffd"]
+
+    def test_special_tokens_are_shown(self):
+        tokenizer = make_tokenizer()
+        assert token_texts(tokenizer, [*tokenizer.encode("a b"), 2]) == ["a", " ", "b", "<eos>"]
+
+
+def big_rollout(rows, length):
+    torch.manual_seed(0)
+    numbers = {n: torch.randn(rows, length) for n in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
+    tokenizer = make_tokenizer()
+    ids = torch.randint(4, len(tokenizer), (rows, length + 1))
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    shared = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask}
+    rollout = Rollout(**shared, **numbers, scores=torch.randn(rows), kl=torch.randn(rows))
+    texts = Completions(["p" * 5000] * rows, ["c" * 5000] * rows, ids[:, 1:].tolist(), {}, {})
+    samples = Samples(
+        **shared, stopped=mask[:, 0], sampled_logprobs=numbers["logprobs"], entropy=numbers["values"],
+        logprobs=numbers["logprobs"], ref_logprobs=numbers["ref_logprobs"], values=numbers["values"],
+        rewards=torch.randn(rows, 1), scores=rollout.scores, completions=texts, seconds={},
+    )  # fmt: skip
+    return rollout, samples, tokenizer
+
+
+class TestSize:
+    def test_a_long_run_of_long_responses_stays_below_two_megabytes(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        rollout, samples, tokenizer = big_rollout(64, 1500)
+        view = token_view(rollout, samples, tokenizer, trainer.args, kl_coef=0.1, step=0)
+        assert len(view["responses"]) == RESPONSES
+        assert {len(response["tokens"]) for response in view["responses"]} == {TOKENS}
+        assert view["responses"][0]["length"] == 1500
+        few = answers(samples, 0)
+        few["rows"] = few["rows"][:PROMPTS]
+        history = [
+            {"step": i, "reward": 0.123456 * i, "kl": 0.1, "entropy": 1.0, "speed/learn": 2.0} for i in range(50_000)
+        ]
+        run = example_run() | {
+            "rollouts": [view] * callback.ROLLOUTS,
+            "answers": [few] * (callback.MOMENTS + 1),
+            "curves": curves(history),
+        }
+        write_page(tmp_path / REPORT, [run])
+        assert (tmp_path / REPORT).stat().st_size < 2_000_000
+
+    def test_highest_and_lowest_score_are_shown(self, tmp_path):
+        rollout, samples, tokenizer = big_rollout(50, 3)
+        view = token_view(rollout, samples, tokenizer, make_trainer(tmp_path).args, kl_coef=0.1, step=0)
+        scores = [response["score"] for response in view["responses"]]
+        assert (scores[0], scores[-1]) == (rollout.scores.max().item(), rollout.scores.min().item())
+        assert scores == sorted(scores, reverse=True)
+
+
+class TestCurves:
+    def test_neighbours_are_averaged(self):
+        history = [{"step": i, "reward": float(i % 2)} for i in range(4 * POINTS)]
+        steps, values = curves(history)["reward"]
+        assert len(steps) == len(values) == POINTS
+        assert steps[:2] == [1.5, 5.5]
+        assert set(values) == {0.5}
+
+    def test_what_is_drawn(self):
+        history = [
+            {"step": 1, "reward": 1.0, "loss": 3.0, "kl": math.nan},
+            {"step": 2, "eval_reward": 2.0, "eval_held_out_reward": 4.0, "eval_rewards/f/mean": 9.0},
+        ]
+        assert curves(history) == {
+            "reward": [[1], [1.0]], "eval_reward": [[2], [2.0]], "eval_held_out_reward": [[2], [4.0]],
+        }  # fmt: skip
+
+    def test_picture(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        history = [{"step": i, "reward": i / 3, "kl": i / 2, "eval_reward": i / 4} for i in range(5)]
+        path = curves_png(history, tmp_path / "new" / "curves.png")
+        assert path == tmp_path / "new" / "curves.png"
+        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert path.stat().st_size > 10_000
+
+    def test_no_curves_no_picture(self, tmp_path):
+        assert curves_png([{"step": 1, "train_runtime": 3.0}], tmp_path / "curves.png") is None
+        assert not list(tmp_path.iterdir())
+
+    def test_without_matplotlib_it_is_said_once(self, tmp_path, monkeypatch, recwarn):
+        from ppo_plus.report import curves as module
+
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        module._has_matplotlib.cache_clear()
+        for _ in range(2):
+            assert curves_png([{"step": 1, "reward": 3.0}], tmp_path / "curves.png") is None
+        assert len([w for w in recwarn if "needs matplotlib" in str(w.message)]) == 1
+        module._has_matplotlib.cache_clear()
+
+
+class TestComparison:
+    def test_runs_in_one_page(self, tmp_path, capsys):
+        for name in ("one", "two"):
+            write_page(tmp_path / name / REPORT, [example_run()])
+        main([str(tmp_path / "one"), str(tmp_path / "two" / REPORT), "--output", str(tmp_path / "both.html")])
+        data = json.loads(Page((tmp_path / "both.html").read_text()).scripts[0])
+        assert [run["name"] for run in data["runs"]] == [str(tmp_path / "one"), str(tmp_path / "two" / REPORT)]
+        assert "2 runs" in capsys.readouterr().out
+
+    def test_a_folder_without_a_report_is_named(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path)])
+        assert f"{tmp_path / REPORT} does not exist" in capsys.readouterr().err
+
+    def test_as_a_command(self, tmp_path):
+        write_page(tmp_path / REPORT, [example_run()])
+        command = [sys.executable, "-m", "ppo_plus.report", str(tmp_path), "--output", str(tmp_path / "c.html")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert (tmp_path / "c.html").is_file()
+        assert "RuntimeWarning" not in done.stderr
+
+
+# --- in a browser ---
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--enable-logging=stderr",
+    "--virtual-time-budget=2000", "--window-size=1280,2400",
+)  # fmt: skip
+# A visitor: switches to each quantity, points at a token and at a curve, and writes down what it saw.
+VISIT = """<script>
+{
+const charts = document.querySelectorAll("figure svg[role=img]"), tip = () => document.getElementById("tip").innerText;
+const seen = {title: document.title, charts: charts.length, shades: {}, tips: []};
+for (const input of document.querySelectorAll("input[name=quantity]")) {
+  input.click();
+  seen.shades[input.value] = [...document.querySelectorAll("[data-i]")].map(s => getComputedStyle(s).backgroundColor);
+}
+seen.tokens = [...document.querySelectorAll("[data-i]")].map(s => s.textContent);
+const point = (node, x, y) =>
+  node.dispatchEvent(new PointerEvent("pointermove", {bubbles: true, clientX: x, clientY: y}));
+point(document.querySelector("[data-i]"), 40, 40);
+seen.tips.push(tip());
+const box = charts[0].getBoundingClientRect();
+point(charts[0], box.right - 10, box.top + 20);
+seen.tips.push(tip());
+const text = document.querySelector(".tokens");
+text.focus();
+text.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+seen.tips.push(tip());
+seen.table = document.querySelector("tbody").innerText;
+seen.wide = document.documentElement.scrollWidth > innerWidth;
+console.log("SEEN " + encodeURIComponent(JSON.stringify(seen)));
+}
+</script>"""
+
+
+def example_run():
+    """A run as the page takes it, every text of it hostile."""
+    response = {
+        "prompt": HOSTILE, "score": 1.5, "total_kl": 0.7, "length": 5, "tokens": [HOSTILE, " b", "\n", ""],
+        "advantage": [-2.0, 0.0, 1.0, 2.0], "value": [0.1, 0.2, 0.3, 0.4], "kl": [0.1, -0.2, 0.3, 0.5],
+        "reward": [-0.01, 0.02, -0.03, 1.5], "logprob": [-0.1, -0.2, -0.3, -0.4],
+    }  # fmt: skip
+    row = {"prompt": HOSTILE, "answer": HOSTILE, "reward": 0.25, "kl": 0.0}
+    names = ["reward", "eval_reward", "eval_held_out_reward", "kl", "speed/generate", "speed/learn", "learning_rate"]
+    return {
+        "name": HOSTILE,
+        "settings": {"model": HOSTILE, "kl_coef": 0.05},
+        "step": 30,
+        "max_steps": 40,
+        "answers": [{"step": step, "rows": [row]} for step in (0, 30)],
+        "rollouts": [{"step": 28, "total": 64, "responses": [response, {**response, "score": -1.0}]}],
+        "curves": {name: [[4, 8, 30], [0.5, 0.25 + i, 3.75 + i]] for i, name in enumerate(names)},
+    }
+
+
+def visit(page, tmp_path, *flags):
+    """What the browser printed about a page, as lines."""
+    profile = tmp_path / "profile"
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+class TestInABrowser:
+    def seen(self, tmp_path, runs):
+        page = tmp_path / "visited.html"
+        write_page(page, runs)
+        page.write_text(page.read_text().replace("</body>", VISIT + "</body>"))
+        (line,) = visit(page, tmp_path, "--dump-dom")  # nothing else: no error, no warning
+        return json.loads(unquote(line.split("SEEN ")[1].split('"')[0]))
+
+    def test_shown_and_pointed_at(self, tmp_path):
+        seen = self.seen(tmp_path, [example_run()])
+        assert seen["title"].startswith("PPO: </script>")  # as text
+        assert seen["charts"] == 4
+        assert seen["tokens"][1:] == [" b", "↵\n", "·", HOSTILE, " b", "↵\n", "·"]
+        assert "Advantage\n−2" in seen["tips"][0] and "Probability\n0.905" in seen["tips"][0]
+        assert "step 30" in seen["tips"][1] and "training" in seen["tips"][1] and "3.75" in seen["tips"][1]
+        assert "evaluation, held_out" in seen["tips"][1]
+        assert "1 of 5" in seen["tips"][2]
+        assert "owned" in seen["table"]
+        assert not seen["wide"]
+
+    def test_colours_say_sign_and_size(self, tmp_path):
+        shades = self.seen(tmp_path, [example_run()])["shades"]
+        assert set(shades) == {"advantage", "value", "kl", "reward"}
+        parsed = [[float(x) for x in shade[shade.index("(") + 1 : -1].split(",")] for shade in shades["advantage"][:4]]
+        negative, zero, small, large = parsed
+        assert negative[2] > negative[0] and large[0] > large[2]  # blue and orange
+        assert zero[3] == 0
+        assert 0 < small[3] < large[3] == negative[3]
+        assert len({tuple(s) for s in shades.values()}) == 4
+
+    def test_several_runs(self, tmp_path):
+        other = {**example_run(), "name": "other", "settings": {"kl_coef": 0.1}, "rollouts": [], "answers": []}
+        seen = self.seen(tmp_path, [example_run(), other])
+        assert "other: training" in seen["tips"][1]
+
+    def test_a_run_of_the_trainer_and_its_picture(self, tmp_path):
+        trained(tmp_path, {"max_steps": 8}, eval_dataset=make_prompts(4), reward_funcs=count_e)
+        for scheme in ("light", "dark"):
+            picture = tmp_path / f"{scheme}.png"
+            dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+            assert visit(tmp_path / REPORT, tmp_path, *dark, f"--screenshot={picture}") == []
+            pixels = torch.from_numpy(pytest.importorskip("matplotlib.image").imread(picture))
+            assert pixels.shape[:2] == (2400, 1280)
+            paper = pixels[2, 2, :3].mean()
+            assert (paper > 0.9) == (scheme == "light")
+            ink = ((pixels[..., :3].mean(-1) - paper).abs() > 0.5).float().mean()
+            assert 0.005 < ink < 0.3
+
+    def test_an_error_would_be_seen(self, tmp_path):
+        """Negative control of the above."""
+        write_page(tmp_path / REPORT, [{**example_run(), "rollouts": None}])
+        (line,) = visit(tmp_path / REPORT, tmp_path, "--dump-dom")
+        assert "TypeError" in line
+
+
+def test_the_template_is_packaged():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "ppo_plus.report" in project["packages"]
+    assert "template.html" in project["package-data"]["ppo_plus.report"]
