@@ -1,0 +1,256 @@
+"""A reward model by ppo_plus and by the installed TRL on the same pairs and seeds: accuracy, calibration, memory.
+
+    python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 400]
+
+SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyper-parameters of recipes/rm_then_ppo.yaml, the same LoRA
+and score head. Three sides, each run in a fresh process: `ours` and `trl` on the base as it is (`--dtype`),
+`ours_4bit` on an NF4 base. Calibration is of `sigmoid(chosen - rejected)` as the probability that the pair is in the
+right order (Bradley-Terry): both orders of each pair are judged, so that a base rate of one half is built in.
+
+The last line is JSON: `ratio` is our mean accuracy over TRL's. Memory is resident memory above what the imports take,
+of `ours_4bit` over TRL's: `memory_ratio` of the peak from loading to the last step, `training_memory_ratio` of the peak
+of training, `weights_ratio` of the frozen weights alone (embeddings and norms are not quantized). By side the accuracy
+by seed, the expected calibration error (10 bins of equal width) and the reliability curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SIDES = ("ours", "trl", "ours_4bit")
+BINS = 10
+
+
+def resident() -> float:
+    """Resident memory now, in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Peak:
+    """The most resident memory inside the block, in MB above a base, by looking 100 times a second."""
+
+    def __init__(self, base: float) -> None:
+        self.base, self.most = base, 0.0
+
+    def __enter__(self) -> Peak:
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._done.wait(0.01):
+            self.most = max(self.most, resident() - self.base)
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def give_back() -> None:
+    """Return what loading has freed to the system, so that it does not count for training."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reliability(gaps: list[float]) -> tuple[float, list[dict]]:
+    """Expected calibration error (Guo et al. 2017) and reliability curve of `sigmoid(chosen - rejected)`.
+
+    Args:
+        gaps: score of the chosen less that of the rejected, one per pair.
+
+    Returns:
+        The error, a probability, and by bin the mean `predicted` probability that the first of two is the better one,
+        how often it was (`observed`), and `count`.
+    """
+    judged = []
+    for gap in gaps:
+        probability = 1 / (1 + math.exp(-gap)) if gap > -700 else 0.0
+        judged += [(probability, 1), (1 - probability, 0)]
+    bins: list[list[tuple[float, int]]] = [[] for _ in range(BINS)]
+    for probability, right in judged:
+        bins[min(int(probability * BINS), BINS - 1)].append((probability, right))
+    curve = [
+        {
+            "predicted": statistics.fmean(p for p, _ in part),
+            "observed": statistics.fmean(r for _, r in part),
+            "count": len(part),
+        }
+        for part in bins
+        if part
+    ]
+    return sum(abs(b["predicted"] - b["observed"]) * b["count"] for b in curve) / len(judged), curve
+
+
+def config_of(side: str, seed: int, folder: str, cls: type):
+    import yaml
+
+    given = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text())["reward"]
+    precision = {"bf16": False, "disable_tqdm": True, "gradient_checkpointing": False}
+    return cls(output_dir=f"{folder}/{side}", seed=seed, report_to="none", **(given | precision))
+
+
+def trainer_of(side: str, args: argparse.Namespace, folder: str, data: dict):
+    """The trainer of a side; same seed, hence the same first weights, batches and order."""
+    import torch
+    import trl
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    import ppo_plus
+
+    config_class, trainer_class = (
+        (trl.RewardConfig, trl.RewardTrainer) if side == "trl" else (ppo_plus.RewardConfig, ppo_plus.RewardTrainer)
+    )
+    config = config_of(side, args.seed, folder, config_class)
+    config.model_init_kwargs = {"dtype": args.dtype}
+    lora = LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+    )  # fmt: skip
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, args.dtype),
+    )  # fmt: skip
+    return trainer_class(
+        args.model, config, peft_config=lora, quantization_config=nf4 if side == "ours_4bit" else None, **data
+    )
+
+
+def score_gaps(trainer, pairs, tokenizer, dtype: str) -> list[float]:
+    """Scores of chosen less rejected, by the same code for every side: the text and EOS, right-padded."""
+    import torch
+
+    model = trainer.model.eval()
+
+    def scores(texts: list[str]) -> list[float]:
+        inputs = tokenizer([t + tokenizer.eos_token for t in texts], return_tensors="pt", padding=True,
+                           padding_side="right").to(model.device)  # fmt: skip
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return model(**inputs).logits[:, 0].float().tolist()
+
+    gaps: list[float] = []
+    for start in range(0, len(pairs), 25):
+        rows = pairs[start : start + 25]
+        gaps += [c - r for c, r in zip(scores(rows["chosen"]), scores(rows["rejected"]), strict=True)]
+    return gaps
+
+
+def run(side: str, args: argparse.Namespace) -> dict:
+    """One side and seed, in this process."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from demo_assets import movie_reviews, preference_pairs, splits
+    from transformers import AutoTokenizer
+
+    import ppo_plus  # noqa: F401  (what both sides import counts for neither)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    reviews = splits(movie_reviews().filter(lambda row: row["source"] == "rotten_tomatoes"), seed=args.seed)
+    data = {
+        "train_dataset": preference_pairs(reviews["rm_train"], tokenizer, args.pairs, args.tokens, args.seed),
+        "eval_dataset": preference_pairs(reviews["rm_eval"], tokenizer, args.eval_pairs, args.tokens, args.seed),
+    }
+    base = resident()
+    with tempfile.TemporaryDirectory() as folder, Peak(base) as peak:
+        trainer = trainer_of(side, args, folder, {**data, "processing_class": tokenizer})
+        weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if not p.requires_grad)
+        give_back()
+        started = time.perf_counter()
+        with Peak(base) as training_peak:
+            trainer.train()
+        seconds = time.perf_counter() - started
+    gaps = score_gaps(trainer, data["eval_dataset"], tokenizer, args.dtype)
+    error, curve = reliability(gaps)
+    return {
+        "accuracy": statistics.fmean(gap > 0 for gap in gaps), "expected_calibration_error": error,
+        "reliability": curve, "peak_mb": peak.most, "training_peak_mb": training_peak.most,
+        "base_weights_mb": weights / 2**20, "seconds": seconds,
+        "gaps": gaps,
+    }  # fmt: skip
+
+
+def child(side: str, seed: int, args: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--child", side, "--seed", str(seed), "--model", args.model]
+    for name in ("pairs", "eval_pairs", "tokens", "dtype"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}
+    print(f"{side}, seed {seed}: {shown}", file=sys.stderr, flush=True)
+    return result
+
+
+def summary(runs: list[dict]) -> dict:
+    """Of one side: means over seeds, and the reliability of all seeds' pairs together."""
+    error, curve = reliability([gap for run in runs for gap in run["gaps"]])
+    names = ("accuracy", "expected_calibration_error", "peak_mb", "training_peak_mb", "base_weights_mb", "seconds")
+    return {
+        **{name: statistics.fmean(run[name] for run in runs) for name in names},
+        "accuracy_by_seed": [run["accuracy"] for run in runs],
+        "pooled_calibration_error": error,
+        "reliability": curve,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pairs", type=int, default=640)
+    parser.add_argument("--eval-pairs", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=32, help="longest piece of a pair")
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "reward_model.json")
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(run(args.child, args)))
+        return
+    if args.model is None:
+        sys.path.insert(0, str(ROOT / "recipes"))
+        from demo_assets import load_smollm2
+
+        args.model = str(load_smollm2())
+    from machine import describe_machine
+
+    runs: dict[str, list[dict]] = {side: [] for side in SIDES}
+    for seed in args.seeds:
+        for side, done in runs.items():
+            done.append(child(side, seed, args))
+    sides = {side: summary(done) for side, done in runs.items()}
+    result = {
+        "ratio": sides["ours"]["accuracy"] / sides["trl"]["accuracy"],
+        **{
+            name: sides["ours_4bit"][of] / sides["trl"][of]
+            for name, of in (
+                ("memory_ratio", "peak_mb"),
+                ("training_memory_ratio", "training_peak_mb"),
+                ("weights_ratio", "base_weights_mb"),
+            )
+        },
+        "seeds": args.seeds, "pairs": args.pairs, "eval_pairs": args.eval_pairs, "dtype": args.dtype,
+        **sides, **describe_machine(),
+    }  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
