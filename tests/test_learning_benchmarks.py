@@ -1,0 +1,73 @@
+"""The arithmetic of the benchmarks of learning; their runs are long and measured apart."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from reward_model import reliability
+from verifiable import HIGHEST, LOWEST, Checker, sums
+
+
+def logit(probability):
+    return math.log(probability / (1 - probability))
+
+
+class TestReliability:
+    def test_by_hand(self):
+        """Four pairs at 0.75, three of them right, are calibrated."""
+        error, curve = reliability([logit(0.75)] * 3 + [-logit(0.75)])
+        assert error == pytest.approx(0, abs=1e-9)
+        assert [(b["count"], b["observed"]) for b in curve] == [(4, 0.25), (4, 0.75)]
+        assert [b["predicted"] for b in curve] == pytest.approx([0.25, 0.75])
+
+    def test_too_sure(self):
+        """All at 0.95, half of them right: 0.45 off."""
+        error, _ = reliability([logit(0.95), -logit(0.95)])
+        assert error == pytest.approx(0.45)
+
+    def test_extreme_gaps(self):
+        assert reliability([1000.0, -1000.0])[0] == pytest.approx(0.5)
+
+
+class TestSums:
+    def test_wanted_is_the_sum(self):
+        tasks = sums(200, seed=0, held_out=False)
+        for prompt, wanted in zip(tasks["prompt"], tasks["wanted"], strict=True):
+            *examples, question = prompt.split("\n")
+            assert len(examples) == 3
+            for line in examples:
+                left, right = line.split(" = ")
+                assert sum(map(int, left.split(" + "))) == int(right)
+            operands = [int(x) for x in question.removesuffix(" =").split(" + ")]
+            assert min(operands) >= LOWEST and max(operands) <= HIGHEST
+            assert str(sum(operands)) == wanted
+
+    def test_held_out_sums_are_never_trained_on(self):
+        pairs = {}
+        for held_out in (True, False):
+            pairs[held_out] = {
+                line.split(" = ")[0].removesuffix(" =")
+                for seed in range(3)
+                for prompt in sums(300, seed, held_out)["prompt"]
+                for line in prompt.split("\n")
+            }
+        assert len(pairs[True]) > 100
+        assert not pairs[True] & pairs[False]
+
+    def test_the_same_seed_gives_the_same_sums(self):
+        assert sums(5, 0, True) == sums(5, 0, True)
+        assert sums(5, 0, True) != sums(5, 1, True)
+
+
+class TestChecker:
+    def test_exactly_right_and_counted(self):
+        checker = Checker()
+        right = checker([" 42", "42.", " 4", " 142"], [[1, 2, 3], [1], [1], [1, 2]], ["42"] * 4)
+        assert right == [1.0, 0.0, 0.0, 0.0]
+        checker([" 42"], [[1, 2]], ["42"])
+        assert checker.curve == [{"tokens": 7, "reward": 0.25}, {"tokens": 9, "reward": 1.0}]
