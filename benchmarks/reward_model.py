@@ -101,7 +101,7 @@ def config_of(side: str, seed: int, folder: str, cls: type):
     import yaml
 
     given = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text())["reward"]
-    precision = {"bf16": False, "disable_tqdm": True, "gradient_checkpointing": False}
+    precision = {"bf16": False, "disable_tqdm": True, "gradient_checkpointing": None}
     return cls(output_dir=f"{folder}/{side}", seed=seed, report_to="none", **(given | precision))
 
 

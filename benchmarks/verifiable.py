@@ -96,7 +96,7 @@ def arguments(side: str, args: argparse.Namespace, folder: str) -> dict[str, Any
         }  # fmt: skip
     return shared | {
         "num_generations": GROUP, "steps_per_generation": RESPONSES // MICRO, "num_iterations": 2, "beta": 0.01,
-        "max_completion_length": LENGTH, "gradient_checkpointing": False,
+        "max_completion_length": LENGTH, "gradient_checkpointing": None,
     }  # fmt: skip
 
 

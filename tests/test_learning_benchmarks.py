@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from reward_model import reliability
-from verifiable import HIGHEST, LOWEST, Checker, sums
+from verifiable import HIGHEST, LOWEST, SIDES, Checker, run, sums
 
 
 def logit(probability):
@@ -71,3 +75,25 @@ class TestChecker:
         assert right == [1.0, 0.0, 0.0, 0.0]
         checker([" 42"], [[1, 2]], ["42"])
         assert checker.curve == [{"tokens": 7, "reward": 0.25}, {"tokens": 9, "reward": 1.0}]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random model that reads bytes, as a folder."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<end>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>").save_pretrained(folder)
+    make_model(vocab_size=257, eos_token_id=256, pad_token_id=256, bos_token_id=None).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_every_side_generates_until_its_tokens_are_spent(tiny, side):
+    given = argparse.Namespace(model=tiny, seed=0, tokens=350, prompts=128, held_out=4)
+    result = run(side, given)
+    assert result["steps"] == 8  # two generations of 64, learned from in 2 x 2 steps
+    assert len(result["curve"]) == 2
+    assert 350 <= result["tokens"] == result["curve"][-1]["tokens"] <= 2 * 64 * 5
