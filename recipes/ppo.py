@@ -1,0 +1,71 @@
+"""PPO on any causal language model, any prompts, any reward.
+
+    python recipes/ppo.py --config recipes/ppo_7b_qlora.yaml
+    accelerate launch recipes/ppo.py --config recipes/ppo_tldr.yaml --output_dir out/tldr
+    python recipes/ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl \
+        --reward_funcs my_rewards:short_answers --use_peft --total_episodes 512 --output_dir out/short
+
+Flags override the YAML file. Beside the arguments of `PPOConfig` there are those of TRL's `ModelConfig` (base, LoRA,
+quantization) and the few below. The dataset has a column `prompt`, text or messages; its other columns go to reward
+functions. `--resume_from_checkpoint True` goes on from the newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sources import init_kwargs, load_reward, train_and_eval_rows
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer
+
+
+@dataclass
+class PromptArguments:
+    """Where prompts and rewards come from, and how far the policy may go."""
+
+    dataset_name: str = field(metadata={"help": "A dataset on the Hub, or a json, jsonl, csv or parquet file."})
+    reward_funcs: list[str] = field(
+        metadata={"help": "Each a reward adapter or a sequence classifier (folder or name), or module:function."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    eval_rows: int = field(
+        default=0, metadata={"help": "Prompts to evaluate on: so many of the test split, else the last ones."}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Wished KL to the reference, nats per response; None keeps kl_coef fixed."}
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which the KL coefficient adapts."})
+
+
+def main() -> None:
+    data, args, model = TrlParser((PromptArguments, PPOConfig, ModelConfig)).parse_args_and_config()
+    train, held_out = train_and_eval_rows(
+        data.dataset_name, data.dataset_config, data.dataset_train_split, data.dataset_test_split, data.eval_rows
+    )
+    args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
+    adaptive = [] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, data.kl_horizon)]
+    trainer = PPOTrainer(
+        model.model_name_or_path,
+        reward_funcs=[load_reward(name) for name in data.reward_funcs],
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        callbacks=adaptive,
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    trainer.save_model()
+    if held_out is not None:
+        trainer.evaluate()
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+
+
+if __name__ == "__main__":
+    main()

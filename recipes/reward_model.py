@@ -1,0 +1,61 @@
+"""A reward model from preferences: any base, any dataset of pairs.
+
+    python recipes/reward_model.py --config recipes/reward_model_7b_qlora.yaml
+    accelerate launch recipes/reward_model.py --config recipes/reward_model_7b_qlora.yaml --output_dir out/rm
+
+Flags override the YAML file. Beside the arguments of `RewardConfig` there are those of TRL's `ModelConfig` (base,
+LoRA, quantization) and the few below. The pairs have columns `chosen` and `rejected`, and `prompt` where it is not
+part of both; text or messages. What is written is a LoRA adapter with its score head and `reward_model.json`, which
+`recipes/ppo.py` takes as `--reward_funcs`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sources import init_kwargs, train_and_eval_rows
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from ppo_plus import RewardConfig, RewardTrainer
+
+
+@dataclass
+class PairArguments:
+    """Where the preferences come from."""
+
+    dataset_name: str = field(metadata={"help": "A dataset on the Hub, or a json, jsonl, csv or parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to measure accuracy on."})
+    eval_rows: int = field(
+        default=0, metadata={"help": "Pairs to measure accuracy on: so many of the test split, else of the last ones."}
+    )
+
+
+def main() -> None:
+    data, args, model = TrlParser((PairArguments, RewardConfig, ModelConfig)).parse_args_and_config()
+    train, held_out = train_and_eval_rows(
+        data.dataset_name, data.dataset_config, data.dataset_train_split, data.dataset_test_split, data.eval_rows
+    )
+    args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
+    trainer = RewardTrainer(
+        model.model_name_or_path,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    if held_out is not None:
+        found = trainer.calibrate()
+        if trainer.is_world_process_zero():
+            print(f"{found['accuracy']:.3f} of {found['pairs']} held-out pairs in the right order.")
+    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Recipes, each YAML file as it stands, on tiny stand-ins: only model, data, reward and sizes are replaced."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, LETTERS, make_model, make_tokenizer
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, LlamaForSequenceClassification
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SUBJECTS = ["rain", "bread", "a train", "the sea", "my cat", "chess", "snow", "a violin"]
+SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--eval_rows", "4"]
+PPO = [*SMALL, "--total_episodes", "8", "--response_length", "6", "--max_prompt_length", "40", "--use_cpu", "True",
+       "--dataloader_pin_memory", "False", "--disable_tqdm", "True", "--num_sample_generations", "0",
+       "--eval_steps", "2", "--save_steps", "2"]  # fmt: skip
+
+
+def run(recipe, *arguments, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
+    runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a base model, prompts and pairs under the names that hubs use."""
+    monkeypatch.chdir(tmp_path)
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    make_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "base")
+    chats = [[{"role": "user", "content": f"tell me of {s}"}] for s in SUBJECTS]
+    for name, rows in {
+        "chats": {"prompt": chats},
+        "texts": {"prompt": [f"tell me of {s}" for s in SUBJECTS]},
+        "pairs": {"prompt": chats, "chosen": [[{"role": "assistant", "content": "he sees the sea"}]] * 8,
+                  "rejected": [[{"role": "assistant", "content": "no"}]] * 8},
+    }.items():  # fmt: skip
+        for split in ("train", "test", "validation"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Dataset.from_dict(rows).to_json(tmp_path / name / f"{split}.jsonl")
+    return tmp_path
+
+
+def check_ppo(folder, adapter=True):
+    """What a run must leave: plain weights, a value head that learned, evaluations, a checkpoint to resume from."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] > 0
+    assert any("eval_reward" in row for row in state["log_history"])
+    saved = {f.name for f in folder.iterdir()}
+    assert ("adapter_model.safetensors" in saved) == adapter and ("model.safetensors" in saved) == (not adapter)
+    assert any(t.abs().sum() > 0 for t in load_file(folder / "value_head.safetensors").values())
+    assert any(f.name.startswith("checkpoint-") for f in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_7b_qlora_reward_model_then_ppo(here, monkeypatch, capsys):
+    yaml = RECIPES / "reward_model_7b_qlora.yaml"
+    run("reward_model.py", "--config", yaml, *SMALL, "--model_name_or_path", "base", "--dataset_name", "pairs",
+        "--output_dir", "rm", "--max_steps", "2", "--use_cpu", "True", "--dataloader_pin_memory", "False",
+        monkeypatch=monkeypatch)  # fmt: skip
+    assert "of 4 held-out pairs in the right order." in capsys.readouterr().out
+    info = json.loads((here / "rm" / "reward_model.json").read_text())
+    assert info["quantization"]["load_in_4bit"] and info["pairs"] == 4
+    yaml = RECIPES / "ppo_7b_qlora.yaml"
+    run("ppo.py", "--config", yaml, *PPO, "--model_name_or_path", "base", "--dataset_name", "chats",
+        "--reward_funcs", "rm", "--output_dir", "ppo", monkeypatch=monkeypatch)  # fmt: skip
+    check_ppo(here / "ppo")
+
+
+def test_qwen_against_a_deberta_reward_model(here, monkeypatch):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            vocab_size=4 + len(LETTERS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=48, max_position_embeddings=256, num_labels=1, relative_attention=True,
+            pos_att_type=["p2c", "c2p"], type_vocab_size=0, pad_token_id=0,
+        )
+    ).save_pretrained(here / "deberta")  # fmt: skip
+    tokenizer.save_pretrained(here / "deberta")
+    run("ppo.py", "--config", RECIPES / "ppo_qwen_deberta.yaml", *PPO, "--model_name_or_path", "base",
+        "--dataset_name", "texts", "--reward_funcs", "deberta", "--output_dir", "ppo",
+        monkeypatch=monkeypatch)  # fmt: skip
+    check_ppo(here / "ppo")
+
+
+def test_tldr_trains_the_whole_policy(here, monkeypatch):
+    config = make_model(hidden_size=64, intermediate_size=128).config
+    config.num_labels = 1
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(config).save_pretrained(here / "reward")
+    make_tokenizer().save_pretrained(here / "reward")
+    run("ppo.py", "--config", RECIPES / "ppo_tldr.yaml", *PPO, "--model_name_or_path", "base",
+        "--dataset_name", "texts", "--reward_funcs", "reward", "--output_dir", "ppo",
+        monkeypatch=monkeypatch)  # fmt: skip
+    check_ppo(here / "ppo", adapter=False)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_a_file_and_a_function_of_ones_own(here, monkeypatch, ending):
+    (here / "my_rewards.py").write_text("def count_e(completions, **kwargs):\n    return [c.count('e') for c in completions]\n")
+    rows = Dataset.from_dict({"prompt": [f"tell me of {s}" for s in SUBJECTS]})
+    getattr(rows, {"jsonl": "to_json"}.get(ending, f"to_{ending}"))(here / f"prompts.{ending}")
+    run("ppo.py", *PPO, "--model_name_or_path", "base", "--dataset_name", f"prompts.{ending}", "--use_peft",
+        "--lora_target_modules", "all-linear", "--num_mini_batches", "1", "--eval_strategy", "steps",
+        "--save_strategy", "steps", "--reward_funcs", "my_rewards:count_e", "--output_dir", "ppo",
+        "--report_to", "none", monkeypatch=monkeypatch)  # fmt: skip
+    check_ppo(here / "ppo")
+    config = json.loads((here / "ppo" / "adapter_config.json").read_text())
+    assert config["r"] == 16 and config["base_model_name_or_path"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "nowhere.jsonl", "--reward_funcs", "x:y"], "There is no file nowhere.jsonl"),
+        (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--eval_rows", "2"], "leaves nothing to train on"),
+        (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--dataset_test_split", "test"], "use --eval_rows"),
+        (["--dataset_name", "few.jsonl", "--reward_funcs", "nowhere:y"], "'nowhere:y' cannot be had.*module:function"),
+        (["--dataset_name", "few.jsonl", "--reward_funcs", "json:y"], "'json:y' cannot be had"),
+    ],
+)
+def test_what_cannot_be_found_is_named(here, monkeypatch, arguments, message):
+    Dataset.from_dict({"prompt": ["one", "two"]}).to_json(here / "few.jsonl")
+    with pytest.raises(SystemExit, match=message):
+        run("ppo.py", "--model_name_or_path", "base", "--output_dir", "out", *arguments, monkeypatch=monkeypatch)
