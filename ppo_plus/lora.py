@@ -90,5 +90,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def use_plain_lora(model: nn.Module) -> None:
     """Give every LoRA linear layer of a PEFT model the forward pass of this module."""
     for module in model.modules():
+        # bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 at the first evaluation, for a kernel that has no
+        # backward pass: every gradient after it would be wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
         if type(module) in _KINDS:
             module.forward = types.MethodType(_forward, module)

@@ -17,14 +17,16 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .config import RewardConfig
+from .hub import HubMixin, save_arguments
 from .lora import use_plain_lora
 from .rewards import REWARD_FILE, template_hash
 
 
-class RewardTrainer(TRLRewardTrainer):
+class RewardTrainer(HubMixin, TRLRewardTrainer):
     """Trains a reward model with the pairwise loss; arguments are those of `trl.RewardTrainer`.
 
     Args:
@@ -110,6 +112,8 @@ class RewardTrainer(TRLRewardTrainer):
         if self.args.should_save:
             directory = Path(cast(str, output_dir or self.args.output_dir))
             (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2))
+            (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # pickled, and with the token in it
+            save_arguments(self.args, directory)
 
     def _description(self) -> dict[str, Any]:
         config = self.accelerator.unwrap_model(self.model).config

@@ -15,7 +15,6 @@ The clock is `state.global_step`, which is in every checkpoint; every seed is a 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import warnings
@@ -41,10 +40,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from . import functional as F
 from .callbacks import InterruptCallback, NumericsWatchCallback, PPOCallback, RolloutSettings, SamplesTableCallback
+from .card import CardMixin
 from .checkpoint import Progress, damage, last_whole_checkpoint, load_progress, save_progress, seal
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
 from .data import Row, check_context, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
+from .hub import HubMixin, save_arguments
 from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
@@ -79,7 +80,7 @@ class PromptLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(HubMixin, CardMixin, Trainer):
     """Proximal policy optimization (Schulman et al. 2017) of a language model against a reward.
 
     Args:
@@ -472,8 +473,7 @@ class PPOTrainer(Trainer):
         directory = cast(str, output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model).save_pretrained(directory)
         self.processing_class.save_pretrained(directory)
-        text = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (Path(directory) / "training_args.json").write_text(text)
+        save_arguments(self.args, directory)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Trainer calls this where it saves the rest of what a resumed run needs.

@@ -11,6 +11,8 @@ from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
+from ppo_plus.loading import load_policy
+from ppo_plus.lora import use_plain_lora
 
 
 def nf4():
@@ -128,3 +130,23 @@ def test_merging_into_a_plain_base_works(base, tmp_path):
 def test_a_4_bit_base_is_not_trained_in_full(base, tmp_path):
     with pytest.raises(ValueError, match="quantized model cannot be trained in full: pass peft_config"):
         make_trainer(tmp_path, model=str(base), quantization_config=nf4(), peft_config=None)
+
+
+def test_gradients_after_an_evaluation_are_those_before_it(base):
+    """bitsandbytes would switch to a kernel without a backward pass, where the CPU has one (AVX512-BF16)."""
+    config = nf4()
+    config.bnb_4bit_compute_dtype = torch.bfloat16
+    policy = load_policy(str(base), peft_config=lora(init_lora_weights=False), quantization_config=config,
+                         model_init_kwargs={"dtype": "bfloat16"})  # fmt: skip
+    use_plain_lora(policy)
+    ids = torch.arange(4, 20)[None]
+
+    def gradient():
+        policy.train().zero_grad()
+        policy(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    before = gradient()
+    with torch.no_grad():
+        policy.eval()(input_ids=ids)
+    assert before.norm() > 0 and torch.equal(gradient(), before)

@@ -1,0 +1,80 @@
+"""What goes to the Hub, and when. Trainer's way of pushing, with everything that belongs to the model and no secret."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress, hf_api
+
+from .checkpoint import seal
+
+ARGUMENTS_FILE = "training_args.json"
+
+
+class HubMixin:
+    """Pushing during training, for a `Trainer`; `push_to_hub` is Trainer's own."""
+
+    args: Any
+    accelerator: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer would copy the files whose names it knows (no value head), push a checkpoint before its manifest
+        # stands in it, and pickle the arguments, the token among them.
+        args: Any = self.args
+        self.accelerator.wait_for_everyone()  # every process has written its share of the checkpoint
+        if not self.accelerator.is_main_process or args.hub_strategy == HubStrategy.END:
+            return
+        if args.save_total_limit is not None:
+            self._finish_current_push()  # type: ignore[attr-defined]  # or its folder would be deleted under it
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self._save(args.output_dir)  # type: ignore[attr-defined]
+        self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])  # type: ignore[attr-defined]
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(args.output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            seal(checkpoint_folder)
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if last else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", path_in_repo=name))
+        if busy and self.push_in_progress is not None:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
+
+    def _upload(self, folder: str, message: str, **kwargs: Any) -> Any:
+        return hf_api().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            run_as_future=True,
+            **kwargs,
+        )
+
+
+def save_arguments(args: TrainingArguments, directory: str | Path) -> None:
+    """Write the arguments as JSON, readable and without tokens."""
+    values = args.to_sanitized_dict() | {k: v for k, v in args.to_dict().items() if isinstance(v, dict)}
+    text = json.dumps(without_tokens(values), indent=2, default=str)
+    (Path(directory) / ARGUMENTS_FILE).write_text(text)
+
+
+def without_tokens(values: Any) -> Any:
+    """A copy in which whatever is named `token`, or ends in it, is blanked (`stop_token` excepted: it is a word)."""
+    if not isinstance(values, dict):
+        return values
+    secret = {key for key in values if isinstance(key, str) and key.lower().endswith("token") and key != "stop_token"}
+    return {key: f"<{key.upper()}>" if key in secret else without_tokens(value) for key, value in values.items()}
