@@ -104,7 +104,9 @@ def test_tldr_trains_the_whole_policy(here, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_a_file_and_a_function_of_ones_own(here, monkeypatch, ending):
-    (here / "my_rewards.py").write_text("def count_e(completions, **kwargs):\n    return [c.count('e') for c in completions]\n")
+    (here / "my_rewards.py").write_text(
+        "def count_e(completions, **kwargs):\n    return [c.count('e') for c in completions]\n"
+    )
     rows = Dataset.from_dict({"prompt": [f"tell me of {s}" for s in SUBJECTS]})
     getattr(rows, {"jsonl": "to_json"}.get(ending, f"to_{ending}"))(here / f"prompts.{ending}")
     run("ppo.py", *PPO, "--model_name_or_path", "base", "--dataset_name", f"prompts.{ending}", "--use_peft",
