@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
 import transformers
-import yaml
+from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
+
+from .legacy import TRLFields
 
 CURVES_FILE = "curves.svg"
 # Of Trainer's own settings, those that decide what was learned.
@@ -69,7 +70,7 @@ class Card:
             header["base_model"] = self.base
         if self.dataset is not None and not Path(self.dataset).exists():
             header["datasets"] = [self.dataset]
-        return ["---", yaml.safe_dump(header, sort_keys=True).strip(), "---", ""]
+        return ["---", ModelCardData(**header).to_yaml(), "---", ""]
 
     def _story(self) -> list[str]:
         kind = "A LoRA adapter for" if self.adapter else "A fine-tuned version of"
@@ -133,9 +134,9 @@ def shown(name: str) -> str:
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
-    """The hyper-parameters that a card shows: the trainer's own fields and `TRAINER_SETTINGS`; no dicts, no paths."""
-    inherited = {field.name for field in fields(TrainingArguments)}
-    names = [field.name for field in fields(args) if field.name not in inherited and not field.name.endswith("_path")]
+    """The hyper-parameters that a card shows: the trainer's own fields and `TRAINER_SETTINGS`; no dicts."""
+    inherited = {field.name for base in (TrainingArguments, TRLFields) for field in fields(base)}
+    names = [field.name for field in fields(args) if field.name not in inherited]
     values = {name: getattr(args, name) for name in (*names, *TRAINER_SETTINGS)}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # enumerations by their value
     return {name: value for name, value in plain.items() if value is not None and not isinstance(value, dict)}
@@ -167,9 +168,8 @@ def curves_svg(history: Sequence[Mapping[str, float]], width: int = 640, height:
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for value, at in ((low, height - margin), (high, margin)):
             parts.append(f'<text x="{side}" y="{at}" text-anchor="{anchor}" fill="{colour}">{value:.2f}</text>')
-        at = "start" if name == "reward" else "end"
-        edge = margin if name == "reward" else width - margin
-        parts.append(f'<text x="{edge}" y="{margin - 24}" text-anchor="{at}" fill="{colour}">{escape(label)}</text>')
+        edge, towards = (margin, "start") if name == "reward" else (width - margin, "end")
+        parts.append(f'<text x="{edge}" y="{margin - 24}" text-anchor="{towards}" fill="{colour}">{label}</text>')
     for step, at in ((steps[0], margin), (steps[-1], width - margin)):
         parts.append(f'<text x="{at}" y="{height - margin + 22}" text-anchor="middle">step {int(step)}</text>')
     body = "\n".join(parts)
@@ -188,7 +188,7 @@ class CardMixin:
     collector: Any
     train_dataset: Any
     hub_model_id: Any
-    _tag_names: Any
+    _tag_names: ClassVar[list[str]]
 
     def create_model_card(
         self,

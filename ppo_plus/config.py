@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from trl import RewardConfig as TRLRewardConfig
 
 from .functional import KL_ESTIMATORS
+from .legacy import TRLFields, takes_derived_sizes
 
 
 def _field(default: Any, text: str) -> Any:
@@ -29,8 +30,9 @@ class RewardConfig(TRLRewardConfig):
         super().__post_init__()
 
 
+@takes_derived_sizes
 @dataclass
-class PPOConfig(TrainingArguments):
+class PPOConfig(TRLFields, TrainingArguments):
     """Configuration of `PPOTrainer`.
 
     Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
@@ -128,6 +130,7 @@ class PPOConfig(TrainingArguments):
         self._check_trainer_options()
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
+        self._settle_trl_fields()
         super().__post_init__()
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)

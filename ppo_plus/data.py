@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -31,6 +32,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             "Set processing_class.eos_token before you pass it."
         )
     if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def check_padding(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Pad with EOS where the padding token was added to the tokenizer alone; who is padding is known by length."""
+    if pad_id(tokenizer) >= embeddings:
+        warnings.warn(
+            f"The padding token {tokenizer.pad_token!r} has no embedding in the model ({embeddings} tokens): EOS pads "
+            "in its place, which changes no result.",
+            stacklevel=3,
+        )
         tokenizer.pad_token = tokenizer.eos_token
 
 

@@ -34,7 +34,7 @@ class HubMixin:
         if not self.accelerator.is_main_process or args.hub_strategy == HubStrategy.END:
             return
         if args.save_total_limit is not None:
-            self._finish_current_push()  # type: ignore[attr-defined]  # or its folder would be deleted under it
+            self._finish_current_push()  # type: ignore[attr-defined]  # its folder may be deleted next
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not args.hub_always_push:
             return
@@ -51,7 +51,7 @@ class HubMixin:
         if busy and self.push_in_progress is not None:
             self.push_in_progress.jobs.extend(jobs)
         else:
-            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
+            self.push_in_progress = PushInProgress(jobs)
 
     def _upload(self, folder: str, message: str, **kwargs: Any) -> Any:
         return hf_api().upload_folder(

@@ -93,6 +93,6 @@ def use_plain_lora(model: nn.Module) -> None:
         # bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 at the first evaluation, for a kernel that has no
         # backward pass: every gradient after it would be wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
         if type(module) in _KINDS:
             module.forward = types.MethodType(_forward, module)

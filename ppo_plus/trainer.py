@@ -44,8 +44,9 @@ from .card import CardMixin
 from .checkpoint import Progress, damage, last_whole_checkpoint, load_progress, save_progress, seal
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
-from .data import Row, check_context, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
+from .data import Row, check_context, check_padding, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
 from .hub import HubMixin, save_arguments
+from .legacy import with_named_adapters
 from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
@@ -100,6 +101,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         ref_model: a reference model of its own; by default it is the model without its adapter.
         value_model: a critic of its own, trained too: a sequence classifier with one label (instance or name) that
             reads the policy's tokens. Or, with `critic="adapter"`, the reward adapter from which the critic starts.
+        data_collator: taken for scripts of TRL, and not used: a rollout pads its prompts itself.
     """
 
     args: PPOConfig
@@ -127,9 +129,12 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         reward_model: Any = None,
         ref_model: PreTrainedModel | None = None,
         value_model: str | Path | PreTrainedModel | PeftModel | None = None,
+        data_collator: Any = None,
     ) -> None:
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
+        if data_collator is not None:
+            warnings.warn("data_collator is not used: a rollout pads its prompts itself. Leave it out.", stacklevel=2)
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
         check_rewards(args, reward_funcs, reward_processing_classes, cast(Dataset, train_dataset).column_names)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model))
@@ -146,6 +151,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             ref_model=ref_model,
             disable_dropout=args.disable_dropout,
         )
+        check_padding(tokenizer, actor_critic.num_embeddings)
         for name, dataset in datasets.items():
             check_context(dataset, args.response_length, actor_critic.context, name)
             check_vocabulary(dataset, actor_critic.num_embeddings, name)
@@ -439,14 +445,14 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         meter = Meter()
-        samples = self.generate_completions(dataset, meter)
+        samples = cast(Samples, self.generate_completions(dataset, meter))
         metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples:
+    def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples | None:
         """Answer prompts and score the answers, without logging; each process answers its share.
 
         Args:
@@ -454,9 +460,13 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             meter: takes what reward functions log.
 
         Returns:
-            texts, tokens, scores, log-probabilities and values; the same for the same policy every time.
+            texts, tokens, scores, log-probabilities and values; the same for the same policy every time. None, with a
+            warning, where there are no prompts: TRL's scripts end in this call, with an `eval_dataset` or without.
         """
         prompts = dataset if dataset is not None else self.eval_dataset
+        if prompts is None:
+            warnings.warn("generate_completions() has no prompts to answer: pass them, or eval_dataset.", stacklevel=2)
+            return None
         if not isinstance(prompts, Dataset):
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
         if "input_ids" not in prompts.column_names:
@@ -530,7 +540,7 @@ def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_co
     """The policy that `args` describes; an adapter's first weights are drawn here, from the seed alone."""
     with isolated_rng(position_seed(args.seed, "adapter")):
         return load_policy(
-            model,
+            with_named_adapters(model, args.model_adapter_name, args.ref_adapter_name),
             peft_config=peft_config,
             quantization_config=quantization_config,
             model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON

@@ -96,7 +96,8 @@ def check_models(model: Any, ref_model: Any, value_model: Any, tokenizer: PreTra
 def check_reads_tokens(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a second model that has no embeddings for some of the policy's tokens."""
     vocabulary = model.config.get_text_config().vocab_size
-    if vocabulary < len(tokenizer):
+    padding_alone = tokenizer.pad_token_id == len(tokenizer) - 1  # added to the tokenizer and not to the model
+    if vocabulary < len(tokenizer) - padding_alone:
         raise ValueError(
             f"{name} has a vocabulary of {vocabulary}, the tokenizer one of {len(tokenizer)}: it must read the "
             "policy's tokens. Pass one with the same tokenizer."

@@ -109,8 +109,8 @@ def run(script, folder, hub, **values):
     file.write_text(script.format(tests=str(TESTS), secret=SECRET, **values))
     environment = os.environ | {
         "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "cache"),
-        "HF_TOKEN": SECRET, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "PPO_PLUS_TEST_MARK": "a-value-of-the-environment",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_TOKEN": SECRET, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "PPO_PLUS_TEST_MARK": "a-value-of-the-environment",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(file)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -164,7 +164,7 @@ def test_each_strategy_pushes_what_it_says(pushed, strategy, checkpoints, progre
 
 @pytest.mark.slow
 def test_no_base_weights_no_pickle_and_no_secret(pushed):
-    hub, folder, _ = pushed
+    hub, _, _ = pushed
     for repo, files in hub.repos.items():
         for name, content in files.items():
             assert not name.endswith(("model.bin", "/model.safetensors", "training_args.bin")), (repo, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
 import json
@@ -29,6 +30,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
+from ppo_plus.legacy import TRLFields
 
 # One step costs least like this: a rollout of 4 short responses, 4 steps each.
 QUICK = {"gradient_accumulation_steps": 1, "response_length": 6, "max_steps": 8, "temperature": 1.0}
@@ -491,11 +493,13 @@ ELSEWHERE = {
     "run_report": "test_report.py",
     "on_reward_error": "test_faults.py",
     "max_skipped_steps": "test_faults.py",
+    **{field.name: "test_legacy.py" for field in dataclasses.fields(TRLFields)},
 }
 
 
 def test_every_option_has_a_test():
-    fields = {name for name in PPOConfig.__annotations__ if not name.startswith("_")}
+    classes = (PPOConfig, TRLFields)
+    fields = {name for each in classes for name in each.__annotations__ if not name.startswith("_")}
     assert fields == OPTIONS.keys() | ELSEWHERE.keys()
     for option, test in ELSEWHERE.items():
         assert callable(globals().get(test)) or option in (Path(__file__).parent / test).read_text()
