@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
+
+from ppo_plus.legacy import DERIVED, TRLFields
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = [
@@ -31,11 +35,30 @@ def test_the_block_runs_as_shown(code, tmp_path, monkeypatch):
         assert (Path(trainer.args.output_dir) / "adapter_model.safetensors").is_file()
 
 
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
 def test_there_are_blocks_and_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
     assert len(BLOCKS) >= 3
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (ROOT / target).exists(), target
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)
+
+
+def test_what_the_algorithm_page_names_is_there():
+    text = (ROOT / "docs" / "algorithm.md").read_text()
+    named = re.findall(r"`(functional|rollout|modeling|data|PPOTrainer|ActorCritic|Collector)\.(\w+)", text)
+    assert len(named) > 25
+    for owner, name in named:
+        module = {"PPOTrainer": "trainer", "ActorCritic": "modeling", "Collector": "collector"}.get(owner, owner)
+        found = importlib.import_module(f"ppo_plus.{module}")
+        assert hasattr(getattr(found, owner, found), name), f"{owner}.{name}"
+
+
+def test_the_migration_page_names_every_field_that_trls_config_had():
+    text = (ROOT / "docs" / "migration.md").read_text()
+    for field in (*DERIVED, *(f.name for f in dataclasses.fields(TRLFields))):
+        assert field in text, field
 
 
 def test_the_quickstart_is_short():
