@@ -170,10 +170,31 @@ class Rollout:
         return cls(**{f.name: tensors[f.name] for f in fields(cls)})
 
 
-def minibatch_rows(n: int, num_mini_batches: int, *, seed: int, rollout_index: int, ppo_epoch: int) -> list[Tensor]:
-    """Rows of each minibatch of one PPO epoch: a fresh permutation, cut into `num_mini_batches` equal parts."""
+def minibatch_rows(
+    n: int, num_mini_batches: int, *, seed: int, rollout_index: int, ppo_epoch: int, process_index: int = 0
+) -> list[Tensor]:
+    """Rows of each minibatch of one PPO epoch, drawn anew for each epoch.
+
+    Every `num_mini_batches` consecutive rows of the rollout are dealt out at random, one to each minibatch. So a
+    process finds its own rows of a minibatch without knowing the others', and how many processes share a rollout
+    does not change which responses are learned from together.
+
+    Args:
+        n: rows of this process, a multiple of `num_mini_batches`.
+        num_mini_batches: M.
+        seed: of the run.
+        rollout_index: which rollout.
+        ppo_epoch: which pass over it.
+        process_index: this process holds the rows from `process_index * n` on.
+
+    Returns:
+        M tensors of `n / M` row indices within this process, ascending.
+    """
     generator = torch.Generator().manual_seed(position_seed(seed, "minibatches", rollout_index, ppo_epoch))
-    return list(torch.randperm(n, generator=generator).view(num_mini_batches, -1))
+    groups = n // num_mini_batches
+    dealt = torch.rand((process_index + 1) * groups, num_mini_batches, generator=generator).argsort(-1)
+    mine = dealt[process_index * groups :].flatten()
+    return [(mine == minibatch).nonzero().squeeze(-1) for minibatch in range(num_mini_batches)]
 
 
 def micro_batch_rows(rows: Tensor, lengths: Tensor, batch_size: int) -> list[Tensor]:

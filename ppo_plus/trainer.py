@@ -260,6 +260,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             seed=self.args.seed,
             rollout_index=rollout_index,
             ppo_epoch=ppo_epoch,
+            process_index=self.accelerator.process_index,
         )[minibatch]
         self._rows = rows
         micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
@@ -267,10 +268,10 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         return [rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
 
     def _collect(self, prompts: list[Row], rollout_index: int) -> Rollout:
-        seed = position_seed(self.args.seed, "rollout", rollout_index, self.accelerator.process_index)
         settings = RolloutSettings(kl_coef=self.args.kl_coef)
         self._fire("on_rollout_begin", settings=settings)
-        samples = self._sample(prompts, seed)
+        first = self.accelerator.process_index * len(prompts)
+        samples = self._sample(prompts, range(first, first + len(prompts)), ("rollout", rollout_index))
         watch = Stopwatch()
         scores = samples.scores.clone()
         self._fire("on_scores", scores=scores)
@@ -290,15 +291,17 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         self._progress.kl_coef = settings.kl_coef
         return rollout
 
-    def _sample(self, prompts: list[Row], seed: int, meter: Meter | None = None) -> Samples:
+    def _sample(self, prompts: list[Row], rows: range, position: tuple, meter: Meter | None = None) -> Samples:
+        # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.
+        noise = sampling_noise(position_seed(self.args.seed, *position, 0), rows.stop, self.args.response_length)
+        seed = position_seed(self.args.seed, *position, self.accelerator.process_index)
         meter = meter or self._progress.meter
         context = {
             "trainer_state": self.state,
             "log_metric": lambda name, value: meter.add(name, float(value)),
         }
         with isolated_rng(seed):
-            noise = sampling_noise(seed, len(prompts), self.args.response_length)
-            return self.collector.sample(prompts, noise, context)
+            return self.collector.sample(prompts, noise[list(rows)], context)
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         # Looked up each time: Trainer replaces stateful callbacks when it resumes.
@@ -472,8 +475,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         if "input_ids" not in prompts.column_names:
             prompts = tokenized({"eval_dataset": prompts}, self.processing_class, self.args)["eval_dataset"]
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
-        rows = [prompts[i] for i in share]
-        return self._sample(rows, position_seed(self.args.seed, "evaluation", share.start), meter or Meter())
+        return self._sample([prompts[i] for i in share], share, ("evaluation",), meter or Meter())
 
     # Checkpoints
 

@@ -229,6 +229,26 @@ def test_minibatches_are_another_permutation_for_each_epoch_rollout_and_seed():
     assert tuple(range(32)) not in orders
 
 
+@pytest.mark.parametrize(("processes", "parts"), [(2, 2), (4, 2), (2, 4), (8, 1)])
+def test_processes_hold_together_the_minibatches_of_one_process(processes, parts):
+    position = {"seed": 5, "rollout_index": 3, "ppo_epoch": 1}
+    whole, share = minibatch_rows(32, parts, **position), 32 // processes
+    shares = [minibatch_rows(share, parts, **position, process_index=p) for p in range(processes)]
+    for minibatch in range(parts):
+        rows = torch.cat([shares[p][minibatch] + p * share for p in range(processes)])
+        assert torch.equal(rows, whole[minibatch])
+    alike = [minibatch_rows(share, parts, **position)] * processes  # negative control: all think they are the first
+    assert parts == 1 or not torch.equal(torch.cat([alike[p][0] + p * share for p in range(processes)]), whole[0])
+
+
+def test_each_row_goes_to_each_minibatch_equally_often():
+    counts = torch.zeros(12, 3)
+    for epoch in range(600):
+        for minibatch, rows in enumerate(minibatch_rows(12, 3, seed=0, rollout_index=0, ppo_epoch=epoch)):
+            counts[rows, minibatch] += 1
+    assert (counts / 600 - 1 / 3).abs().max() < 0.07  # five standard deviations of a binomial share
+
+
 def test_micro_batches_are_a_partition_sorted_by_length():
     lengths = torch.tensor([9, 3, 7, 1, 8, 2, 6, 5])
     rows = torch.tensor([0, 3, 6, 1, 4])
