@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -132,3 +134,34 @@ def test_what_cannot_be_found_is_named(here, monkeypatch, arguments, message):
     Dataset.from_dict({"prompt": ["one", "two"]}).to_json(here / "few.jsonl")
     with pytest.raises(SystemExit, match=message):
         run("ppo.py", "--model_name_or_path", "base", "--output_dir", "out", *arguments, monkeypatch=monkeypatch)
+
+
+def launch(folder, recipe, *arguments):
+    """Run a recipe by `accelerate launch` in two processes that talk through gloo."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--main_process_port", "0", str(RECIPES / recipe), *map(str, arguments)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-12000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(here):
+    cpu = ["--use_cpu", "True", "--ddp_backend", "gloo", "--dataloader_pin_memory", "False", "--report_to", "none",
+           "--model_name_or_path", "base", "--use_peft", "--lora_target_modules", "all-linear"]  # fmt: skip
+    said = launch(here, "reward_model.py", *cpu, *SMALL, "--dataset_name", "pairs", "--max_steps", 2,
+                  "--dataset_test_split", "test", "--output_dir", "rm")  # fmt: skip
+    assert said.count("of 4 held-out pairs in the right order.") == 1
+    assert (here / "rm" / "reward_model.json").is_file()
+    ppo = [*cpu, *PPO, "--dataset_name", "chats", "--dataset_test_split", "test", "--reward_funcs", "rm", "--num_mini_batches", 2, "--max_steps", 4,
+           "--save_strategy", "steps", "--save_steps", 1, "--learning_rate", 1e-3]  # fmt: skip
+    launch(here, "ppo.py", *ppo, "--output_dir", "whole")
+    checkpoint = here / "whole" / "checkpoint-3"  # inside the only rollout
+    assert {"rollout_0.safetensors", "rollout_1.safetensors"} <= {f.name for f in checkpoint.iterdir()}
+    launch(here, "ppo.py", *ppo, "--output_dir", "resumed", "--resume_from_checkpoint", checkpoint)
+    found, expected, before = (
+        load_file(here / folder / "adapter_model.safetensors") for folder in ("resumed", "whole", "whole/checkpoint-3")
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+    assert any(not torch.equal(before[n], expected[n]) for n in before)
