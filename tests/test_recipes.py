@@ -154,7 +154,8 @@ def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(her
                   "--dataset_test_split", "test", "--output_dir", "rm")  # fmt: skip
     assert said.count("of 4 held-out pairs in the right order.") == 1
     assert (here / "rm" / "reward_model.json").is_file()
-    ppo = [*cpu, *PPO, "--dataset_name", "chats", "--dataset_test_split", "test", "--reward_funcs", "rm", "--num_mini_batches", 2, "--max_steps", 4,
+    ppo = [*cpu, *PPO, "--dataset_name", "chats", "--dataset_test_split", "test", "--reward_funcs", "rm",
+           "--num_mini_batches", 2, "--max_steps", 4,
            "--save_strategy", "steps", "--save_steps", 1, "--learning_rate", 1e-3]  # fmt: skip
     launch(here, "ppo.py", *ppo, "--output_dir", "whole")
     checkpoint = here / "whole" / "checkpoint-3"  # inside the only rollout
