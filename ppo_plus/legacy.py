@@ -215,6 +215,11 @@ def export_with_value_head(
     """
     if form not in ("trl", "llama_factory"):
         raise ValueError(f"form={form!r} is not known; choose 'trl' or 'llama_factory'.")
+    if model.critic not in ("shared", "detached"):
+        raise ValueError(
+            "Only critic='shared' and 'detached' can be written as v_head.*, which reads the actor's hidden states; "
+            "this critic has weights of its own."
+        )
     own = model.value_head.state_dict()
     if own.keys() != set(TO_OURS.values()):
         raise ValueError("Only value_head='linear' has the form of v_head.*; this critic has an 'mlp' head.")

@@ -279,6 +279,9 @@ def test_a_head_that_is_not_there_or_does_not_fit_is_named(tmp_path):
         load_value_head(mlp.model, tmp_path)
     with pytest.raises(ValueError, match="has an 'mlp' head"):
         export_with_value_head(mlp.model, tmp_path / "export")
+    own = make_trainer(tmp_path / "out", value_model=classifier(2))
+    with pytest.raises(ValueError, match="this critic has weights of its own"):
+        export_with_value_head(own.model, tmp_path / "export")
 
 
 @pytest.mark.parametrize("peft", [True, False])
