@@ -10,6 +10,7 @@ from .callbacks import (
 )
 from .config import PPOConfig, RewardConfig
 from .modeling import ActorCritic, ValueHead
+from .progress import PPOProgressCallback
 from .reward_trainer import RewardTrainer
 from .rollout import Rollout
 from .trainer import PPOTrainer
@@ -20,6 +21,7 @@ __all__ = [
     "NumericsWatchCallback",
     "PPOCallback",
     "PPOConfig",
+    "PPOProgressCallback",
     "PPOTrainer",
     "RewardConfig",
     "RewardNormalizationCallback",

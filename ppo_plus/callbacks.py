@@ -48,6 +48,16 @@ class PPOCallback(TrainerCallback):
     ) -> None:
         """Before prompts are answered; `settings` may be changed."""
 
+    def on_rollout_progress(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, phase: str, done: int, total: int,
+        tokens: int, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """While prompts are answered and answers looked at, in evaluations too; called at every decoded token.
+
+        `phase` is "generating", "scoring", "log-probabilities" or "reference"; `done` of `total` responses have left
+        it, and `tokens` tokens have gone through the model in it.
+        """
+
     def on_scores(
         self, args: PPOConfig, state: TrainerState, control: TrainerControl, scores: Tensor, all_scores: Tensor,
         **kwargs: Any,

@@ -76,6 +76,7 @@ class Collector:
         args: sizes, sampling, shaping.
         accelerator: autocast and sums over processes.
         stop_ids: ids that end a response.
+        report: told at every decode step and forward pass: phase, responses done, responses, tokens done.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class Collector:
         args: PPOConfig,
         accelerator: Accelerator,
         stop_ids: Sequence[int],
+        report: Callable[[str, int, int, int], None] = lambda phase, done, total, tokens: None,
     ) -> None:
         self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
-        self.accelerator, self.stop_ids = accelerator, list(stop_ids)
+        self.accelerator, self.stop_ids, self.report = accelerator, list(stop_ids), report
         self.warp = truncation(args)
         self.forward_size = args.local_rollout_forward_batch_size
         self.decode_size = args.generation_batch_size or self.forward_size
@@ -112,7 +114,9 @@ class Collector:
             attended = response_mask(tokens, self.stop_ids)
             mask = response_mask(tokens, self.stop_ids, include_stop=self.args.include_eos)
             completions, extra = self._completions(rows, tokens, attended, context)
+            self.report("scoring", 0, len(rows), 0)
             rewards = self.rewards(completions)
+            self.report("scoring", len(rows), len(rows), 0)
             watch.lap("score")
             input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
             input_ids = torch.cat([input_ids, tokens], 1)
@@ -201,6 +205,7 @@ class Collector:
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
         order = torch.tensor([len(p) for p in prompts]).argsort(stable=True)
+        tally = Tally("generating", rows, self.report)
 
         def decode_rows(chunk: Tensor) -> None:
             input_ids, attention_mask = left_pad([prompts[int(i)] for i in chunk], pad_id(self.tokenizer))
@@ -212,8 +217,10 @@ class Collector:
                 pad_token_id=pad_id(self.tokenizer),
                 temperature=self.args.temperature,
                 warp=self.warp,
+                on_step=tally.decoding(len(chunk)),
             )
             tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
+            tally.add(len(chunk), int(response_mask(tokens[chunk], self.stop_ids).sum()))
 
         self.decode_size = in_chunks(order, self.decode_size, decode_rows)
         longest = int(response_mask(tokens, self.stop_ids).sum(1).max())
@@ -225,6 +232,7 @@ class Collector:
         shape = (len(input_ids), response_length)
         logprobs, values, entropy = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
         order = attention_mask.sum(1).argsort(stable=True)
+        tally = Tally("log-probabilities" if actor else "reference", len(input_ids), self.report)
 
         def forward_rows(chunk: Tensor) -> None:
             first = int(attention_mask[chunk].any(0).int().argmax())
@@ -239,6 +247,7 @@ class Collector:
             logprobs[chunk] = out.logprobs.cpu()
             if actor:
                 values[chunk], entropy[chunk] = out.values.cpu(), out.entropy.cpu()
+            tally.add(len(chunk), int(attention_mask[chunk].sum()))
 
         self.forward_size = in_chunks(order, self.forward_size, forward_rows)
         return logprobs, values, entropy
@@ -296,6 +305,34 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Text of one sequence of token ids, without special tokens."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class Tally:
+    """Counts what a phase has done and reports it, from its begin on.
+
+    Rows are added when their chunk is through, so a chunk that ran out of memory and starts again counts once.
+    """
+
+    def __init__(self, phase: str, total: int, report: Callable[[str, int, int, int], None]) -> None:
+        self.phase, self.total, self.report = phase, total, report
+        self.rows = self.tokens = 0
+        self.add(0, 0)
+
+    def add(self, rows: int, tokens: int) -> None:
+        """These rows are through, with so many tokens."""
+        self.rows, self.tokens = self.rows + rows, self.tokens + tokens
+        self.report(self.phase, self.rows, self.total, self.tokens)
+
+    def decoding(self, rows: int) -> Callable[[int], None]:
+        """For a chunk of rows: what to call at each decode step with the number of rows that are still going."""
+        sampled = 0
+
+        def step(alive: int) -> None:
+            nonlocal sampled
+            self.report(self.phase, self.rows + rows - alive, self.total, self.tokens + sampled)
+            sampled += alive
+
+        return step
 
 
 class Stopwatch:

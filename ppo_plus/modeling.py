@@ -285,6 +285,7 @@ class ActorCritic(nn.Module):
         pad_token_id: int,
         temperature: float = 1.0,
         warp: Callable[[Tensor], Tensor] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Generation:
         """Sample responses from the distribution that `forward` scores.
 
@@ -300,6 +301,7 @@ class ActorCritic(nn.Module):
             pad_token_id: fills the positions after the stop token.
             temperature: divides the logits.
             warp: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
+            on_step: called at each decode step with the number of rows that get a token in it.
         """
         with weights_at_rest(self.policy):
             return self._decode(input_ids, attention_mask, noise, stop_ids, pad_token_id, temperature, warp)
@@ -315,6 +317,8 @@ class ActorCritic(nn.Module):
         head, noise = logits_function(self._active), noise.to(device)
         alive, cache, step_ids = torch.arange(rows, device=device), None, input_ids
         for t in range(length):
+            if on_step is not None:
+                on_step(len(alive))
             outputs = self._hidden_states(step_ids, mask, past_key_values=cache, use_cache=True)
             cache = outputs.past_key_values
             logits = head(outputs.last_hidden_state[:, -1]).float() / temperature

@@ -51,6 +51,7 @@ from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
 from .report import RunReportCallback, fixed_prompts
+from .progress import show_phases
 from .rewards import build_rewards
 from .rollout import (
     PromptSampler,
@@ -173,6 +174,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         self._interrupt = InterruptCallback()
         self.add_callback(self._interrupt)
         self.add_callback(NumericsWatchCallback())
+        show_phases(self)
         if args.num_sample_generations or args.log_completions:
             self.add_callback(SamplesTableCallback())
         if args.run_report:
@@ -194,7 +196,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}),
             on_error=args.on_reward_error,
         )
-        return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids)
+        return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids, self._report)
 
     def train(
         self,
@@ -302,6 +304,9 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         }
         with isolated_rng(seed):
             return self.collector.sample(prompts, noise[list(rows)], context)
+
+    def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
+        self._fire("on_rollout_progress", phase=phase, done=done, total=total, tokens=tokens)
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         # Looked up each time: Trainer replaces stateful callbacks when it resumes.

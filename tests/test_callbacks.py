@@ -374,7 +374,7 @@ def test_callbacks_of_trainer_that_know_nothing_of_rollouts_are_left_alone(tmp_p
 
 def test_every_event_can_be_overridden_with_keywords_alone():
     """A user's signature may be (self, **kwargs) after the three that Trainer passes by position."""
-    for event in ("on_rollout_begin", "on_scores", "on_rollout_end"):
+    for event in ("on_rollout_begin", "on_rollout_progress", "on_scores", "on_rollout_end"):
         parameters = list(inspect.signature(getattr(PPOCallback, event)).parameters.values())
         assert [p.name for p in parameters[:4]] == ["self", "args", "state", "control"]
         assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD

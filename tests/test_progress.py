@@ -1,0 +1,196 @@
+"""The progress bar: which phase, how far, how fast; on a terminal, in a log, in a notebook, and switched off."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import re
+import sys
+import types
+
+import datasets
+import pytest
+import torch
+import transformers
+from conftest import make_prompts, make_trainer
+
+from ppo_plus import PPOCallback, PPOProgressCallback
+from ppo_plus.collector import Tally, in_chunks
+
+PHASES = ["generating", "scoring", "log-probabilities", "reference", "learning"]
+
+
+@pytest.fixture(autouse=True)
+def no_bars_of_datasets():
+    """Tokenizing shows a bar of its own, before training."""
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Events(PPOCallback):
+    """What was reported, beside what the rollout then was."""
+
+    def __init__(self):
+        self.reports, self.rollouts, self.samples = [], [], []
+
+    def on_rollout_progress(self, args, state, control, phase, done, total, tokens, **kwargs):
+        self.reports.append((phase, done, total, tokens))
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        self.rollouts.append(rollout)
+        self.samples.append(samples)
+
+    def of(self, phase):
+        return [(done, total, tokens) for name, done, total, tokens in self.reports if name == phase]
+
+
+def train(tmp_path, *, resume=None, callbacks=(), **config):
+    config = {"disable_tqdm": False, **config}
+    trainer = make_trainer(tmp_path, config=config, callbacks=list(callbacks), eval_dataset=make_prompts(3))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def lines_of_phases(text):
+    return [line for line in text.splitlines() if line.startswith("step ")]
+
+
+def test_a_log_gets_one_plain_line_per_phase(tmp_path, capsys):
+    train(tmp_path, max_steps=8)
+    out, err = capsys.readouterr()
+    assert "\r" not in out + err
+    assert "it/s" not in out + err
+    counted = {phase: "4/4" if phase == "learning" else "8/8" for phase in PHASES}
+    found = [re.match(r"step (\d+)/8: (\S+) (\S+?)(, \d+ tokens/s)?, \d+\.\d s$", x) for x in lines_of_phases(out)]
+    assert [(m[1], m[2], m[3], bool(m[4])) for m in found] == [
+        (str(4 * rollout + 4 * (phase == "learning")), phase, counted[phase], phase != "scoring")
+        for rollout in range(2)
+        for phase in PHASES
+    ]
+
+
+def test_a_terminal_gets_one_bar_that_names_the_phase(tmp_path, capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(tmp_path, max_steps=4)
+    assert lines_of_phases(capsys.readouterr().out) == []
+    shown = re.findall(r"(\S+ \d+/\d+(?:, \d+ tokens/s)?): +\d+%\|", terminal.getvalue())
+    for phase in PHASES:
+        counts = [text.split()[1].rstrip(",") for text in shown if text.startswith(phase)]
+        total = 4 if phase == "learning" else 8
+        assert (counts[0], counts[-1]) == (f"0/{total}", f"{total}/{total}")
+    assert [phase for phase in dict.fromkeys(text.split()[0] for text in shown)] == PHASES
+    assert re.search(r"learning 4/4, \d+ tokens/s: 100%\|", terminal.getvalue())
+    assert len(re.findall(r"\n", terminal.getvalue())) <= 1 + terminal.getvalue().count("\r")
+
+
+def test_switched_off_nothing_but_trainers_log_is_printed(tmp_path, capsys):
+    trainer = train(tmp_path, max_steps=4, disable_tqdm=True)
+    out, err = capsys.readouterr()
+    assert err == ""
+    logs = [ast.literal_eval(line) for line in out.splitlines()]  # Trainer prints its logs as dicts
+    assert len(logs) == len(trainer.state.log_history) == 5
+    assert not any(isinstance(c, PPOProgressCallback) for c in trainer.callback_handler.callbacks)
+
+
+def test_it_is_trainers_own_bar_that_is_replaced_and_nobody_elses(tmp_path):
+    class Mine(transformers.ProgressCallback):
+        pass
+
+    mine = Mine()
+    trainer = make_trainer(tmp_path, config={"disable_tqdm": False}, callbacks=[mine])
+    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, transformers.ProgressCallback)]
+    assert [type(bar) for bar in bars] == [Mine, PPOProgressCallback]
+
+
+def test_evaluation_is_shown_and_learning_goes_on_after_it(tmp_path, capsys):
+    train(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=3)
+    words = [tuple(line.split()[2:4]) for line in lines_of_phases(capsys.readouterr().out)]
+    rollout = [(phase, "8/8") for phase in PHASES[:4]]
+    evaluation = [(phase, "3/3") for phase in PHASES[:4]]
+    assert [(a, b.rstrip(",")) for a, b in words] == [*rollout, *evaluation, ("learning", "4/4"), *evaluation]
+
+
+def test_without_training_an_evaluation_is_quiet(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, config={"disable_tqdm": False}, eval_dataset=make_prompts(3))
+    trainer.evaluate()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_resumed_inside_a_rollout_shows_what_it_knows(tmp_path, capsys):
+    train(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    capsys.readouterr()
+    train(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, resume=str(tmp_path / "checkpoint-2"))
+    (line,) = lines_of_phases(capsys.readouterr().out)
+    assert re.fullmatch(r"step 4/4: learning 4/4, \d+\.\d s", line)
+
+
+def test_what_is_reported_is_what_the_rollout_was(tmp_path):
+    events = Events()
+    sizes = {"local_rollout_forward_batch_size": 3, "response_length": 24, "temperature": 5.0}
+    train(tmp_path, max_steps=4, callbacks=[events], disable_tqdm=True, **sizes)
+    (rollout,), (samples,) = events.rollouts, events.samples
+    attended = samples.attention_mask
+    response = attended[:, -samples.mask.shape[1] :]
+    assert 1 < int(response.sum(1).min()) < int(response.sum(1).max())  # they stop at different steps
+    generating = events.of("generating")
+    assert generating[0] == (0, 8, 0)
+    assert generating[-1] == (8, 8, int(response.sum()))
+    # Rows side by side are 3, 3 and 2, sorted by prompt; each decode step of each chunk is one report.
+    order = (attended.sum(1) - response.sum(1)).argsort(stable=True)
+    steps = sum(int(response[chunk].sum(1).max()) for chunk in order.split(3))
+    assert len(generating) == 1 + steps + 3
+    assert generating == sorted(generating)  # neither count ever falls
+    for phase in ("log-probabilities", "reference"):
+        assert [done for done, _, _ in events.of(phase)] == [0, 3, 6, 8]
+        assert events.of(phase)[-1] == (8, 8, int(rollout.attention_mask.sum()))
+    assert events.of("scoring") == [(0, 8, 0), (8, 8, 0)]
+
+
+def test_a_chunk_that_ran_out_of_memory_counts_once():
+    reports = []
+    tally = Tally("generating", 4, lambda *report: reports.append(report))
+
+    def decode(chunk):
+        step = tally.decoding(len(chunk))
+        for alive in (len(chunk), len(chunk) - 1):
+            step(alive)
+            if len(chunk) == 4:
+                raise torch.OutOfMemoryError
+        tally.add(len(chunk), 2 * len(chunk) - 1)
+
+    with pytest.warns(UserWarning, match="Out of memory"):
+        in_chunks(torch.arange(4), 4, decode)
+    assert reports == [
+        ("generating", done, 4, tokens)
+        for done, tokens in [(0, 0), (0, 0), (0, 0), (1, 2), (2, 3), (2, 3), (3, 5), (4, 6)]
+    ]
+
+
+def test_a_notebook_keeps_trainers_table(tmp_path, capsys, monkeypatch):
+    """Trainer's own callback for notebooks, with nothing replaced but the display it draws on."""
+    drawn = []
+
+    class Output:
+        def update(self, html):
+            drawn.append(html)
+
+    display = types.ModuleType("IPython.display")
+    display.display, display.HTML = lambda html, display_id=None: drawn.append(html) or Output(), str
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    sys.modules["IPython"].display = display
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    notebook = importlib.import_module("transformers.utils.notebook")
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
+    trainer = train(tmp_path, max_steps=4)
+    assert capsys.readouterr() == ("", "")
+    assert "[4/4" in drawn[-1] and drawn[-1].count("<tr>") >= 4
+    assert not any(isinstance(c, PPOProgressCallback) for c in trainer.callback_handler.callbacks)
