@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+SEARCH_WINDOW = 256
+
 
 def position_seed(seed: int, *position: int | str) -> int:
     """A 63-bit seed that depends on nothing but `seed` and a position such as `("sampling", rollout_index)`."""
@@ -139,20 +141,24 @@ class Rollout:
         return self.attention_mask.sum(-1)
 
     def take(self, rows: Tensor) -> dict[str, Tensor]:
-        """The micro-batch of these rows, with columns that are padding in all of them cut away.
+        """The micro-batch of these rows: whole sequences moved to the right, so that all padding is on the left.
 
-        A dict because `Trainer` moves dicts to the device (and cannot rebuild a NamedTuple).
+        It is as wide as its longest sequence. (Prompts padded on one side and responses on the other would make it
+        as wide as the longest prompt and the longest response together.) The last columns are those of the longest
+        response; where a row's own response is shorter they hold the end of its prompt, `mask` is False there and
+        the numbers per token are 0. A dict because `Trainer` moves dicts to the device (and cannot rebuild a
+        NamedTuple).
         """
-        attention_mask = self.attention_mask[rows]
-        prompt, response = attention_mask.split([self.prompt_length, self.response_length], dim=1)
         # `mask` can be one token shorter than the attended response (stop token left out), never longer.
-        first, end = int(prompt.any(0).int().argmax()), max(1, int(response.any(0).sum()))
-        columns = slice(first, self.prompt_length + end)
+        responses = self.attention_mask[rows, self.prompt_length :].sum(1, keepdim=True)
+        end, width = max(1, int(responses.max())), int(self.lengths()[rows].max())
+        outside = torch.arange(end) < end - responses
+        shift = self.response_length - responses
         per_token = ("mask", "logprobs", "ref_logprobs", "values", "advantages", "returns")
         return {
-            "input_ids": self.input_ids[rows, columns],
-            "attention_mask": attention_mask[:, columns],
-            **{name: getattr(self, name)[rows, :end] for name in per_token},
+            "input_ids": shifted(self.input_ids[rows], shift)[:, -width:],
+            "attention_mask": shifted(self.attention_mask[rows], shift)[:, -width:],
+            **{n: shifted(getattr(self, n)[rows], shift)[:, -end:].masked_fill(outside, 0) for n in per_token},
         }
 
     def save(self, path: str | Path) -> None:
@@ -168,6 +174,12 @@ class Rollout:
         if missing:
             raise ValueError(f"{path} is not a rollout of this version of ppo_plus: it lacks {missing}.")
         return cls(**{f.name: tensors[f.name] for f in fields(cls)})
+
+
+def shifted(columns: Tensor, by: Tensor) -> Tensor:
+    """Each row of `(B, C)` moved to the right by its entry of `(B, 1)`; what falls off comes in on the left."""
+    width = columns.shape[1]
+    return columns.gather(1, (torch.arange(width) - by) % width)
 
 
 def minibatch_rows(
@@ -198,11 +210,38 @@ def minibatch_rows(
 
 
 def micro_batch_rows(rows: Tensor, lengths: Tensor, batch_size: int) -> list[Tensor]:
-    """Cut one minibatch into micro-batches of rows of similar length, so that little of a micro-batch is padding.
+    """Cut one minibatch into as many micro-batches as `batch_size` rows each would be, with the least padding.
 
-    Their order does not change the gradient: the loss is summed and divided by the tokens of the whole minibatch.
+    Rows are sorted by length and cut where it costs fewest tokens: many short rows, or few long ones. None of them
+    has more tokens, padding included, than `batch_size` rows of the longest. Neither order nor cut changes the
+    gradient: the loss is summed and divided by the tokens of the whole minibatch.
     """
-    return list(rows[lengths[rows].argsort(stable=True)].split(batch_size))
+    ordered = rows[lengths[rows].argsort(stable=True)]
+    most = batch_size * float(lengths[rows].max())
+    # The search takes time with the square of the rows, so many rows are cut a window at a time.
+    windows = ordered.split(batch_size * max(1, SEARCH_WINDOW // batch_size))
+    return [part for window in windows for part in least_padded(window, lengths[window], batch_size, most)]
+
+
+def least_padded(rows: Tensor, lengths: Tensor, batch_size: int, most: float) -> list[Tensor]:
+    """The cut of rows in ascending order of length that has the fewest tokens, by dynamic programming.
+
+    `tokens[i, j]` is what rows i to j - 1 take as one micro-batch; `best[j]` the least that rows 0 to j - 1 take.
+    """
+    n = len(rows)
+    ends = torch.arange(n + 1)
+    counts = ends[None, :] - ends[:, None]
+    tokens = counts * torch.cat([lengths.new_zeros(1), lengths]).double()
+    tokens.masked_fill_((counts < 1) | (tokens > most), torch.inf)
+    best, starts = tokens[0], []
+    for _ in range(-(-n // batch_size) - 1):
+        best, start = (best[:, None] + tokens).min(0)
+        starts.append(start)
+    parts, end = [], n
+    for start in reversed(starts):
+        parts.append(rows[int(start[end]) : end])
+        end = int(start[end])
+    return [rows[:end], *reversed(parts)]
 
 
 class PromptSampler:

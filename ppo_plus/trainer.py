@@ -350,15 +350,18 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         return (loss, output) if return_outputs else loss
 
     def _per_token_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
+        # Elsewhere the old numbers belong to no token, and an infinite ratio would survive being masked later.
+        values = torch.where(inputs["mask"], output.values, inputs["values"])
         value, clipped = F.clipped_value_loss(
-            output.values, inputs["values"], inputs["returns"], cliprange=self.args.cliprange_value
+            values, inputs["values"], inputs["returns"], cliprange=self.args.cliprange_value
         )
         self._measure(inputs["mask"], {"ppo/value_loss": value, "clip_ratio/value": clipped})
         loss = self.args.value_coef * value
         return loss if output.logprobs is None else loss + self._actor_loss(output, inputs)
 
     def _actor_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
-        args, new, old = self.args, output.logprobs, inputs["logprobs"]
+        args, old = self.args, inputs["logprobs"]
+        new = torch.where(inputs["mask"], output.logprobs, old)
         loss, clipped = policy_loss(args, new, old, inputs["advantages"])
         log_ratio = (new - old).detach()
         ratio = log_ratio.exp()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import random
 
 import numpy as np
@@ -86,33 +88,33 @@ def test_sizes_of_a_rollout():
         rollout.scores = rollout.kl
 
 
-@pytest.mark.parametrize(
-    ("rows", "first", "end"),  # columns kept: prompt from `first`, `end` response tokens
-    [([0, 1, 2], 1, 3), ([0], 3, 3), ([1], 1, 1), ([2, 0], 2, 3), ([2, 1], 1, 2), ([2, 2], 2, 2)],
-)
-def test_take_cuts_padding_and_nothing_else(rows, first, end):
-    rollout = make_rollout()
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0], [1], [2, 0], [2, 1], [2, 2]])
+def test_take_moves_rows_to_the_right_and_cuts_what_is_padding_in_all(rows):
+    prompts, responses = (2, 4, 3), (3, 1, 2)
+    rollout = make_rollout(prompts, responses)
     taken = rollout.take(torch.tensor(rows))
-    columns = range(first, 5 + end)
-    assert taken["input_ids"].tolist() == [[100 * row + c for c in columns] for row in rows]
-    assert torch.equal(taken["attention_mask"], rollout.attention_mask[rows][:, columns])
-    for name in PER_TOKEN:
-        assert torch.equal(taken[name], getattr(rollout, name)[rows][:, :end])
-    # What was cut away is padding in every row.
-    assert taken["attention_mask"].sum() == rollout.attention_mask[rows].sum()
-    assert taken["mask"].sum() == rollout.mask[rows].sum()
+    width, end = max(prompts[r] + responses[r] for r in rows), max(responses[r] for r in rows)
+    assert taken["input_ids"].shape == taken["attention_mask"].shape == (len(rows), width)
+    for i, row in enumerate(rows):
+        length, response = prompts[row] + responses[row], responses[row]
+        first = 5 - prompts[row]
+        assert taken["input_ids"][i, -length:].tolist() == [100 * row + c for c in range(first, first + length)]
+        assert taken["attention_mask"][i].tolist() == [0] * (width - length) + [1] * length
+        for name in PER_TOKEN:
+            expected = [0] * (end - response) + getattr(rollout, name)[row, :response].tolist()
+            assert taken[name][i].tolist() == pytest.approx(expected)
     assert set(taken) == {"input_ids", "attention_mask", *PER_TOKEN}
 
 
 def test_take_keeps_an_unlearned_stop_token_that_is_attended():
     rollout = make_rollout()
     shorter = rollout.mask & (torch.arange(6) < torch.tensor([[2], [1], [1]]))
-    taken = dataclasses.replace(rollout, mask=shorter).take(torch.tensor([0]))
-    assert taken["mask"].tolist() == [[True, True, False]]
-    assert taken["input_ids"].shape == (1, 5)
+    taken = dataclasses.replace(rollout, mask=shorter).take(torch.tensor([0, 2]))
+    assert taken["mask"].tolist() == [[True, True, False], [False, True, False]]
+    assert taken["input_ids"].shape == (2, 5)
 
 
-def test_take_keeps_a_column_for_a_response_that_is_left_out():
+def test_take_keeps_the_columns_of_a_response_that_is_left_out():
     rollout = make_rollout()
     taken = dataclasses.replace(rollout, mask=torch.zeros_like(rollout.mask)).take(torch.tensor([1, 2]))
     assert taken["mask"].shape == (2, 2)
@@ -249,10 +251,75 @@ def test_each_row_goes_to_each_minibatch_equally_often():
     assert (counts / 600 - 1 / 3).abs().max() < 0.07  # five standard deviations of a binomial share
 
 
-def test_micro_batches_are_a_partition_sorted_by_length():
+def test_micro_batches_are_cut_where_it_costs_fewest_tokens():
+    """Lengths 1, 3 | 6 | 8, 9 take 6 + 6 + 18 tokens; rows two by two, 1, 3 | 6, 8 | 9, would take 31."""
     lengths = torch.tensor([9, 3, 7, 1, 8, 2, 6, 5])
     rows = torch.tensor([0, 3, 6, 1, 4])
-    assert [m.tolist() for m in micro_batch_rows(rows, lengths, 2)] == [[3, 1], [6, 4], [0]]
+    assert [m.tolist() for m in micro_batch_rows(rows, lengths, 2)] == [[3, 1], [6], [4, 0]]
+
+
+def tokens_of(parts, lengths) -> list[int]:
+    """What each micro-batch takes, padding included."""
+    return [len(part) * int(lengths[part].max()) for part in parts]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_cut_of_sorted_rows_takes_fewer_tokens(seed):
+    """All ways to cut 8 rows into 4 micro-batches, none larger than 2 of the longest rows."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (20,), generator=generator)
+    rows = torch.randperm(20, generator=generator)[:8]
+    ordered = sorted(rows.tolist(), key=lambda row: int(lengths[row]))
+    most = 2 * int(lengths[rows].max())
+    costs = []
+    for cuts in itertools.combinations(range(1, 8), 3):
+        parts = [ordered[a:b] for a, b in itertools.pairwise([0, *cuts, 8])]
+        tokens = tokens_of(parts, lengths)
+        costs.append(sum(tokens) if max(tokens) <= most else math.inf)
+    parts = micro_batch_rows(rows, lengths, 2)
+    assert sorted(torch.cat(parts).tolist()) == sorted(rows.tolist())
+    assert len(parts) == 4 and max(tokens_of(parts, lengths)) <= most
+    assert sum(tokens_of(parts, lengths)) == min(costs) < math.inf
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 4), (7, 3), (600, 4), (600, 300), (300, 7), (5, 1)])
+def test_there_are_as_many_micro_batches_as_trainer_expects(n, batch_size):
+    lengths = torch.randint(1, 100, (n,), generator=torch.Generator().manual_seed(n))
+    parts = micro_batch_rows(torch.arange(n), lengths, batch_size)
+    assert len(parts) == math.ceil(n / batch_size)
+    assert sorted(torch.cat(parts).tolist()) == list(range(n))
+    assert min(len(part) for part in parts) >= 1
+    assert max(tokens_of(parts, lengths)) <= batch_size * int(lengths.max())
+
+
+def uneven_rollout(n, seed):
+    """Prompts and responses of log-normal lengths, about 30 and 60 tokens in the median."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts, responses = (
+        torch.randn(n, generator=generator).mul(spread).add(math.log(median)).exp().long().clamp(1, 500)
+        for median, spread in ((30, 0.3), (60, 0.8))
+    )
+    return make_rollout(prompts.tolist(), responses.tolist(), int(prompts.max()), int(responses.max()))
+
+
+def padding(micro_batches) -> float:
+    """Padding over real tokens."""
+    masks = [m["attention_mask"] for m in micro_batches]
+    return sum(m.numel() for m in masks) / int(sum(m.sum() for m in masks)) - 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_padding_is_under_5_percent_of_the_tokens_on_uneven_data(seed):
+    """A minibatch of 64 in micro-batches of 4."""
+    rollout = uneven_rollout(256, seed)
+    for rows in minibatch_rows(256, 4, seed=seed, rollout_index=0, ppo_epoch=0):
+        parts = micro_batch_rows(rows, rollout.lengths(), 4)
+        assert len(parts) == 16
+        assert padding(map(rollout.take, parts)) < 0.05
+        # Sorted but cut into equal parts, and not sorted at all.
+        equal = rows[rollout.lengths()[rows].argsort()].split(4)
+        assert padding(map(rollout.take, equal)) > 0.05
+        assert padding(map(rollout.take, rows.split(4))) > 0.5
 
 
 def test_rows_of_equal_length_keep_their_order():

@@ -323,15 +323,17 @@ def test_the_loss_is_the_mean_over_response_tokens_summed_by_hand(tmp_path, obje
     with torch.no_grad():
         output = trainer.model.eval()(batch["input_ids"], batch["attention_mask"], width, 1.0, with_entropy=True)
         found = trainer.compute_loss(trainer.model, batch, num_items_in_batch=mask.sum())
+    # In the micro-batch responses end at the last column, in the rollout they begin at the first.
+    shift = width - rollout.attention_mask[:, rollout.prompt_length :].sum(1)
     losses = [
         token_loss(
-            args, output.logprobs[i, t].item(), rollout.logprobs[i, t].item(), rollout.ref_logprobs[i, t].item(),
-            rollout.advantages[i, t].item(), output.values[i, t].item(), rollout.values[i, t].item(),
-            rollout.returns[i, t].item(), output.entropy[i, t].item(),
+            args, output.logprobs[i, t + s].item(), rollout.logprobs[i, t].item(), rollout.ref_logprobs[i, t].item(),
+            rollout.advantages[i, t].item(), output.values[i, t + s].item(), rollout.values[i, t].item(),
+            rollout.returns[i, t].item(), output.entropy[i, t + s].item(),
         )
-        for i in range(len(rollout)) for t in range(width) if mask[i, t]
+        for i, s in enumerate(shift.tolist()) for t in range(width) if mask[i, t]
     ]  # fmt: skip
-    assert (output.logprobs - rollout.logprobs[:, :width]).abs().max() > 1e-2
+    assert ((output.logprobs - batch["logprobs"]) * batch["mask"]).abs().max() > 1e-2
     assert found.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
