@@ -1,0 +1,125 @@
+"""One PPO update against its own floor: the arithmetic it cannot do without, on the bare model, in the same run.
+
+    python benchmarks/floor.py [--repeats 3] [--dtype bfloat16|float32]
+
+The update is the one of vs_trl.py: SmolLM2-135M with LoRA, 32 episodes of 14 + 48 tokens, a reward adapter, 4 PPO
+epochs x 2 minibatches in micro-batches of 8. Its floor, for the same numbers of tokens and without any adapter:
+
+    generate   one prefill and 47 decode steps of 32 rows with static shapes, logits of the last position, argmax
+    score      three forward passes over 32 x 62 tokens (reward, policy, reference), logits of 2 x 48 positions
+    learn      16 forward and backward passes over 8 x 62 tokens with the logits of 48: activation gradients through
+               the frozen base, down to the embeddings, as LoRA needs them in its lowest layer; no weight gradients
+
+Not in the floor: LoRA's own products, sampling, the optimizer, losses, text and rewards. It is measured with both of
+transformers' attention paths, and the faster counts in each phase. After each update the floor is run; the first of
+both is not counted. The last line is JSON: `ratio` is the update's seconds over the floor's, of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+
+import torch
+from measuring import PhaseClock, by_phase, report, seconds, smollm2, tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+from vs_trl import EPISODES, EPOCHS, MICRO, MINIBATCHES, PROMPT, RESPONSE, lora, reward_adapter, shared_pieces
+
+from ppo_plus import PPOConfig, PPOTrainer
+
+ATTENTION = ("eager", "sdpa")
+
+
+class Floor:
+    """The bare model, and the three phases of an update on it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        draw = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(100, 40000, (EPISODES, PROMPT + RESPONSE), generator=draw).to(model.device)
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + RESPONSE)
+        step = self.ids[:, :PROMPT]
+        for _ in range(RESPONSE):
+            out = self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            step = out.logits.argmax(-1)
+
+    @torch.no_grad()
+    def score(self) -> None:
+        for with_logits in (False, True, True):
+            hidden = self.model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
+            if with_logits:
+                self.model.lm_head(hidden[:, -RESPONSE - 1 : -1])
+
+    def learn(self) -> None:
+        for ids in self.ids.split(MICRO) * EPOCHS:
+            states = self.model.get_input_embeddings()(ids).requires_grad_()
+            hidden = self.model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden[:, -RESPONSE - 1 : -1]).flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits.float(), ids[:, -RESPONSE:].flatten()).backward()
+
+    def phases(self) -> dict[str, Callable[[], None]]:
+        return {"generate": self.generate, "score": self.score, "learn": self.learn}
+
+
+def measured(model: str, dtype: str, repeats: int, folder: str) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Seconds by phase of each update, and of each floor by attention path."""
+    bare: dict[str, list[dict]] = {attention: [] for attention in ATTENTION}
+    floor = Floor(AutoModelForCausalLM.from_pretrained(model, dtype=dtype))
+
+    def run_floor() -> None:
+        for attention, rows in bare.items():
+            floor.model.set_attn_implementation(attention)
+            rows.append({phase: seconds(work) for phase, work in floor.phases().items()})
+
+    policy, tokenizer, prompts = shared_pieces(model, dtype, EPISODES * (repeats + 1))
+    clock = PhaseClock(between=run_floor)
+    config = PPOConfig(
+        output_dir=folder, total_episodes=EPISODES * (repeats + 1), per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
+        num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
+        save_strategy="no", num_sample_generations=0, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        policy, reward_adapter(model, dtype, folder), config, train_dataset=prompts, processing_class=tokenizer,
+        peft_config=lora(), callbacks=[clock],
+    )  # fmt: skip
+    floor.model.to(trainer.args.device)
+    floor.ids = floor.ids.to(trainer.args.device)
+    trainer.train()
+    assert set(clock.tokens) == {EPISODES * RESPONSE}, f"responses ended early: {clock.tokens}"
+    return clock.rows[1:], {attention: rows[1:] for attention, rows in bare.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="counted updates")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny random model, to try the script; nothing is written"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model(f"{folder}/model") if args.tiny else args.model or smollm2()
+        updates, floors = measured(model, args.dtype, args.repeats, folder)
+    update, by_attention = by_phase(updates), {name: by_phase(rows) for name, rows in floors.items()}
+    floor = {phase: min(by_attention[name][phase] for name in ATTENTION) for phase in ("generate", "score", "learn")}
+    floor["total"] = sum(floor.values())
+    result = {
+        "ratio": update["total"] / floor["total"],
+        "ratio_by_phase": {phase: update[phase] / floor[phase] for phase in floor},
+        "dtype": args.dtype,
+        "update_seconds": update,
+        "floor_seconds": floor,
+        "floor_seconds_by_attention": by_attention,
+        "update_seconds_each": [row["total"] for row in updates],
+    }
+    report("floor", result, write=not args.tiny)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What the speed benchmarks share: clocks, medians of interleaved repeats, models with random weights, results."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from machine import describe_machine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ppo_plus import PPOCallback
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+VOCABULARY = 49152  # as SmolLM2's
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def now() -> float:
+    """Seconds, when everything that was asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    started = now()
+    work()
+    return now() - started
+
+
+def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, called in turn `repeats` times after one call that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            spent = seconds(work)
+            if repeat:
+                found[name].append(spent)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak_mb() -> float:
+    """Most memory that this process has held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class PhaseClock(PPOCallback):
+    """Seconds of each update by phase, in `rows`; what `between` does after an update is not part of any.
+
+    `score` is everything after generation that needs no gradients: rewards, log-probabilities, reference.
+    """
+
+    def __init__(self, between: Callable[[], object] = lambda: None) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.tokens: list[int] = []
+        self.between, self._started = between, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started = now()
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        self.tokens.append(int(rollout.mask.sum()))
+        spent = samples.seconds
+        self.rows.append({"generate": spent["generate"], "score": sum(spent.values()) - spent["generate"]})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.steps_per_rollout == 0:
+            row = self.rows[-1]
+            row["total"] = now() - self._started
+            row["learn"] = row["total"] - row["generate"] - row["score"]
+            self.between()
+            self._started = now()
+
+
+def by_phase(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Median of each column."""
+    return {phase: statistics.median(row[phase] for row in rows) for phase in rows[0]}
+
+
+def random_llama(dtype: torch.dtype = torch.float32, **sizes) -> LlamaForCausalLM:
+    """A Llama with random weights; `sizes` are those of LlamaConfig."""
+    given = {"vocab_size": VOCABULARY, "tie_word_embeddings": True, "max_position_embeddings": 8192, **TINY, **sizes}
+    given.setdefault("num_key_value_heads", given["num_attention_heads"])
+    torch.manual_seed(0)
+    config = LlamaConfig(**given, bos_token_id=1, eos_token_id=VOCABULARY - 1, pad_token_id=0)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def word_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """One word per token id: `w17` is 17. The last id ends a response."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w1"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=f"w{vocabulary - 1}", pad_token="w0", padding_side="left"
+    )
+
+
+def tiny_model(folder: str | Path) -> str:
+    """A folder with a tiny random model and its tokenizer, to try a benchmark's logic in seconds."""
+    random_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def smollm2() -> str:
+    """The folder of SmolLM2-135M-Instruct, from its package."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from demo_assets import load_smollm2
+
+    return str(load_smollm2())
+
+
+def report(name: str, result: dict, write: bool = True) -> None:
+    """Write `results/<name>.json` with machine, versions and date, and print the same as the last line."""
+    result = {**result, **describe_machine()}
+    if write:
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))

@@ -1,0 +1,104 @@
+"""Responses of very uneven length: our rollout, in which finished rows leave the batch, against plain `generate`.
+
+    python benchmarks/uneven.py [--repeats 3] [--dtype bfloat16|float32]
+
+Both decode the same 64 prompts as one batch, with the same model (SmolLM2-135M, LoRA on) and the same lengths: 60
+responses of 8 to 16 tokens and 4 of 256. A length is forced by forcing the last id of the vocabulary, which is never
+sampled otherwise and ends a response: on our side by the noise that decides each token, in `generate` by a logits
+processor. The last line is JSON: `ratio` is the seconds of `generate` over ours, of medians of interleaved repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import torch
+from measuring import medians, report, smollm2, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from vs_trl import lora
+
+from ppo_plus import ActorCritic, ValueHead
+from ppo_plus.loading import load_policy
+from ppo_plus.rollout import response_mask, sampling_noise
+
+PROMPT, PAD = 14, 0
+
+
+def drawn_lengths(rows: int, few: int, longest: int) -> Tensor:
+    """Most 8 to 16 tokens, `few` of them the longest, in random order; `(rows,)`."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(8, 17, (rows,), generator=draw)
+    lengths[torch.randperm(rows, generator=draw)[:few]] = longest
+    return lengths
+
+
+class EndAt(LogitsProcessor):
+    """Forces the end id at each row's last step and forbids it before."""
+
+    def __init__(self, lengths: Tensor, end: int) -> None:
+        self.lengths, self.end = lengths, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ends = self.lengths == input_ids.shape[1] - PROMPT + 1
+        only_end = torch.full_like(scores, -torch.inf)
+        only_end[:, self.end] = 0.0
+        scores[:, self.end] = -torch.inf
+        return torch.where(ends[:, None], only_end, scores)
+
+
+def noise_that_ends(lengths: Tensor) -> Tensor:
+    """Uniform noise that never reaches the last id, and is 1, which selects it, at each row's last step."""
+    noise = sampling_noise(0, len(lengths), int(lengths.max())) * 0.99
+    noise[torch.arange(len(lengths)), lengths - 1] = 1.0
+    return noise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny random model, to try the script; nothing is written"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        name = tiny_model(folder) if args.tiny else args.model or smollm2()
+        policy = load_policy(AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype), peft_config=lora())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ActorCritic(policy.to(device), ValueHead(policy.config.hidden_size)).eval()
+    lengths = drawn_lengths(64, 4, 64 if args.tiny else 256)
+    end, noise = policy.config.vocab_size - 1, noise_that_ends(lengths)
+    ids = torch.randint(100, 40000, (64, PROMPT), generator=torch.Generator().manual_seed(1)).to(device)
+    processors = LogitsProcessorList([EndAt(lengths.to(device), end)])
+
+    def ours() -> Tensor:
+        return model.generate(ids, torch.ones_like(ids), noise, stop_ids=[end], pad_token_id=PAD).tokens
+
+    def plain() -> Tensor:
+        return policy.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(lengths.max()), do_sample=True,
+            top_k=0, top_p=1.0, temperature=1.0, logits_processor=processors, eos_token_id=end, pad_token_id=PAD,
+        )[:, PROMPT:]  # fmt: skip
+
+    for side in (ours, plain):
+        found = response_mask(side(), [end]).sum(1).cpu()
+        assert torch.equal(found, lengths), f"{side.__name__} made responses of {found.tolist()} tokens"
+    spent = medians({"ours": ours, "generate": plain}, args.repeats)
+    tokens = int(lengths.sum())
+    result = {
+        "ratio": spent["generate"] / spent["ours"],
+        "dtype": args.dtype,
+        "responses": len(lengths),
+        "tokens": tokens,
+        "longest": int(lengths.max()),
+        **{f"{side}_seconds": value for side, value in spent.items()},
+        **{f"{side}_tokens_per_second": tokens / value for side, value in spent.items()},
+    }
+    report("uneven", result, write=not args.tiny)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""README's figures are those of the committed results, and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
+SIDE = {"generate_seconds": 1.0, "score_seconds": 2.0, "learn_seconds": 4.0, "total_seconds": 7.0}
+MACHINE = {"machine": {"cpu_cores": 2, "cpu_capability": "AVX512", "gpu": None}, "date": "2026-01-02"}
+UNEVEN = {"ratio": 2.345, "ours_tokens_per_second": 469.0, "generate_tokens_per_second": 200.0, **MACHINE}
+
+
+def growth(per_token, per_parameter):
+    return {"4x": {"growth": {"seconds_per_token": per_token, "seconds_per_token_and_parameter": per_parameter}}}
+
+
+RESULTS = {
+    "vs_trl_bfloat16": {
+        "ratio": 3.0, "memory_ratio": 0.25, "ours": SIDE, "trl": {k: 3 * v for k, v in SIDE.items()}, **MACHINE,
+    },
+    "vs_trl_float32": {"ratio": 1.0, "memory_ratio": 0.5, "ours": SIDE, "trl": SIDE},
+    "floor": {
+        "ratio": 1.5, "ratio_by_phase": {"generate": 1.25, "score": 2.0, "learn": 1.5},
+        "update_seconds": {"total": 30.0}, "floor_seconds": {"total": 20.0}, **MACHINE,
+    },
+    "uneven": UNEVEN,
+    "scaling": {"episodes": growth(0.9, 0), "response": growth(1.1, 0), "width": growth(0, 0.75)},
+    "memory": {"ratio": 0.333},
+    "kill": {"kills": 50, "identical": 49},
+    "demo": {"vader_rises": [0.25, 0.5], **MACHINE, "machine": {"gpu": "A card"}},
+}  # fmt: skip
+
+
+def table_of(folder, results) -> list[list[str]]:
+    for name, result in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    lines = tables.performance_table(folder).splitlines()
+    assert lines[1] == "|---|---|---|"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_readme_says_what_the_committed_results_say():
+    text = (ROOT / "README.md").read_text()
+    assert tables.with_table(text, tables.performance_table()) == text
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in tables.ROWS])
+def test_each_committed_result_has_its_row(name):
+    there = (tables.RESULTS / f"{name}.json").is_file()
+    assert (f"(benchmarks/results/{name}.json)" in tables.performance_table()) == there
+
+
+def test_every_result_becomes_words(tmp_path):
+    rows = table_of(tmp_path, RESULTS)
+    assert [figures for _, figures, _ in rows] == [
+        "**3.00×** as fast (7.0 s against 21.0 s; generate 3.0×, score 3.0×, learn 3.0×), 0.25 of the memory",
+        "**1.00×** as fast (7.0 s against 7.0 s; generate 1.0×, score 1.0×, learn 1.0×), 0.50 of the memory",
+        "**1.50×** the floor (30.0 s over 20.0 s; generate 1.25, score 2.00, learn 1.50)",
+        "**2.35×** as fast (469 tokens/s against 200)",
+        "a token takes 0.90× the time with 4× the episodes, 1.10× with 4× the response length; a token and parameter "
+        "0.75× at 4× the width",
+        "**0.33** of TRL's peak",
+        "50 kills, 49 ended in the same bits",
+        "VADER score of held-out answers, by seed: +0.25, +0.50",
+    ]
+    assert [where for _, _, where in rows] == [
+        "2 CPU cores, AVX512, 2026-01-02", "", "2 CPU cores, AVX512, 2026-01-02", "2 CPU cores, AVX512, 2026-01-02",
+        "", "", "", "A card, 2026-01-02",
+    ]  # fmt: skip
+
+
+def test_a_result_that_is_not_there_has_no_row(tmp_path):
+    assert table_of(tmp_path, {}) == []
+    (row,) = table_of(tmp_path, {"uneven": UNEVEN})
+    assert row[0].endswith("(benchmarks/results/uneven.json)")
+
+
+def test_only_what_is_between_the_markers_is_replaced():
+    text = f"before\n{tables.BEGIN}\nold, with \\1 in it\n{tables.END}\nafter"
+    once = tables.with_table(text, "| \\g<0> |")
+    assert once == f"before\n{tables.BEGIN}\n\n| \\g<0> |\n\n{tables.END}\nafter"
+    assert tables.with_table(once, "| \\g<0> |") == once
+
+
+@pytest.mark.parametrize(
+    "text", ["", tables.BEGIN, f"{tables.END} {tables.BEGIN}", f"{tables.BEGIN} {tables.BEGIN} {tables.END}"]
+)
+def test_without_its_markers_there_is_an_error(text):
+    with pytest.raises(ValueError, match="once each"):
+        tables.with_table(text, "table")
+
+
+def test_a_figure_written_by_hand_is_found(tmp_path):
+    """Negative control: a copy of the repository's README and results, with one digit changed."""
+    for file in [
+        "README.md",
+        "benchmarks/tables.py",
+        *(f"benchmarks/results/{name}.json" for name, _, _ in tables.ROWS),
+    ]:
+        if (ROOT / file).is_file():
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    command = [sys.executable, str(tmp_path / "benchmarks" / "tables.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
+    readme = tmp_path / "README.md"
+    text = readme.read_text()
+    table = text[text.index(tables.BEGIN) :]
+    figure = next(c for c in table if c.isdigit())
+    readme.write_text(text.replace(table, table.replace(figure, str(9 - int(figure)), 1)))
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and "differs" in done.stderr
