@@ -304,11 +304,11 @@ class ActorCritic(nn.Module):
             on_step: called at each decode step with the number of rows that get a token in it.
         """
         with weights_at_rest(self.policy):
-            return self._decode(input_ids, attention_mask, noise, stop_ids, pad_token_id, temperature, warp)
+            return self._decode(input_ids, attention_mask, noise, stop_ids, pad_token_id, temperature, warp, on_step)
 
     def _decode(
         self, input_ids: Tensor, mask: Tensor, noise: Tensor, stop_ids: Sequence[int], pad_token_id: int,
-        temperature: float, warp: Callable[[Tensor], Tensor] | None,
+        temperature: float, warp: Callable[[Tensor], Tensor] | None, on_step: Callable[[int], None] | None,
     ) -> Generation:  # fmt: skip
         (rows, length), device = noise.shape, input_ids.device
         tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)

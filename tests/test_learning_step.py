@@ -91,6 +91,7 @@ CONFIGS = [
     {"objective": "kl_penalty", "entropy_coef": 0.1},
     {"kl_in": "loss", "kl_estimator": "k3", "dual_clip": 3.0, "cliprange_value": None},
     {"activation_checkpointing": True, "critic": "detached", "value_head": "mlp"},
+    {"critic": "adapter"},
 ]
 
 
