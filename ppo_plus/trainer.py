@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -50,8 +50,8 @@ from .legacy import with_named_adapters
 from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
-from .report import RunReportCallback, fixed_prompts
 from .progress import show_phases
+from .report import RunReportCallback, fixed_prompts
 from .rewards import build_rewards
 from .rollout import (
     PromptSampler,
@@ -178,9 +178,8 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         if args.num_sample_generations or args.log_completions:
             self.add_callback(SamplesTableCallback())
         if args.run_report:
-            self.add_callback(
-                RunReportCallback(self.generate_completions, fixed_prompts(self.train_dataset, self.eval_dataset))
-            )
+            answer = cast(Callable[[Dataset], Samples], self.generate_completions)
+            self.add_callback(RunReportCallback(answer, fixed_prompts(self.train_dataset, self.eval_dataset)))
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
 

@@ -319,7 +319,7 @@ def test_padding_is_under_5_percent_of_the_tokens_on_uneven_data(seed):
         # Sorted but cut into equal parts, and not sorted at all.
         equal = rows[rollout.lengths()[rows].argsort()].split(4)
         assert padding(map(rollout.take, equal)) > 0.05
-        assert padding(map(rollout.take, rows.split(4))) > 0.5
+        assert padding(map(rollout.take, rows.split(4))) > 0.4
 
 
 def test_rows_of_equal_length_keep_their_order():
