@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +13,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppo_plus import PPOConfig, PPOTrainer
@@ -118,6 +121,26 @@ def make_trainer(tmp_path, *, config=None, **overrides) -> PPOTrainer:
         "peft_config": lora(),
     }
     return PPOTrainer(**{**arguments, **overrides})
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time; storages of `known` tensors do not count."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.live, self.peak = {}, 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.live and storage.data_ptr() not in self.known:
+                    self.live[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
 
 
 @pytest.fixture

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import weakref
 
 import pytest
 import torch
-from conftest import lora, make_config, make_model, make_tokenizer, make_trainer
+from conftest import PeakMemory, lora, make_config, make_model, make_tokenizer, make_trainer
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -395,25 +392,6 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, tokens_per_chun
         assert gap(found, gradient) < 1e-5
     # A frozen head is asked once per token, in the forward pass; a trained one again in the backward pass.
     assert sum(calls[1:]) == (90 if frozen_head else 180)
-
-
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.live:
-                    self.live[storage.data_ptr()] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
 
 
 @pytest.mark.parametrize(("elements", "grows"), [(16 * 4000, False), (2**24, True)])

@@ -1,0 +1,293 @@
+"""Memory: the planner says what a run takes, and logits never take more than a chunk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import PeakMemory, lora, make_model, make_trainer
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    T5Config,
+)
+
+from ppo_plus import memory, modeling
+from ppo_plus.loading import build_actor_critic
+from ppo_plus.memory import GIB, DryRun, Ledger, Setup, plan
+
+SIZES = {
+    "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**SIZES, head_dim=16, sliding_window=16),
+    "gpt2": GPT2Config(vocab_size=500, n_embd=64, n_layer=3, n_head=4, n_positions=256),
+}
+PROMPT, RESPONSE = 24, 40
+
+
+def setup(**overrides):
+    return Setup(**{"prompt_length": PROMPT, "response_length": RESPONSE, "quantization": "fp32", "lora_r": 4,
+                    "reward": "none", **overrides})  # fmt: skip
+
+
+def real_actor(config, checkpointing=False, dtype=torch.float32, base=None):
+    torch.manual_seed(0)
+    base = base or AutoModelForCausalLM.from_config(config, dtype=dtype)
+    actor = build_actor_critic(
+        get_peft_model(base, lora()), head=("linear", "silu"), detach_values=False, ref_model=None,
+        disable_dropout=True, seed=0,
+    )  # fmt: skip
+    if checkpointing:
+        actor.activation_checkpointing_enable()
+    return actor
+
+
+def padded(rows, vocabulary=500):
+    ids = torch.randint(3, vocabulary, (rows, PROMPT + RESPONSE), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0  # as almost every batch is
+    return ids, mask
+
+
+def measured(actor, phase, rows, autocast=False):
+    """Bytes of the highest moment of a real pass, above what the model, its gradients and Adam's moments hold."""
+    actor.train(phase == "learn")
+    for parameter in actor.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    state = [*actor.parameters(), *actor.buffers()]
+    known = [*state, *(p.grad for p in state if p.grad is not None)]
+    ids, mask = padded(rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), PeakMemory(known) as found:
+        if phase == "learn":
+            output = actor(ids, mask, RESPONSE)
+            (output.logprobs.sum() + output.values.sum()).backward()
+        else:
+            with torch.no_grad():
+                actor(ids, mask, RESPONSE, with_entropy=True)
+    return found.peak
+
+
+def working(phase):
+    return sum(phase.parts[part] for part in ("activations", "logits", "kv_cache"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_predicted_activations_are_within_3_percent_of_a_real_pass(name, checkpointing):
+    dry = DryRun(CONFIGS[name], setup(activation_checkpointing=checkpointing))
+    actor = real_actor(CONFIGS[name], checkpointing)
+    for phase, rows in (("learn", 2), ("learn", 6), ("score", 4)):
+        assert working(getattr(dry, phase)(rows)) == pytest.approx(measured(actor, phase, rows), rel=0.03)
+
+
+def test_the_comparison_can_fail():
+    checkpointed = DryRun(CONFIGS["llama"], setup(activation_checkpointing=True)).learn(4)
+    assert working(checkpointed) < 0.7 * measured(real_actor(CONFIGS["llama"]), "learn", 4)
+    other = DryRun(CONFIGS["llama"], setup(response_length=2 * RESPONSE)).learn(4)
+    assert working(other) > 1.2 * measured(real_actor(CONFIGS["llama"]), "learn", 4)
+
+
+def test_bf16_under_autocast_is_predicted_too():
+    dry = DryRun(CONFIGS["llama"], setup(quantization="bf16"))
+    actor = real_actor(CONFIGS["llama"], dtype=torch.bfloat16)
+    assert working(dry.learn(4)) == pytest.approx(measured(actor, "learn", 4, autocast=True), rel=0.03)
+    assert dry.learn(4).parts["weights"] == pytest.approx(bytes_of(actor, frozen=True), rel=0.001)
+
+
+def bytes_of(actor, frozen):
+    tensors = [p for p in actor.parameters() if p.requires_grad != frozen]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_stands_still_is_counted_as_it_is(name):
+    actor, dry = real_actor(CONFIGS[name]), DryRun(CONFIGS[name], setup())
+    parts = dry.learn(1).parts
+    trained = bytes_of(actor, frozen=False)
+    assert (parts["adapters"], parts["gradients"], parts["optimizer"]) == (trained, trained, 2 * trained)
+    assert parts["weights"] == pytest.approx(bytes_of(actor, frozen=True), rel=0.001)
+    assert sum(dry.parameters.values()) == AutoModelForCausalLM.from_config(CONFIGS[name]).num_parameters()
+    assert DryRun(CONFIGS[name], setup(reward="adapter")).learn(1).parts["adapters"] == pytest.approx(
+        2 * trained, rel=0.05
+    )
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_base_takes_what_bitsandbytes_takes(quantization, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 500}
+    make_model(**sizes).save_pretrained(tmp_path)
+    options = {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "int8": {"load_in_8bit": True},
+    }[quantization]
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**options)
+    )
+    tensors = list(base.parameters())
+    for parameter in base.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset]
+        tensors += [parameter.SCB] if getattr(parameter, "SCB", None) is not None else []
+    real = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    dry = DryRun(make_model(**sizes).config, setup(quantization=quantization))
+    assert dry.score(1).parts["weights"] == pytest.approx(real, rel=0.01)
+    assert DryRun(make_model(**sizes).config, setup(quantization="bf16")).score(1).parts["weights"] > 1.3 * real
+
+
+def test_a_quantized_base_keeps_the_activations_that_bitsandbytes_keeps(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1, "vocab_size": 500}
+    make_model(**sizes).save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=nf4)
+    actor, dry = real_actor(None, base=base), DryRun(base.config, setup(quantization="nf4"))
+    assert working(dry.learn(1)) == pytest.approx(measured(actor, "learn", 1, autocast=True), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "bytes_per_row"),
+    [
+        # layers x keys and values x heads x tokens x dimension x bytes
+        (LlamaConfig(**SIZES), 3 * 2 * 2 * 64 * 16 * 4),
+        (LlamaConfig(**{**SIZES, "num_key_value_heads": 4}), 3 * 2 * 4 * 64 * 16 * 4),
+        (MistralConfig(**SIZES, sliding_window=17), 3 * 2 * 2 * 17 * 16 * 4),
+        (
+            Gemma3TextConfig(
+                **SIZES, head_dim=16, sliding_window=17,
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            ),
+            2 * 2 * 16 * 4 * (2 * 17 + 64),
+        ),
+    ],
+    ids=["grouped", "all-heads", "sliding", "mixed"],
+)  # fmt: skip
+def test_the_cache_grows_by_key_value_heads_and_stops_at_the_window(config, bytes_per_row):
+    parts = DryRun(config, setup())._last_token(rows=3)
+    # Windows count their tokens in a few bytes of their own.
+    assert 0 <= parts["kv_cache"] - 3 * bytes_per_row <= 24 and parts["activations"] > 0
+
+
+def test_the_proposal_fits_and_twice_as_much_would_not(monkeypatch):
+    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0)
+    found = plan(CONFIGS["llama"], setup(rollout_batch_size=64), 24 / 1024)
+    generate, score, learn = found.phases
+    assert found.fits and 1 < learn.rows < 32
+    assert learn.rows * found.gradient_accumulation_steps * 2 == 64
+    dry = DryRun(CONFIGS["llama"], setup())
+    assert dry.learn(learn.rows).total == learn.total <= found.budget < dry.learn(2 * learn.rows).total
+    for phase in (generate, score):
+        assert phase.rows == 64 or getattr(dry, phase.name)(2 * phase.rows).total > found.budget
+    assert found.budget == int(24 / 1024 * GIB * 0.95)
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0)
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    command = ["--model", str(tmp_path), "--prompt-length", "24", "--response-length", "40"]
+    assert memory.main([*command, "--vram", "0.002", "--quantization", "fp32"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "quantization='nf4'" in out and "activation_checkpointing" in out
+    assert memory.main([*command, "--vram", "1", "--json", "--activation-checkpointing"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["setup"]["activation_checkpointing"] and found["sizes"]["num_mini_batches"] == 2
+    assert found["phases"]["learn"]["rows"] == found["sizes"]["per_device_train_batch_size"] == 32
+    # a file serves as well as its folder, and the table says the same
+    assert memory.main(["--model", str(tmp_path / "config.json"), *command[2:], "--vram", "1"]) == 0
+    assert "per_device_train_batch_size=32, gradient_accumulation_steps=1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "vram", "message"),
+    [
+        ({"prompt_length": 0}, 8, "prompt_length must be 1 or more; got 0"),
+        ({"num_mini_batches": 3}, 8, "rollout_batch_size=64 is not a multiple of num_mini_batches=3"),
+        ({"quantization": "fp4"}, 8, "quantization must be one of nf4, int8, bf16, fp32; got 'fp4'"),
+        ({"response_length": 300}, 8, "324 tokens are more than this model's context of 256"),
+        ({}, 0.25, "vram=0.25 GiB is not more than a CUDA context takes"),
+    ],
+)
+def test_a_wrong_plan_is_refused(change, vram, message):
+    with pytest.raises(ValueError, match=message):
+        plan(CONFIGS["llama"], setup(**change), vram)
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path, capsys):
+    T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=50).save_pretrained(tmp_path)
+    for model in (str(tmp_path), str(tmp_path / "nothing")):
+        with pytest.raises(SystemExit) as stop:
+            memory.main(["--model", model, "--vram", "8"])
+        assert stop.value.code == 2
+        assert "error:" in capsys.readouterr().err
+
+
+def test_the_ledger_agrees_with_another_account_of_real_tensors():
+    def work():
+        a = torch.ones(1000)
+        with ledger.booking("weights"):
+            b = torch.ones(2000)
+        c = (a[:, None] * torch.ones(7)).sum()
+        del a
+        return b, c
+
+    ledger = Ledger(vocabulary=7)
+    with PeakMemory() as other, ledger:
+        held = work()
+    assert sum(ledger.peak.values()) == other.peak
+    # highest where the product is made: a, b, the seven ones, and the product itself
+    assert ledger.peak == {"activations": 4000, "weights": 8000, "logits": 4 * 7 + 4 * 7000}
+    assert ledger.held == {"activations": 4, "weights": 8000, "logits": 0}
+    del held
+    assert sum(ledger.held.values()) == 0
+
+
+# The loss step
+
+
+def whole_logits(head, hidden, targets, temperature, with_entropy):
+    logits = head(hidden).float() / temperature
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else None
+    return logprobs.gather(-1, targets[..., None]).squeeze(-1), entropy
+
+
+def peak_of(trainer, phase, length, vocabulary):
+    ids = torch.randint(3, 40, (2, 4 + length), generator=torch.Generator().manual_seed(0))
+    zeros, mask = torch.zeros(2, length), torch.ones(2, length, dtype=torch.bool)
+    known = [*trainer.model.parameters(), *trainer.model.buffers()]
+    with PeakMemory(known) as found:
+        if phase == "score":
+            with torch.no_grad():
+                trainer.collector._forward(ids, torch.ones_like(ids), length)
+        else:
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask, "logprobs": zeros,
+                     "ref_logprobs": zeros, "values": zeros, "advantages": zeros + 1, "returns": zeros + 1}  # fmt: skip
+            trainer.compute_loss(trainer.model.train(), batch).backward()
+    return found.peak
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("phase", ["score", "learn"])
+def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(tmp_path, monkeypatch, phase, chunked):
+    vocabulary, lengths = 150_000, (64, 128)
+    model = make_model(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    trainer = make_trainer(tmp_path, model=model, config={"entropy_coef": 0.01})
+    if not chunked:
+        monkeypatch.setattr(modeling, "chunked_logprobs", whole_logits)
+    short, long = (peak_of(trainer, phase, length, vocabulary) for length in lengths)
+    logits = 2 * (lengths[1] - lengths[0]) * vocabulary * 4  # bytes by which whole fp32 logits grow
+    assert (long - short < logits / 20) if chunked else (long - short > logits)
