@@ -221,6 +221,11 @@ class DryRun:
         self._fake = FakeTensorMode()
         with self._fake, self.ledger:
             _without_data(self.actor, self.ledger)
+            with self.ledger.booking("optimizer"):  # Adam's two moments, there from the first step on
+                self._moments = [torch.empty_like(p) for p in self._trained() for _ in range(2)]
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.actor.parameters() if p.requires_grad]
 
     def generate(self, rows: int) -> Phase:
         """Decoding: the larger of reading the prompts and sampling the last token."""
@@ -234,19 +239,16 @@ class DryRun:
         return Phase("score", rows, self._peak())
 
     def learn(self, rows: int) -> Phase:
-        """A micro-batch forward and backward, with gradients of the one before and the optimizer's two moments."""
-        trained = [p for p in self.actor.parameters() if p.requires_grad]
+        """A micro-batch forward and backward, with the gradients of the one before."""
         with self._running(train=True):
             with self.ledger.booking("gradients"):
-                for parameter in trained:
+                for parameter in self._trained():
                     parameter.grad = torch.empty_like(parameter)
-            with self.ledger.booking("optimizer"):
-                moments = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
             output = self.actor(*self._tokens(rows), self.setup.response_length)
             (output.logprobs.sum() + output.values.sum()).backward()
             parts = self._peak()
             self.actor.zero_grad(set_to_none=True)
-            del moments, output
+            del output
         return Phase("learn", rows, parts)
 
     def _prefill(self, rows: int) -> dict[str, int]:
