@@ -23,7 +23,8 @@ from machine import describe_machine
 from transformers import AutoModelForCausalLM
 
 from ppo_plus.loading import build_actor_critic, load_policy
-from ppo_plus.modeling import ActorCritic, chunked_logprobs, logits_function
+from ppo_plus.logits import chunked_logprobs, logits_function
+from ppo_plus.modeling import ActorCritic
 
 
 def actor_with_reward(model: str, dtype: str) -> tuple[ActorCritic, torch.Tensor]:

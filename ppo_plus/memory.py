@@ -32,7 +32,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .functional import token_logprobs
 from .loading import build_actor_critic
-from .modeling import ActorCritic, logits_function, sample
+from .logits import logits_function, sample
+from .lora import weights_at_rest
+from .modeling import ActorCritic
 
 GIB = 2**30
 # Assumed, not computed: what a process takes of a card before its first tensor (CUDA context, kernels, cuBLAS
@@ -269,11 +271,12 @@ class DryRun:
     def _decode(self, ids: Tensor, mask: Tensor, cache: Any) -> Any:
         """One step of `ActorCritic.generate`."""
         model = self.actor.language_model
-        outputs = self.actor._hidden_states(ids, mask, past_key_values=cache, use_cache=True)
-        logits = logits_function(model)(outputs.last_hidden_state[:, -1]).float() / 0.7
-        token = sample(logits, torch.empty(len(ids), dtype=torch.float64))
-        token_logprobs(logits, token)
-        return outputs.past_key_values
+        with weights_at_rest(self.actor.policy):
+            outputs = self.actor._hidden_states(ids, mask, past_key_values=cache, use_cache=True)
+            logits = logits_function(model)(outputs.last_hidden_state[:, -1]).float() / 0.7
+            token = sample(logits, torch.empty(len(ids), dtype=torch.float64))
+            token_logprobs(logits, token)
+            return outputs.past_key_values
 
     def _tokens(self, rows: int, length: int | None = None) -> tuple[Tensor, Tensor]:
         length = length or self.setup.prompt_length + self.setup.response_length
@@ -307,6 +310,7 @@ def _actor_critic(config: PretrainedConfig, setup: Setup) -> ActorCritic:
         policy, head=("linear", "silu"), detach_values=setup.critic == "detached", ref_model=None,
         disable_dropout=True, seed=0,
     )  # fmt: skip
+    actor._fused_attention = []  # the choice between kernels for CPUs is not that of a card
     if setup.activation_checkpointing:
         actor.activation_checkpointing_enable()
     return actor
