@@ -212,13 +212,20 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkey
     assert memory.main([*command, "--vram", "0.002", "--quantization", "fp32"]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "quantization='nf4'" in out and "activation_checkpointing" in out
+    command[1] = str(tmp_path / "config.json")  # the file serves as well as its folder
     assert memory.main([*command, "--vram", "1", "--json", "--activation-checkpointing"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["setup"]["activation_checkpointing"] and found["sizes"]["num_mini_batches"] == 2
     assert found["phases"]["learn"]["rows"] == found["sizes"]["per_device_train_batch_size"] == 2
-    # a file serves as well as its folder, and the table says the same
-    assert memory.main(["--model", str(tmp_path / "config.json"), *command[2:], "--vram", "1"]) == 0
-    assert "per_device_train_batch_size=2, gradient_accumulation_steps=1" in capsys.readouterr().out
+
+
+def test_the_table_ends_in_the_sizes():
+    found = plan(CONFIGS["llama"], setup(rollout_batch_size=4), 1)
+    lines = memory.table(found).splitlines()
+    sizes = "per_device_train_batch_size=2, gradient_accumulation_steps=1, num_mini_batches=2"
+    assert lines[-1].startswith(f"PPOConfig({sizes}")
+    together = next(line for line in lines if line.startswith("together"))
+    assert together.split()[1:] == [f"{phase.total / GIB:.2f}" for phase in found.phases]
 
 
 @pytest.mark.parametrize(
