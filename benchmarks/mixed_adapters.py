@@ -22,7 +22,7 @@ from against_trl import PROMPT, RESPONSE, ROOT, default_model, lora
 from machine import describe_machine
 from transformers import AutoModelForCausalLM
 
-from ppo_plus.loading import build_actor_critic, load_policy
+from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
 from ppo_plus.logits import chunked_logprobs, logits_function
 from ppo_plus.modeling import ActorCritic
 
@@ -36,9 +36,7 @@ def actor_with_reward(model: str, dtype: str) -> tuple[ActorCritic, torch.Tensor
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    actor = build_actor_critic(
-        policy, head=("linear", "silu"), detach_values=False, ref_model=None, disable_dropout=True, seed=0
-    ).to(policy.device)
+    actor = build_actor_critic(policy, critic=CriticSource()).to(policy.device)
     torch.nn.init.normal_(actor.value_head.layers[0].weight, std=0.02)
     head = torch.randn(1, base.config.get_text_config().hidden_size, device=policy.device) * 0.02
     return actor.eval(), head

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .functional import token_logprobs
-from .loading import build_actor_critic
+from .loading import CriticSource, build_actor_critic
 from .logits import logits_function, sample
 from .lora import weights_at_rest
 from .modeling import ActorCritic
@@ -43,7 +43,7 @@ CUDA_CONTEXT = GIB // 2
 ALLOCATOR_SHARE = 0.05
 PARTS = ("weights", "adapters", "gradients", "optimizer", "kv_cache", "activations", "logits")
 Quantization = Literal["nf4", "int8", "bf16", "fp32"]
-Critic = Literal["shared", "detached"]
+Critic = Literal["shared", "detached", "adapter"]
 
 
 class Ledger(TorchDispatchMode):
@@ -119,7 +119,7 @@ class Setup:
         quantization: of the base's linear layers; "bf16" and "fp32" are none. Embeddings, norms and the output head
             are bf16, with "fp32" fp32; all but "fp32" run under bf16 autocast, as PPOConfig does where it can.
         lora_r: rank of the LoRA adapter on all linear layers; adapters are fp32.
-        critic: as in PPOConfig.
+        critic: as in PPOConfig, without a model of its own.
         reward: "adapter" mounts a reward adapter of the same rank on the base, "none" has no weights.
         activation_checkpointing: recompute activations in the backward pass.
     """
@@ -306,10 +306,7 @@ def _actor_critic(config: PretrainedConfig, setup: Setup) -> ActorCritic:
         policy.add_adapter("reward", dataclasses.replace(lora, inference_mode=True, target_modules="all-linear"))
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_(".reward." not in name and any(parameter is p for p in trained))
-    actor = build_actor_critic(
-        policy, head=("linear", "silu"), detach_values=setup.critic == "detached", ref_model=None,
-        disable_dropout=True, seed=0,
-    )  # fmt: skip
+    actor = build_actor_critic(policy, critic=CriticSource(setup.critic))
     actor._fused_attention = []  # the choice between kernels for CPUs is not that of a card
     if setup.activation_checkpointing:
         actor.activation_checkpointing_enable()

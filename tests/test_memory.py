@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ppo_plus import memory, modeling
-from ppo_plus.loading import build_actor_critic
+from ppo_plus.loading import CriticSource, build_actor_critic
 from ppo_plus.memory import GIB, DryRun, Ledger, Setup, plan
 
 SIZES = {
@@ -42,13 +42,10 @@ def setup(**overrides):
                     "reward": "none", **overrides})  # fmt: skip
 
 
-def real_actor(config, checkpointing=False, dtype=torch.float32, base=None):
+def real_actor(config, checkpointing=False, dtype=torch.float32, base=None, critic="shared"):
     torch.manual_seed(0)
     base = base or AutoModelForCausalLM.from_config(config, dtype=dtype)
-    actor = build_actor_critic(
-        get_peft_model(base, lora()), head=("linear", "silu"), detach_values=False, ref_model=None,
-        disable_dropout=True, seed=0,
-    )  # fmt: skip
+    actor = build_actor_critic(get_peft_model(base, lora()), critic=CriticSource(critic))
     actor._fused_attention = []  # the planner plans for a card
     if checkpointing:
         actor.activation_checkpointing_enable()
@@ -91,6 +88,16 @@ def test_predicted_activations_are_within_3_percent_of_a_real_pass(name, checkpo
     actor = real_actor(CONFIGS[name], checkpointing)
     for phase, rows in (("learn", 2), ("learn", 6), ("score", 4)):
         assert working(getattr(dry, phase)(rows)) == pytest.approx(measured(actor, phase, rows), rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_critic_with_an_adapter_of_its_own_is_a_second_pass(checkpointing):
+    actor = real_actor(CONFIGS["llama"], checkpointing, critic="adapter")
+    found = DryRun(CONFIGS["llama"], setup(critic="adapter", activation_checkpointing=checkpointing)).learn(3)
+    assert working(found) == pytest.approx(measured(actor, "learn", 3), rel=0.03)
+    assert found.parts["optimizer"] == 2 * bytes_of(actor, frozen=False)
+    one_pass = DryRun(CONFIGS["llama"], setup(activation_checkpointing=checkpointing)).learn(3)
+    assert working(found) > 1.1 * working(one_pass)  # checkpoints of both passes are held
 
 
 def test_the_comparison_can_fail():
