@@ -20,6 +20,7 @@ from transformers import (
     T5Config,
 )
 
+from ppo_plus import logits as logits_module
 from ppo_plus import memory, modeling
 from ppo_plus.loading import CriticSource, build_actor_critic
 from ppo_plus.memory import GIB, DryRun, Ledger, Setup, plan
@@ -307,11 +308,14 @@ def peak_of(trainer, phase, length, vocabulary):
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("phase", ["score", "learn"])
 def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(tmp_path, monkeypatch, phase, chunked):
-    vocabulary, lengths = 150_000, (64, 128)
-    model = make_model(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    vocabulary, chunk = 150_000, logits_module.CHUNK_ELEMENTS // 150_000
+    lengths = (chunk, 2 * chunk)  # two and four whole chunks of two rows
+    model = make_model(
+        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, max_position_embeddings=256
+    )
     trainer = make_trainer(tmp_path, model=model, config={"entropy_coef": 0.01})
     if not chunked:
         monkeypatch.setattr(modeling, "chunked_logprobs", whole_logits)
     short, long = (peak_of(trainer, phase, length, vocabulary) for length in lengths)
-    logits = 2 * (lengths[1] - lengths[0]) * vocabulary * 4  # bytes by which whole fp32 logits grow
-    assert (long - short < logits / 20) if chunked else (long - short > logits)
+    growth = 2 * (lengths[1] - lengths[0]) * vocabulary * 4  # bytes, of whole fp32 logits
+    assert (long - short < growth / 20) if chunked else (long - short > growth)
