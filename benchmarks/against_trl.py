@@ -87,7 +87,7 @@ def ours(model: str, dtype: str, updates: int, folder: str) -> dict:
         output_dir=folder, total_episodes=EPISODES * (updates + 1), per_device_train_batch_size=MICRO,
         gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
         num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
-        save_strategy="no", num_sample_generations=0, disable_tqdm=True,
+        save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = PPOTrainer(
         policy, reward_adapter(model, dtype, folder), config, train_dataset=prompts, processing_class=tokenizer,

@@ -22,9 +22,9 @@ import tempfile
 from collections.abc import Callable
 
 import torch
+from against_trl import EPISODES, EPOCHS, MICRO, MINIBATCHES, PROMPT, RESPONSE, lora, reward_adapter, shared_pieces
 from measuring import PhaseClock, by_phase, report, seconds, smollm2, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
-from vs_trl import EPISODES, EPOCHS, MICRO, MINIBATCHES, PROMPT, RESPONSE, lora, reward_adapter, shared_pieces
 
 from ppo_plus import PPOConfig, PPOTrainer
 
@@ -81,7 +81,7 @@ def measured(model: str, dtype: str, repeats: int, folder: str) -> tuple[list[di
         output_dir=folder, total_episodes=EPISODES * (repeats + 1), per_device_train_batch_size=MICRO,
         gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
         num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
-        save_strategy="no", num_sample_generations=0, disable_tqdm=True,
+        save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = PPOTrainer(
         policy, reward_adapter(model, dtype, folder), config, train_dataset=prompts, processing_class=tokenizer,

@@ -93,8 +93,8 @@ def load(folder: str, precision: str):
 
 
 def make_trainer(policy, size: dict, folder: str, clock: PhaseClock):
+    from against_trl import lora
     from datasets import Dataset
-    from vs_trl import lora
 
     from ppo_plus import PPOConfig, PPOTrainer
 
@@ -106,7 +106,7 @@ def make_trainer(policy, size: dict, folder: str, clock: PhaseClock):
         output_dir=folder, total_episodes=len(ids), per_device_train_batch_size=size["micro"],
         gradient_accumulation_steps=rows // 2 // size["micro"], num_mini_batches=2, num_ppo_epochs=2,
         response_length=size["response"], missing_eos_penalty=None, report_to="none", save_strategy="no",
-        num_sample_generations=0, disable_tqdm=True, bf16=True,
+        num_sample_generations=0, run_report=False, disable_tqdm=True, bf16=True,
     )  # fmt: skip
     return PPOTrainer(
         policy, different_words, config, train_dataset=Dataset.from_dict({"input_ids": ids}),
@@ -251,14 +251,14 @@ def measure(shape: str, precision: str, size: dict, folder: str) -> dict:
 
 def against_trl(folder: str) -> dict | None:
     """Median seconds of vs_trl.py's update on both sides; None where four times the weights do not fit."""
-    from vs_trl import child, install_trl, summary
+    from against_trl import install_trl, run
+    from vs_trl import summary
 
     weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     if 4 * weights > torch.cuda.get_device_properties(0).total_memory:
         return None
     install_trl()
-    args = argparse.Namespace(model=folder, dtype="bfloat16", updates=3)
-    sides = {side: summary([child(side, args)]) for side in ("trl", "ours")}
+    sides = {side: summary([run(side, folder, "bfloat16", 3)]) for side in ("trl", "ours")}
     return {"ratio": sides["trl"]["total_seconds"] / sides["ours"]["total_seconds"], **sides}
 
 

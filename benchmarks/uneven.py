@@ -14,10 +14,10 @@ import argparse
 import tempfile
 
 import torch
+from against_trl import lora
 from measuring import medians, report, smollm2, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
-from vs_trl import lora
 
 from ppo_plus import ActorCritic, ValueHead
 from ppo_plus.loading import load_policy
