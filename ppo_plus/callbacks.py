@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import threading
+import unicodedata
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -171,15 +172,21 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
         }
 
 
+class Interrupted(Exception):
+    """A signal came while a rollout was being generated; training is left as it was before that rollout."""
+
+
 class InterruptCallback(TrainerCallback):
     """SIGTERM or SIGINT once: finish the optimizer step, write a checkpoint, and end as the signal would have.
 
     A second one ends the process at once. A step is finished rather than a micro-batch, because only between steps
-    is the state one that a run can resume from to the same bits. Signals are listened to inside the `with` block.
+    is the state one that a run can resume from to the same bits. Generating is not waited for: a resumed run
+    generates the same once more. Signals are listened to inside the `with` block.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.began_at = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptCallback:
@@ -192,6 +199,15 @@ class InterruptCallback(TrainerCallback):
         self._put_back()
         if self.received is not None:
             signal.raise_signal(self.received)  # what was put off happens now, with the conventional exit status
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the step that is resumed from: of it there is a checkpoint."""
+        self.began_at = state.global_step
+
+    def leave(self) -> None:
+        """Raise `Interrupted`, if a signal came."""
+        if self.received is not None:
+            raise Interrupted
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if a signal came."""
@@ -314,8 +330,23 @@ def as_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters, and what turns the direction of writing, as
+    their escapes.
+    """
+    turning = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in turning
+        else c
+        for c in text
+    )
+
+
 def print_samples(title: str, columns: dict[str, list[str]]) -> None:
     """Print a table: with rich where it is installed, as plain lines otherwise."""
+    title = printable(title)
+    columns = {printable(name): [printable(value) for value in values] for name, values in columns.items()}
     try:
         from rich.console import Console
         from rich.table import Table

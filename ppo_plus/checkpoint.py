@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from torch import nn
 from transformers.trainer_utils import sort_checkpoints
 
 from .metrics import Meter
@@ -98,12 +102,73 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
     return progress
 
 
+def weights_digest(models: Iterable[nn.Module]) -> str:
+    """A name for frozen weights, equal for equal models in any precision that holds their numbers.
+
+    A few numbers of each tensor do: two models that differ in training or version differ in nearly all. Adapters
+    are left out, and so is what is packed (4 bits), which is not stored the same way everywhere.
+    """
+    digest = hashlib.sha256()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and parameter.is_floating_point() and "lora_" not in name:
+                digest.update(parameter.detach().flatten()[:32].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def _state_file(directory: Path, process_index: int) -> Path:
     return directory / f"ppo_state_{process_index}.json"
 
 
 def _rollout_file(directory: Path, process_index: int) -> Path:
     return directory / f"rollout_{process_index}.safetensors"
+
+
+def write_whole(
+    directory: str | Path, steps: Sequence[Callable[[], None]], on_error: str, agree: Callable[[bool], bool]
+) -> bool:
+    """Write a checkpoint, or leave nothing of it behind: what is half written also fills the disk.
+
+    Args:
+        directory: of the checkpoint.
+        steps: what writes it; all processes are through with one before the next begins.
+        on_error: "raise", or "skip" to warn and go on without it.
+        agree: whether a step failed on any process, given whether it failed on this one.
+
+    Returns:
+        whether the checkpoint is there.
+
+    Raises:
+        OSError: a file could not be written, and `on_error` is "raise".
+    """
+    directory = Path(directory)
+    for step in steps:
+        error: Exception | None = None
+        try:
+            step()
+        except (OSError, RuntimeError, SafetensorError) as failure:  # as Python, torch and safetensors say it
+            error = failure
+        if not agree(error is not None):
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        what = _unwritten(directory, error)
+        if on_error == "raise":
+            raise OSError(f"{what} Free some space, or set save_total_limit or on_save_error='skip'.") from error
+        warnings.warn(f"{what} Training goes on without it.", stacklevel=3)
+        return False
+    return True
+
+
+def _unwritten(directory: Path, error: Exception | None) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        last = last_whole_checkpoint(directory.parent)
+    free = shutil.disk_usage(directory.parent).free / 2**20
+    reason = "another process failed" if error is None else (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"{directory} could not be written ({reason}) and was removed; {free:.0f} MiB are free there. The last whole "
+        f"checkpoint is {last}."
+    )
 
 
 def seal(directory: str | Path) -> None:

@@ -7,7 +7,6 @@ where it does. Training and evaluation collect with the same code.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,6 +21,7 @@ from . import functional as F
 from .config import PPOConfig
 from .data import Row, columns_of, is_conversational, left_pad, pad_id
 from .modeling import ActorCritic, Generation
+from .out_of_memory import in_chunks
 from .rewards import Completions, RewardSet
 from .rollout import Rollout, response_mask
 
@@ -96,20 +96,28 @@ class Collector:
         self.decode_size = args.generation_batch_size or self.forward_size
 
     @torch.no_grad()
-    def sample(self, rows: Sequence[Row], noise: Tensor, context: dict[str, Any]) -> Samples:
+    def sample(
+        self,
+        rows: Sequence[Row],
+        noise: Tensor,
+        context: dict[str, Any],
+        leave: Callable[[], None] = lambda: None,
+    ) -> Samples:
         """Answer prompts, score the answers, and look at them with actor, critic and reference.
 
         Args:
             rows: of a tokenized dataset.
             noise: uniform numbers that decide the sampled tokens, `(N, R)` float64.
             context: handed to reward functions.
+            leave: called before each decode batch and before scoring; may raise to give up the rollout.
         """
         watch = Stopwatch()
         self.model.eval()  # in train mode activation checkpointing would drop the cache
         with self.accelerator.autocast():
             prompts = [row["input_ids"] for row in rows]
-            generation = self._generate(prompts, noise)
+            generation = self._generate(prompts, noise, leave)
             watch.lap("generate")
+            leave()
             tokens = generation.tokens
             attended = response_mask(tokens, self.stop_ids)
             mask = response_mask(tokens, self.stop_ids, include_stop=self.args.include_eos)
@@ -200,7 +208,7 @@ class Collector:
         mean, var = F.masked_moments(values.nan_to_num(), mask, reduce=self.reduce)
         return mean.item(), var.item()
 
-    def _generate(self, prompts: Sequence[list[int]], noise: Tensor) -> Generation:
+    def _generate(self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None]) -> Generation:
         (rows, length), padding = noise.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
@@ -208,6 +216,7 @@ class Collector:
         tally = Tally("generating", rows, self.report)
 
         def decode_rows(chunk: Tensor) -> None:
+            leave()
             input_ids, attention_mask = left_pad([prompts[int(i)] for i in chunk], pad_id(self.tokenizer))
             out = self.model.generate(
                 input_ids.to(self.accelerator.device),
@@ -269,31 +278,6 @@ class Collector:
         extra: dict[str, list] = {}
         context = {**context, "log_extra": lambda name, values: extra.__setitem__(name, list(values))}
         return Completions(prompts, completions, ids, columns, context), extra
-
-
-def in_chunks(order: Tensor, size: int, run: Callable[[Tensor], None]) -> int:
-    """Run over chunks of rows; where memory does not suffice, over smaller ones.
-
-    What a row becomes does not depend on its chunk (noise is drawn per row), so the result is the same up to the
-    re-association of sums.
-
-    Returns:
-        the size that fitted, to begin with next time.
-    """
-    start = 0
-    while start < len(order):
-        try:
-            run(order[start : start + size])
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = min(size, len(order)) // 2 or 1
-            warnings.warn(f"Out of memory: going on with {size} rows at a time instead of more.", stacklevel=2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        else:
-            start += size
-    return size
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:

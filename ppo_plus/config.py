@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,8 +19,37 @@ def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
-class RewardConfig(TRLRewardConfig):
+class _Discreet:
+    """A configuration whose tokens are in no log, file or pickle of it; they can be used and not read back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them, with `<NAME>` in the place of a token."""
+        shown = super().to_dict()  # type: ignore[misc]
+        if "stop_token" in shown:
+            shown["stop_token"] = self.stop_token  # type: ignore[attr-defined]  # by its name alone it was hidden
+        if isinstance(shown.get("model_init_kwargs"), dict):
+            shown["model_init_kwargs"] = _without_tokens(shown["model_init_kwargs"])
+        return shown
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+    __str__ = __repr__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments beside a model that it pushes to the Hub.
+        state = {k: None if k in ("hub_token", "push_to_hub_token") else v for k, v in vars(self).items()}
+        if isinstance(kwargs := state.get("model_init_kwargs"), dict):
+            state["model_init_kwargs"] = _without_tokens(kwargs)
+        return state
+
+
+def _without_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: f"<{k.upper()}>" if k in ("token", "use_auth_token") else v for k, v in kwargs.items()}
+
+
+@dataclass(repr=False)
+class RewardConfig(_Discreet, TRLRewardConfig):
     """Configuration of `RewardTrainer`: TRL's `RewardConfig`, with full precision where bf16 is not native."""
 
     # TRL turns on what transformers now calls activation_checkpointing, by its deprecated name.
@@ -31,8 +61,8 @@ class RewardConfig(TRLRewardConfig):
 
 
 @takes_derived_sizes
-@dataclass
-class PPOConfig(TRLFields, TrainingArguments):
+@dataclass(repr=False)
+class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     """Configuration of `PPOTrainer`.
 
     Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
@@ -102,6 +132,12 @@ class PPOConfig(TRLFields, TrainingArguments):
     on_reward_error: Literal["raise", "skip"] = _field(
         "raise", "A reward function that fails or returns nonsense: 'raise', or 'skip' it for that rollout."
     )
+    reward_timeout: float | None = _field(
+        None, "Seconds that a reward function may take for one rollout; None waits for ever."
+    )
+    on_save_error: Literal["raise", "skip"] = _field(
+        "raise", "A checkpoint that cannot be written (disk full): 'raise', or 'skip' it and train on."
+    )
     max_skipped_steps: int = _field(5, "Steps in a row with NaN or infinite gradients before training stops.")
 
     # Looking at it
@@ -131,10 +167,9 @@ class PPOConfig(TRLFields, TrainingArguments):
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
         self._settle_trl_fields()
-        super().__post_init__()
         for name in ("model_init_kwargs", "chat_template_kwargs"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, dict), self, name, "a dict, or one as JSON text")
+            _require(_is_dict(getattr(self, name)), self, name, "a dict, one as JSON text, or None")
+        super().__post_init__()
 
     @property
     def rollout_batch_size(self) -> int:
@@ -170,12 +205,15 @@ class PPOConfig(TRLFields, TrainingArguments):
             _require(_is_int(value) and value >= 0, self, name, f"a whole number, 0 ({zero}) or more")
 
     def _check_numbers(self) -> None:
-        rates = ("learning_rate", "value_learning_rate", "critic_learning_rate")
+        rates = ("learning_rate", "value_learning_rate", "critic_learning_rate", "adam_epsilon")
         not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", *rates)
         for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
             _require(_is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
         for name in ("cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty"):
             _require(getattr(self, name) is None or _is_number(getattr(self, name)), self, name, "a number or None")
+        for name in ("reward_timeout", "logging_steps"):
+            value = getattr(self, name)
+            _require(value is None or (_is_number(value) and value > 0), self, name, "a number above 0, or None")
         weights = self.reward_weights
         numbers = isinstance(weights, list | tuple) and all(map(_is_number, weights))
         _require(weights is None or numbers, self, "reward_weights", "a list of numbers, or None")
@@ -205,15 +243,12 @@ class PPOConfig(TRLFields, TrainingArguments):
             "value_head_activation": ("silu", "gelu"),
             "stop_token": ("eos", None),
             "on_reward_error": ("raise", "skip"),
+            "on_save_error": ("raise", "skip"),
         }
         switches = (
-            "include_eos",
-            "whiten_rewards",
-            "disable_dropout",
-            "shuffle_dataset",
-            "log_completions",
-            "run_report",
-        )
+            "include_eos", "whiten_rewards", "disable_dropout", "shuffle_dataset", "log_completions", "run_report",
+            "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint",
+        )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():
             _require(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
@@ -248,6 +283,15 @@ class PPOConfig(TRLFields, TrainingArguments):
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_dict(value: object) -> bool:
+    if isinstance(value, str):  # Trainer parses it
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return False
+    return value is None or isinstance(value, dict)
 
 
 def _is_number(value: object) -> bool:

@@ -44,7 +44,11 @@ def load_policy(
             "LoraConfig."
         )
     if isinstance(model, str):
-        kwargs = {"dtype": "auto" if peft_config is not None else torch.float32, **(model_init_kwargs or {})}
+        kwargs = {
+            "trust_remote_code": False,
+            "dtype": "auto" if peft_config is not None else torch.float32,
+            **(model_init_kwargs or {}),
+        }
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         model = AutoModelForCausalLM.from_pretrained(model, **kwargs)

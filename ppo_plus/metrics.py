@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ class Meter:
         sums = reduce(torch.stack([self._sums[n].to(device) for n in names])).tolist()
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+
+    @contextlib.contextmanager
+    def unless_error(self) -> Iterator[None]:
+        """Forget what was added inside the block if the block fails: it will be tried again."""
+        before = dict(self._sums)
+        try:
+            yield
+        except BaseException:
+            self._sums = before
+            raise
 
     def state_dict(self) -> dict[str, list[float]]:
         """What has not been logged yet, for a checkpoint."""

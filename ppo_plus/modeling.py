@@ -140,6 +140,11 @@ class ActorCritic(nn.Module):
         return unwrapped(self.policy)
 
     @property
+    def frozen_models(self) -> list[PreTrainedModel]:
+        """The models whose weights training leaves as they are, among adapters: the base, or a separate reference."""
+        return [self.language_model, *self._ref_model]
+
+    @property
     def device(self) -> torch.device:
         """The device of the policy."""
         return self.policy.device

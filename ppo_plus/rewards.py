@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import math
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,6 +28,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from .data import is_conversational, pad_id
 from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic
+from .out_of_memory import in_chunks
 from .rollout import readable
 
 REWARD_FILE = "reward_model.json"
@@ -75,36 +77,114 @@ class Reward(Protocol):
 
 
 class FunctionReward:
-    """A Python function, sync or async: `f(prompts=, completions=, completion_ids=, **columns, ...) -> list`."""
+    """A Python function, sync or async: `f(prompts=, completions=, completion_ids=, **columns, ...) -> list`.
 
-    def __init__(self, function: Callable, name: str) -> None:
-        self.function, self.name = function, name
+    Args:
+        function: what to call.
+        name: what metrics and errors call it.
+        timeout: seconds that it may take; None waits for ever.
+    """
+
+    def __init__(self, function: Callable, name: str, timeout: float | None = None) -> None:
+        self.function, self.name, self.timeout = function, name, timeout
 
     def __call__(self, batch: Completions) -> Sequence[float | None]:
         """Call the function; an async one runs to its end in a loop of its own."""
-        try:
-            result = self._result(batch)
-        except Exception as error:
-            error.add_note(f"This was raised by the reward function {self.name!r}, given {len(batch)} completions.")
-            raise
-        return checked(result, batch, self.name)
+        result = self.begin(batch)
+        if inspect.isawaitable(result):
+            (result,) = gathered([(self, result)], batch)
+        return self.finish(result, batch)
 
-    def _result(self, batch: Completions) -> Any:
-        result = self.function(
+    def begin(self, batch: Completions) -> Any:
+        """What the function returns: scores, or an awaitable of them where it is async."""
+        call = functools.partial(
+            self.function,
             prompts=batch.prompts,
             completions=batch.completions,
             completion_ids=batch.completion_ids,
             **{**batch.columns, **batch.context},
         )
-        if not inspect.isawaitable(result):
-            return result
+        try:
+            return call() if self.timeout is None else within(self.timeout, call)
+        except Unanswered:
+            return self.too_late(batch)
+        except Exception as error:
+            return error
 
-        async def wait() -> Any:
-            return await result
+    def finish(self, result: Any, batch: Completions) -> Sequence[float | None]:
+        """The scores, checked; an error that the function raised is raised here, with its name."""
+        if isinstance(result, Exception):
+            result.add_note(f"This was raised by the reward function {self.name!r}, given {len(batch)} completions.")
+            raise result
+        return checked(result, batch, self.name)
 
-        # A thread of its own: a notebook has an event loop running already in this one.
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(asyncio.run, wait()).result()
+    def too_late(self, batch: Completions) -> TimeoutError:
+        """The error of a function that did not answer in time."""
+        prompts = ", ".join(repr(prompt)[:80] for prompt in batch.prompts[:3])
+        return TimeoutError(
+            f"The reward function {self.name!r} did not answer within reward_timeout={self.timeout} seconds; it was "
+            f"given {len(batch)} completions, of the prompts {prompts}{', ...' if len(batch) > 3 else ''}. Python "
+            "cannot stop a function, so it may go on in the background until the process ends."
+        )
+
+
+class Unanswered(Exception):
+    """A call that did not return in time."""
+
+
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """Call in a thread of its own, and leave it to itself after some seconds.
+
+    The thread is a daemon: one that never returns does not keep the process from ending.
+
+    Raises:
+        Unanswered: it did not return in time.
+    """
+    outcome: list[tuple[Any, BaseException | None]] = []
+    gradients = torch.is_grad_enabled()  # torch keeps this by thread
+
+    def run() -> None:
+        try:
+            with torch.set_grad_enabled(gradients):
+                outcome.append((call(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="reward function")
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise Unanswered
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def gathered(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) -> list[Any]:
+    """Await what async reward functions returned, all at once; errors stand in the place of results."""
+    answers: dict[int, Any] = {}
+
+    async def wait_for(index: int, reward: FunctionReward, awaitable: Any) -> None:
+        async def answer() -> Any:
+            return await awaitable
+
+        task = asyncio.ensure_future(answer())
+        done, _ = await asyncio.wait([task], timeout=reward.timeout)
+        task.cancel()
+        if done:
+            answers[index] = task.exception() or task.result()
+
+    async def wait_for_all() -> None:
+        await asyncio.gather(*(wait_for(index, *pair) for index, pair in enumerate(waiting)))
+
+    # A thread of its own: a notebook has an event loop running already in this one. An async function may also block
+    # its loop, or not let itself be cancelled; a second more than all were given is enough to know.
+    timeouts = [reward.timeout for reward, _ in waiting]
+    longest = None if None in timeouts else max(cast(list[float], timeouts)) + 1.0
+    with contextlib.suppress(Unanswered):
+        within(longest, lambda: asyncio.run(wait_for_all()))
+    return [answers.get(index, reward.too_late(batch)) for index, (reward, _) in enumerate(waiting)]
 
 
 class ClassifierReward:
@@ -140,7 +220,8 @@ class ClassifierReward:
             self._check_vocabulary(int(inputs["input_ids"].max()))
             return self.model(**inputs).logits[:, 0].float()
 
-        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
+        scores, self.batch_size = in_batches(texts, self.batch_size, score)
+        return checked(scores, batch, self.name)
 
     def _check_vocabulary(self, largest: int) -> None:
         known = getattr(getattr(self.model, "config", None), "vocab_size", None)
@@ -183,7 +264,8 @@ class AdapterReward:
                 self.name, self.head, inputs["input_ids"], inputs["attention_mask"], pad_id(self.tokenizer)
             )
 
-        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
+        scores, self.batch_size = in_batches(texts, self.batch_size, score)
+        return checked(scores, batch, self.name)
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch: Completions) -> Any:
@@ -193,15 +275,20 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch: Completi
 
 
 @torch.no_grad()
-def in_batches(texts: list[str], batch_size: int, score: Callable[[list[str]], Tensor]) -> list[float]:
-    """Score texts of similar length together, and give the scores back in the order of the texts."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    scores: list[float] = [0.0] * len(texts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        for row, value in zip(rows, score([texts[i] for i in rows]).tolist(), strict=True):
-            scores[row] = value
-    return scores
+def in_batches(texts: list[str], batch_size: int, score: Callable[[list[str]], Tensor]) -> tuple[list[float], int]:
+    """Score texts of similar length together.
+
+    Returns:
+        the scores in the order of the texts, and the batch size that fitted into memory.
+    """
+    order = torch.tensor([len(text) for text in texts]).argsort(stable=True)
+    scores = torch.zeros(len(texts))
+
+    def score_rows(rows: Tensor) -> None:
+        scores[rows] = score([texts[int(i)] for i in rows]).cpu()
+
+    batch_size = in_chunks(order, batch_size, score_rows)
+    return scores.tolist(), batch_size
 
 
 def checked(scores: Any, batch: Completions, name: str) -> list[float | None]:
@@ -252,7 +339,13 @@ class RewardSet:
 
     def __call__(self, batch: Completions) -> Tensor:
         """Scores by reward function, `(N, F)` float32; NaN where a function returned None."""
-        by_function = [[math.nan if s is None else s for s in self._scores(reward, batch)] for reward in self.rewards]
+        functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
+        begun = {reward.name: reward.begin(batch) for reward in functions}
+        waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
+        if waiting:  # together: what they wait for, they wait for at the same time
+            answers = gathered(waiting, batch)
+            begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
+        by_function = [self._scores(reward, batch, begun) for reward in self.rewards]
         scores = torch.tensor(by_function, dtype=torch.float32).T
         unscored = scores.isnan().all(1)
         if unscored.any():
@@ -264,14 +357,15 @@ class RewardSet:
             )
         return scores
 
-    def _scores(self, reward: Reward, batch: Completions) -> Sequence[float | None]:
+    def _scores(self, reward: Reward, batch: Completions, begun: dict[str, Any]) -> list[float]:
         try:
-            return reward(batch)
+            scores = reward.finish(begun[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
         except Exception as error:
             if self.on_error == "raise":
                 raise
             warnings.warn(f"{reward.name!r} is left out of this rollout: {type(error).__name__}: {error}", stacklevel=3)
-            return [None] * len(batch)
+            scores = [None] * len(batch)
+        return [math.nan if score is None else score for score in scores]
 
     def total(self, scores: Tensor) -> Tensor:
         """Weighted sum over functions, `(N,)`; NaN for rows that no function scored."""
@@ -333,6 +427,7 @@ def build_rewards(
     batch_size: int,
     chat_template_kwargs: dict[str, Any],
     on_error: str = "raise",
+    timeout: float | None = None,
 ) -> RewardSet:
     """Turn what the user passed (functions, models, names, adapter folders, lists of these) into rewards."""
     funcs, own = listed_rewards(reward_funcs, tokenizers)
@@ -341,26 +436,37 @@ def build_rewards(
     for func, its_tokenizer in zip(funcs, own, strict=True):
         taken = ["default", REFERENCE_ADAPTER, CRITIC_ADAPTER, *(r.name for r in rewards)]
         name = unique_name(reward_name(func), taken)
-        rewards.append(_build_reward(func, its_tokenizer, name, model, tokenizer, options))
+        rewards.append(_build_reward(func, its_tokenizer, name, model, tokenizer, options, timeout))
     return RewardSet(rewards, weights, on_error)
 
 
 def _build_reward(
-    func: Any, own: Any, name: str, model: ActorCritic, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+    func: Any,
+    own: Any,
+    name: str,
+    model: ActorCritic,
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+    timeout: float | None,
 ) -> Reward:
     if isinstance(func, str | Path):
         adapter = adapter_folder(str(func))
         if adapter is not None:
             return AdapterReward(adapter, model, tokenizer, name, **options)
-        own = own or AutoTokenizer.from_pretrained(str(func))
-        func = AutoModelForSequenceClassification.from_pretrained(str(func), num_labels=1, dtype="auto")
+        own = own or AutoTokenizer.from_pretrained(str(func), trust_remote_code=False)
+        func = AutoModelForSequenceClassification.from_pretrained(
+            str(func), num_labels=1, dtype="auto", trust_remote_code=False
+        )
         func.to(model.device)
     if isinstance(func, nn.Module):
         source = getattr(getattr(func, "config", None), "_name_or_path", "")
         return ClassifierReward(
-            func, own or (AutoTokenizer.from_pretrained(source) if source else tokenizer), name, **options
+            func,
+            own or (AutoTokenizer.from_pretrained(source, trust_remote_code=False) if source else tokenizer),
+            name,
+            **options,
         )
-    return FunctionReward(func, name)
+    return FunctionReward(func, name, timeout)
 
 
 def reward_name(func: Any) -> str:

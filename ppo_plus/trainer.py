@@ -19,11 +19,13 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -39,9 +41,25 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from . import functional as F
-from .callbacks import InterruptCallback, NumericsWatchCallback, PPOCallback, RolloutSettings, SamplesTableCallback
+from .callbacks import (
+    InterruptCallback,
+    Interrupted,
+    NumericsWatchCallback,
+    PPOCallback,
+    RolloutSettings,
+    SamplesTableCallback,
+)
 from .card import CardMixin
-from .checkpoint import Progress, damage, last_whole_checkpoint, load_progress, save_progress, seal
+from .checkpoint import (
+    Progress,
+    damage,
+    last_whole_checkpoint,
+    load_progress,
+    save_progress,
+    seal,
+    weights_digest,
+    write_whole,
+)
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
 from .data import Row, check_context, check_padding, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
@@ -50,6 +68,7 @@ from .legacy import with_named_adapters
 from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
+from .out_of_memory import added_gradients, in_chunks, named_memory_error
 from .progress import show_phases
 from .report import RunReportCallback, fixed_prompts
 from .rewards import build_rewards
@@ -138,7 +157,8 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             warnings.warn("data_collator is not used: a rollout pads its prompts itself. Leave it out.", stacklevel=2)
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
         check_rewards(args, reward_funcs, reward_processing_classes, cast(Dataset, train_dataset).column_names)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model))
+        trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model), trust_remote_code=trusted)
         check_tokenizer(tokenizer)
         check_stop_token(args, tokenizer)
         check_models(model, ref_model, value_model, tokenizer)
@@ -182,6 +202,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             self.add_callback(RunReportCallback(answer, fixed_prompts(self.train_dataset, self.eval_dataset)))
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
+        self._rows_at_a_time = args.per_device_train_batch_size
 
     def _build_collector(self, reward_funcs: Any, reward_processing_classes: Any) -> Collector:
         args, tokenizer = self.args, self.processing_class
@@ -194,6 +215,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             batch_size=args.local_rollout_forward_batch_size,
             chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}),
             on_error=args.on_reward_error,
+            timeout=args.reward_timeout,
         )
         return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids, self._report)
 
@@ -215,7 +237,18 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         elif isinstance(resume_from_checkpoint, str) and (found := damage(resume_from_checkpoint)):
             raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {found}. Use the checkpoint before it.")
         with self._interrupt:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            try:
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except Interrupted:
+                return self._left_before_rollout(trial)
+
+    def _left_before_rollout(self, trial: Any) -> TrainOutput:
+        step = self.state.global_step
+        saved = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step > self._interrupt.began_at and damage(saved):
+            self._save_checkpoint(self.model_wrapped, trial)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(step, math.nan, {})
 
     # Serving minibatches
 
@@ -272,7 +305,10 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         settings = RolloutSettings(kl_coef=self.args.kl_coef)
         self._fire("on_rollout_begin", settings=settings)
         first = self.accelerator.process_index * len(prompts)
-        samples = self._sample(prompts, range(first, first + len(prompts)), ("rollout", rollout_index))
+        rows = range(first, first + len(prompts))
+        alone = self.accelerator.num_processes == 1  # else one would leave and the others wait for it
+        leave = self._interrupt.leave if alone else None
+        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave)
         watch = Stopwatch()
         scores = samples.scores.clone()
         self._fire("on_scores", scores=scores)
@@ -292,7 +328,14 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         self._progress.kl_coef = settings.kl_coef
         return rollout
 
-    def _sample(self, prompts: list[Row], rows: range, position: tuple, meter: Meter | None = None) -> Samples:
+    def _sample(
+        self,
+        prompts: list[Row],
+        rows: range,
+        position: tuple,
+        meter: Meter | None = None,
+        leave: Callable[[], None] | None = None,
+    ) -> Samples:
         # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.
         noise = sampling_noise(position_seed(self.args.seed, *position, 0), rows.stop, self.args.response_length)
         seed = position_seed(self.args.seed, *position, self.accelerator.process_index)
@@ -302,7 +345,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             "log_metric": lambda name, value: meter.add(name, float(value)),
         }
         with isolated_rng(seed):
-            return self.collector.sample(prompts, noise[list(rows)], context)
+            return self.collector.sample(prompts, noise[list(rows)], context, leave or (lambda: None))
 
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
         self._fire("on_rollout_progress", phase=phase, done=done, total=total, tokens=tokens)
@@ -320,6 +363,29 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
                 )  # fmt: skip
 
     # Learning
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trainer's, over fewer rows at a time where memory does not suffice for a whole micro-batch.
+
+        The loss divides by the tokens of the minibatch, so the parts add up to the same gradient. The size that
+        fitted is kept for the run and not in checkpoints: a resumed run may have more memory.
+        """
+        if self.accelerator.distributed_type != DistributedType.NO:
+            with named_memory_error():
+                return super().training_step(model, inputs, num_items_in_batch)
+        tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
+        losses: list[Tensor] = []
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+
+        def learn(rows: Tensor) -> None:
+            part = {name: tensor[rows] for name, tensor in inputs.items()}
+            with self._progress.meter.unless_error(), added_gradients(trained):
+                losses.append(super(PPOTrainer, self).training_step(model, part, tokens))
+
+        self._rows_at_a_time = in_chunks(torch.arange(len(inputs["mask"])), self._rows_at_a_time, learn)
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -414,8 +480,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         self._progress.skipped += 1
         self._progress.meter.add("ppo/skipped_steps", 1.0)
         rollout = cast(Rollout, self._progress.rollout)
-        numbers = torch.cat([rollout.advantages, rollout.returns, rollout.logprobs, rollout.values], 1)
-        rows = [int(r) for r in self._rows if not numbers[r].isfinite().all()] or self._rows.tolist()
+        rows = [row for row in self._rows.tolist() if not self._learnable(rollout, row)] or self._rows.tolist()
         texts = self.processing_class.batch_decode(rollout.input_ids[rows[:2]], skip_special_tokens=True)
         what = (
             f"Step {self.state.global_step} has gradients that are not finite and is skipped; its responses: {texts!r}"
@@ -427,6 +492,16 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
                 f"rate or look at the rewards. The last whole checkpoint is {last}."
             )
         warnings.warn(what, stacklevel=2)
+
+    def _learnable(self, rollout: Rollout, row: int) -> bool:
+        # By itself, and without a trace in gradients, metrics or generators.
+        inputs = self._prepare_inputs(rollout.take(torch.tensor([row])))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        meter, self._progress.meter = self._progress.meter, Meter()
+        with isolated_rng(0), self.compute_loss_context_manager():
+            gradients = torch.autograd.grad(self.compute_loss(self.model, inputs), trained, allow_unused=True)
+        self._progress.meter = meter
+        return all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with what was measured since the last one."""
@@ -510,16 +585,29 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         if self.args.should_save:
             shutil.rmtree(directory, ignore_errors=True)  # left over from a run that was killed while it wrote
         self.accelerator.wait_for_everyone()
-        # Trainer would delete the checkpoint before while this one has no manifest yet.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        best = self.state.best_model_checkpoint
+        # Trainer would push it, and delete the one before, while this one has no manifest yet.
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        self.args.save_total_limit, self.args.push_to_hub = None, False
+        write, finish = partial(super()._save_checkpoint, model, trial), partial(seal, directory)
         try:
-            super()._save_checkpoint(model, trial)
+            written = write_whole(
+                directory,
+                [write, finish if self.args.should_save else lambda: None],  # as many everywhere: they are counted
+                self.args.on_save_error,
+                self._on_any_process,
+            )
         finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(directory)
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
+        if not written:
+            self.state.best_model_checkpoint = best
+        elif self.args.should_save:
+            if push:
+                self._push_from_checkpoint(str(directory))
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
+
+    def _on_any_process(self, failed: bool) -> bool:
+        return bool(self.collector.reduce(torch.tensor(float(failed))))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         progress = load_progress(resume_from_checkpoint, self.accelerator.process_index, self._fingerprint())
@@ -536,6 +624,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
             "num_prompts": len(self.train_dataset),
+            "base_weights": weights_digest(self.model.frozen_models),
         }
 
 

@@ -41,7 +41,7 @@ SIGNATURES = {
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
 }
 INHERITED = [
-    "_inner_training_loop", "_run_epoch", "training_step", "create_optimizer", "create_scheduler",
+    "_inner_training_loop", "_run_epoch", "create_optimizer", "create_scheduler",
     "_maybe_log_save_evaluate", "_load_rng_state", "_save_optimizer_and_scheduler", "save_model", "push_to_hub",
 ]  # fmt: skip
 OVERRIDDEN = [name for name in vars(PPOTrainer) if name != "__init__" and callable(getattr(Trainer, name, None))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ trainer = make_trainer(
     peft_config=lora(),
     callbacks=[AdaptiveKLCallback(target=1.0, horizon=20), RewardNormalizationCallback()],
 )
+{prepare}
 trainer.train(resume_from_checkpoint={resume!r})
 state = {{n: p for n, p in trainer.model.named_parameters() if p.requires_grad}}
 flat = torch.cat([p.detach().flatten() for p in state.values()])
@@ -38,15 +40,18 @@ if trainer.accelerator.is_main_process:
     torch.save(flat, {folder!r} + "/weights.pt")
     log = [row for row in trainer.state.log_history if "reward" in row]
     print("RESULT" + json.dumps({{"processes": trainer.accelerator.num_processes, "sum": flat.double().sum().item(),
-                                  "norm": flat.double().norm().item(), "log": log}}))
+                                  "norm": flat.double().norm().item(), "log": log,
+                                  "skipped": [r["ppo/skipped_steps"] for r in trainer.state.log_history
+                                              if "ppo/skipped_steps" in r]}}))
 """
 
 
-def launch(folder, *, steps=6, resume=None, config=None):
+def launch(folder, *, steps=6, resume=None, config=None, prepare=""):
     folder.mkdir(exist_ok=True)
     script = folder / "train.py"
     tests = str(Path(__file__).parent)
-    script.write_text(SCRIPT.format(tests=tests, folder=str(folder), steps=steps, resume=resume, config=config or {}))
+    text = {"tests": tests, "folder": str(folder), "steps": steps, "resume": resume, "config": config or {}}
+    script.write_text(SCRIPT.format(**text, prepare=prepare))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -98,3 +103,19 @@ def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(tmp_pa
     for ours, theirs in zip(two["log"], log, strict=True):
         for name in MEASURED:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
+NAN_ON_ONE = """
+compute = trainer.compute_loss
+def spoiled(*args, **kwargs):
+    here = trainer.accelerator.process_index == 1 and trainer.state.global_step == 2
+    return compute(*args, **kwargs) * (float("nan") if here else 1.0)
+trainer.compute_loss = spoiled
+"""
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
+    """The gradients are those of all processes when they are looked at, so all come to the same decision."""
+    found = launch(tmp_path / "spoiled", steps=4, prepare=NAN_ON_ONE)  # asserts that both hold the same weights
+    assert found["skipped"] == [1.0] and math.isfinite(found["norm"])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import math
+import resource
 import shutil
 import signal
-import warnings
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +20,8 @@ from conftest import make_trainer
 from transformers import TrainerCallback
 
 import ppo_plus.trainer as trainer_module
-from ppo_plus.checkpoint import MANIFEST, damage, last_whole_checkpoint, seal
+from ppo_plus import PPOCallback
+from ppo_plus.checkpoint import MANIFEST, damage, seal
 
 
 def steps(folder):
@@ -110,24 +118,91 @@ def test_the_checkpoint_before_stays_until_the_new_one_is_whole(tmp_path, monkey
     assert trainer.args.save_total_limit == 1
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    from ppo_plus.rollout import Rollout
+class FullDisk(TrainerCallback):
+    """From a step on, no file may grow beyond some bytes: the operating system refuses, whoever writes."""
 
+    def __init__(self, steps, size):
+        self.steps, self.size = steps, size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        size = self.size if state.global_step in self.steps else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def any_file_size():
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("size", [6_000, 20_000])  # bytes; another file fails first
+def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(tmp_path, any_file_size, size):
     trainer = saving(tmp_path, save_total_limit=1)
-
-    def full(self, path):
-        if "checkpoint-3" in str(path):
-            raise OSError(28, "No space left on device", str(path))
-        return save(self, path)
-
-    save = Rollout.save
-    monkeypatch.setattr(Rollout, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    trainer.add_callback(FullDisk({3}, size))
+    words = r"checkpoint-3 could not be written .* MiB are free there.*last whole checkpoint is .*checkpoint-2\."
+    with pytest.raises(OSError, match=words):
         trainer.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert steps(tmp_path) == [2] and damage(tmp_path / "checkpoint-2") is None
     assert trainer.args.save_total_limit == 1
+
+
+def test_a_full_disk_is_passed_over_if_so_chosen(tmp_path, any_file_size, whole_run):
+    trainer = saving(tmp_path, save_total_limit=1, on_save_error="skip")
+    trainer.add_callback(FullDisk({3, 4}, 6_000))
+    with pytest.warns(UserWarning, match="checkpoint-4 could not be written.*Training goes on without it") as told:
+        trainer.train()
+    assert sum("could not be written" in str(w.message) for w in told) == 2
+    assert equal(weights(trainer), whole_run[1])
+    assert steps(tmp_path) == [6] and damage(tmp_path / "checkpoint-6") is None
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_taken_for_one(tmp_path, any_file_size):
+    from conftest import make_prompts
+
+    def best_last(completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    trainer = make_trainer(tmp_path, reward_funcs=best_last, eval_dataset=make_prompts(2), config={
+        "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "on_save_error": "skip",
+    })  # fmt: skip
+    trainer.add_callback(FullDisk({3}, 6_000))
+    with pytest.warns(UserWarning, match="checkpoint-3 could not be written"):
+        trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+TESTS = Path(__file__).parent
+IN_A_PROCESS_OF_ITS_OWN = f"""
+import sys
+import threading
+from pathlib import Path
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+from test_faults import *
+"""
+TINY_DISK = """
+mount -t tmpfs -o size=400k tmpfs "$1" || exit 77
+"$2" -W ignore "$3"
+status=$?
+echo
+cd "$1" && ls -d checkpoint-* checkpoint-*/manifest.json
+exit $status
+"""
+
+
+def test_a_disk_that_is_really_full_keeps_only_whole_checkpoints(tmp_path):
+    """On a file system of 400 kB, in a mount namespace of its own."""
+    disk, script = tmp_path / "disk", tmp_path / "train.py"
+    disk.mkdir()
+    script.write_text(f"{IN_A_PROCESS_OF_ITS_OWN}saving(Path({str(disk)!r})).train()\n")
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", TINY_DISK, "-"]
+    done = subprocess.run([*command, str(disk), sys.executable, str(script)], capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("user namespaces may not mount here")
+    assert done.returncode == 1 and "OSError: " in done.stderr and "MiB are free there" in done.stderr
+    there = [name for name in done.stdout.split() if name.startswith("checkpoint-")]
+    folders = [name for name in there if not name.endswith(".json")]
+    assert 1 <= len(folders) < 6 and {f"{name}/manifest.json" for name in folders} == set(there) - set(folders)
 
 
 class RaiseAt(TrainerCallback):
@@ -140,6 +215,17 @@ class RaiseAt(TrainerCallback):
         if state.global_step == self.step:
             for _ in range(self.times):
                 signal.raise_signal(self.number)
+
+
+class RaiseBeforeRollout(PPOCallback):
+    """Sends this process a signal when the rollout of a step begins."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_rollout_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(self.number)
 
 
 def test_one_interrupt_finishes_the_step_saves_and_then_interrupts(tmp_path, whole_run, capfd):
@@ -175,6 +261,79 @@ def test_sigterm_is_handed_on_to_the_handler_that_was_there(tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert received == [signal.SIGTERM] and steps(tmp_path) == [2]
+
+
+class RaiseInGeneration:
+    """Sends a signal while the first decode batch of a rollout runs, and counts batches."""
+
+    def __init__(self, monkeypatch, rollout, number):
+        from ppo_plus.modeling import ActorCritic
+
+        generate, self.calls = ActorCritic.generate, []
+
+        def interrupted(model, *args, **kwargs):
+            self.calls.append(len(self.calls))
+            if len(self.calls) == 4 * rollout + 1:
+                signal.raise_signal(number)
+            return generate(model, *args, **kwargs)
+
+        monkeypatch.setattr(ActorCritic, "generate", interrupted)
+
+
+def test_an_interrupt_while_generating_leaves_the_state_before_the_rollout(tmp_path, monkeypatch, whole_run):
+    from conftest import count_e
+
+    def counted(prompts, completions, **kwargs):
+        scored.append(len(prompts))
+        return count_e(prompts, completions)
+
+    scored, config = [], {"max_steps": 6, "generation_batch_size": 2}
+    trainer = make_trainer(tmp_path, config=config, reward_funcs=counted)
+    with monkeypatch.context() as patch:
+        sent = RaiseInGeneration(patch, 1, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert len(sent.calls) == 4 + 1 and scored == [8]  # one batch of four of the second rollout; nothing was scored
+    assert steps(tmp_path) == [4] and damage(tmp_path / "checkpoint-4") is None
+
+    resumed = make_trainer(tmp_path, config=config)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed), whole_run[1])
+    assert [row["num_tokens"] for row in resumed.state.log_history if "num_tokens" in row] == [
+        row["num_tokens"]
+        for row in json.loads((whole_run[0] / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+        if "num_tokens" in row
+    ]
+
+
+@pytest.mark.parametrize("rollout", [0, 1])
+def test_an_interrupt_while_generating_writes_nothing_that_is_there_already(tmp_path, monkeypatch, rollout):
+    trainer = make_trainer(
+        tmp_path, config={"max_steps": 6, "generation_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
+    )
+    RaiseInGeneration(monkeypatch, rollout, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert steps(tmp_path) == [4][:rollout]  # nothing was learned before the first rollout
+
+
+@pytest.mark.parametrize(("number", "phase"), [(signal.SIGTERM, "generating"), (signal.SIGINT, "learning")])
+def test_the_exit_status_is_the_conventional_one(tmp_path, number, phase):
+    """Ended by the signal itself, which shells show as 128 + number: 143 and 130."""
+    script = tmp_path / "train.py"
+    event = {"learning": f"RaiseAt(5, {int(number)})", "generating": f"RaiseBeforeRollout(4, {int(number)})"}[phase]
+    script.write_text(
+        f"{IN_A_PROCESS_OF_ITS_OWN}"
+        f"trainer = saving(Path({str(tmp_path)!r}), save_strategy='no')\n"
+        f"trainer.add_callback({event})\n"
+        "trainer.train()\n"
+        "print('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True)
+    assert done.returncode == -number, done.stderr[-2000:]
+    assert f"{number.name}: finishing this step and saving" in done.stderr and "went on" not in done.stdout
+    assert steps(tmp_path) == [6 if phase == "learning" else 4]
+    assert damage(tmp_path / f"checkpoint-{steps(tmp_path)[0]}") is None
 
 
 def test_an_error_in_training_puts_the_handlers_back(tmp_path):
@@ -220,6 +379,32 @@ def test_a_step_with_nan_gradients_is_skipped_counted_and_reported(tmp_path, mon
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+def test_the_response_that_has_no_finite_gradient_is_the_one_that_is_named(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    prompts = Dataset.from_dict({"prompt": [f"{letter} film" for letter in "abcdefghijklmnop"]})
+    trainer = make_trainer(tmp_path, config={"max_steps": 4}, train_dataset=prompts)
+    compute, named = trainer.compute_loss, []
+
+    def spoiled(model, inputs, **kwargs):
+        loss = compute(model, inputs, **kwargs)
+        if trainer.state.global_step == 2:
+            row = int(trainer._rows[1])
+            victim = trainer._progress.rollout.returns[row, 0]
+            named[:] = [trainer.processing_class.decode(trainer._progress.rollout.input_ids[row])]
+            loss = loss * torch.where((inputs["returns"][:, 0] == victim).any(), torch.nan, 1.0)
+        return loss
+
+    monkeypatch.setattr(trainer, "compute_loss", spoiled)
+    with pytest.warns(UserWarning, match="Step 2 has gradients that are not finite") as told:
+        trainer.train()
+    (said,) = [str(w.message) for w in told if "Step 2" in str(w.message)]
+    film = named[0].replace("<pad>", "")[:6]
+    assert film in said and said.count(" film") == 1
+    # Looking for it leaves no trace: every step is measured once.
+    assert all(math.isfinite(row.get("ppo/ratio", 1.0)) for row in trainer.state.log_history)
+
+
 def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(tmp_path, monkeypatch):
     trainer = saving(tmp_path, max_steps=6, max_skipped_steps=2)
     spoil_the_loss(trainer, monkeypatch, {1, 3, 4})  # 1 is alone, 3 and 4 are in a row
@@ -245,6 +430,104 @@ def test_a_failing_reward_function_is_skipped_if_so_chosen(tmp_path, failing):
     assert equal(weights(trainer), weights(other))
     with pytest.raises((TimeoutError, ValueError)):
         make_trainer(tmp_path, config={"max_steps": 1}, reward_funcs=[count_e, broken]).train()
+
+
+@pytest.fixture
+def never():
+    """An event that functions wait for, and that comes only when the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def hanging(kind, never):
+    def sync(completions, **kwargs):
+        never.wait()
+
+    async def patient(completions, **kwargs):
+        await asyncio.sleep(3600)
+
+    async def blocking(completions, **kwargs):
+        never.wait()
+
+    async def stubborn(completions, **kwargs):
+        while not never.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    return {f.__name__: f for f in (sync, patient, blocking, stubborn)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["sync", "patient", "blocking", "stubborn"])
+def test_a_reward_function_that_hangs_is_named_with_its_prompts(tmp_path, never, kind):
+    trainer = make_trainer(tmp_path, reward_funcs=hanging(kind, never), config={"reward_timeout": 0.1})
+    words = (
+        rf"'{kind}' did not answer within reward_timeout=0.1 seconds; it was given 8 completions, of the prompts 'the f"
+    )
+    with pytest.raises(TimeoutError, match=words):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["sync", "patient", "stubborn"])
+def test_a_reward_function_that_hangs_is_left_out_if_so_chosen(tmp_path, never, kind):
+    from conftest import count_e
+
+    async def other(prompts, completions, **kwargs):
+        return count_e(prompts, completions)
+
+    config = {"max_steps": 1, "on_reward_error": "skip"}
+    plain = make_trainer(tmp_path, config=config, reward_funcs=other)
+    plain.train()
+    both = make_trainer(tmp_path, config={**config, "reward_timeout": 0.5}, reward_funcs=[hanging(kind, never), other])
+    with pytest.warns(UserWarning, match=f"'{kind}' is left out of this rollout: TimeoutError"):
+        both.train()
+    assert equal(weights(plain), weights(both))
+
+
+def test_a_timeout_changes_nothing_for_a_function_that_answers(tmp_path):
+    import random
+
+    def lottery(completions, **kwargs):
+        assert not torch.is_grad_enabled()
+        return [random.random() + torch.rand(()).item() for _ in completions]
+
+    found = []
+    for timeout in (None, 60.0):
+        config = {"max_steps": 2, "reward_timeout": timeout}
+        trainer = make_trainer(tmp_path, config=config, reward_funcs=lottery)
+        trainer.train()
+        found.append(weights(trainer))
+    assert equal(*found)
+
+
+def test_an_error_in_a_timed_function_is_its_own(tmp_path):
+    def broken(**kwargs):
+        raise ZeroDivisionError("no reward")
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        make_trainer(tmp_path, reward_funcs=broken, config={"reward_timeout": 60.0}).train()
+    assert "raised by the reward function 'broken', given 8 completions" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_async_reward_functions_wait_at_the_same_time(timeout):
+    """Each answers only once all three have been asked: one after the other they would wait for ever."""
+    from ppo_plus.rewards import Completions, FunctionReward, RewardSet
+
+    asked = []
+
+    def judge(score):
+        async def function(completions, **kwargs):
+            asked.append(score)
+            while len(asked) < 3:
+                await asyncio.sleep(0.01)
+            return [score] * len(completions)
+
+        return function
+
+    rewards = RewardSet([FunctionReward(judge(s), f"judge_{s}", timeout) for s in (1.0, 2.0, 3.0)], None)
+    batch = Completions(prompts=["a", "b"], completions=["c", "d"], completion_ids=[[1], [2]])
+    assert rewards(batch).tolist() == [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
 
 
 @pytest.mark.parametrize("phase", ["generate", "forward"])
@@ -281,3 +564,125 @@ def test_out_of_memory_with_a_single_row_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(ActorCritic, "generate", no_card)
     with pytest.warns(UserWarning, match="Out of memory"), pytest.raises(torch.OutOfMemoryError):
         make_trainer(tmp_path, config={"max_steps": 4}).train()
+
+
+class DiesInBackward(torch.autograd.Function):
+    """The identity, whose backward pass runs out of memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory (as if)")
+
+
+def small_card(monkeypatch, phase, most_rows):
+    """While it learns, the model runs out of memory beyond so many rows; returns the sizes that were tried."""
+    from ppo_plus.modeling import ActorCritic
+
+    forward, hidden_states, sizes = ActorCritic.forward, ActorCritic._hidden_states, []
+
+    def counting(self, input_ids, *args, **kwargs):
+        if torch.is_grad_enabled():
+            sizes.append(len(input_ids))
+            if phase == "forward" and len(input_ids) > most_rows:
+                raise torch.OutOfMemoryError("CUDA out of memory (as if)")
+        return forward(self, input_ids, *args, **kwargs)
+
+    def dying(self, input_ids, *args, **kwargs):
+        # The value head, above the hidden states, has its gradient by then; the layers below have none.
+        out = hidden_states(self, input_ids, *args, **kwargs)
+        if phase == "backward" and torch.is_grad_enabled() and len(input_ids) > most_rows:
+            out.last_hidden_state = DiesInBackward.apply(out.last_hidden_state)
+        return out
+
+    monkeypatch.setattr(ActorCritic, "forward", counting)
+    monkeypatch.setattr(ActorCritic, "_hidden_states", dying)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def on_a_large_card(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("large"), config={"max_steps": 4, "per_device_train_batch_size": 4})
+    trainer.train()
+    return weights(trainer), trainer.state.log_history
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_out_of_memory_in_learning_halves_the_micro_batch_and_changes_nothing_else(
+    tmp_path, monkeypatch, phase, on_a_large_card
+):
+    sizes = small_card(monkeypatch, phase, most_rows=2)
+    trainer = make_trainer(tmp_path, config={"max_steps": 4, "per_device_train_batch_size": 4})
+    with pytest.warns(UserWarning, match="Out of memory: going on with 2 rows"):
+        trainer.train()
+    assert sizes == [4, *[2] * 16]  # tried once; then 4 steps of 2 micro-batches in 2 parts
+    expected, expected_log = on_a_large_card
+    found = weights(trainer)
+    assert max((found[name] - expected[name]).abs().max() for name in expected) < 1e-5
+    for row, expected_row in zip(trainer.state.log_history, expected_log, strict=True):
+        for name in ("loss", "grad_norm", "critic/grad_norm", "ppo/ratio", "ppo/value_loss", "clip_ratio/policy"):
+            assert row.get(name) == pytest.approx(expected_row.get(name), abs=1e-4)
+
+
+def test_a_gradient_left_by_a_pass_that_died_would_be_seen(tmp_path, monkeypatch, on_a_large_card):
+    """Negative control: without putting gradients aside the value head's would count twice."""
+    small_card(monkeypatch, "backward", most_rows=2)
+    monkeypatch.setattr(trainer_module, "added_gradients", lambda parameters: contextlib.nullcontext())
+    trainer = make_trainer(tmp_path, config={"max_steps": 4, "per_device_train_batch_size": 4})
+    with pytest.warns(UserWarning, match="Out of memory"):
+        trainer.train()
+    name = "value_head.layers.0.weight"
+    assert (weights(trainer)[name] - on_a_large_card[0][name]).abs().max() > 1e-4
+
+
+def test_out_of_memory_in_learning_with_a_single_row_is_an_error(tmp_path, monkeypatch):
+    small_card(monkeypatch, "backward", most_rows=0)
+    with pytest.warns(UserWarning, match="1 rows"), pytest.raises(torch.OutOfMemoryError):
+        make_trainer(tmp_path, config={"max_steps": 4}).train()
+
+
+def test_gradients_add_up_to_the_bit_as_autograd_adds_them():
+    from ppo_plus.out_of_memory import added_gradients
+
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(3, 5))
+    other = torch.nn.Parameter(weight.detach().clone())
+    unused = torch.nn.Parameter(torch.ones(1))
+    inputs = torch.randn(3, 7, 5)
+    for x in inputs:
+        (x @ weight.T).tanh().sum().backward()
+    for x in inputs:
+        with added_gradients([other, unused]):
+            (x @ other.T).tanh().sum().backward()
+    assert torch.equal(weight.grad, other.grad) and unused.grad is None
+
+
+def test_out_of_memory_in_a_reward_model_halves_its_batch_and_gives_the_same_scores(monkeypatch):
+    from conftest import make_tokenizer
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from ppo_plus.rewards import ClassifierReward, Completions
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=1, num_attention_heads=4))
+    reward = ClassifierReward(model, make_tokenizer(), "judge", batch_size=64, chat_template_kwargs={})
+    texts = ["a film", "very good", "b", "the worst of all", "c"]
+    batch = Completions(prompts=texts, completions=[" indeed"] * 5, completion_ids=[[1]] * 5)
+    expected, forward, tried = reward(batch), model.forward, []
+
+    def small_card(input_ids, **kwargs):
+        tried.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (as if)")
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", small_card)
+    with pytest.warns(UserWarning, match="going on with 2 rows"):
+        found = reward(batch)
+    assert found == pytest.approx(expected, abs=1e-5) and len({round(s, 4) for s in found}) == 5
+    reward(batch)
+    assert tried == [5, 2, 2, 1, 2, 2, 1]  # what fitted is remembered

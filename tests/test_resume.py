@@ -2,33 +2,81 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora, make_trainer
+from conftest import lora, make_model, make_prompts, make_trainer
 
-from ppo_plus import AdaptiveKLCallback, RewardNormalizationCallback
+from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardNormalizationCallback, Rollout
 from ppo_plus.checkpoint import seal
 
-STEPS = 12  # three rollouts of 4 steps; the second data epoch begins at step 8
+STEPS = 13  # rollouts at steps 0, 4, 8 and 12; the second data epoch begins at step 8
 TIMES = ("time/", "train_", "epoch")
 
+# What a checkpoint must bring back is different for each of these: one line makes a critic part of the table.
+CRITICS = {
+    "shared": {"critic": "shared"},
+    "detached": {"critic": "detached", "value_head": "mlp"},
+}
+KINDS = {
+    "adaptive KL": {},
+    "dropout": {"dropout": 0.1},
+    "no accumulation": {"gradient_accumulation_steps": 1},
+    "fixed KL": {"adaptive": False},
+}
+SETTINGS = {
+    **KINDS,
+    **{f"{critic} critic": {**config, "dropout": 0.1} for critic, config in CRITICS.items()},
+}
+# After the first, middle and last but one minibatch of a rollout; between rollouts and epochs; in the second epoch.
+POSITIONS = (1, 2, 3, 8, 10)
 
-def callbacks():
-    return [AdaptiveKLCallback(target=1.0, horizon=20), RewardNormalizationCallback()]
+
+class Rollouts(PPOCallback):
+    """Keeps what is learned from, by the step at which it was collected."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def on_rollout_end(self, args, state, control, rollout, **kwargs):
+        self.by_step[state.global_step] = {f.name: getattr(rollout, f.name).clone() for f in fields(Rollout)}
 
 
-def run(folder, *, resume=None, dropout=0.0, spoil=None, **config):
-    """Train, and return (weights, optimizer state, log) at the end."""
+def run(folder, *, resume=None, dropout=0.0, adaptive=True, spoil=None, arguments=None, **config):
+    """Train, and return weights, optimizer state, rollouts and log at the end."""
     config = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, **config}
-    trainer = make_trainer(folder, config=config, callbacks=callbacks(), peft_config=lora(lora_dropout=dropout))
+    rollouts = Rollouts()
+    callbacks = [RewardNormalizationCallback(), rollouts]
+    if adaptive:
+        callbacks.append(AdaptiveKLCallback(target=1.0, horizon=20))
+    trainer = make_trainer(
+        folder,
+        config=config,
+        callbacks=callbacks,
+        # Two rollouts make an epoch, whatever their size.
+        **{
+            "train_dataset": make_prompts(8 * config.get("gradient_accumulation_steps", 2)),
+            "peft_config": lora(lora_dropout=dropout),
+            **(arguments or {}),
+        },
+    )
     if spoil is not None:
         spoil(trainer)
     trainer.train(resume_from_checkpoint=resume)
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    log = [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in trainer.state.log_history]
-    return weights, trainer.optimizer.state_dict()["state"], log
+    return {
+        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
+        "optimizer": trainer.optimizer.state_dict()["state"],
+        "schedule": trainer.lr_scheduler.state_dict()["last_epoch"],
+        "rollouts": rollouts.by_step,
+        "log": [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in trainer.state.log_history],
+    }
 
 
 def largest_gap(a: dict, b: dict) -> float:
@@ -41,36 +89,70 @@ def undisturbed(tmp_path_factory):
     """One whole run per setting, with a checkpoint at every step."""
     runs = {}
 
-    def get(**setting):
-        key = tuple(sorted(setting.items()))
-        if key not in runs:
+    def get(name="adaptive KL"):
+        if name not in runs:
             folder = tmp_path_factory.mktemp("run")
-            runs[key] = (folder, run(folder, **setting))
-        return runs[key]
+            runs[name] = (folder, run(folder, **SETTINGS[name]))
+        return runs[name]
 
     return get
 
 
-@pytest.mark.parametrize("setting", [{}, {"dropout": 0.1}, {"gradient_accumulation_steps": 1}])
-@pytest.mark.parametrize("step", [1, 3, 4, 6, 8, 11])  # inside and between rollouts, first and second data epoch
-def test_resumed_run_ends_in_the_same_bits(undisturbed, tmp_path, step, setting):
-    folder, (weights, optimizer, log) = undisturbed(**setting)
-    resumed, resumed_optimizer, resumed_log = run(tmp_path, resume=str(folder / f"checkpoint-{step}"), **setting)
-    assert largest_gap(weights, resumed) == 0.0
-    for index, state in optimizer.items():
-        for name, value in state.items():
-            assert torch.equal(value, resumed_optimizer[index][name])
-    assert log == resumed_log
+RESUME = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_resume import SETTINGS, run
+
+for setting, step, checkpoint, folder in json.load(open(sys.argv[1])):
+    torch.save(run(folder, resume=checkpoint, save_strategy="no", **SETTINGS[setting]), folder + ".pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def resumed(undisturbed, tmp_path_factory):
+    """The whole table, resumed in a process that made none of the checkpoints."""
+    folder = tmp_path_factory.mktemp("resumed")
+    cases = [
+        (setting, step, str(undisturbed(setting)[0] / f"checkpoint-{step}"), str(folder / f"{setting} {step}"))
+        for setting in SETTINGS
+        for step in POSITIONS
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = RESUME.format(tests=str(Path(__file__).parent))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder / "cases.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {(setting, step): torch.load(f"{path}.pt", weights_only=True) for setting, step, _, path in cases}
+
+
+@pytest.mark.parametrize("step", POSITIONS)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_run_resumed_in_a_fresh_process_ends_in_the_same_bits(undisturbed, resumed, setting, step):
+    _, whole = undisturbed(setting)
+    found = resumed[setting, step]
+    assert largest_gap(whole["weights"], found["weights"]) == 0.0
+    assert whole["optimizer"].keys() == found["optimizer"].keys() and len(found["optimizer"]) == len(found["weights"])
+    for index, state in whole["optimizer"].items():
+        assert state.keys() == found["optimizer"][index].keys()
+        assert all(torch.equal(value, found["optimizer"][index][name]) for name, value in state.items())
+    assert whole["schedule"] == found["schedule"] == STEPS
+    assert whole["log"] == found["log"]
+    collected = {s: rollout for s, rollout in whole["rollouts"].items() if s >= step}
+    assert collected.keys() == found["rollouts"].keys() and 12 in collected
+    for at, rollout in collected.items():
+        assert all(torch.equal(tensor, found["rollouts"][at][name]) for name, tensor in rollout.items())
 
 
 def test_the_gap_is_seen_if_the_rollout_is_another_one(undisturbed, tmp_path):
     """Negative control: a resumed run that learns from another rollout must not end in the same bits."""
-    folder, (weights, _, _) = undisturbed()
+    folder, whole = undisturbed()
     copy = tmp_path / "checkpoint-6"
     shutil.copytree(folder / "checkpoint-6", copy)
     shutil.copy(folder / "checkpoint-3" / "rollout_0.safetensors", copy)
     seal(copy)
-    assert largest_gap(weights, run(tmp_path / "out", resume=str(copy))[0]) > 1e-4
+    assert largest_gap(whole["weights"], run(tmp_path / "out", resume=str(copy))["weights"]) > 1e-4
 
 
 def test_a_missing_rollout_is_named(undisturbed, tmp_path):
@@ -92,7 +174,7 @@ def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest
     import ppo_plus.rollout as rollout_module
     import ppo_plus.trainer as trainer_module
 
-    folder, (weights, _, _) = undisturbed()
+    folder, whole = undisturbed()
     position_seed = rollout_module.position_seed
 
     def other_seed(kind):
@@ -108,8 +190,8 @@ def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest
         else:
             monkeypatch.setattr(trainer.model.value_head, "load_state_dict", lambda state: None)
 
-    resumed, _, _ = run(tmp_path, resume=str(folder / "checkpoint-6"), spoil=spoil)
-    assert largest_gap(weights, resumed) > smallest_gap
+    spoiled = run(tmp_path, resume=str(folder / "checkpoint-6"), spoil=spoil)
+    assert largest_gap(whole["weights"], spoiled["weights"]) > smallest_gap
 
 
 @pytest.mark.parametrize(
@@ -128,14 +210,32 @@ def test_a_checkpoint_whose_steps_mean_something_else_is_refused(undisturbed, tm
         run(tmp_path, resume=str(folder / "checkpoint-6"), **config)
 
 
-def test_the_evaluation_cadence_does_not_alter_training(tmp_path, undisturbed):
-    from conftest import make_config, make_prompts
+def test_a_checkpoint_of_another_base_with_the_same_shapes_is_refused(undisturbed, tmp_path):
+    folder, _ = undisturbed()
+    with pytest.raises(ValueError, match="base_weights [0-9a-f]{12} there, [0-9a-f]{12} here"):
+        run(tmp_path, resume=str(folder / "checkpoint-6"), arguments={"model": make_model(seed=1)})
 
-    _, (weights, _, _) = undisturbed()
-    config = make_config(tmp_path, max_steps=STEPS, eval_strategy="steps", eval_steps=3)
-    trainer = make_trainer(tmp_path, callbacks=callbacks(), args=config, eval_dataset=make_prompts(5),
-                           peft_config=lora(lora_dropout=0.0))  # fmt: skip
+
+def test_the_base_is_told_by_what_training_does_not_change(undisturbed, tmp_path):
+    """Adapters come and go on the same base, and another one is told from its first numbers."""
+    from ppo_plus.checkpoint import weights_digest
+
+    trainer = make_trainer(tmp_path, config={"max_steps": 1})
+    before = weights_digest(trainer.model.frozen_models)
     trainer.train()
-    found = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert largest_gap(weights, found) == 0.0
-    assert sum("eval_reward" in row for row in trainer.state.log_history) == 4
+    assert weights_digest(trainer.model.frozen_models) == before
+    in_full = make_trainer(tmp_path, config={"max_steps": 1}, peft_config=None)
+    before_in_full = weights_digest(in_full.model.frozen_models)
+    in_full.train()
+    assert weights_digest(in_full.model.frozen_models) == before_in_full
+    assert weights_digest([make_model(seed=1).requires_grad_(False)]) != weights_digest(
+        [make_model().requires_grad_(False)]
+    )
+
+
+def test_the_evaluation_cadence_does_not_alter_training(tmp_path, undisturbed):
+    _, whole = undisturbed()
+    config = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}
+    found = run(tmp_path, arguments={"eval_dataset": make_prompts(5)}, **config)
+    assert largest_gap(whole["weights"], found["weights"]) == 0.0
+    assert [row["step"] for row in found["log"] if "eval_reward" in row] == [3, 6, 9, 12, STEPS]

@@ -494,6 +494,8 @@ ELSEWHERE = {
     "restore_callback_states_from_checkpoint": "test_resume.py",
     "run_report": "test_report.py",
     "on_reward_error": "test_faults.py",
+    "on_save_error": "test_faults.py",
+    "reward_timeout": "test_faults.py",
     "max_skipped_steps": "test_faults.py",
     **{field.name: "test_legacy.py" for field in dataclasses.fields(TRLFields)},
 }
