@@ -202,7 +202,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             self.add_callback(RunReportCallback(answer, fixed_prompts(self.train_dataset, self.eval_dataset)))
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
-        self._rows_at_a_time = args.per_device_train_batch_size
+        self._rows_at_a_time = args.rollout_batch_size  # as many as a micro-batch has
 
     def _build_collector(self, reward_funcs: Any, reward_processing_classes: Any) -> Collector:
         args, tokenizer = self.args, self.processing_class

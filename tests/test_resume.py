@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lora, make_model, make_prompts, make_trainer
+from transformers import LlamaForSequenceClassification
 
 from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardNormalizationCallback, Rollout
 from ppo_plus.checkpoint import seal
@@ -24,6 +25,8 @@ TIMES = ("time/", "train_", "epoch")
 CRITICS = {
     "shared": {"critic": "shared"},
     "detached": {"critic": "detached", "value_head": "mlp"},
+    "adapter": {"critic": "adapter", "critic_warmup_steps": 2},
+    "separate": {"critic": "separate"},
 }
 KINDS = {
     "adaptive KL": {},
@@ -49,6 +52,13 @@ class Rollouts(PPOCallback):
         self.by_step[state.global_step] = {f.name: getattr(rollout, f.name).clone() for f in fields(Rollout)}
 
 
+def make_value_model():
+    torch.manual_seed(1)
+    model_config = make_model().config
+    model_config.num_labels = 1
+    return LlamaForSequenceClassification(model_config)
+
+
 def run(folder, *, resume=None, dropout=0.0, adaptive=True, spoil=None, arguments=None, **config):
     """Train, and return weights, optimizer state, rollouts and log at the end."""
     config = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, **config}
@@ -64,6 +74,7 @@ def run(folder, *, resume=None, dropout=0.0, adaptive=True, spoil=None, argument
         **{
             "train_dataset": make_prompts(8 * config.get("gradient_accumulation_steps", 2)),
             "peft_config": lora(lora_dropout=dropout),
+            "value_model": make_value_model() if config.get("critic") == "separate" else None,
             **(arguments or {}),
         },
     )
