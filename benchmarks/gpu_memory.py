@@ -197,7 +197,8 @@ def trainer_of(config, found, folder: Path, device, peaks: Peaks):
     args = PPOConfig(
         output_dir=str(folder / "out"), total_episodes=len(ids), response_length=setup.response_length,
         activation_checkpointing=setup.activation_checkpointing, temperature=1.0, save_strategy="no", report_to="none",
-        num_sample_generations=0, run_report=False, disable_tqdm=True, use_cpu=device.type == "cpu", bf16=True, **found.sizes,
+        num_sample_generations=0, run_report=False, disable_tqdm=True, use_cpu=device.type == "cpu",
+        bf16=True, **found.sizes,
     )  # fmt: skip
     lora = LoraConfig(r=setup.lora_r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     reward = random_reward_adapter(config, setup.lora_r, folder / "reward")
