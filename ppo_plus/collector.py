@@ -160,6 +160,13 @@ class Collector:
         if args.whiten_rewards:
             rewards = F.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
         advantages, returns = F.gae(rewards, samples.values, mask, gamma=args.gamma, lam=args.lam)
+        advantages = F.whiten(advantages, mask, reduce=self.reduce)
+        if args.importance_cap is not None:
+            # A positive factor of the advantage is one of the whole loss of that token.
+            weights = F.truncated_importance_weights(
+                samples.logprobs, samples.sampled_logprobs, cap=args.importance_cap
+            )
+            advantages = torch.where(mask, advantages * weights, 0.0)
         return Rollout(
             input_ids=samples.input_ids,
             attention_mask=samples.attention_mask,
@@ -167,7 +174,7 @@ class Collector:
             logprobs=samples.logprobs,
             ref_logprobs=samples.ref_logprobs,
             values=samples.values,
-            advantages=F.whiten(advantages, mask, reduce=self.reduce),
+            advantages=advantages,
             returns=returns,
             scores=scores,
             kl=((samples.logprobs - samples.ref_logprobs) * mask).sum(1),

@@ -106,6 +106,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     )
     cliprange: float = _field(0.2, "Clip range of the probability ratio, below 1 and (by default) above.")
     cliprange_high: float | None = _field(None, "Clip range above 1; None means cliprange.")
+    importance_cap: float | None = _field(
+        2.0, "Bound on the weight that corrects for decoding's numerics; None means no correction."
+    )
     dual_clip: float | None = _field(None, "Bound on the loss of negative advantages, above 1; None turns it off.")
     policy_kl_coef: float = _field(1.0, "Weight of KL(old || new) in objective='kl_penalty', per nat.")
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus, per nat.")
@@ -209,7 +212,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", *rates)
         for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
             _require(_is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
-        for name in ("cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty"):
+        for name in (
+            "cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty", "importance_cap",
+        ):  # fmt: skip
             _require(getattr(self, name) is None or _is_number(getattr(self, name)), self, name, "a number or None")
         for name in ("reward_timeout", "logging_steps"):
             value = getattr(self, name)
@@ -230,6 +235,8 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             _require(value is None or value > 0, self, name, "above 0, or None")
         _require(self.vf_coef is None or self.vf_coef >= 0, self, "vf_coef", "0 or more, or None")
         _require(self.dual_clip is None or self.dual_clip > 1, self, "dual_clip", "above 1, or None")
+        cap = self.importance_cap
+        _require(cap is None or cap >= 1, self, "importance_cap", "1 or more, or None")
         penalty = self.missing_eos_penalty
         _require(penalty is None or penalty >= 0, self, "missing_eos_penalty", "0 or more, or None: it is subtracted")
 

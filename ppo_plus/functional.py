@@ -352,6 +352,23 @@ def unclipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Te
     return -torch.exp(logprobs - old_logprobs) * advantages
 
 
+def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:
+    """`min(pi_old(a_t | s_t) / mu(a_t | s_t), cap)`, where mu is what decoding sampled from.
+
+    mu and pi_old are the same policy by other kernels (a cache, quantized products, another precision), so the weight
+    is 1 up to numerics. Truncated as in Espeholt et al. 2018 (IMPALA, eq. 1), per token.
+
+    Args:
+        logprobs: of the forward pass that the loss uses, `(B, R)`, nats.
+        sampled_logprobs: as decoding computed them, `(B, R)`, nats.
+        cap: the largest weight.
+
+    Returns:
+        weights, `(B, R)` float32.
+    """
+    return (logprobs - sampled_logprobs).exp().clamp(max=cap)
+
+
 def kl_penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
     """PPO1: `-r A + beta KL(old || policy)` (Schulman et al. 2017, eq. 8).
 

@@ -106,7 +106,7 @@ class Rollout:
         logprobs: `log pi_old(a_t | s_t)` at the sampling temperature, `(N, R)` float32, nats.
         ref_logprobs: the same under the reference policy, `(N, R)` float32, nats.
         values: `V_old(s_t)` before token t is emitted, `(N, R)` float32, reward units.
-        advantages: whitened GAE advantages, `(N, R)` float32.
+        advantages: whitened GAE advantages, times the importance weights of sampling, `(N, R)` float32.
         returns: GAE advantages (before whitening) plus values, `(N, R)` float32, reward units.
         scores: sequence score after callbacks and the missing-EOS penalty, `(N,)` float32, reward units.
         kl: summed estimate of KL(policy || reference) per response, `(N,)` float32, nats.

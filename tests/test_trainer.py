@@ -482,6 +482,7 @@ OPTIONS = {
 
 # Options whose effect is not on the numbers of a run, and the test that sees it.
 ELSEWHERE = {
+    "importance_cap": "test_what_decoding_computed_otherwise_is_weighed",
     "local_rollout_forward_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "generation_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "stop_token": "test_stop_token_eos_says_what_holds_anyway",
@@ -518,6 +519,28 @@ def test_the_same_options_end_in_the_same_bits(tmp_path):
     """Negative control of the above."""
     with pytest.raises(AssertionError, match="0.0 > 1e-06"):
         differs("seed", 42)(tmp_path)
+
+
+@pytest.mark.parametrize("cap", [None, 1.0, 2.0])
+def test_what_decoding_computed_otherwise_is_weighed(tmp_path, cap):
+    """Decoding is made to report log-probabilities that are off by -1, 0, 0.5 nats in turn."""
+    off = torch.tensor([-1.0, 0.0, 0.5]).repeat(3)[:8]
+    advantages = []
+    for spoiled in (False, True):
+        trainer, recorder = recorded(tmp_path, {"max_steps": 1, "importance_cap": cap})
+        generate = trainer.model.generate
+
+        def other(*args, generate=generate, spoiled=spoiled, **kwargs):
+            found = generate(*args, **kwargs)
+            return type(found)(found.tokens, found.logprobs + off[: found.logprobs.shape[1]] * spoiled)
+
+        trainer.model.generate = other
+        trainer.train()
+        advantages.append(recorder.rollouts[0][1].advantages)
+    plain, weighed = advantages
+    wanted = torch.ones(8) if cap is None else torch.tensor([min(math.e, cap), 1.0, math.exp(-0.5)]).repeat(3)[:8]
+    length = plain.shape[1]
+    assert torch.allclose(weighed, plain * wanted[:length], atol=1e-5) and (plain != 0).any(0).sum() > 2
 
 
 def test_batch_sizes_without_gradients_change_memory_and_not_numbers(tmp_path):
