@@ -356,7 +356,8 @@ def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, 
     """`min(pi_old(a_t | s_t) / mu(a_t | s_t), cap)`, where mu is what decoding sampled from.
 
     mu and pi_old are the same policy by other kernels (a cache, quantized products, another precision), so the weight
-    is 1 up to numerics. Truncated as in Espeholt et al. 2018 (IMPALA, eq. 1), per token.
+    is 1 up to numerics. Truncated as in Espeholt et al. 2018 (IMPALA, eq. 1), per token. A gap below 1e-3 nats is
+    rounding and weighs exactly 1, so in fp32 nothing depends on how many rows were decoded side by side.
 
     Args:
         logprobs: of the forward pass that the loss uses, `(B, R)`, nats.
@@ -366,7 +367,8 @@ def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, 
     Returns:
         weights, `(B, R)` float32.
     """
-    return (logprobs - sampled_logprobs).exp().clamp(max=cap)
+    gap = logprobs - sampled_logprobs
+    return gap.masked_fill(gap.abs() < 1e-3, 0.0).exp().clamp(max=cap)
 
 
 def kl_penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:

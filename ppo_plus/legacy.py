@@ -33,7 +33,7 @@ HEAD_FILES = ("value_head.safetensors", "value_head.bin", "model.safetensors", "
 TO_OURS = {"v_head.summary.weight": "layers.0.weight", "v_head.summary.bias": "layers.0.bias"}
 
 
-@dataclass
+@dataclass(repr=False)
 class TRLFields:
     """Fields of TRL 1.12's `PPOConfig` that `PPOConfig` would not have otherwise."""
 

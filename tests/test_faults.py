@@ -205,6 +205,14 @@ def test_a_disk_that_is_really_full_keeps_only_whole_checkpoints(tmp_path):
     assert 1 <= len(folders) < 6 and {f"{name}/manifest.json" for name in folders} == set(there) - set(folders)
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_listened_to():
+    """A shell that runs the tests in the background has told them to ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class RaiseAt(TrainerCallback):
     """Sends this process signals at a step."""
 
@@ -329,7 +337,10 @@ def test_the_exit_status_is_the_conventional_one(tmp_path, number, phase):
         "trainer.train()\n"
         "print('went on')\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert done.returncode == -number, done.stderr[-2000:]
     assert f"{number.name}: finishing this step and saving" in done.stderr and "went on" not in done.stdout
     assert steps(tmp_path) == [6 if phase == "learning" else 4]
@@ -618,7 +629,7 @@ def test_out_of_memory_in_learning_halves_the_micro_batch_and_changes_nothing_el
     trainer = make_trainer(tmp_path, config={"max_steps": 4, "per_device_train_batch_size": 4})
     with pytest.warns(UserWarning, match="Out of memory: going on with 2 rows"):
         trainer.train()
-    assert sizes == [4, *[2] * 16]  # tried once; then 4 steps of 2 micro-batches in 2 parts
+    assert sizes[0] > 2 and max(sizes[1:]) == 2 and sum(sizes[1:]) == 4 * 8  # tried once; then 4 steps of 8 rows
     expected, expected_log = on_a_large_card
     found = weights(trainer)
     assert max((found[name] - expected[name]).abs().max() for name in expected) < 1e-5

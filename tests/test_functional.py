@@ -823,3 +823,10 @@ class TestControllers:
         for _ in range(10):
             average = pf.ema(average, 3.0, 0.8)
         assert average - 3.0 == pytest.approx(0.8**10 * (start - 3.0), rel=1e-9)
+
+
+def test_importance_weights_by_hand():
+    gap = torch.tensor([[0.0, 0.0005, -0.0005, 0.5, -0.5, 3.0]])
+    found = F.truncated_importance_weights(gap - 2.0, torch.full((1, 6), -2.0), cap=2.0)
+    assert found[0, :3].tolist() == [1.0, 1.0, 1.0]  # rounding weighs exactly 1
+    assert torch.allclose(found[0, 3:], torch.tensor([1.6487213, 0.6065307, 2.0]))

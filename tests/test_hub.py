@@ -152,7 +152,8 @@ def test_each_strategy_pushes_what_it_says(pushed, strategy, checkpoints, progre
     assert {name.split("/")[0] for name in files if "/" in name and "checkpoint" in name} == checkpoints
     messages = [message for message, _ in commits]
     pushes = [m for m in messages if m.startswith("Training in progress") and not m.endswith("checkpoint")]
-    assert len(pushes) == progress
+    # A push that starts late finds the files of the next one, and the client leaves out empty commits.
+    assert min(1, progress) <= len(pushes) <= progress
     assert messages[-1] == "End of training"
     for folder in checkpoints:  # whole ones: a manifest, and everything it names
         manifest = json.loads(files[f"{folder}/manifest.json"])
