@@ -827,6 +827,6 @@ class TestControllers:
 
 def test_importance_weights_by_hand():
     gap = torch.tensor([[0.0, 0.0005, -0.0005, 0.5, -0.5, 3.0]])
-    found = F.truncated_importance_weights(gap - 2.0, torch.full((1, 6), -2.0), cap=2.0)
+    found = pf.truncated_importance_weights(gap - 2.0, torch.full((1, 6), -2.0), cap=2.0)
     assert found[0, :3].tolist() == [1.0, 1.0, 1.0]  # rounding weighs exactly 1
     assert torch.allclose(found[0, 3:], torch.tensor([1.6487213, 0.6065307, 2.0]))
