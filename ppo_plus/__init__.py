@@ -2,6 +2,7 @@
 
 from .callbacks import (
     AdaptiveKLCallback,
+    EarlyStoppingOnKLCallback,
     NumericsWatchCallback,
     PPOCallback,
     RewardNormalizationCallback,
@@ -18,6 +19,7 @@ from .trainer import PPOTrainer
 __all__ = [
     "ActorCritic",
     "AdaptiveKLCallback",
+    "EarlyStoppingOnKLCallback",
     "NumericsWatchCallback",
     "PPOCallback",
     "PPOConfig",

@@ -61,11 +61,12 @@ class PPOCallback(TrainerCallback):
 
     def on_scores(
         self, args: PPOConfig, state: TrainerState, control: TrainerControl, scores: Tensor, all_scores: Tensor,
-        **kwargs: Any,
+        token_rewards: Tensor, **kwargs: Any,
     ) -> None:  # fmt: skip
         """After scoring: `scores` `(N,)`, reward units, may be changed in place; `all_scores` of all processes.
 
-        NaN marks a response that no reward function scored.
+        NaN marks a response that no reward function scored. A score is what a response earns in all; the part of it
+        in `token_rewards`, `(N, R)`, is paid at single tokens, and may be changed in place too.
         """
 
     def on_rollout_end(
@@ -151,8 +152,11 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
         if state.global_step == 0:
             self.mean = self.var = None
 
-    def on_scores(self, args: Any, state: Any, control: Any, scores: Tensor, all_scores: Tensor, **kwargs: Any) -> None:
-        """Update the averages with this rollout, then normalize it."""
+    def on_scores(
+        self, args: Any, state: Any, control: Any, scores: Tensor, all_scores: Tensor, token_rewards: Tensor,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Update the averages with this rollout, then normalize it, the rewards of single tokens by the same scale."""
         known = all_scores[~all_scores.isnan()]
         if len(known) == 0:
             return
@@ -161,6 +165,7 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
             mean, var = ema(self.mean, mean, self.decay), ema(self.var, var, self.decay)
         self.mean, self.var = mean, var
         scores.sub_(mean).div_(math.sqrt(var) + 1e-6)
+        token_rewards.div_(math.sqrt(var) + 1e-6)
         if self.clip is not None:
             scores.clamp_(-self.clip, self.clip)
 
@@ -170,6 +175,49 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
             "args": {"decay": self.decay, "clip": self.clip},
             "attributes": {"mean": self.mean, "var": self.var},
         }
+
+
+class EarlyStoppingOnKLCallback(PPOCallback, ExportableState):
+    """Ends training when the policy has left the reference too far behind.
+
+    Args:
+        max_kl: KL per response that a rollout may have, nats.
+        patience: rollouts in a row above it that end training.
+    """
+
+    def __init__(self, max_kl: float = 30.0, patience: int = 1) -> None:
+        if max_kl <= 0 or patience < 1:
+            raise ValueError(
+                f"EarlyStoppingOnKLCallback: max_kl={max_kl} must be above 0, patience={patience} 1 or more."
+            )
+        self.max_kl, self.patience, self.above = max_kl, patience, 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start over when training does; a resumed run goes on counting."""
+        if state.global_step == 0:
+            self.above = 0
+
+    def on_rollout_end(
+        self, args: Any, state: Any, control: TrainerControl, rollout: Any, samples: Any, metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Count. A KL that is no number is not below the bound."""
+        self.above = 0 if metrics["kl"] <= self.max_kl else self.above + 1
+        if self.above >= self.patience:
+            warnings.warn(
+                f"Training ends after this step ({state.global_step + 1}): KL to the reference is "
+                f"{metrics['kl']:.1f} nats per response, above {self.max_kl} for {self.above} rollouts in a row.",
+                stacklevel=2,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop here: in the middle of a step Trainer would drop what was accumulated."""
+        if self.above >= self.patience:
+            control.should_training_stop = True
+
+    def state(self) -> dict:
+        """For `trainer_state.json`."""
+        return {"args": {"max_kl": self.max_kl, "patience": self.patience}, "attributes": {"above": self.above}}
 
 
 class Interrupted(Exception):
@@ -295,7 +343,7 @@ class NumericsWatchCallback(PPOCallback):
 
 
 class SamplesTableCallback(PPOCallback):
-    """Prints a table of sampled responses with their scores as training goes."""
+    """Prints a table of sampled responses with their scores as training goes, and at each evaluation."""
 
     def on_rollout_end(
         self, args: Any, state: TrainerState, control: Any, rollout: Rollout, samples: Samples, metrics: Any,
@@ -304,18 +352,28 @@ class SamplesTableCallback(PPOCallback):
         """Print at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
         due = args.log_completions or is_due(args, state, args.num_sample_generations)
         if state.is_world_process_zero and due:
-            shown = range(min(args.num_completions_to_print, len(rollout)))
-            completions = samples.completions
-            print_samples(
-                f"Samples at step {state.global_step}",
-                {
-                    "prompt": [as_text(completions.prompts[i]) for i in shown],
-                    "completion": [as_text(completions.completions[i]) for i in shown],
-                    "reward": [f"{samples.scores[i]:.2f}" for i in shown],
-                    "kl": [f"{rollout.kl[i]:.2f}" for i in shown],
-                    **{name: [str(values[i]) for i in shown] for name, values in samples.extra.items()},
-                },
-            )
+            print_samples(f"Samples at step {state.global_step}", sample_table(samples, args.num_completions_to_print))
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: Any, samples: Samples | None = None, **kwargs: Any
+    ) -> None:
+        """Print the first answers of an evaluation: the same prompts each time."""
+        if state.is_world_process_zero and samples is not None:
+            title = f"Evaluation at step {state.global_step}"
+            print_samples(title, sample_table(samples, args.num_completions_to_print))
+
+
+def sample_table(samples: Samples, rows: int) -> dict[str, list[str]]:
+    """The first rows of samples as columns of text: prompt, completion, reward, KL in nats, and what was logged."""
+    shown, completions = range(min(rows, len(samples))), samples.completions
+    kl = ((samples.logprobs - samples.ref_logprobs) * samples.mask).sum(1)
+    return {
+        "prompt": [as_text(completions.prompts[i]) for i in shown],
+        "completion": [as_text(completions.completions[i]) for i in shown],
+        "reward": [f"{samples.scores[i]:.2f}" for i in shown],
+        "kl": [f"{kl[i]:.2f}" for i in shown],
+        **{name: [str(values[i]) for i in shown] for name, values in samples.extra.items()},
+    }
 
 
 def is_due(args: PPOConfig, state: TrainerState, times: int) -> bool:

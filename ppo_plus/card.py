@@ -37,7 +37,7 @@ class Card:
         base: name or folder of the base model.
         adapter: whether it is an adapter on that base.
         dataset: name of the prompts' data set, if it has one.
-        prompts: how many prompts there were.
+        prompts: how many prompts there were; None for a stream.
         rewards: names of the reward functions, each with its weight.
         settings: hyper-parameters by name.
         history: Trainer's log.
@@ -51,7 +51,7 @@ class Card:
     base: str
     adapter: bool
     dataset: str | None
-    prompts: int
+    prompts: int | None
     rewards: Mapping[str, float]
     settings: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]
@@ -82,7 +82,7 @@ class Card:
             f"{kind} `{shown(self.base)}`, trained by proximal policy optimization (PPO, Schulman et al. 2017) with "
             f"ppo_plus on {processes}.", "",
             "| | |", "|---|---|",
-            f"| prompts | {self.prompts}{' of ' + data if data else ''} |",
+            f"| prompts | {self.prompts or 'a stream'}{' of ' + data if data else ''} |",
             f"| reward | {rewards} |",
             "| reference | the model before training |", "",
         ]  # fmt: skip
@@ -230,7 +230,7 @@ class CardMixin:
             base=finetuned_from or model.language_model.config._name_or_path or "the base model",
             adapter=model.is_peft,
             dataset=data[0] if isinstance(data, list) else data,
-            prompts=len(self.train_dataset),
+            prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
             rewards=dict(zip(rewards.names, rewards.weights.tolist(), strict=True)),
             settings=settings(self.args),
             history=self.state.log_history,

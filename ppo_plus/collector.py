@@ -42,6 +42,7 @@ class Samples:
         entropy: `(N, R)` float32, nats.
         rewards: `(N, F)` float32 by reward function; NaN for None.
         scores: their weighted sum, `(N,)` float32; NaN where no function gave one.
+        token_rewards: the part of `scores` that belongs to single tokens, `(N, R)` float32.
         completions: the texts.
         seconds: by phase.
         extra: columns that reward functions logged.
@@ -58,6 +59,7 @@ class Samples:
     entropy: Tensor
     rewards: Tensor
     scores: Tensor
+    token_rewards: Tensor
     completions: Completions
     seconds: dict[str, float]
     extra: dict[str, list] = field(default_factory=dict)
@@ -123,7 +125,7 @@ class Collector:
             mask = response_mask(tokens, self.stop_ids, include_stop=self.args.include_eos)
             completions, extra = self._completions(rows, tokens, attended, context)
             self.report("scoring", 0, len(rows), 0)
-            rewards = self.rewards(completions)
+            scores = self.rewards(completions)
             self.report("scoring", len(rows), len(rows), 0)
             watch.lap("score")
             input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
@@ -134,14 +136,23 @@ class Collector:
                 ref_logprobs, _, _ = self._forward(input_ids, attention_mask, tokens.shape[1], actor=False)
             watch.lap("logprobs")
         stopped = torch.isin(tokens, torch.tensor(self.stop_ids)).any(1)
-        scores = self.rewards.total(rewards)
         return Samples(
             input_ids, attention_mask, mask, stopped, logprobs, generation.logprobs, ref_logprobs, values, entropy,
-            rewards, scores, completions, watch.seconds, extra,
+            scores.by_function, scores.total, scores.per_token, completions, watch.seconds, extra,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def answer_as_reference(self, rows: Sequence[Row], noise: Tensor) -> Completions:
+        """What the reference answers to prompts that `sample` takes, with the same noise."""
+        self.model.eval()
+        with self.accelerator.autocast(), self.model.reference():
+            tokens = self._generate([row["input_ids"] for row in rows], noise).tokens
+        return self._completions(rows, tokens, response_mask(tokens, self.stop_ids), {})[0]
 
     def rollout(self, samples: Samples, scores: Tensor, kl_coef: float) -> Rollout:
         """Rewards per token, advantages and returns.
+
+        A score is what a response earns in all: token-level rewards are paid at their tokens, the rest at the last.
 
         Args:
             samples: what `sample` returned.
@@ -156,7 +167,8 @@ class Collector:
             scores = scores - args.missing_eos_penalty * (~samples.stopped)
         kl = F.kl_divergence(samples.logprobs, samples.ref_logprobs, args.kl_estimator) * mask
         in_reward = kl_coef if args.kl_in == "reward" else 0.0
-        rewards = F.shape_rewards(scores, kl, mask, in_reward)
+        at_tokens = samples.token_rewards * mask
+        rewards = F.shape_rewards(scores - at_tokens.sum(1), kl, mask, in_reward, at_tokens)
         if args.whiten_rewards:
             rewards = F.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
         advantages, returns = F.gae(rewards, samples.values, mask, gamma=args.gamma, lam=args.lam)
@@ -185,18 +197,18 @@ class Collector:
         lengths = samples.mask.sum(1).float()
         log_ratio = (samples.logprobs - samples.ref_logprobs) * samples.mask
         gap = (samples.logprobs - samples.sampled_logprobs).abs()
-        reward, reward_var = self._moments(samples.scores)
+        reward, reward_var = self.moments(samples.scores)
         metrics = {
             "reward": reward,
             "reward_std": reward_var**0.5,
-            "kl": self._moments(log_ratio.sum(1))[0],
-            "entropy": self._moments(samples.entropy, samples.mask)[0],
-            "completions/mean_length": self._moments(lengths)[0],
-            "completions/clipped_ratio": self._moments((~samples.stopped).float())[0],
-            "rollout/logprob_gap": self._moments(gap, samples.mask)[0],
+            "kl": self.moments(log_ratio.sum(1))[0],
+            "entropy": self.moments(samples.entropy, samples.mask)[0],
+            "completions/mean_length": self.moments(lengths)[0],
+            "completions/clipped_ratio": self.moments((~samples.stopped).float())[0],
+            "rollout/logprob_gap": self.moments(gap, samples.mask)[0],
         }
         for name, column in zip(self.rewards.names, samples.rewards.T, strict=True):
-            mean, var = self._moments(column)
+            mean, var = self.moments(column)
             metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": var**0.5}
         return metrics
 
@@ -210,12 +222,13 @@ class Collector:
             return tensor
         return cast(Tensor, self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")).to(tensor.device)
 
-    def _moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+    def moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+        """Mean and variance over what is not NaN, or over the mask; over all processes."""
         mask = ~values.isnan() if mask is None else mask
         mean, var = F.masked_moments(values.nan_to_num(), mask, reduce=self.reduce)
         return mean.item(), var.item()
 
-    def _generate(self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None]) -> Generation:
+    def _generate(self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None] = lambda: None) -> Generation:
         (rows, length), padding = noise.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)

@@ -129,7 +129,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model by name.")
     disable_dropout: bool = _field(True, "Zero the base model's dropout; LoRA's own lora_dropout stays.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of apply_chat_template.")
-    shuffle_dataset: bool = _field(True, "Draw prompts in a new order each epoch.")
+    shuffle_dataset: bool = _field(True, "Draw prompts in a new order each epoch; a stream keeps its own.")
 
     # When something goes wrong
     on_reward_error: Literal["raise", "skip"] = _field(
@@ -148,6 +148,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     log_completions: bool = _field(False, "Show sampled responses after every rollout.")
     num_completions_to_print: int = _field(5, "Responses per table of samples.")
     run_report: bool = _field(True, "Keep report.html in output_dir: curves, fixed prompts, tokens of rollouts.")
+    eval_win_rate: bool = _field(
+        False, "Evaluations report how often an answer beats the reference's, which is sampled once for it."
+    )
 
     # Defaults that differ from TrainingArguments
     learning_rate: float = _field(1e-5, "Learning rate of the actor.")
@@ -183,6 +186,13 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     def steps_per_rollout(self) -> int:
         """Optimizer steps between two generations."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps that `max_steps` or else `total_episodes` ask for; -1 where `num_train_epochs` decides."""
+        if self.total_episodes is None or self.max_steps > 0:
+            return self.max_steps
+        return -(-self.total_episodes // (self.rollout_batch_size * self.world_size)) * self.steps_per_rollout
 
     @property
     def value_coef(self) -> float:
@@ -254,7 +264,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         }
         switches = (
             "include_eos", "whiten_rewards", "disable_dropout", "shuffle_dataset", "log_completions", "run_report",
-            "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint",
+            "eval_win_rate", "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint",
         )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():

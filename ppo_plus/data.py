@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -51,18 +51,24 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.pad_token_id)
 
 
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a dataset; those of the first row where a stream does not declare them."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
 def tokenize_prompts(
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     name: str = "train_dataset",
-) -> Dataset:
+) -> Any:
     """Add `input_ids` to a dataset of prompts; all other columns stay, for reward functions to use.
 
     Args:
-        dataset: has a column `prompt` (text or messages) or, as TRL 1.12 took it, `input_ids`.
+        dataset: has a column `prompt` (text or messages) or, as TRL 1.12 took it, `input_ids`. A stream is tokenized
+            as it is read. A column `tools` goes to the chat template with messages.
         tokenizer: applied to text as it is; messages go through its chat template first.
         max_prompt_length: keep only the last tokens of longer prompts.
         chat_template_kwargs: passed to `apply_chat_template`.
@@ -71,24 +77,27 @@ def tokenize_prompts(
     Raises:
         ValueError: no usable column, no rows, or a row that is not a prompt; the message names the row.
     """
-    columns = dataset.column_names
+    columns, stream = column_names(dataset), isinstance(dataset, IterableDataset)
+    if not columns or (not stream and len(dataset) == 0):
+        raise ValueError(f"{name} is empty: it has no rows. Look at how it was loaded or filtered.")
     if "prompt" not in columns and "input_ids" not in columns:
         raise ValueError(
             f"{name} has no column 'prompt' (it has {columns}). Rename yours: dataset.rename_column('...', 'prompt')."
         )
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: it has no rows. Look at how it was loaded or filtered.")
 
     def encode(row: Row, index: int) -> Row:
         where = f"{name}[{index}]"
         if "prompt" in row:
-            ids = encode_prompt(row["prompt"], tokenizer, chat_template_kwargs or {}, where)
+            tools = {"tools": row["tools"]} if row.get("tools") else {}
+            ids = encode_prompt(row["prompt"], tokenizer, {**tools, **(chat_template_kwargs or {})}, where)
         else:
             ids = _given_ids(row, tokenizer, where)
         if not ids:
             raise ValueError(f"{where} has no tokens: the tokenizer drops every character of it. Filter such rows out.")
         return {"input_ids": ids[-max_prompt_length:] if max_prompt_length else ids}
 
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(encode, with_indices=True)
     return dataset.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
 
 
@@ -156,31 +165,37 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_vocabulary(dataset: Dataset, embeddings: int, name: str) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    for index, ids in enumerate(dataset["input_ids"]):
-        if max(ids) >= embeddings:
-            raise ValueError(
-                f"{name}[{index}] has token id {max(ids)}, but the model has embeddings for {embeddings} tokens. Pass "
-                "the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) first."
-            )
-
-
-def check_context(dataset: Dataset, response_length: int, context: int | None, name: str) -> None:
-    """Refuse prompts that, with a full response, would not fit the model's context."""
-    if context is None:
-        return
-    if response_length >= context:
+def checked_prompts(dataset: Any, response_length: int, context: int | None, embeddings: int, name: str) -> Any:
+    """A tokenized dataset whose prompts the model can answer; those of a stream are looked at as they are read."""
+    if context is not None and response_length >= context:
         raise ValueError(
             f"response_length={response_length} leaves no room for a prompt in the model's context of {context}. "
             "Lower response_length."
         )
+
+    def check(row: Row, index: int) -> Row:
+        check_ids(row["input_ids"], response_length, context, embeddings, f"{name}[{index}]")
+        return row
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check, with_indices=True)
     for index, ids in enumerate(dataset["input_ids"]):
-        if len(ids) + response_length > context:
-            raise ValueError(
-                f"{name}[{index}] has {len(ids)} tokens; with response_length={response_length} that exceeds the "
-                f"model's context of {context}. Set max_prompt_length={context - response_length} or filter."
-            )
+        check({"input_ids": ids}, index)
+    return dataset
+
+
+def check_ids(ids: Sequence[int], response_length: int, context: int | None, embeddings: int, where: str) -> None:
+    """Refuse a prompt that, with a full response, would not fit the context, or that has ids without an embedding."""
+    if context is not None and len(ids) + response_length > context:
+        raise ValueError(
+            f"{where} has {len(ids)} tokens; with response_length={response_length} that exceeds the model's context "
+            f"of {context}. Set max_prompt_length={context - response_length} or filter."
+        )
+    if max(ids) >= embeddings:
+        raise ValueError(
+            f"{where} has token id {max(ids)}, but the model has embeddings for {embeddings} tokens. Pass the model's "
+            "own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) first."
+        )
 
 
 def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, extra: int | None) -> list[int]:

@@ -33,10 +33,13 @@ class _AddLowRank(torch.autograd.Function):
         low_a, low_b = a.to(base.dtype), b.to(base.dtype)
         flat = x.reshape(-1, x.shape[-1]).to(base.dtype)
         inner = flat.mm(low_a.t())
-        result = torch.addmm(base.reshape(-1, base.shape[-1]), inner, low_b.t(), alpha=scaling)
+        # Into a tensor of its own: a view could not be added to in place, as Falcon does.
+        result = torch.empty_like(base, memory_format=torch.contiguous_format)
+        flat_base, flat_result = base.reshape(-1, base.shape[-1]), result.view(-1, base.shape[-1])
+        torch.addmm(flat_base, inner, low_b.t(), alpha=scaling, out=flat_result)
         ctx.save_for_backward(flat, inner, low_a, low_b)
         ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = scaling, x.shape, x.dtype, a.dtype
-        return result.view(base.shape)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

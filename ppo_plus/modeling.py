@@ -34,6 +34,7 @@ VALUE_MODEL = "value_model"
 REFERENCE_ADAPTER, CRITIC_ADAPTER = "ref", "critic"
 Critic = Literal["shared", "detached", "adapter", "separate"]
 SHORT_SEQUENCE = 128  # tokens
+OTHER = "Choose another model; most decoders of transformers work."
 
 
 class ValueHead(nn.Module):
@@ -320,12 +321,13 @@ class ActorCritic(nn.Module):
         logprobs = torch.zeros(rows, length, device=device)
         stop = torch.tensor(list(stop_ids), device=device)
         head, noise = logits_function(self._active), noise.to(device)
+        cache_name = cache_argument(self._active)
         alive, cache, step_ids = torch.arange(rows, device=device), None, input_ids
         for t in range(length):
             if on_step is not None:
                 on_step(len(alive))
-            outputs = self._hidden_states(step_ids, mask, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = self._hidden_states(step_ids, mask, use_cache=True, **{cache_name: cache})
+            cache = outputs[cache_name]
             logits = head(outputs.last_hidden_state[:, -1]).float() / temperature
             token = sample(logits if warp is None else warp(logits), noise[alive, t])
             tokens[alive, t], logprobs[alive, t] = token, token_logprobs(logits, token)
@@ -386,6 +388,8 @@ class ActorCritic(nn.Module):
         if "position_ids" in parameters:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
+        if "cache_params" in parameters:  # recurrent through and through: what is past is in the state
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
         return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     # On disk: a plain adapter (or model), and the critic beside it.
@@ -448,11 +452,26 @@ def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:
-    """Keep only these rows of a key-value cache, in place."""
-    if hasattr(cache, "batch_select_indices") and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
-        cache.batch_select_indices(rows)
-    else:
-        cache.reorder_cache(rows)
+    """Keep only these rows of a cache, in place: keys and values, and the states of recurrent layers."""
+    # Not `batch_select_indices`: layers with attention and recurrence inherit one that forgets the recurrent half.
+    cache.reorder_cache(rows)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the backbone calls its cache, as argument and as output.
+
+    Raises:
+        ValueError: it takes none, or no attention mask.
+    """
+    parameters = inspect.signature(model.base_model.forward).parameters
+    name = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
+    if name is None or "attention_mask" not in parameters:
+        lacks = "cache that can be handed over" if name is None else "attention mask"
+        raise ValueError(
+            f"{type(model).__name__} has no {lacks}, so prompts of unequal length could not be answered side by side. "
+            + OTHER
+        )
+    return name
 
 
 def choose_attention(backbone: PreTrainedModel, queries: int, keys: int) -> None:
@@ -480,13 +499,15 @@ def check_architecture(model: PreTrainedModel) -> None:
 def check_head(model: PreTrainedModel) -> None:
     """Refuse an architecture whose logits are not its head applied to the backbone's last hidden states."""
     check_architecture(model)
-    name, training = type(model).__name__, model.training
+    cache_name, name, training = cache_argument(model), type(model).__name__, model.training
     model.eval()
     ids = torch.arange(1, 4, device=model.device)[None]
     expected = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    found = logits_function(model)(hidden).float()
+    outputs = model.base_model(input_ids=ids, use_cache=True)
+    found = logits_function(model)(outputs.last_hidden_state).float()
     model.train(training)
+    if outputs.get(cache_name) is None:
+        raise ValueError(f"{name} gives no cache back, so every token would be answered from the start again. {OTHER}")
     scale = expected.abs().max().clamp(min=1e-6)
     if found.shape != expected.shape or not bool(((found - expected).abs().max() / scale) < 2e-2):
         raise ValueError(

@@ -1,6 +1,7 @@
 """A score per response: Python functions, sequence classifiers, and reward adapters on the actor's own backbone.
 
-The contract of a reward function is that of TRL's GRPO and RLOO trainers.
+The contract of a reward function is that of TRL's GRPO and RLOO trainers, and one thing more: it may return a list
+of numbers for a response, one per token, instead of one number. Those are paid at the tokens they belong to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -24,7 +26,14 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .data import is_conversational, pad_id
 from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic
@@ -65,14 +74,34 @@ class Completions:
             for prompt, completion in zip(self.prompts, self.completions, strict=True)
         ]
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """Question and answer as two texts; of a conversation, what was said before the answer, by lines."""
+        return [
+            ("\n".join(spoken(prompt)), "\n".join(spoken(completion)))
+            if is_conversational(prompt)
+            else (prompt, completion)
+            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+        ]
+
+
+def spoken(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The text of each message that has one; parts that are no text (images) are left out."""
+    contents = [message.get("content") or "" for message in messages]
+    parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
+    return [" ".join(part.get("text") or "" for part in message) for message in parts]
+
+
+# What a reward gives a response: a score, one number per token, or nothing.
+Score = float | list[float] | None
+
 
 class Reward(Protocol):
     """Scores completions; `None` where a reward does not apply."""
 
     name: str
 
-    def __call__(self, batch: Completions) -> Sequence[float | None]:
-        """One score per completion, reward units."""
+    def __call__(self, batch: Completions) -> Sequence[Score]:
+        """One score per completion, or a list of one per token of it; reward units."""
         ...
 
 
@@ -88,8 +117,8 @@ class FunctionReward:
     def __init__(self, function: Callable, name: str, timeout: float | None = None) -> None:
         self.function, self.name, self.timeout = function, name, timeout
 
-    def __call__(self, batch: Completions) -> Sequence[float | None]:
-        """Call the function; an async one runs to its end in a loop of its own."""
+    def __call__(self, batch: Completions) -> Sequence[Score]:
+        """Call the function; and wait for it if it is async."""
         result = self.begin(batch)
         if inspect.isawaitable(result):
             (result,) = gathered([(self, result)], batch)
@@ -111,7 +140,7 @@ class FunctionReward:
         except Exception as error:
             return error
 
-    def finish(self, result: Any, batch: Completions) -> Sequence[float | None]:
+    def finish(self, result: Any, batch: Completions) -> Sequence[Score]:
         """The scores, checked; an error that the function raised is raised here, with its name."""
         if isinstance(result, Exception):
             result.add_note(f"This was raised by the reward function {self.name!r}, given {len(batch)} completions.")
@@ -178,17 +207,39 @@ def gathered(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) 
     async def wait_for_all() -> None:
         await asyncio.gather(*(wait_for(index, *pair) for index, pair in enumerate(waiting)))
 
-    # A thread of its own: a notebook has an event loop running already in this one. An async function may also block
-    # its loop, or not let itself be cancelled; a second more than all were given is enough to know.
     timeouts = [reward.timeout for reward, _ in waiting]
+    # An async function may block its loop, or not let itself be cancelled; a second more than all were given is enough
+    # to know, and the next rollout gets another loop.
     longest = None if None in timeouts else max(cast(list[float], timeouts)) + 1.0
-    with contextlib.suppress(Unanswered):
-        within(longest, lambda: asyncio.run(wait_for_all()))
+    pending = asyncio.run_coroutine_threadsafe(wait_for_all(), event_loop())
+    if not wait([pending], longest).done:
+        event_loop.cache_clear()
     return [answers.get(index, reward.too_late(batch)) for index, (reward, _) in enumerate(waiting)]
 
 
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all async reward functions, in a thread of its own: a notebook's own loop is running already.
+
+    It lives as long as the process, so that a client which a function opened in one rollout serves the next too.
+    """
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        with torch.no_grad():  # torch keeps this by thread, and rewards are never differentiated
+            loop.run_forever()
+
+    threading.Thread(target=run, daemon=True, name="async reward functions").start()
+    return loop
+
+
 class ClassifierReward:
-    """A sequence classifier with one label and its own tokenizer."""
+    """A sequence classifier with one label and its own tokenizer.
+
+    An encoder (BERT, DeBERTa) whose tokenizer has no chat template reads question and answer as a pair of texts, the
+    way such reward models are trained; the longer of the two is cut where both exceed what the tokenizer allows.
+    Every other classifier reads one text: through its own chat template where prompts are messages.
+    """
 
     def __init__(
         self,
@@ -209,13 +260,14 @@ class ClassifierReward:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+        self.reads_pairs = type(config) in MODEL_FOR_MASKED_LM_MAPPING and tokenizer.chat_template is None
 
-    def __call__(self, batch: Completions) -> Sequence[float | None]:
+    def __call__(self, batch: Completions) -> Sequence[Score]:
         """Score prompt and completion, rendered with this model's own template and tokenizer."""
-        texts = batch.texts(self.tokenizer, self.chat_template_kwargs)
+        texts = batch.pairs() if self.reads_pairs else batch.texts(self.tokenizer, self.chat_template_kwargs)
         device = next(self.model.parameters()).device
 
-        def score(texts: list[str]) -> Tensor:
+        def score(texts: list) -> Tensor:
             inputs = encode(texts, self.tokenizer, batch).to(device)
             self._check_vocabulary(int(inputs["input_ids"].max()))
             return self.model(**inputs).logits[:, 0].float()
@@ -251,14 +303,14 @@ class AdapterReward:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
 
-    def __call__(self, batch: Completions) -> Sequence[float | None]:
+    def __call__(self, batch: Completions) -> Sequence[Score]:
         """Score prompt and completion as the stand-alone reward model would."""
         texts = batch.texts(self.tokenizer, self.chat_template_kwargs)
         if not is_conversational(batch.prompts[0]):  # the reward model was trained on texts that end in EOS
             eos = cast(str, self.tokenizer.eos_token)
             texts = [t if t.endswith(eos) else t + eos for t in texts]
 
-        def score(texts: list[str]) -> Tensor:
+        def score(texts: list) -> Tensor:
             inputs = encode(texts, self.tokenizer, batch).to(self.model.device)
             return self.model.reward_scores(
                 self.name, self.head, inputs["input_ids"], inputs["attention_mask"], pad_id(self.tokenizer)
@@ -268,20 +320,30 @@ class AdapterReward:
         return checked(scores, batch, self.name)
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch: Completions) -> Any:
-    """Right-padded inputs of a reward model; a chat template has put its special tokens in already."""
+def encode(texts: list, tokenizer: PreTrainedTokenizerBase, batch: Completions) -> Any:
+    """Right-padded inputs of a reward model, from texts or pairs of texts.
+
+    A chat template has put its special tokens in already.
+    """
+    if isinstance(texts[0], tuple):
+        longest = tokenizer.model_max_length if tokenizer.model_max_length < VERY_LARGE_INTEGER else None
+        questions, answers = map(list, zip(*texts, strict=True))
+        return tokenizer(
+            text=questions, text_pair=answers, return_tensors="pt", padding=True, padding_side="right",
+            truncation=longest is not None, max_length=longest,
+        )  # fmt: skip
     special = not is_conversational(batch.prompts[0])
     return tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special)
 
 
 @torch.no_grad()
-def in_batches(texts: list[str], batch_size: int, score: Callable[[list[str]], Tensor]) -> tuple[list[float], int]:
-    """Score texts of similar length together.
+def in_batches(texts: list, batch_size: int, score: Callable[[list], Tensor]) -> tuple[list[float], int]:
+    """Score texts (or pairs of them) of similar length together.
 
     Returns:
         the scores in the order of the texts, and the batch size that fitted into memory.
     """
-    order = torch.tensor([len(text) for text in texts]).argsort(stable=True)
+    order = torch.tensor([len("".join(text)) for text in texts]).argsort(stable=True)
     scores = torch.zeros(len(texts))
 
     def score_rows(rows: Tensor) -> None:
@@ -291,8 +353,8 @@ def in_batches(texts: list[str], batch_size: int, score: Callable[[list[str]], T
     return scores.tolist(), batch_size
 
 
-def checked(scores: Any, batch: Completions, name: str) -> list[float | None]:
-    """Scores as a list of finite floats or None; anything else is named with the prompt it belongs to."""
+def checked(scores: Any, batch: Completions, name: str) -> list[Score]:
+    """Scores as a list of finite floats, lists of them, or None; anything else is named with its prompt."""
     if isinstance(scores, Tensor):
         scores = scores.tolist()
     listed = hasattr(scores, "__len__") and getattr(scores, "ndim", 1) > 0
@@ -302,19 +364,47 @@ def checked(scores: Any, batch: Completions, name: str) -> list[float | None]:
         )
     if len(scores) != len(batch):
         raise ValueError(f"The reward function {name!r} returned {len(scores)} rewards for {len(batch)} completions.")
-    result: list[float | None] = []
+    result: list[Score] = []
     for row, value in enumerate(scores):
-        try:
-            number = None if value is None else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if isinstance(value, str) or (number is not None and not math.isfinite(number)):
+        per_token = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+        if per_token and len(value) != len(batch.completion_ids[row]):
+            raise ValueError(
+                f"The reward function {name!r} returned {len(value)} numbers for prompt {batch.prompts[row]!r}, whose "
+                f"completion has {len(batch.completion_ids[row])} tokens; return one number, or one per token of "
+                "completion_ids."
+            )
+        numbers = [_finite(v) for v in (value if per_token else [0.0 if value is None else value])]
+        if None in numbers:
             raise ValueError(
                 f"The reward function {name!r} returned {value!r} for prompt {batch.prompts[row]!r} with completion "
                 f"{batch.completions[row]!r}; return a finite number, or None where the reward does not apply."
             )
-        result.append(number)
+        finite = cast(list[float], numbers)
+        result.append(None if value is None else finite if per_token else finite[0])
     return result
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What all rewards of a run say of N completions of at most R tokens, in reward units.
+
+    Attributes:
+        by_function: `(N, F)` float32; the sum where a function scored tokens, NaN where it returned None.
+        per_token: the weighted sum of token-level rewards, `(N, R)` float32.
+        total: weighted sum over functions and tokens, `(N,)` float32; NaN for rows that no function scored.
+    """
+
+    by_function: Tensor
+    per_token: Tensor
+    total: Tensor
 
 
 class RewardSet:
@@ -337,17 +427,16 @@ class RewardSet:
         """Names for metrics, one per reward, distinct."""
         return [reward.name for reward in self.rewards]
 
-    def __call__(self, batch: Completions) -> Tensor:
-        """Scores by reward function, `(N, F)` float32; NaN where a function returned None."""
-        functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
-        begun = {reward.name: reward.begin(batch) for reward in functions}
-        waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
-        if waiting:  # together: what they wait for, they wait for at the same time
-            answers = gathered(waiting, batch)
-            begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
-        by_function = [self._scores(reward, batch, begun) for reward in self.rewards]
-        scores = torch.tensor(by_function, dtype=torch.float32).T
-        unscored = scores.isnan().all(1)
+    def __call__(self, batch: Completions) -> Scores:
+        """Score completions: functions in their order, then async ones, which run side by side."""
+        by_reward = self._all_scores(batch)
+        by_function = torch.tensor([[_sum(s) for s in scores] for scores in by_reward], dtype=torch.float32).T
+        per_token = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
+        for weight, scores in zip(self.weights, by_reward, strict=True):
+            for row, score in enumerate(scores):
+                if isinstance(score, list):
+                    per_token[row, : len(score)] += weight * torch.tensor(score)
+        unscored = by_function.isnan().all(1)
         if unscored.any():
             row = int(unscored.nonzero()[0])
             warnings.warn(
@@ -355,22 +444,32 @@ class RewardSet:
                 f"are left out of learning; the first has prompt {batch.prompts[row]!r}.",
                 stacklevel=2,
             )
-        return scores
+        total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
+        return Scores(by_function, per_token, total)
 
-    def _scores(self, reward: Reward, batch: Completions, begun: dict[str, Any]) -> list[float]:
+    def _all_scores(self, batch: Completions) -> list[Sequence[Score]]:
+        functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
+        begun = {reward.name: reward.begin(batch) for reward in functions}
+        waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
+        if waiting:  # together: what they wait for, they wait for at the same time
+            answers = gathered(waiting, batch)
+            begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
+        return [self._scores(reward, batch, begun) for reward in self.rewards]
+
+    def _scores(self, reward: Reward, batch: Completions, begun: dict[str, Any]) -> Sequence[Score]:
         try:
-            scores = reward.finish(begun[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
+            return reward.finish(begun[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
         except Exception as error:
             if self.on_error == "raise":
                 raise
             warnings.warn(f"{reward.name!r} is left out of this rollout: {type(error).__name__}: {error}", stacklevel=3)
-            scores = [None] * len(batch)
-        return [math.nan if score is None else score for score in scores]
+            return [None] * len(batch)
 
-    def total(self, scores: Tensor) -> Tensor:
-        """Weighted sum over functions, `(N,)`; NaN for rows that no function scored."""
-        total = (scores * self.weights).nansum(1)
-        return torch.where(scores.isnan().all(1), torch.nan, total)
+
+def _sum(score: Score) -> float:
+    if score is None:
+        return math.nan
+    return math.fsum(score) if isinstance(score, list) else score
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> None:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput, rotate_checkpoints
 
 from . import functional as F
 from .callbacks import (
@@ -62,7 +62,8 @@ from .checkpoint import (
 )
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
-from .data import Row, check_context, check_padding, check_tokenizer, check_vocabulary, stop_token_ids, tokenize_prompts
+from .data import Row, check_padding, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenize_prompts
+from .evaluation import WinRate, gathered_answers
 from .hub import HubMixin, save_arguments
 from .legacy import with_named_adapters
 from .loading import build_actor_critic, critic_source, load_policy
@@ -70,17 +71,10 @@ from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
 from .out_of_memory import added_gradients, in_chunks, named_memory_error
 from .progress import show_phases
+from .prompts import prompt_loader
 from .report import RunReportCallback, fixed_prompts
 from .rewards import build_rewards
-from .rollout import (
-    PromptSampler,
-    Rollout,
-    isolated_rng,
-    micro_batch_rows,
-    minibatch_rows,
-    position_seed,
-    sampling_noise,
-)
+from .rollout import Rollout, isolated_rng, micro_batch_rows, minibatch_rows, position_seed, sampling_noise
 from .validation import (
     check_adapters,
     check_arguments,
@@ -93,14 +87,6 @@ from .validation import (
 )
 
 
-class PromptLoader(DataLoader):
-    """Rows of the dataset as they are; the sampler says which micro-batch gets them."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the sampler, which Trainer cannot reach by itself."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
 class PPOTrainer(HubMixin, CardMixin, Trainer):
     """Proximal policy optimization (Schulman et al. 2017) of a language model against a reward.
 
@@ -109,7 +95,8 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         reward_funcs: a reward function, a sequence classifier (instance or name), the folder of a reward adapter
             on the same base, or a list of these.
         args: hyper-parameters.
-        train_dataset: prompts, in a column `prompt` as text or messages; other columns go to reward functions.
+        train_dataset: prompts, in a column `prompt` as text or messages; other columns go to reward functions. A
+            stream (`IterableDataset`) is read in its own order and needs `max_steps` or `total_episodes`.
         eval_dataset: prompts for `evaluate`, or a dict of them.
         processing_class: the policy's tokenizer; loaded by the model's name if not given.
         reward_processing_classes: tokenizers of reward models, in the order of `reward_funcs`.
@@ -127,7 +114,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
     args: PPOConfig
     model: ActorCritic
     processing_class: PreTrainedTokenizerBase
-    train_dataset: Dataset
+    train_dataset: Dataset | IterableDataset
     eval_dataset: Dataset | dict[str, Dataset] | None
     loss_is_scaled_for_ga = True
     _tag_names: ClassVar[list[str]] = ["ppo_plus", "ppo"]
@@ -137,7 +124,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: PPOConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any = None,
@@ -156,7 +143,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         if data_collator is not None:
             warnings.warn("data_collator is not used: a rollout pads its prompts itself. Leave it out.", stacklevel=2)
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
-        check_rewards(args, reward_funcs, reward_processing_classes, cast(Dataset, train_dataset).column_names)
+        check_rewards(args, reward_funcs, reward_processing_classes, column_names(train_dataset))
         trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model), trust_remote_code=trusted)
         check_tokenizer(tokenizer)
@@ -164,7 +151,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         check_models(model, ref_model, value_model, tokenizer)
         check_adapters(args, model, peft_config, reward_funcs, value_model)
         datasets = tokenized({"train_dataset": train_dataset, **named_datasets(eval_dataset)}, tokenizer, args)
-        check_enough_prompts(args, len(datasets["train_dataset"]))
+        check_enough_prompts(args, datasets["train_dataset"])
         policy = loaded_policy(model, args, quantization_config, peft_config)
         actor_critic = build_actor_critic(
             policy,
@@ -173,10 +160,11 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             disable_dropout=args.disable_dropout,
         )
         check_padding(tokenizer, actor_critic.num_embeddings)
-        for name, dataset in datasets.items():
-            check_context(dataset, args.response_length, actor_critic.context, name)
-            check_vocabulary(dataset, actor_critic.num_embeddings, name)
+        limits = (args.response_length, actor_critic.context, actor_critic.num_embeddings)
+        datasets = {name: checked_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
 
+        if isinstance(train_dataset, IterableDataset):
+            args.max_steps = args.total_steps  # Trainer wants to know how long a stream is trained on
         super().__init__(
             model=actor_critic,
             args=args,
@@ -203,6 +191,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
         self._rows_at_a_time = args.rollout_batch_size  # as many as a micro-batch has
+        self._win_rate = WinRate(self.collector)
 
     def _build_collector(self, reward_funcs: Any, reward_processing_classes: Any) -> Collector:
         args, tokenizer = self.args, self.processing_class
@@ -254,22 +243,11 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Prompts for each rollout; as long as training has micro-batches, so Trainer's arithmetic holds."""
-        sampler = PromptSampler(
-            len(self.train_dataset),
-            self.args.rollout_batch_size,
-            self.args.steps_per_rollout * self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
-            shuffle=self.args.shuffle_dataset,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
-        return PromptLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
+        return prompt_loader(self.train_dataset, self.args, self.accelerator)
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: DataLoader) -> tuple:
         """Trainer's sizes, with `total_episodes` turned into steps."""
-        if args.total_episodes is not None and args.max_steps <= 0:
-            per_rollout = args.rollout_batch_size * self.accelerator.num_processes
-            args.max_steps = -(-args.total_episodes // per_rollout) * args.steps_per_rollout
+        args.max_steps = args.total_steps
         return super().set_initial_training_values(args, dataloader)
 
     def get_batch_samples(
@@ -311,7 +289,7 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave)
         watch = Stopwatch()
         scores = samples.scores.clone()
-        self._fire("on_scores", scores=scores)
+        self._fire("on_scores", scores=scores, token_rewards=samples.token_rewards)
         rollout = self.collector.rollout(samples, scores, settings.kl_coef)
         metrics = self.collector.metrics(samples)
         watch.lap("advantages")
@@ -336,16 +314,19 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         meter: Meter | None = None,
         leave: Callable[[], None] | None = None,
     ) -> Samples:
-        # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.
-        noise = sampling_noise(position_seed(self.args.seed, *position, 0), rows.stop, self.args.response_length)
-        seed = position_seed(self.args.seed, *position, self.accelerator.process_index)
+        noise, seed = self._draw(rows, position)
         meter = meter or self._progress.meter
         context = {
             "trainer_state": self.state,
             "log_metric": lambda name, value: meter.add(name, float(value)),
         }
         with isolated_rng(seed):
-            return self.collector.sample(prompts, noise[list(rows)], context, leave or (lambda: None))
+            return self.collector.sample(prompts, noise, context, leave or (lambda: None))
+
+    def _draw(self, rows: range, position: tuple) -> tuple[Tensor, int]:
+        # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.
+        noise = sampling_noise(position_seed(self.args.seed, *position, 0), rows.stop, self.args.response_length)
+        return noise[list(rows)], position_seed(self.args.seed, *position, self.accelerator.process_index)
 
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
         self._fire("on_rollout_progress", phase=phase, done=done, total=total, tokens=tokens)
@@ -529,13 +510,34 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
+        samples, metrics = self._evaluated(dataset, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics, samples=samples)
+        return metrics
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Answer prompts, and report what `evaluate` does without logging it.
+
+        Returns:
+            `predictions`: token ids of the answers in the order of the prompts, `(N, R)` int64, filled up with -100;
+            `metrics`: as of `evaluate`; `label_ids`: None.
+        """
+        samples, metrics = self._evaluated(test_dataset, metric_key_prefix)
+        self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        answers = gathered_answers(samples.completions.completion_ids)
+        return PredictionOutput(predictions=answers, label_ids=None, metrics=metrics)
+
+    def _evaluated(self, dataset: Dataset, prefix: str) -> tuple[Samples, dict[str, float]]:
         meter = Meter()
         samples = cast(Samples, self.generate_completions(dataset, meter))
         metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        if self.args.eval_win_rate:
+            rows, share = self._evaluation_share(dataset)
+            draw = self._draw(share, ("evaluation",))
+            metrics["win_rate"] = self._win_rate(samples, rows, *draw, dataset._fingerprint, self.state)
+        return samples, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples | None:
         """Answer prompts and score the answers, without logging; each process answers its share.
@@ -554,10 +556,14 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             return None
         if not isinstance(prompts, Dataset):
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
+        return self._sample(*self._evaluation_share(prompts), ("evaluation",), meter or Meter())
+
+    def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
+        """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
         if "input_ids" not in prompts.column_names:
             prompts = tokenized({"eval_dataset": prompts}, self.processing_class, self.args)["eval_dataset"]
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
-        return self._sample([prompts[i] for i in share], share, ("evaluation",), meter or Meter())
+        return [prompts[i] for i in share], share
 
     # Checkpoints
 
@@ -623,12 +629,12 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         return {
             **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
-            "num_prompts": len(self.train_dataset),
+            "num_prompts": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
             "base_weights": weights_digest(self.model.frozen_models),
         }
 
 
-def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> dict[str, Dataset]:
+def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> dict[str, Any]:
     """Datasets of prompts with their token ids."""
     options: dict[str, Any] = {k: getattr(args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
     return {name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()}

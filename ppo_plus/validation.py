@@ -42,7 +42,7 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     if isinstance(eval_dataset, dict) and {"train_dataset", "eval_dataset"} & set(eval_dataset):
         raise ValueError("eval_dataset: the names 'train_dataset' and 'eval_dataset' are taken; choose others.")
     for name, dataset in {"train_dataset": train_dataset, **named_datasets(eval_dataset)}.items():
-        check_dataset(name, dataset)
+        check_dataset(name, dataset, may_stream=name == "train_dataset" and args.total_steps > 0)
     if args.eval_strategy != "no" and not named_datasets(eval_dataset):
         raise ValueError(
             f"eval_strategy={args.eval_strategy.value!r} needs prompts to evaluate on: pass eval_dataset, or set "
@@ -53,10 +53,17 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     check_output_dir(cast(str, args.output_dir))
 
 
-def check_dataset(name: str, dataset: Any) -> None:
-    """Refuse what is not a dataset with a length."""
+def check_dataset(name: str, dataset: Any, may_stream: bool) -> None:
+    """Refuse what is no dataset, and a stream where nothing says how much of it is used."""
     if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{name} is a stream; PPO needs its length: pass Dataset.from_list(list(stream.take(n))).")
+        if may_stream:
+            return
+        if name == "train_dataset":
+            raise ValueError(f"{name} is a stream, which has no length: set max_steps or total_episodes.")
+        raise ValueError(
+            f"{name} is a stream, but each evaluation answers the same prompts: pass "
+            "Dataset.from_list(list(stream.take(n)))."
+        )
     if not isinstance(dataset, Dataset):
         fixes: dict[type, str] = {list: " Pass Dataset.from_list(rows)."}
         if isinstance(dataset, DatasetDict):
@@ -139,9 +146,11 @@ def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Non
         )
 
 
-def check_enough_prompts(args: PPOConfig, num_prompts: int) -> None:
+def check_enough_prompts(args: PPOConfig, dataset: Dataset | IterableDataset) -> None:
     """A rollout needs as many prompts as it has responses."""
     needed = args.rollout_batch_size * args.world_size
+    stream = isinstance(dataset, IterableDataset)
+    num_prompts = sum(1 for _ in dataset.take(needed)) if stream else len(dataset)
     if num_prompts < needed:
         raise ValueError(
             f"train_dataset has {num_prompts} prompts, but one rollout takes {needed} (per_device_train_batch_size "

@@ -218,9 +218,24 @@ def on_two_gpus(tmp_path, _):
     make_trainer(tmp_path, model=NO_WEIGHTS, args=args)
 
 
+def stream_of(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
 def stream(tmp_path, _):
-    rows = IterableDataset.from_generator(lambda: iter(make_prompts()))
-    make_trainer(tmp_path, model=NO_WEIGHTS, train_dataset=rows)
+    make_trainer(tmp_path, model=NO_WEIGHTS, train_dataset=stream_of(make_prompts()), config={"max_steps": -1})
+
+
+def stream_to_evaluate(tmp_path, _):
+    make_trainer(tmp_path, model=NO_WEIGHTS, eval_dataset=stream_of(make_prompts()))
+
+
+def short_stream(tmp_path, _):
+    make_trainer(tmp_path, model=NO_WEIGHTS, train_dataset=stream_of(make_prompts(5)))
+
+
+def other_stream(tmp_path, _):
+    make_trainer(tmp_path, model=NO_WEIGHTS, train_dataset=stream_of([{"question": "why"}] * 9))
 
 
 ADAPTER, HEAD, ROLLOUT = "adapter_model.safetensors", "value_head.safetensors", "rollout_0.safetensors"
@@ -303,7 +318,14 @@ CASES = {
     "all splits": before_weights(
         r"train_dataset must be .*DatasetDict.*\['train'\]", train_dataset=DatasetDict(train=make_prompts())
     ),
-    "a stream": Case(stream, "train_dataset is a stream; PPO needs its length.*take", early=True),
+    "a stream without an end": Case(stream, "train_dataset is a stream.*max_steps or total_episodes", early=True),
+    "a stream to evaluate on": Case(stream_to_evaluate, "eval_dataset is a stream.*take", early=True),
+    "a stream that is too short": Case(
+        short_stream, "train_dataset has 5 prompts, but one rollout takes 8", early=True
+    ),
+    "a stream of something else": Case(
+        other_stream, r"train_dataset has no column 'prompt' \(it has \['question'\]\)", early=True
+    ),
     "a list for evaluation": before_weights("eval_dataset must be a datasets.Dataset", eval_dataset=[{"prompt": "a"}]),
     "no evaluation prompt column": before_weights(
         "hard has no column 'prompt'",
@@ -451,7 +473,7 @@ CASES = {
     "NaN": reward("'score' returned nan for prompt '.+' with completion '.*'; return a finite", third_is(float("nan"))),
     "infinity": reward("'score' returned -inf for prompt", third_is(float("-inf"))),
     "a text among numbers": reward("'score' returned '1.0' for prompt", third_is("1.0")),
-    "a list among numbers": reward(r"'score' returned \[1.0\] for prompt", third_is([1.0])),
+    "a list among numbers": reward("returned 1 numbers for prompt .* completion has [0-9]+ tokens", third_is([1.0])),
     "an exception": reward("reward function 'failing'", failing, error=KeyError),
     "a reward model with a smaller vocabulary": reward(
         "reward model .* has embeddings for 10 tokens, .* id .*reward_processing_classes", lambda: sentiment_head(10)

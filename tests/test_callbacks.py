@@ -13,10 +13,12 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, lora, make_config, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from ppo_plus import (
     ActorCritic,
     AdaptiveKLCallback,
+    EarlyStoppingOnKLCallback,
     NumericsWatchCallback,
     PPOCallback,
     PPOConfig,
@@ -299,9 +301,10 @@ class Diary(PPOCallback):
         assert settings.kl_coef == args.kl_coef
         assert not kwargs
 
-    def on_scores(self, args, state, control, scores, all_scores, model, processing_class, **kwargs):
+    def on_scores(self, args, state, control, scores, all_scores, token_rewards, model, processing_class, **kwargs):
         self.note("scores", args, state, control, model, processing_class)
         assert scores.shape == (8,)
+        assert token_rewards.shape[0] == 8 and not token_rewards.any()
         assert torch.equal(scores, all_scores)
         assert not kwargs
 
@@ -520,3 +523,133 @@ def test_a_first_ratio_that_is_not_one_is_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         callback.on_log(None, None, None, logs={"ppo/first_ratio_error": 0.01})
+
+
+# Early stop on KL
+
+
+class SetKL(PPOCallback):
+    """Says what the KL of each rollout was, before the callback under test hears of it."""
+
+    def __init__(self, *kl):
+        self.kl = list(kl)
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        metrics["kl"] = self.kl[state.global_step // args.steps_per_rollout]
+
+
+def stopped_at(folder, kl, resume=None, **arguments):
+    """The step at which training ended; a rollout is one step."""
+    config = {"num_ppo_epochs": 1, "num_mini_batches": 1, "gradient_accumulation_steps": 4, "max_steps": 6}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(folder, config={**config, **saving},
+                           callbacks=[SetKL(*kl), EarlyStoppingOnKLCallback(**arguments)])  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.state.global_step
+
+
+@pytest.mark.parametrize(
+    ("kl", "patience", "step"),
+    [
+        ([1, 9, 10.5, 1, 1, 1], 1, 3),
+        ([11, 1, 11, 12, 1, 1], 2, 4),
+        ([1, 2, float("nan"), 1, 1, 1], 1, 3),
+        ([10, 10, 10, 10, 10, 10], 1, 6),
+        ([11, 1, 11, 1, 11, 1], 2, 6),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:KL to the reference", "ignore:Training ends")
+def test_training_ends_when_kl_stays_too_high(tmp_path, kl, patience, step):
+    assert stopped_at(tmp_path, kl, max_kl=10.0, patience=patience) == step
+
+
+@pytest.mark.filterwarnings("ignore:KL to the reference")
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    with pytest.warns(UserWarning, match=r"Training ends after this step \(4\): KL .* is 11.0 nats.*for 3 rollouts"):
+        assert stopped_at(tmp_path, [1, 11, 11, 11, 11, 11], max_kl=10.0, patience=3) == 4
+    resumed = str(tmp_path / "checkpoint-3")
+    with pytest.warns(UserWarning, match=r"Training ends after this step \(4\)"):
+        assert stopped_at(tmp_path / "again", [1, 11, 11, 11, 11, 11], resume=resumed, max_kl=10.0, patience=3) == 4
+
+
+@pytest.mark.parametrize("arguments", [{"max_kl": 0.0}, {"patience": 0}])
+def test_a_bound_that_could_not_be_is_refused(arguments):
+    with pytest.raises(ValueError, match="EarlyStoppingOnKLCallback: max_kl="):
+        EarlyStoppingOnKLCallback(**arguments)
+
+
+# Trainer's own events
+
+
+STOCK = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+WITH = {
+    "on_log": {"logs"}, "on_evaluate": {"metrics", "samples"}, "on_predict": {"metrics"},
+    "on_init_end": set(), "on_push_begin": set(),
+}  # fmt: skip
+
+
+class Journal(TrainerCallback):
+    """Notes every event of Trainer's with its keyword arguments, and what is asked for at which step."""
+
+    def __init__(self, asked=None):
+        self.events, self.asked = [], asked or {}
+
+
+def journal_entry(event):
+    def note(self, args, state, control, **kwargs):
+        self.events.append((event, state.global_step, args, kwargs))
+        if event == "on_step_end" and state.global_step in self.asked:
+            setattr(control, self.asked[state.global_step], True)
+
+    return note
+
+
+for stock_event in STOCK:
+    setattr(Journal, stock_event, journal_entry(stock_event))
+
+
+def test_every_event_of_trainer_fires_with_its_arguments(tmp_path):
+    journal = Journal()
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    trainer = make_trainer(tmp_path, config=config, callbacks=[journal], eval_dataset=make_prompts(3))
+    trainer.train()
+    trainer.predict(make_prompts(3))
+    fired = {event for event, *_ in journal.events}
+    # Nothing is pushed here, and prediction steps belong to Trainer's own evaluation loop.
+    assert fired == set(STOCK) - {"on_push_begin", "on_prediction_step"}
+    always = {"model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"}
+    for event, _, args, kwargs in journal.events:
+        assert args is trainer.args
+        assert kwargs.keys() == always | WITH.get(event, set())
+        if event not in ("on_init_end", "on_predict"):
+            assert kwargs["model"] is trainer.model and kwargs["processing_class"] is trainer.processing_class
+        if event in ("on_step_end", "on_optimizer_step"):
+            assert kwargs["optimizer"] is trainer.optimizer and kwargs["lr_scheduler"] is trainer.lr_scheduler
+    counts = {event: sum(e == event for e, *_ in journal.events) for event in fired}
+    each_step = ("on_step_begin", "on_step_end", "on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
+    assert [counts[event] for event in each_step] == [4] * 5
+    assert counts["on_save"] == counts["on_evaluate"] == counts["on_predict"] == counts["on_train_end"] == 1
+    (metrics,) = (kwargs["metrics"] for event, _, _, kwargs in journal.events if event == "on_evaluate")
+    assert metrics["eval_reward"] == next(r for r in trainer.state.log_history if "eval_reward" in r)["eval_reward"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "event"),
+    [("should_save", "on_save"), ("should_evaluate", "on_evaluate"), ("should_log", "on_log")],
+)
+def test_what_a_callback_asks_for_is_done_at_once_and_once(tmp_path, flag, event):
+    journal = Journal({3: flag})
+    trainer = make_trainer(
+        tmp_path, config={"max_steps": 6, "logging_steps": 100}, callbacks=[journal], eval_dataset=make_prompts(3)
+    )
+    trainer.train()
+    # An evaluation logs too, and so does the end of training.
+    assert [step for e, step, *_ in journal.events if e == event and step < 6] == [3]
+
+
+def test_a_callback_that_asks_to_stop_is_obeyed_in_the_middle_of_a_rollout(tmp_path):
+    journal = Journal({3: "should_training_stop"})
+    trainer = make_trainer(tmp_path, config={"max_steps": 8}, callbacks=[journal])
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert [event for event, *_ in journal.events].count("on_train_end") == 1

@@ -38,6 +38,7 @@ SIGNATURES = {
     "_load_callback_state": [],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["logs", "start_time"],
+    "predict": ["test_dataset", "ignore_keys", "metric_key_prefix"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
 }
 INHERITED = [

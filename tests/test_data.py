@@ -9,9 +9,8 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from ppo_plus.data import (
-    check_context,
     check_tokenizer,
-    check_vocabulary,
+    checked_prompts,
     columns_of,
     encode_prompt,
     is_conversational,
@@ -159,17 +158,17 @@ def test_padding_is_taken_from_eos_only_where_there_is_none():
 def test_a_prompt_and_a_full_response_fit_the_context_exactly(context, fits):
     rows = Dataset.from_dict({"input_ids": [[4] * 3, [4] * 6, [4] * 5]})
     if fits:
-        check_context(rows, 8, context, "rows")
+        checked_prompts(rows, 8, context, 99, "rows")
         return
     with pytest.raises(ValueError, match=r"rows\[1\] has 6 tokens.*max_prompt_length=5"):
-        check_context(rows, 8, context, "rows")
+        checked_prompts(rows, 8, context, 99, "rows")
 
 
 def test_the_largest_id_that_has_an_embedding_is_allowed():
     rows = Dataset.from_dict({"input_ids": [[4, 9], [10, 3]]})
-    check_vocabulary(rows, 11, "rows")
+    assert checked_prompts(rows, 8, None, 11, "rows") is rows
     with pytest.raises(ValueError, match=r"rows\[1\] has token id 10, but the model has embeddings for 10"):
-        check_vocabulary(rows, 10, "rows")
+        checked_prompts(rows, 8, None, 10, "rows")
 
 
 def test_rows_become_lists_by_column():

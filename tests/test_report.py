@@ -295,7 +295,8 @@ def big_rollout(rows, length):
     samples = Samples(
         **shared, stopped=mask[:, 0], sampled_logprobs=numbers["logprobs"], entropy=numbers["values"],
         logprobs=numbers["logprobs"], ref_logprobs=numbers["ref_logprobs"], values=numbers["values"],
-        rewards=torch.randn(rows, 1), scores=rollout.scores, completions=texts, seconds={},
+        rewards=torch.randn(rows, 1), scores=rollout.scores, token_rewards=torch.zeros(rows, length), completions=texts,
+        seconds={},
     )  # fmt: skip
     return rollout, samples, tokenizer
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
 import torch
-from conftest import lora, make_model, make_prompts, make_tokenizer, make_trainer
+from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
@@ -170,3 +171,62 @@ def test_a_classifier_folder(tmp_path):
 def test_a_classifier_with_two_labels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_labels=2; a reward model needs num_labels=1"):
         make_trainer(tmp_path, reward_funcs=classifier(labels=2), reward_processing_classes=make_tokenizer())
+
+
+# Every form in which TRL takes preferences
+
+
+def messages(*contents):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+FORMATS = {
+    "text, implicit prompt": {"chosen": "why? so", "rejected": "why? no"},
+    "text, explicit prompt": {"prompt": "why? ", "chosen": "so", "rejected": "no"},
+    "messages, implicit prompt": {"chosen": messages("why?", "so"), "rejected": messages("why?", "no")},
+    "messages, explicit prompt": {
+        "prompt": messages("why?"),
+        "chosen": messages("", "so")[1:],
+        "rejected": messages("", "no")[1:],
+    },
+}
+
+
+@pytest.mark.parametrize("margin", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+def test_preferences_come_in_every_form(base, tmp_path, form, margin):
+    row = {**FORMATS[form], **({"margin": 0.5} if margin else {})}
+    tokenizer = make_tokenizer(CHAT_TEMPLATE if "messages" in form else None)
+    trainer = preference_trainer(base, tmp_path, [row] * 8, tokenizer)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    texts = tokenizer.batch_decode(inputs["input_ids"][[0, -1]], skip_special_tokens=True)
+    # A template writes roles; both forms of the prompt end in the same tokens.
+    expected = (
+        ["why? so", "why? no"] if "text" in form else ["<|user|>why?<|assistant|>so", "<|user|>why?<|assistant|>no"]
+    )
+    assert texts == expected
+    assert ("margin" in inputs) == margin
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_a_margin_asks_for_a_wider_gap(base, tmp_path):
+    """The first loss, where both answers score alike within noise, is -log sigmoid(gap - margin)."""
+    losses = []
+    for margin in (0.0, 3.0):
+        rows = [{"chosen": "why? so", "rejected": "why? no", "margin": margin}] * 8
+        trainer = preference_trainer(base, tmp_path, rows, make_tokenizer())
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    gap = -math.log(math.expm1(losses[0]))  # of chosen over rejected
+    assert losses[1] == pytest.approx(math.log1p(math.exp(3.0 - gap)), abs=1e-4)
+
+
+def preference_trainer(base, folder, rows, tokenizer):
+    config = RewardConfig(
+        output_dir=str(folder), per_device_train_batch_size=8, max_steps=1, report_to="none", use_cpu=True,
+        logging_steps=1, learning_rate=0.0, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
+    )  # fmt: skip
+    return RewardTrainer(str(base), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                         peft_config=lora(task_type="SEQ_CLS"))  # fmt: skip

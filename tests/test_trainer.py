@@ -493,6 +493,7 @@ ELSEWHERE = {
     "logging_nan_inf_filter": "test_a_nan_loss_is_seen_in_the_log",
     "remove_unused_columns": "test_columns_cannot_be_kept_from_reward_functions",
     "restore_callback_states_from_checkpoint": "test_resume.py",
+    "eval_win_rate": "test_evaluation.py",
     "run_report": "test_report.py",
     "on_reward_error": "test_faults.py",
     "on_save_error": "test_faults.py",

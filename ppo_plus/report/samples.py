@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -25,8 +25,10 @@ TOKENS = 400  # of each response
 CHARACTERS = 1200  # of each prompt, its end, and of each answer, its beginning
 
 
-def fixed_prompts(train: Dataset, evaluation: Any) -> Dataset:
+def fixed_prompts(train: Dataset | IterableDataset, evaluation: Any) -> Dataset:
     """The prompts that are answered again and again: of evaluation if reward functions can score them."""
+    if isinstance(train, IterableDataset):
+        train = Dataset.from_list(list(train.take(PROMPTS)))
     held_out = evaluation if isinstance(evaluation, Dataset) else next(iter((evaluation or {}).values()), None)
     known = held_out is not None and set(train.column_names) <= set(held_out.column_names)
     dataset: Any = held_out if known else train
