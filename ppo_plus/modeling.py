@@ -327,7 +327,7 @@ class ActorCritic(nn.Module):
             if on_step is not None:
                 on_step(len(alive))
             outputs = self._hidden_states(step_ids, mask, use_cache=True, **{cache_name: cache})
-            cache = outputs[cache_name]
+            cache = outputs.get(cache_name)
             logits = head(outputs.last_hidden_state[:, -1]).float() / temperature
             token = sample(logits if warp is None else warp(logits), noise[alive, t])
             tokens[alive, t], logprobs[alive, t] = token, token_logprobs(logits, token)
