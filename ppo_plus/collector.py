@@ -228,7 +228,9 @@ class Collector:
         mean, var = F.masked_moments(values.nan_to_num(), mask, reduce=self.reduce)
         return mean.item(), var.item()
 
-    def _generate(self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None] = lambda: None) -> Generation:
+    def _generate(
+        self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None] = lambda: None
+    ) -> Generation:
         (rows, length), padding = noise.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)

@@ -538,7 +538,7 @@ def test_async_reward_functions_wait_at_the_same_time(timeout):
 
     rewards = RewardSet([FunctionReward(judge(s), f"judge_{s}", timeout) for s in (1.0, 2.0, 3.0)], None)
     batch = Completions(prompts=["a", "b"], completions=["c", "d"], completion_ids=[[1], [2]])
-    assert rewards(batch).tolist() == [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    assert rewards(batch).by_function.tolist() == [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
 
 
 @pytest.mark.parametrize("phase", ["generate", "forward"])
