@@ -1,20 +1,111 @@
-"""What evaluation has beside a rollout: answers of the reference to compare with, and answers as one table."""
+"""Evaluation: a rollout that nothing is learned from, the reference's answers beside it, and answers as a table."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import PredictionOutput
 
 from .collector import Collector, Samples
-from .data import Row
+from .config import PPOConfig
+from .data import Row, tokenized
+from .metrics import Meter
 from .rewards import Completions
 from .rollout import isolated_rng
+
+
+class EvaluationMixin(Trainer):
+    """Evaluation and prediction of `PPOTrainer`: prompts are answered as in a rollout, and nothing is learned."""
+
+    args: PPOConfig
+    processing_class: PreTrainedTokenizerBase
+    collector: Collector
+    control: Any
+    _win_rate: WinRate
+    _sample: Any
+    _draw: Any
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Answer the evaluation prompts and report reward, KL to the reference and lengths.
+
+        The same seed every time, so two evaluations differ by the policy alone; training does not notice.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate() needs prompts: pass eval_dataset here or to PPOTrainer.")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        samples, metrics = self._evaluated(dataset, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics, samples=samples)
+        return metrics
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Answer prompts, and report what `evaluate` does without logging it.
+
+        Returns:
+            `predictions`: token ids of the answers in the order of the prompts, `(N, R)` int64, filled up with -100;
+            `metrics`: as of `evaluate`; `label_ids`: None.
+        """
+        samples, metrics = self._evaluated(test_dataset, metric_key_prefix)
+        self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        answers = gathered_answers(samples.completions.completion_ids)
+        return PredictionOutput(predictions=answers, label_ids=None, metrics=metrics)
+
+    def _evaluated(self, dataset: Dataset, prefix: str) -> tuple[Samples, dict[str, float]]:
+        meter = Meter()
+        samples = cast(Samples, self.generate_completions(dataset, meter))
+        metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
+        if self.args.eval_win_rate:
+            rows, share = self._evaluation_share(dataset)
+            noise, seed = self._draw(share, ("evaluation",))
+            metrics["win_rate"] = self._win_rate(samples, rows, noise, seed, dataset._fingerprint, self.state)
+        return samples, {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples | None:
+        """Answer prompts and score the answers, without logging; each process answers its share.
+
+        Args:
+            dataset: prompts; `eval_dataset` by default.
+            meter: takes what reward functions log.
+
+        Returns:
+            texts, tokens, scores, log-probabilities and values; the same for the same policy every time. None, with a
+            warning, where there are no prompts: TRL's scripts end in this call, with an `eval_dataset` or without.
+        """
+        prompts = dataset if dataset is not None else self.eval_dataset
+        if prompts is None:
+            warnings.warn("generate_completions() has no prompts to answer: pass them, or eval_dataset.", stacklevel=2)
+            return None
+        if not isinstance(prompts, Dataset):
+            raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
+        return self._sample(*self._evaluation_share(prompts), ("evaluation",), meter or Meter())
+
+    def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
+        """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
+        if "input_ids" not in prompts.column_names:
+            prompts = tokenized({"eval_dataset": prompts}, self.processing_class, self.args)["eval_dataset"]
+        share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        return [prompts[i] for i in share], share
 
 
 class WinRate:

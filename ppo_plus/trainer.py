@@ -10,16 +10,15 @@ asks for the micro-batches of each optimizer step in one place, `get_batch_sampl
     5. advantages          KL penalty, score at the last token, GAE |
     6. learn               one minibatch per optimizer step; the loss is in `compute_loss`
 
-The clock is `state.global_step`, which is in every checkpoint; every seed is a function of it.
+The clock is `state.global_step`, which is in every checkpoint; every seed is a function of it. Checkpoints are in
+resume.py, evaluation in evaluation.py, the Hub in hub.py.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -37,13 +36,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput, rotate_checkpoints
 
 from . import functional as F
 from .callbacks import (
     InterruptCallback,
-    Interrupted,
     NumericsWatchCallback,
     PPOCallback,
     RolloutSettings,
@@ -52,19 +48,12 @@ from .callbacks import (
 from .card import CardMixin
 from .checkpoint import (
     Progress,
-    damage,
     last_whole_checkpoint,
-    load_progress,
-    save_progress,
-    seal,
-    weights_digest,
-    write_whole,
 )
 from .collector import Collector, Samples, Stopwatch
 from .config import PPOConfig
-from .data import Row, check_padding, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenize_prompts
-from .evaluation import WinRate, gathered_answers
-from .hub import HubMixin, save_arguments
+from .data import Row, check_padding, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
+from .evaluation import EvaluationMixin, WinRate
 from .legacy import with_named_adapters
 from .loading import build_actor_critic, critic_source, load_policy
 from .metrics import Meter
@@ -73,6 +62,7 @@ from .out_of_memory import added_gradients, in_chunks, named_memory_error
 from .progress import show_phases
 from .prompts import prompt_loader
 from .report import RunReportCallback, fixed_prompts
+from .resume import ResumeMixin
 from .rewards import build_rewards
 from .rollout import Rollout, isolated_rng, micro_batch_rows, minibatch_rows, position_seed, sampling_noise
 from .validation import (
@@ -87,7 +77,7 @@ from .validation import (
 )
 
 
-class PPOTrainer(HubMixin, CardMixin, Trainer):
+class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     """Proximal policy optimization (Schulman et al. 2017) of a language model against a reward.
 
     Args:
@@ -207,37 +197,6 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
             timeout=args.reward_timeout,
         )
         return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids, self._report)
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Trainer's `train`; `resume_from_checkpoint=True` means the newest checkpoint that is whole.
-
-        A damaged newer one is named and skipped. If there is none at all, training starts at the beginning, so that
-        a script that is restarted by a supervisor needs no case of its own for the first start.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(cast(str, self.args.output_dir))
-            if resume_from_checkpoint is None:
-                warnings.warn(f"No whole checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=2)
-        elif isinstance(resume_from_checkpoint, str) and (found := damage(resume_from_checkpoint)):
-            raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {found}. Use the checkpoint before it.")
-        with self._interrupt:
-            try:
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            except Interrupted:
-                return self._left_before_rollout(trial)
-
-    def _left_before_rollout(self, trial: Any) -> TrainOutput:
-        step = self.state.global_step
-        saved = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if step > self._interrupt.began_at and damage(saved):
-            self._save_checkpoint(self.model_wrapped, trial)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(step, math.nan, {})
 
     # Serving minibatches
 
@@ -489,155 +448,6 @@ class PPOTrainer(HubMixin, CardMixin, Trainer):
         if "loss" in logs:
             logs = {**logs, **self._progress.meter.flush(self.collector.reduce)}
         super().log(logs, start_time)
-
-    # Evaluating
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Answer the evaluation prompts and report reward, KL to the reference and lengths.
-
-        The same seed every time, so two evaluations differ by the policy alone; training does not notice.
-        """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise ValueError("evaluate() needs prompts: pass eval_dataset here or to PPOTrainer.")
-        if isinstance(dataset, dict):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        samples, metrics = self._evaluated(dataset, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics, samples=samples)
-        return metrics
-
-    def predict(
-        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
-    ) -> PredictionOutput:
-        """Answer prompts, and report what `evaluate` does without logging it.
-
-        Returns:
-            `predictions`: token ids of the answers in the order of the prompts, `(N, R)` int64, filled up with -100;
-            `metrics`: as of `evaluate`; `label_ids`: None.
-        """
-        samples, metrics = self._evaluated(test_dataset, metric_key_prefix)
-        self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
-        answers = gathered_answers(samples.completions.completion_ids)
-        return PredictionOutput(predictions=answers, label_ids=None, metrics=metrics)
-
-    def _evaluated(self, dataset: Dataset, prefix: str) -> tuple[Samples, dict[str, float]]:
-        meter = Meter()
-        samples = cast(Samples, self.generate_completions(dataset, meter))
-        metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
-        if self.args.eval_win_rate:
-            rows, share = self._evaluation_share(dataset)
-            draw = self._draw(share, ("evaluation",))
-            metrics["win_rate"] = self._win_rate(samples, rows, *draw, dataset._fingerprint, self.state)
-        return samples, {f"{prefix}_{name}": value for name, value in metrics.items()}
-
-    def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples | None:
-        """Answer prompts and score the answers, without logging; each process answers its share.
-
-        Args:
-            dataset: prompts; `eval_dataset` by default.
-            meter: takes what reward functions log.
-
-        Returns:
-            texts, tokens, scores, log-probabilities and values; the same for the same policy every time. None, with a
-            warning, where there are no prompts: TRL's scripts end in this call, with an `eval_dataset` or without.
-        """
-        prompts = dataset if dataset is not None else self.eval_dataset
-        if prompts is None:
-            warnings.warn("generate_completions() has no prompts to answer: pass them, or eval_dataset.", stacklevel=2)
-            return None
-        if not isinstance(prompts, Dataset):
-            raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
-        return self._sample(*self._evaluation_share(prompts), ("evaluation",), meter or Meter())
-
-    def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
-        """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
-        if "input_ids" not in prompts.column_names:
-            prompts = tokenized({"eval_dataset": prompts}, self.processing_class, self.args)["eval_dataset"]
-        share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
-        return [prompts[i] for i in share], share
-
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        directory = cast(str, output_dir or self.args.output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
-        self.processing_class.save_pretrained(directory)
-        save_arguments(self.args, directory)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # Trainer calls this where it saves the rest of what a resumed run needs.
-        super()._save_rng_state(output_dir)
-        inside = self.state.global_step % self.args.steps_per_rollout != 0
-        save_progress(output_dir, self.accelerator.process_index, self._progress, self._fingerprint(), inside)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A callback that the resumed checkpoint did not know has no entry for Trainer to fill.
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):
-                cast(dict, self.state.stateful_callbacks).setdefault(type(callback).__name__, {})
-        run_dir = self._get_output_dir(trial=trial)
-        directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(directory, ignore_errors=True)  # left over from a run that was killed while it wrote
-        self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        # Trainer would push it, and delete the one before, while this one has no manifest yet.
-        limit, push = self.args.save_total_limit, self.args.push_to_hub
-        self.args.save_total_limit, self.args.push_to_hub = None, False
-        write, finish = partial(super()._save_checkpoint, model, trial), partial(seal, directory)
-        try:
-            written = write_whole(
-                directory,
-                [write, finish if self.args.should_save else lambda: None],  # as many everywhere: they are counted
-                self.args.on_save_error,
-                self._on_any_process,
-            )
-        finally:
-            self.args.save_total_limit, self.args.push_to_hub = limit, push
-        if not written:
-            self.state.best_model_checkpoint = best
-        elif self.args.should_save:
-            if push:
-                self._push_from_checkpoint(str(directory))
-            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
-
-    def _on_any_process(self, failed: bool) -> bool:
-        return bool(self.collector.reduce(torch.tensor(float(failed))))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        progress = load_progress(resume_from_checkpoint, self.accelerator.process_index, self._fingerprint())
-        self.model.load_weights(resume_from_checkpoint)
-        self._progress = progress
-
-    def _load_best_model(self) -> None:
-        self.model.load_weights(self.state.best_model_checkpoint)
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint's steps to mean the same in this run."""
-        names = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length", "critic", "seed")
-        return {
-            **{name: getattr(self.args, name) for name in names},
-            "num_processes": self.accelerator.num_processes,
-            "num_prompts": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            "base_weights": weights_digest(self.model.frozen_models),
-        }
-
-
-def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> dict[str, Any]:
-    """Datasets of prompts with their token ids."""
-    options: dict[str, Any] = {k: getattr(args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
-    return {name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()}
 
 
 def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_config: Any) -> Any:

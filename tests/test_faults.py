@@ -19,6 +19,7 @@ import torch
 from conftest import make_trainer
 from transformers import TrainerCallback
 
+import ppo_plus.resume as resume_module
 import ppo_plus.trainer as trainer_module
 from ppo_plus import PPOCallback
 from ppo_plus.checkpoint import MANIFEST, damage, seal
@@ -111,7 +112,7 @@ def test_the_checkpoint_before_stays_until_the_new_one_is_whole(tmp_path, monkey
         at_seal.append([s for s in steps(tmp_path) if damage(tmp_path / f"checkpoint-{s}") is None])
         seal(directory)
 
-    monkeypatch.setattr(trainer_module, "seal", watched)
+    monkeypatch.setattr(resume_module, "seal", watched)
     trainer.train()
     assert at_seal == [[], [1], [2]]
     assert steps(tmp_path) == [3]

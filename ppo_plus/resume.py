@@ -1,0 +1,144 @@
+"""How training ends and begins again: checkpoints that are whole or not there, and signals that are heard in between.
+
+What a checkpoint holds is in `checkpoint.py`; here is when `Trainer` writes and reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from .callbacks import InterruptCallback, Interrupted
+from .checkpoint import (
+    Progress,
+    damage,
+    last_whole_checkpoint,
+    load_progress,
+    save_progress,
+    seal,
+    weights_digest,
+    write_whole,
+)
+from .collector import Collector
+from .config import PPOConfig
+from .hub import HubMixin, save_arguments
+from .modeling import ActorCritic
+
+
+class ResumeMixin(HubMixin, Trainer):
+    """Checkpoints of `PPOTrainer`, from which a run goes on to the same bits."""
+
+    args: PPOConfig
+    model: ActorCritic
+    processing_class: PreTrainedTokenizerBase
+    collector: Collector
+    _interrupt: InterruptCallback
+    _progress: Progress
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trainer's `train`; `resume_from_checkpoint=True` means the newest checkpoint that is whole.
+
+        A damaged newer one is named and skipped. If there is none at all, training starts at the beginning, so that
+        a script that is restarted by a supervisor needs no case of its own for the first start.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                warnings.warn(f"No whole checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=2)
+        elif isinstance(resume_from_checkpoint, str) and (found := damage(resume_from_checkpoint)):
+            raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {found}. Use the checkpoint before it.")
+        with self._interrupt:
+            try:
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except Interrupted:
+                return self._left_before_rollout(trial)
+
+    def _left_before_rollout(self, trial: Any) -> TrainOutput:
+        step = self.state.global_step
+        saved = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step > self._interrupt.began_at and damage(saved):
+            self._save_checkpoint(self.model_wrapped, trial)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(step, math.nan, {})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = cast(str, output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+        self.processing_class.save_pretrained(directory)
+        save_arguments(self.args, directory)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Trainer calls this where it saves the rest of what a resumed run needs.
+        super()._save_rng_state(output_dir)
+        inside = self.state.global_step % self.args.steps_per_rollout != 0
+        save_progress(output_dir, self.accelerator.process_index, self._progress, self._fingerprint(), inside)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A callback that the resumed checkpoint did not know has no entry for Trainer to fill.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                cast(dict, self.state.stateful_callbacks).setdefault(type(callback).__name__, {})
+        run_dir = self._get_output_dir(trial=trial)
+        directory = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(directory, ignore_errors=True)  # left over from a run that was killed while it wrote
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        # Trainer would push it, and delete the one before, while this one has no manifest yet.
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        self.args.save_total_limit, self.args.push_to_hub = None, False
+        write, finish = partial(super()._save_checkpoint, model, trial), partial(seal, directory)
+        try:
+            written = write_whole(
+                directory,
+                [write, finish if self.args.should_save else lambda: None],  # as many everywhere: they are counted
+                self.args.on_save_error,
+                self._on_any_process,
+            )
+        finally:
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
+        if not written:
+            self.state.best_model_checkpoint = best
+        elif self.args.should_save:
+            if push:
+                self._push_from_checkpoint(str(directory))
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
+
+    def _on_any_process(self, failed: bool) -> bool:
+        return bool(self.collector.reduce(torch.tensor(float(failed))))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        progress = load_progress(resume_from_checkpoint, self.accelerator.process_index, self._fingerprint())
+        self.model.load_weights(resume_from_checkpoint)
+        self._progress = progress
+
+    def _load_best_model(self) -> None:
+        self.model.load_weights(self.state.best_model_checkpoint)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint's steps to mean the same in this run."""
+        names = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length", "critic", "seed")
+        return {
+            **{name: getattr(self.args, name) for name in names},
+            "num_processes": self.accelerator.num_processes,
+            "num_prompts": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+            "base_weights": weights_digest(self.model.frozen_models),
+        }
