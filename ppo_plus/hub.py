@@ -10,8 +10,6 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, hf_api
 
-from .checkpoint import seal
-
 ARGUMENTS_FILE = "training_args.json"
 
 
@@ -27,8 +25,7 @@ class HubMixin:
     push_in_progress: PushInProgress | None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer would copy the files whose names it knows (no value head), push a checkpoint before its manifest
-        # stands in it, and pickle the arguments, the token among them.
+        # Trainer would copy the files whose names it knows (no value head), and pickle the arguments with the token.
         args: Any = self.args
         self.accelerator.wait_for_everyone()  # every process has written its share of the checkpoint
         if not self.accelerator.is_main_process or args.hub_strategy == HubStrategy.END:
@@ -44,7 +41,6 @@ class HubMixin:
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._upload(args.output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            seal(checkpoint_folder)
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if last else Path(checkpoint_folder).name
             jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", path_in_repo=name))

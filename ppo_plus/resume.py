@@ -117,9 +117,10 @@ class ResumeMixin(HubMixin, Trainer):
             self.args.save_total_limit, self.args.push_to_hub = limit, push
         if not written:
             self.state.best_model_checkpoint = best
-        elif self.args.should_save:
-            if push:
-                self._push_from_checkpoint(str(directory))
+            return
+        if push:
+            self._push_from_checkpoint(str(directory))  # on every process: they wait for each other in it
+        if self.args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
 
     def _on_any_process(self, failed: bool) -> bool:

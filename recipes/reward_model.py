@@ -55,6 +55,7 @@ def main() -> None:
     trainer.save_model()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
+    trainer.accelerator.end_training()  # processes part in good order
 
 
 if __name__ == "__main__":
