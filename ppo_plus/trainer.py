@@ -142,12 +142,10 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_adapters(args, model, peft_config, reward_funcs, value_model)
         datasets = tokenized({"train_dataset": train_dataset, **named_datasets(eval_dataset)}, tokenizer, args)
         check_enough_prompts(args, datasets["train_dataset"])
+        critic = critic_source(args, value_model, reward_funcs)
         policy = loaded_policy(model, args, quantization_config, peft_config)
         actor_critic = build_actor_critic(
-            policy,
-            critic=critic_source(args, value_model, reward_funcs),
-            ref_model=ref_model,
-            disable_dropout=args.disable_dropout,
+            policy, critic=critic, ref_model=ref_model, disable_dropout=args.disable_dropout
         )
         check_padding(tokenizer, actor_critic.num_embeddings)
         limits = (args.response_length, actor_critic.context, actor_critic.num_embeddings)
@@ -169,15 +167,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
         self.collector = self._build_collector(reward_funcs, reward_processing_classes)
-        self._interrupt = InterruptCallback()
-        self.add_callback(self._interrupt)
-        self.add_callback(NumericsWatchCallback())
-        show_phases(self)
-        if args.num_sample_generations or args.log_completions:
-            self.add_callback(SamplesTableCallback())
-        if args.run_report:
-            answer = cast(Callable[[Dataset], Samples], self.generate_completions)
-            self.add_callback(RunReportCallback(answer, fixed_prompts(self.train_dataset, self.eval_dataset)))
+        self._add_callbacks()
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
         self._rows_at_a_time = args.rollout_batch_size  # as many as a micro-batch has
@@ -197,6 +187,17 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             timeout=args.reward_timeout,
         )
         return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids, self._report)
+
+    def _add_callbacks(self) -> None:
+        self._interrupt = InterruptCallback()
+        self.add_callback(self._interrupt)
+        self.add_callback(NumericsWatchCallback())
+        show_phases(self)
+        if self.args.num_sample_generations or self.args.log_completions:
+            self.add_callback(SamplesTableCallback())
+        if self.args.run_report:
+            answer = cast(Callable[[Dataset], Samples], self.generate_completions)
+            self.add_callback(RunReportCallback(answer, fixed_prompts(self.train_dataset, self.eval_dataset)))
 
     # Serving minibatches
 
