@@ -195,6 +195,11 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         return -(-self.total_episodes // (self.rollout_batch_size * self.world_size)) * self.steps_per_rollout
 
     @property
+    def prompt_options(self) -> dict[str, Any]:
+        """How prompts become token ids."""
+        return {name: getattr(self, name) for name in ("max_prompt_length", "chat_template_kwargs")}
+
+    @property
     def value_coef(self) -> float:
         """The weight of the value loss that is used."""
         return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)

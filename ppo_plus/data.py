@@ -11,8 +11,6 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import PPOConfig
-
 Row = dict[str, Any]
 
 
@@ -103,9 +101,8 @@ def tokenize_prompts(
     return dataset.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
 
 
-def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> dict[str, Any]:
-    """Datasets of prompts with their token ids."""
-    options: dict[str, Any] = {k: getattr(args, k) for k in ("max_prompt_length", "chat_template_kwargs")}
+def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
+    """Datasets of prompts with their token ids; the options are those of `tokenize_prompts`."""
     return {name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()}
 
 

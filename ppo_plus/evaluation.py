@@ -103,7 +103,9 @@ class EvaluationMixin(Trainer):
     def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
         """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
         if "input_ids" not in prompts.column_names:
-            prompts = tokenized({"eval_dataset": prompts}, self.processing_class, self.args)["eval_dataset"]
+            prompts = tokenized({"eval_dataset": prompts}, self.processing_class, **self.args.prompt_options)[
+                "eval_dataset"
+            ]
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         return [prompts[i] for i in share], share
 

@@ -140,7 +140,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_stop_token(args, tokenizer)
         check_models(model, ref_model, value_model, tokenizer)
         check_adapters(args, model, peft_config, reward_funcs, value_model)
-        datasets = tokenized({"train_dataset": train_dataset, **named_datasets(eval_dataset)}, tokenizer, args)
+        datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        datasets = tokenized(datasets, tokenizer, **args.prompt_options)
         check_enough_prompts(args, datasets["train_dataset"])
         critic = critic_source(args, value_model, reward_funcs)
         policy = loaded_policy(model, args, quantization_config, peft_config)

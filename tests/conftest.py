@@ -45,23 +45,25 @@ def make_tokenizer(chat_template: str | None = None, pad_token: str = "<pad>") -
     )
 
 
+SIZES = {
+    "vocab_size": 4 + len(LETTERS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
 def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
     """A random Llama of two layers; output scaled up so that its distribution is not flat."""
-    sizes = {
-        "vocab_size": 4 + len(LETTERS),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-    }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **overrides}))
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     return model
@@ -146,3 +148,12 @@ class PeakMemory(TorchDispatchMode):
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model on disk, as a user has it."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

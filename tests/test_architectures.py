@@ -5,29 +5,18 @@ from __future__ import annotations
 
 import copy
 
+import conftest
 import pytest
 import torch
 import transformers
-from conftest import LETTERS, lora, make_model, make_trainer
+from conftest import lora, make_model, make_trainer
 from peft import PeftModel
 
 from ppo_plus import ActorCritic, ValueHead
 from ppo_plus.modeling import select_rows
 from ppo_plus.rollout import response_mask, sampling_noise
 
-SIZES = {
-    "vocab_size": 4 + len(LETTERS),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,
-}
+SIZES = {k: v for k, v in conftest.SIZES.items() if k != "tie_word_embeddings"} | {"initializer_range": 0.3}
 WINDOW = {"sliding_window": 4}  # shorter than the prompts
 NO_GROUPS = ("num_key_value_heads", "intermediate_size")
 ONLY_STATES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")

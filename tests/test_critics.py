@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora, make_config, make_model, make_tokenizer, make_trainer
+from conftest import lora, make_config, make_model, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -24,14 +24,6 @@ from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
 
 IDS = torch.arange(4, 34).view(3, 10)
 MASK = torch.ones_like(IDS)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def classifier(base, seed=0):

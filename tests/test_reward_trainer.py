@@ -27,15 +27,6 @@ def pairs(n=64, seed=0):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A base model on disk, as a user has it."""
-    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def reward_adapter(base, tmp_path_factory):
     """A reward adapter trained on that base, and its trainer."""
     folder = tmp_path_factory.mktemp("reward") / "reward-adapter"

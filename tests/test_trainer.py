@@ -935,14 +935,6 @@ def test_reward_functions_can_log_and_know_the_state(tmp_path):
 # --- models by name, and without PEFT ---
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def by_name(tmp_path, base, **options):
     return make_trainer(
         tmp_path, config=options.pop("config", QUICK), model=str(base), processing_class=None, **options
