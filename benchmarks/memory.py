@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from against_trl import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, ROOT, default_model, install_trl, run
+from against_trl import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, ROOT, install_trl, run
 
 
 def planned(model: str, dtype: str) -> dict[str, float]:
@@ -38,9 +38,9 @@ def main() -> None:
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     args = parser.parse_args()
     install_trl()
-    from machine import describe_machine
+    from machine import describe_machine, smollm2
 
-    model = args.model or default_model()
+    model = args.model or smollm2()
     kinds = ("peak", "gpu_allocated", "gpu_reserved")
     sides = {}
     for side in ("trl", "ours"):

@@ -18,8 +18,8 @@ import statistics
 import time
 
 import torch
-from against_trl import PROMPT, RESPONSE, ROOT, default_model, lora
-from machine import describe_machine
+from against_trl import PROMPT, RESPONSE, ROOT, lora
+from machine import describe_machine, smollm2
 from transformers import AutoModelForCausalLM
 
 from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     args = parser.parse_args()
-    actor, head = actor_with_reward(args.model or default_model(), args.dtype)
+    actor, head = actor_with_reward(args.model or smollm2(), args.dtype)
     ids = torch.randint(100, actor.num_embeddings, (args.rows, PROMPT + RESPONSE)).to(actor.device)
     batch = (actor, head, ids, torch.ones_like(ids))
     gap = distance(separate(*batch), mixed(*batch))

@@ -15,7 +15,8 @@ import tempfile
 
 import torch
 from against_trl import lora
-from measuring import medians, report, smollm2, tiny_model
+from machine import smollm2
+from measuring import medians, report, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 

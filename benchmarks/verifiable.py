@@ -195,13 +195,9 @@ def main() -> None:
     if args.child:
         print(json.dumps(run(args.child, args)))
         return
-    if args.model is None:
-        sys.path.insert(0, str(ROOT / "recipes"))
-        from demo_assets import load_smollm2
+    from machine import describe_machine, smollm2
 
-        args.model = str(load_smollm2())
-    from machine import describe_machine
-
+    args.model = args.model or smollm2()
     runs: dict[str, list[dict]] = {side: [] for side in SIDES}
     for seed in args.seeds:
         for side, done in runs.items():

@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 
-from against_trl import EPISODES, EPOCHS, RESPONSE, ROOT, default_model, install_trl, run
+from against_trl import EPISODES, EPOCHS, RESPONSE, ROOT, install_trl, run
 
 
 def summary(runs: list[dict]) -> dict[str, float]:
@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     args = parser.parse_args()
     install_trl()
-    from machine import describe_machine
+    from machine import describe_machine, smollm2
 
-    model = args.model or default_model()
+    model = args.model or smollm2()
     runs: dict[str, list[dict]] = {"trl": [], "ours": []}
     for _ in range(args.repeats):
         for side, done in runs.items():
