@@ -60,8 +60,11 @@ class _ScoreChunk(torch.autograd.Function):
         outputs = [logprobs.gather(-1, targets[:, None]).squeeze(-1)]
         if with_entropy:
             outputs.append(entropy_of_logprobs(logprobs))
-        slopes = logit_slopes(logprobs, targets, temperature, *outputs[1:])
-        gradients = [torch.autograd.grad(logits, states, s.to(logits.dtype), retain_graph=True)[0] for s in slopes]
+        slopes = logit_slopes(logprobs, targets, *outputs[1:])
+        gradients = [
+            torch.autograd.grad(logits, states, slope.to(logits.dtype), retain_graph=True)[0].div_(-temperature)
+            for slope in slopes
+        ]
         ctx.save_for_backward(*gradients)
         return tuple(outputs)
 
@@ -72,22 +75,25 @@ class _ScoreChunk(torch.autograd.Function):
         return sum(parts[1:], parts[0]), None, None, None, None
 
 
-def logit_slopes(logprobs: Tensor, targets: Tensor, temperature: float, entropy: Tensor | None = None) -> list[Tensor]:
-    """How the chosen log-probability, and the entropy if it is given, change with each logit.
+def logit_slopes(logprobs: Tensor, targets: Tensor, entropy: Tensor | None = None) -> list[Tensor]:
+    """How the chosen log-probability, and the entropy if it is given, fall with each logit at temperature 1.
 
-    `d log p_c / d z_v = ([v = c] - p_v) / T` and `d H / d z_v = -p_v (log p_v + H) / T`.
+    `-d log p_c / d z_v = p_v - [v = c]` and `-d H / d z_v = p_v (log p_v + H)`. These are the largest tensors there
+    are, so they are written over each other, and sign and temperature are left to the gradients they lead to.
 
     Args:
         logprobs: of the whole vocabulary, `(n, V)` float32; overwritten.
         targets: c, `(n,)` int64.
-        temperature: T.
         entropy: H, `(n,)` float32, nats.
     """
-    probs, slopes = logprobs.exp(), []
-    if entropy is not None:
-        slopes.append(logprobs.add_(entropy[:, None]).masked_fill_(probs == 0, 0.0).mul_(probs).mul_(-1 / temperature))
-    chosen = torch.full_like(targets, 1, dtype=probs.dtype) / temperature
-    return [probs.mul_(-1 / temperature).scatter_add_(-1, targets[:, None], chosen[:, None]), *slopes]
+    slopes = []
+    if entropy is None:
+        probs = logprobs.exp_()
+    else:
+        probs = logprobs.exp()
+        slopes.append(logprobs.add_(entropy[:, None]).masked_fill_(probs == 0, 0.0).mul_(probs))
+    minus_one = probs.new_full((len(targets), 1), -1.0)
+    return [probs.scatter_add_(-1, targets[:, None], minus_one), *slopes]
 
 
 def chunked_logprobs(

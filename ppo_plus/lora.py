@@ -2,8 +2,9 @@
 
 PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` as four operations on whole activations, and keeps an
 fp32 copy of `x` for the backward pass where the adapter is fp32. A rank-16 update deserves neither: here it is added
-to the base layer's output by one fused product, and the backward pass keeps `x` as it came. Weights, names and
-files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, merged, mixed batches) goes through PEFT's own code.
+to the base layer's output by one fused product, in place where the base is a frozen `nn.Linear`, and the backward pass
+keeps `x` as it came. Weights, names and files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, merged, mixed
+batches) goes through PEFT's own code.
 """
 
 from __future__ import annotations
@@ -52,6 +53,42 @@ class _AddLowRank(torch.autograd.Function):
         return grad, grad_x, grad_a, grad_b, None
 
 
+class _LowRankLinear(torch.autograd.Function):
+    """`x W^T + bias + scaling * (x A^T) B^T` over a frozen linear layer, and its gradient, summed in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        inner = flat.mm(low_a.t())
+        result = nn.functional.linear(flat, weight, bias).addmm_(inner, low_b.t(), alpha=scaling)
+        ctx.save_for_backward(flat, inner, weight, low_a, low_b)
+        ctx.scaling, ctx.x_shape, ctx.adapter_dtype = scaling, x.shape, a.dtype
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, a, b = ctx.saved_tensors
+        flat, dtype = grad.reshape(-1, grad.shape[-1]), ctx.adapter_dtype
+        through_b = flat.mm(b).mul_(ctx.scaling)
+        grad_x = flat.mm(weight).addmm_(through_b, a).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        grad_a = through_b.t().mm(x).to(dtype) if ctx.needs_input_grad[3] else None
+        grad_b = flat.t().mm(inner).mul_(ctx.scaling).to(dtype) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _is_frozen_linear(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `layer` is no more than a product with a frozen matrix, in the dtype that `x` comes in."""
+    return (
+        type(layer) is nn.Linear
+        and x.dtype == layer.weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+        and not any(p.requires_grad for p in layer.parameters())
+    )
+
+
 @contextlib.contextmanager
 def weights_at_rest(model: nn.Module) -> Iterator[None]:
     """Inside, adapters do not change and nothing is differentiated: their weights are cast to the backbone's dtype
@@ -75,10 +112,14 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     )
     if not plain or layer.disable_adapters or not names:
         return type(layer).forward(layer, x, *args, **kwargs)
-    result = layer.base_layer(x)
+    at_rest, base = getattr(layer, "at_rest", None), layer.base_layer
+    if at_rest is None and len(names) == 1 and _is_frozen_linear(base, x):
+        (name,) = names
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return _LowRankLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+    result = base(x)
     for name in names:
         a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-        at_rest = getattr(layer, "at_rest", None)
         if at_rest is None:
             result = _AddLowRank.apply(result, x, a, b, scaling)
         else:

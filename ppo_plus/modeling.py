@@ -22,6 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import active_adapter, adapter_weights, fitting, load_adapter, mount, use_adapter
 from .functional import token_logprobs
@@ -113,6 +114,7 @@ class ActorCritic(nn.Module):
         # In a list so that the reference is no submodule: it is neither trained, saved, nor wrapped by DDP.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         use_plain_lora(policy)
+        self._compiled = False
         self._active: PreTrainedModel = self.language_model
         models = [self.language_model, *self._ref_model, *([unwrapped(value_model)] if value_model else [])]
         self._fused_attention = [m for m in models if m.config.get_text_config()._attn_implementation == "sdpa"]
@@ -187,6 +189,19 @@ class ActorCritic(nn.Module):
             given = {**given, "use_reentrant": False, "context_fn": self._same_adapter}
         for model in [self.policy, *([self.value_model] if self.value_model else [])]:
             unwrapped(model).activation_checkpointing_enable(activation_checkpointing_kwargs=given or None, **kwargs)
+
+    def compile_layers(self, **kwargs: Any) -> None:
+        """Compile the decoder layers in place, each by itself: they are alike, so one graph serves all of them.
+
+        Learning and scoring run compiled. Decoding does not: its shapes change with every token.
+
+        Args:
+            kwargs: what `torch.compile` takes, such as `backend` and `mode`.
+        """
+        self._compiled = True
+        for module in [m for model in (self, *self._ref_model) for m in model.modules()]:
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=True, **kwargs)
 
     def _same_adapter(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         return contextlib.nullcontext(), use_adapter(self.policy, active_adapter(self.policy))
@@ -309,7 +324,9 @@ class ActorCritic(nn.Module):
             warp: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
             on_step: called at each decode step with the number of rows that get a token in it.
         """
-        with weights_at_rest(self.policy):
+        # Asked of dynamo only where it was loaded anyway.
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
+        with weights_at_rest(self.policy), eager:
             return self._decode(input_ids, attention_mask, noise, stop_ids, pad_token_id, temperature, warp, on_step)
 
     def _decode(

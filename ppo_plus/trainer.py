@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -165,6 +165,9 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             optimizers=optimizers,
         )
         actor_critic.place_critic(args.device)  # a quantized policy is placed already, and Trainer moves nothing then
+        if args.torch_compile:
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole
+            actor_critic.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
         self.collector = self._build_collector(reward_funcs, reward_processing_classes)

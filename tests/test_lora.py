@@ -32,10 +32,15 @@ def outputs_and_gradients(model):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the thin product ran."""
+    """Which thin product ran, each time one did."""
     counted = []
-    original = plain._AddLowRank.apply
-    monkeypatch.setattr(plain._AddLowRank, "apply", lambda *a: counted.append(1) or original(*a))
+
+    def count(kind):
+        original = kind.apply
+        monkeypatch.setattr(kind, "apply", lambda *a: counted.append(kind) or original(*a))
+
+    count(plain._AddLowRank)
+    count(plain._LowRankLinear)
     return counted
 
 
@@ -46,11 +51,35 @@ def test_outputs_and_gradients_equal_pefts(calls):
     expected, expected_gradients = outputs_and_gradients(model)
     assert not calls
     found, gradients = outputs_and_gradients(ours)
-    assert len(calls) == 14  # seven linear layers in each of two blocks
+    assert calls == [plain._LowRankLinear] * 14  # seven linear layers in each of two blocks
     assert torch.allclose(found, expected, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys() and len(gradients) == 28
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, expected_gradients[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_a_base_that_is_trained_too_gets_its_gradients(calls):
+    model = peft_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj.base_layer" in name or "lora_" in name)
+    ours = copy.deepcopy(model)
+    use_plain_lora(ours)
+    _, expected = outputs_and_gradients(model)
+    calls.clear()
+    _, gradients = outputs_and_gradients(ours)
+    assert calls.count(plain._AddLowRank) == 2  # q_proj of two blocks
+    assert gradients.keys() == expected.keys() and any("base_layer" in name for name in gradients)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_autocast_goes_through_the_base_layer(calls):
+    """The frozen weights are fp32 there, and the product is not."""
+    model = peft_model()
+    use_plain_lora(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs_and_gradients(model)
+    assert set(calls) == {plain._AddLowRank}
 
 
 def test_without_the_adapter_it_would_differ():
