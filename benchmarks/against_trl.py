@@ -1,9 +1,8 @@
 """One machine, two trainers: a PPO run by ppo_plus and the same by the last PPO of TRL (1.12), each in a fresh process.
 
 Same packages, model, prompts, lengths (nothing that ends a response is ever sampled), LoRA, episodes (32 x 48 tokens),
-4 PPO epochs x 2 minibatches of micro-batches of 8, a reward model of the same size. TRL is installed into a folder of
-its own. TRL holds policy, value model and reward model; ppo_plus holds one backbone. `vs_trl.py` and `memory.py` say
-what comes out.
+4 PPO epochs x 2 minibatches of 16, a reward model of the same size. TRL is installed into a folder of its own. TRL
+holds policy, value model and reward model; ppo_plus holds one backbone. `vs_trl.py` and `memory.py` say what comes out.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TRL = ROOT / "build" / "trl-1.12.0"
-EPISODES, PROMPT, RESPONSE, EPOCHS, MINIBATCHES, MICRO = 32, 14, 48, 4, 2, 8
+EPISODES, PROMPT, RESPONSE, EPOCHS, MINIBATCHES = 32, 14, 48, 4, 2
+MICRO = EPISODES // MINIBATCHES
 NEVER = 49151  # a token id that is never sampled, as the one that ends a response
 
 
@@ -62,7 +62,7 @@ def shared_pieces(model: str, dtype: str, rows: int):
     return policy, tokenizer, Dataset.from_dict({"input_ids": ids})
 
 
-def our_trainer(model: str, dtype: str, updates: int, folder: str, callback):
+def our_trainer(model: str, dtype: str, updates: int, folder: str, callback, compiled: bool = False):
     """The update that is compared, `updates` times and once before that is not counted."""
     from ppo_plus import PPOConfig, PPOTrainer
 
@@ -71,7 +71,7 @@ def our_trainer(model: str, dtype: str, updates: int, folder: str, callback):
         output_dir=folder, total_episodes=EPISODES * (updates + 1), per_device_train_batch_size=MICRO,
         gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
         num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
-        save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True,
+        save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True, torch_compile=compiled,
     )  # fmt: skip
     return PPOTrainer(
         policy, reward_adapter(model, dtype, folder), config, train_dataset=prompts, processing_class=tokenizer,
@@ -79,12 +79,12 @@ def our_trainer(model: str, dtype: str, updates: int, folder: str, callback):
     )  # fmt: skip
 
 
-def ours(model: str, dtype: str, updates: int, folder: str) -> dict:
+def ours(model: str, dtype: str, updates: int, folder: str, compiled: bool) -> dict:
     from measuring import PhaseClock
 
     baseline, clock = resident(), PhaseClock()
-    our_trainer(model, dtype, updates, folder, clock).train()
-    return {"rows": clock.rows[1:], **memory_above(baseline), "tokens": clock.tokens}
+    our_trainer(model, dtype, updates, folder, clock, compiled).train()
+    return {"rows": clock.rows[1:], "first": clock.rows[0]["total"], **memory_above(baseline), "tokens": clock.tokens}
 
 
 def reward_adapter(model: str, dtype: str, folder: str) -> str:
@@ -100,7 +100,7 @@ get_peft_model(model, config).save_pretrained({folder + "/reward"!r})
     return folder + "/reward"
 
 
-def trls(model: str, dtype: str, updates: int, folder: str) -> dict:
+def trls(model: str, dtype: str, updates: int, folder: str, compiled: bool) -> dict:
     import torch
     import trl.experimental.ppo.ppo_trainer as module
     from transformers import AutoModelForSequenceClassification, TrainerCallback
@@ -145,6 +145,7 @@ def trls(model: str, dtype: str, updates: int, folder: str) -> dict:
         gradient_accumulation_steps=EPISODES // MICRO, num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS,
         response_length=RESPONSE, stop_token_id=NEVER, report_to="none", save_strategy="no", num_sample_generations=0,
         bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+        torch_compile=compiled,
     )  # fmt: skip
     clock = Clock()
     trainer = PPOTrainer(
@@ -153,18 +154,20 @@ def trls(model: str, dtype: str, updates: int, folder: str) -> dict:
     )  # fmt: skip
     clock.last = time.perf_counter()
     trainer.train()
-    return {"rows": clock.rows[1:], **memory_above(baseline), "tokens": lengths}
+    return {"rows": clock.rows[1:], "first": clock.rows[0]["total"], **memory_above(baseline), "tokens": lengths}
 
 
-def run(side: str, model: str, dtype: str, updates: int) -> dict:
-    """A run of one side in a process of its own; its first update is not among the `rows`, the seconds of phases."""
+def run(side: str, model: str, dtype: str, updates: int, compiled: bool = False) -> dict:
+    """A run of one side in a process of its own.
+
+    `rows` are the seconds of each update by phase; the first update is not among them, `first` is all its seconds.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     if side == "trl":
         environment["PYTHONPATH"] = str(TRL)
     command = [sys.executable, __file__, "--child", side, "--model", model, "--dtype", dtype]
-    done = subprocess.run(
-        [*command, "--updates", str(updates)], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    command += ["--updates", str(updates), *(["--compile"] if compiled else [])]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     print(f"{side}: {done.stdout.splitlines()[-1]}", file=sys.stderr, flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -181,10 +184,11 @@ def child() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--updates", type=int, required=True)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         side = ours if args.child == "ours" else trls
-        print(json.dumps(side(args.model, args.dtype, args.updates, folder)))
+        print(json.dumps(side(args.model, args.dtype, args.updates, folder, args.compile)))
 
 
 if __name__ == "__main__":

@@ -168,9 +168,8 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def entropy_of_logprobs(logprobs: Tensor) -> Tensor:
     """`entropy` where the log-probabilities `(..., V)` are known already."""
-    probs = logprobs.exp()
     # The limit of p log p at p = 0 is 0; computed, it is 0 * -inf.
-    return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def full_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:

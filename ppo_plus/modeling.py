@@ -115,6 +115,7 @@ class ActorCritic(nn.Module):
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         use_plain_lora(policy)
         self._compiled = False
+        self._mode: bool | None = None  # not known: an adapter may be in training and its base not
         self._active: PreTrainedModel = self.language_model
         models = [self.language_model, *self._ref_model, *([unwrapped(value_model)] if value_model else [])]
         self._fused_attention = [m for m in models if m.config.get_text_config()._attn_implementation == "sdpa"]
@@ -205,6 +206,16 @@ class ActorCritic(nn.Module):
 
     def _same_adapter(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         return contextlib.nullcontext(), use_adapter(self.policy, active_adapter(self.policy))
+
+    def train(self, mode: bool = True) -> ActorCritic:
+        """Switch between training and evaluation; Trainer asks before every micro-batch, mostly for what is so already.
+
+        With adapters there are thousands of modules to ask.
+        """
+        if mode == self._mode and all(child.training == mode for child in self.children()):
+            return self
+        self._mode = mode
+        return super().train(mode)
 
     # What is trained.
 

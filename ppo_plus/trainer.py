@@ -322,7 +322,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
                 return super().training_step(model, inputs, num_items_in_batch)
         tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
         losses: list[Tensor] = []
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
         def learn(rows: Tensor) -> None:
             part = {name: tensor[rows] for name, tensor in inputs.items()}

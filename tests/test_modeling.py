@@ -1037,3 +1037,15 @@ def test_a_head_that_does_more_than_is_known_is_refused():
 
 def test_the_tokenizers_vocabulary_is_the_models():
     assert len(make_tokenizer()) == VOCABULARY
+
+
+def test_switching_to_the_mode_it_is_in_visits_no_module(monkeypatch):
+    actor = actor_critic(make_model().eval())  # the base comes as from_pretrained leaves it, the adapter in training
+    assert all(module.training for module in actor.train().modules())
+    visits, visit = [], nn.Linear.train
+    monkeypatch.setattr(nn.Linear, "train", lambda self, mode=True: visits.append(mode) or visit(self, mode))
+    actor.train()
+    assert not visits
+    assert not any(module.training for module in actor.eval().modules()) and visits
+    actor.policy.train()  # behind its back
+    assert not any(module.training for module in actor.eval().modules())
