@@ -26,7 +26,8 @@ def against_trl(r: dict) -> str:
         f"{p} {theirs[f'{p}_seconds'] / ours[f'{p}_seconds']:.1f}×" for p in ("generate", "score", "learn")
     )
     seconds = f"{ours['total_seconds']:.1f} s against {theirs['total_seconds']:.1f} s"
-    return f"**{r['ratio']:.2f}×** as fast ({seconds}; {phases}), {r['memory_ratio']:.2f} of the memory"
+    compiled = f"; **{r['ratio_compiled']:.2f}×** with `torch_compile`" if "ratio_compiled" in r else ""
+    return f"**{r['ratio']:.2f}×** as fast ({seconds}; {phases}){compiled}; {r['memory_ratio']:.2f} of the memory"
 
 
 def above_floor(r: dict) -> str:
