@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import active_adapter, adapter_weights, fitting, load_adapter, mount, use_adapter
+from .attention import choose_attention
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import use_plain_lora, weights_at_rest
@@ -34,7 +35,6 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL = "value_model"
 REFERENCE_ADAPTER, CRITIC_ADAPTER = "ref", "critic"
 Critic = Literal["shared", "detached", "adapter", "separate"]
-SHORT_SEQUENCE = 128  # tokens
 OTHER = "Choose another model; most decoders of transformers work."
 
 
@@ -500,18 +500,6 @@ def cache_argument(model: PreTrainedModel) -> str:
             + OTHER
         )
     return name
-
-
-def choose_attention(backbone: PreTrainedModel, queries: int, keys: int) -> None:
-    """On a CPU in half precision, plain matrix products for short sequences: the fused kernel takes twice as long.
-
-    Set for good and not for a block, so that what the backward pass recomputes is what the forward pass computed.
-    """
-    half = backbone.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    plain = backbone.device.type == "cpu" and half and (queries == 1 or keys <= SHORT_SEQUENCE)
-    config, wanted = backbone.config.get_text_config(), "eager" if plain else "sdpa"
-    if config._attn_implementation != wanted:
-        config._attn_implementation = wanted
 
 
 def check_architecture(model: PreTrainedModel) -> None:

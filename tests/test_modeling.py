@@ -416,36 +416,6 @@ def test_which_path_is_taken_follows_from_what_is_trained():
     assert not head_is_frozen(adapted(target_modules=["q_proj", "lm_head"]).get_base_model())
 
 
-# --- attention ---
-
-
-def test_on_a_cpu_in_half_precision_short_sequences_take_plain_products_and_the_numbers_stay():
-    rows = ragged_rows()
-    actor = actor_critic(adapted().to(torch.bfloat16))
-    config = actor.config
-    assert config._attn_implementation == "sdpa"
-    with torch.no_grad():
-        plain = actor(*as_batch(rows)).logprobs
-        assert config._attn_implementation == "eager"
-        actor._fused_attention.clear()
-        config._attn_implementation = "sdpa"
-        fused = actor(*as_batch(rows)).logprobs
-    assert not torch.equal(plain, fused) and gap(plain, fused) < 0.1
-    exact = actor_critic(adapted())
-    exact(*as_batch(rows))
-    assert exact.config._attn_implementation == "sdpa"
-
-
-def test_an_attention_that_the_user_chose_stays(monkeypatch):
-    model = make_model().to(torch.bfloat16)
-    model.set_attn_implementation("eager")
-    actor = actor_critic(get_peft_model(model, lora()))
-    long = torch.randint(4, 40, (1, 120)), torch.ones(1, 120, dtype=torch.long)
-    monkeypatch.setattr(modeling, "SHORT_SEQUENCE", 8)
-    actor(*long, 4)
-    assert actor.config._attn_implementation == "eager"
-
-
 # --- reference ---
 
 

@@ -1,0 +1,77 @@
+"""Attention as plain matrix products, for short sequences in half precision on CPUs.
+
+There the fused kernel takes twice as long as the products it consists of. Key and value heads that several query heads
+share (Ainslie et al. 2023, grouped-query attention) are read where they are: a group's queries stand below each other
+in one product, and nothing is repeated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+PLAIN = "ppo_plus_plain"
+SHORT_SEQUENCE = 128  # tokens
+
+
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What `sdpa` computes, softmax in fp32.
+
+    Args:
+        module: the attention layer; not read.
+        query: `(B, heads, Q, D)`.
+        key: `(B, key heads, K, D)`; the heads are a multiple of the key heads.
+        value: `(B, key heads, K, D')`.
+        attention_mask: added to the scores, `(B, 1, Q, K)`.
+        dropout: probability with which weights are dropped.
+        scaling: of the scores; `1 / sqrt(D)` by default.
+        kwargs: where one of them bends the scores, `sdpa` is asked.
+
+    Returns:
+        `(B, Q, heads, D')`, and no weights, as `sdpa`.
+    """
+    if attention_mask is None or any(kwargs.get(name) is not None for name in ("position_bias", "cache")):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    (rows, heads, length, size), key_heads = query.shape, key.shape[1]
+    scaling = size**-0.5 if scaling is None else scaling
+    queries = query.reshape(rows, key_heads, heads // key_heads * length, size)
+    scores = (queries @ key.transpose(2, 3)).view(rows, heads, length, -1)
+    weights = torch.add(attention_mask, scores, alpha=scaling).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, training=dropout > 0)
+    mixed = weights.view(rows, key_heads, -1, key.shape[2]) @ value
+    return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PLAIN, plain_attention)
+AttentionMaskInterface.register(PLAIN, eager_mask)
+
+
+def choose_attention(backbone: PreTrainedModel, queries: int, keys: int) -> None:
+    """Plain products or `sdpa`, whichever is faster, in a model that was loaded with `sdpa`.
+
+    Set for good and not for a block, so that what the backward pass recomputes is what the forward pass computed.
+
+    Args:
+        backbone: the model that is called next.
+        queries: tokens that it is given.
+        keys: tokens that they attend to, at most.
+    """
+    half = backbone.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    plain = backbone.device.type == "cpu" and half and (queries == 1 or keys <= SHORT_SEQUENCE)
+    config, wanted = backbone.config.get_text_config(), PLAIN if plain else "sdpa"
+    if config._attn_implementation != wanted:
+        config._attn_implementation = wanted
