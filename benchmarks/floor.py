@@ -3,11 +3,11 @@
     python benchmarks/floor.py [--repeats 3] [--dtype bfloat16|float32]
 
 The update is the one of vs_trl.py: SmolLM2-135M with LoRA, 32 episodes of 14 + 48 tokens, a reward adapter, 4 PPO
-epochs x 2 minibatches in micro-batches of 8. Its floor, for the same numbers of tokens and without any adapter:
+epochs x 2 minibatches of 16. Its floor, for the same numbers of tokens and without any adapter:
 
     generate   one prefill and 47 decode steps of 32 rows with static shapes, logits of the last position, argmax
     score      three forward passes over 32 x 62 tokens (reward, policy, reference), logits of 2 x 48 positions
-    learn      16 forward and backward passes over 8 x 62 tokens with the logits of 48: activation gradients through
+    learn      8 forward and backward passes over 16 x 62 tokens with the logits of 48: activation gradients through
                the frozen base, down to the embeddings, as LoRA needs them in its lowest layer; no weight gradients
 
 Not in the floor: LoRA's own products, sampling, the optimizer, losses, text and rewards. It is measured with both of
@@ -25,9 +25,11 @@ import torch
 from against_trl import EPISODES, EPOCHS, MICRO, PROMPT, RESPONSE, our_trainer
 from machine import smollm2
 from measuring import PhaseClock, by_phase, report, seconds, tiny_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 ATTENTION = ("eager", "sdpa")
+CHUNK = 256  # tokens
 
 
 class Floor:
@@ -51,14 +53,21 @@ class Floor:
         for with_logits in (False, True, True):
             hidden = self.model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
             if with_logits:
-                self.model.lm_head(hidden[:, -RESPONSE - 1 : -1])
+                for part in self.chunks(hidden):
+                    self.model.lm_head(part)
 
     def learn(self) -> None:
         for ids in self.ids.split(MICRO) * EPOCHS:
             states = self.model.get_input_embeddings()(ids).requires_grad_()
             hidden = self.model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden[:, -RESPONSE - 1 : -1]).flatten(0, 1)
-            torch.nn.functional.cross_entropy(logits.float(), ids[:, -RESPONSE:].flatten()).backward()
+            leaf = hidden.detach().requires_grad_()
+            for part, targets in zip(self.chunks(leaf), ids[:, -RESPONSE:].flatten().split(CHUNK), strict=True):
+                torch.nn.functional.cross_entropy(self.model.lm_head(part).float(), targets).backward()
+            hidden.backward(leaf.grad)
+
+    def chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The states that predict the response, a few at a time: logits of all of them would go through slow memory."""
+        return hidden[:, -RESPONSE - 1 : -1].reshape(-1, hidden.shape[-1]).split(CHUNK)
 
     def phases(self) -> dict[str, Callable[[], None]]:
         return {"generate": self.generate, "score": self.score, "learn": self.learn}
