@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from trl import RewardConfig as TRLRewardConfig
 
@@ -56,6 +57,7 @@ class RewardConfig(_Discreet, TRLRewardConfig):
     gradient_checkpointing: bool | None = _field(None, "Deprecated name of activation_checkpointing.")
 
     def __post_init__(self) -> None:
+        refuse_sharding(self)
         _settle_precision(self)
         super().__post_init__()
 
@@ -164,6 +166,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
+        refuse_sharding(self)
         _settle_precision(self)
         self._check_sizes()
         self._check_numbers()
@@ -301,6 +304,32 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         for name, why in refused.items():
             if getattr(self, name, None):
                 raise ValueError(f"PPOConfig: {name}={getattr(self, name)!r} is not supported: {why}. Remove it.")
+
+
+def refuse_sharding(config: Any) -> None:
+    """Refuse what would split the model over processes, by a field of the configuration or by `accelerate launch`.
+
+    Asked for when a configuration is made and again by the trainers: scripts load weights in between, and an
+    `Accelerator` that was made in between changes the environment too.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed, Megatron-LM, or tensor or context parallelism is asked for.
+    """
+    kinds = (
+        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
+        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
+        (None, "ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    )
+    for name, variable, kind in kinds:
+        in_config = name is not None and getattr(config, name, None)
+        if in_config or parse_flag_from_env(variable):
+            where = f"{type(config).__name__}({name}=...)" if in_config else f"{variable} in the environment"
+            raise ValueError(
+                f"{where} asks for {kind}, which is not supported: it splits the weights, and rollouts, the reference "
+                "and what is saved here read them whole. Use plain DDP: remove it, and start with `accelerate launch "
+                "--multi_gpu`. Where one GPU is too small for the model, load it in 4 bits with a LoRA adapter."
+            )
 
 
 def _is_int(value: object) -> bool:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import RewardTrainer as TRLRewardTrainer
 
-from .config import RewardConfig
+from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
 from .lora import use_plain_lora
 from .rewards import REWARD_FILE, template_hash
@@ -50,6 +50,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else RewardConfig(output_dir="reward_model")
+        refuse_sharding(args)
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = TaskType.SEQ_CLS

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_score_head
-from .config import PPOConfig
+from .config import PPOConfig, refuse_sharding
 from .rewards import adapter_folder, check_call, check_same_base, check_weights, listed_rewards
 
 REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
@@ -36,6 +36,7 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     """Refuse arguments of the wrong kind, and settings that this machine cannot run."""
     if not isinstance(args, PPOConfig):
         raise TypeError(f"args must be a ppo_plus.PPOConfig; got {type(args).__name__}.")
+    refuse_sharding(args)
     if (reward_funcs is None) == (reward_model is None):
         both = "both" if reward_funcs is not None else "neither"
         raise ValueError(f"Pass reward_funcs or its other name reward_model; got {both}.")

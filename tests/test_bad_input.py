@@ -218,6 +218,13 @@ def on_two_gpus(tmp_path, _):
     make_trainer(tmp_path, model=NO_WEIGHTS, args=args)
 
 
+def with_sharding(tmp_path, _):
+    args = make_config(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:  # as an Accelerator with a plugin does, made after the configuration
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        make_trainer(tmp_path, model=NO_WEIGHTS, args=args)
+
+
 def stream_of(rows):
     return IterableDataset.from_generator(lambda: iter(rows))
 
@@ -304,6 +311,9 @@ CASES = {
     "NEFTune": config("neftune_noise_alpha=5 is not supported", neftune_noise_alpha=5),
     "remove_unused_columns": config("reward functions get every column", remove_unused_columns=True),
     "ignore_data_skip": config("ignore_data_skip=True is not supported", ignore_data_skip=True),
+    "FSDP": config("fsdp=.* asks for FSDP, which is not supported: .*Use plain DDP", fsdp=True),
+    "DeepSpeed": config("deepspeed=.* asks for DeepSpeed, .*Use plain DDP", deepspeed={"zero_optimization": {}}),
+    "sharding that comes later": Case(with_sharding, "ACCELERATE_USE_FSDP .* asks for FSDP", early=True),
     "two GPUs in one process": Case(on_two_gpus, "DataParallel: use accelerate launch, or show", early=True),
     "evaluation without prompts": before_weights(
         "eval_strategy='steps'.*eval_dataset", args={"eval_strategy": "steps"}

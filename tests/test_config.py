@@ -199,3 +199,20 @@ def test_a_config_survives_a_round_trip_through_its_dict():
 def test_reward_config_does_not_warn_about_names_that_are_deprecated(recwarn):
     RewardConfig(output_dir="out", use_cpu=True, report_to="none")
     assert not [w for w in recwarn if "deprecated" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+@pytest.mark.parametrize("make", [PPOConfig, RewardConfig])
+def test_what_would_split_the_weights_is_refused_however_it_is_asked_for(make, kind, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "false")  # as `accelerate launch` may leave it
+    make(output_dir="out", use_cpu=True, report_to="none", fsdp="", deepspeed=None)
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{kind} in the environment .* Use plain DDP"):
+        make(output_dir="out", use_cpu=True, report_to="none")
+
+
+@pytest.mark.parametrize("asked", [{"fsdp": "full_shard"}, {"fsdp": True}, {"deepspeed": "zero3.json"}])
+def test_a_reward_model_is_not_split_either(asked):
+    (name,) = asked
+    with pytest.raises(ValueError, match=rf"RewardConfig\({name}=...\) asks for .*Use plain DDP"):
+        RewardConfig(output_dir="out", use_cpu=True, report_to="none", **asked)
