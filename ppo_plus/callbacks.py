@@ -12,6 +12,7 @@ import sys
 import threading
 import unicodedata
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 
 from .config import PPOConfig
 from .functional import band_kl_coef, ema, proportional_kl_coef
+from .trackers import send_table
 
 if TYPE_CHECKING:
     from .collector import Samples
@@ -343,35 +345,47 @@ class NumericsWatchCallback(PPOCallback):
 
 
 class SamplesTableCallback(PPOCallback):
-    """Prints a table of sampled responses with their scores as training goes, and at each evaluation."""
+    """Shows a table of sampled responses with their scores as training goes, and at each evaluation.
+
+    Args:
+        trackers: gives Trainer's callbacks, among them those of `report_to`: wandb and trackio get the table as
+            `completions` and `eval/completions`, TensorBoard as text. By default it is printed only.
+    """
+
+    def __init__(self, trackers: Callable[[], Iterable[TrainerCallback]] = tuple) -> None:
+        self.trackers = trackers
 
     def on_rollout_end(
         self, args: Any, state: TrainerState, control: Any, rollout: Rollout, samples: Samples, metrics: Any,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Print at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
+        """Show at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
         due = args.log_completions or is_due(args, state, args.num_sample_generations)
         if state.is_world_process_zero and due:
-            print_samples(f"Samples at step {state.global_step}", sample_table(samples, args.num_completions_to_print))
+            self._show("completions", f"Samples at step {state.global_step}", args, state, samples)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: Any, samples: Samples | None = None, **kwargs: Any
     ) -> None:
-        """Print the first answers of an evaluation: the same prompts each time."""
+        """Show the first answers of an evaluation: the same prompts each time."""
         if state.is_world_process_zero and samples is not None:
-            title = f"Evaluation at step {state.global_step}"
-            print_samples(title, sample_table(samples, args.num_completions_to_print))
+            self._show("eval/completions", f"Evaluation at step {state.global_step}", args, state, samples)
+
+    def _show(self, name: str, title: str, args: Any, state: TrainerState, samples: Samples) -> None:
+        columns = sample_table(samples, args.num_completions_to_print)
+        print_samples(title, columns)
+        send_table(self.trackers(), name, columns, state.global_step)
 
 
-def sample_table(samples: Samples, rows: int) -> dict[str, list[str]]:
-    """The first rows of samples as columns of text: prompt, completion, reward, KL in nats, and what was logged."""
+def sample_table(samples: Samples, rows: int) -> dict[str, list[Any]]:
+    """The first rows of samples in columns: prompt, completion, reward, KL in nats, and what was logged, as text."""
     shown, completions = range(min(rows, len(samples))), samples.completions
     kl = ((samples.logprobs - samples.ref_logprobs) * samples.mask).sum(1)
     return {
         "prompt": [as_text(completions.prompts[i]) for i in shown],
         "completion": [as_text(completions.completions[i]) for i in shown],
-        "reward": [f"{samples.scores[i]:.2f}" for i in shown],
-        "kl": [f"{kl[i]:.2f}" for i in shown],
+        "reward": [float(samples.scores[i]) for i in shown],
+        "kl": [float(kl[i]) for i in shown],
         **{name: [str(values[i]) for i in shown] for name, values in samples.extra.items()},
     }
 
@@ -401,10 +415,13 @@ def printable(text: str) -> str:
     )
 
 
-def print_samples(title: str, columns: dict[str, list[str]]) -> None:
-    """Print a table: with rich where it is installed, as plain lines otherwise."""
+def print_samples(title: str, columns: dict[str, list[Any]]) -> None:
+    """Print a table, fractions with two digits: with rich where it is installed, as plain lines otherwise."""
     title = printable(title)
-    columns = {printable(name): [printable(value) for value in values] for name, values in columns.items()}
+    columns = {
+        printable(name): [f"{v:.2f}" if isinstance(v, float) else printable(str(v)) for v in values]
+        for name, values in columns.items()
+    }
     try:
         from rich.console import Console
         from rich.table import Table

@@ -198,7 +198,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self.add_callback(NumericsWatchCallback())
         show_phases(self)
         if self.args.num_sample_generations or self.args.log_completions:
-            self.add_callback(SamplesTableCallback())
+            self.add_callback(SamplesTableCallback(lambda: self.callback_handler.callbacks))
         if self.args.run_report:
             answer = cast(Callable[[Dataset], Samples], self.generate_completions)
             self.add_callback(RunReportCallback(answer, fixed_prompts(self.train_dataset, self.eval_dataset)))
