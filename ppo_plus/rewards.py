@@ -30,6 +30,7 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -237,8 +238,8 @@ class ClassifierReward:
     """A sequence classifier with one label and its own tokenizer.
 
     An encoder (BERT, DeBERTa) whose tokenizer has no chat template reads question and answer as a pair of texts, the
-    way such reward models are trained; the longer of the two is cut where both exceed what the tokenizer allows.
-    Every other classifier reads one text: through its own chat template where prompts are messages.
+    way such reward models are trained. Every other classifier reads one text: through its own chat template where
+    prompts are messages. `Reader` says what happens to a text that is longer than the model reads.
     """
 
     def __init__(
@@ -260,6 +261,7 @@ class ClassifierReward:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+        self.read = Reader(tokenizer, name, most_tokens(model, tokenizer))
         self.reads_pairs = type(config) in MODEL_FOR_MASKED_LM_MAPPING and tokenizer.chat_template is None
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
@@ -268,7 +270,7 @@ class ClassifierReward:
         device = next(self.model.parameters()).device
 
         def score(texts: list) -> Tensor:
-            inputs = encode(texts, self.tokenizer, batch).to(device)
+            inputs = self.read(texts, batch).to(device)
             self._check_vocabulary(int(inputs["input_ids"].max()))
             return self.model(**inputs).logits[:, 0].float()
 
@@ -302,6 +304,7 @@ class AdapterReward:
         self.head = model.mount_reward(name, path)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+        self.read = Reader(tokenizer, name, model.context)
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
         """Score prompt and completion as the stand-alone reward model would."""
@@ -311,7 +314,7 @@ class AdapterReward:
             texts = [t if t.endswith(eos) else t + eos for t in texts]
 
         def score(texts: list) -> Tensor:
-            inputs = encode(texts, self.tokenizer, batch).to(self.model.device)
+            inputs = self.read(texts, batch).to(self.model.device)
             return self.model.reward_scores(
                 self.name, self.head, inputs["input_ids"], inputs["attention_mask"], pad_id(self.tokenizer)
             )
@@ -320,20 +323,66 @@ class AdapterReward:
         return checked(scores, batch, self.name)
 
 
-def encode(texts: list, tokenizer: PreTrainedTokenizerBase, batch: Completions) -> Any:
-    """Right-padded inputs of a reward model, from texts or pairs of texts.
+class Reader:
+    """Makes right-padded inputs of texts or pairs of texts, and says once where one has more tokens than are read.
 
-    A chat template has put its special tokens in already.
+    One text keeps its end, where the response is, and its first token if that is a special one (BOS, CLS). Of a pair
+    the longer text is cut.
+
+    Args:
+        tokenizer: of the reward model.
+        name: of the reward model.
+        longest: most tokens that it reads; None where there is no limit.
     """
-    if isinstance(texts[0], tuple):
-        longest = tokenizer.model_max_length if tokenizer.model_max_length < VERY_LARGE_INTEGER else None
-        questions, answers = map(list, zip(*texts, strict=True))
-        return tokenizer(
-            text=questions, text_pair=answers, return_tensors="pt", padding=True, padding_side="right",
-            truncation=longest is not None, max_length=longest,
-        )  # fmt: skip
-    special = not is_conversational(batch.prompts[0])
-    return tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, longest: int | None) -> None:
+        self.tokenizer, self.name, self.longest = tokenizer, name, longest
+        self._said = False
+
+    def __call__(self, texts: list, batch: Completions) -> BatchEncoding:
+        """Inputs of the reward model, `(B, T)` each; a chat template has put its special tokens in already."""
+        options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "right", "verbose": False}
+        pairs = isinstance(texts[0], tuple)
+        if pairs:
+            questions, answers = map(list, zip(*texts, strict=True))
+            options |= {"text": questions, "text_pair": answers}
+        else:
+            options |= {"text": texts, "add_special_tokens": not is_conversational(batch.prompts[0])}
+        inputs = self.tokenizer(**options)
+        tokens = inputs["input_ids"].shape[1]
+        if self.longest is None or tokens <= self.longest:
+            return inputs
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"The reward model {self.name!r} reads {self.longest} tokens, but prompt and response have up to "
+                f"{tokens}: {'the longer of the two is cut' if pairs else 'the beginning of the prompt is left out'}. "
+                "Lower max_prompt_length or response_length, or take a reward model that reads more.",
+                stacklevel=2,
+            )
+        if pairs:
+            return self.tokenizer(**options, truncation=True, max_length=self.longest)
+        return self._ends(inputs, self.longest)
+
+    def _ends(self, inputs: BatchEncoding, longest: int) -> BatchEncoding:
+        kept = {name: tensor[:, :longest].clone() for name, tensor in inputs.items()}
+        for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+            if length > longest:
+                first = int(inputs["input_ids"][row, 0].item() in self.tokenizer.all_special_ids)
+                for name, tensor in inputs.items():
+                    kept[name][row, first:] = tensor[row, length - longest + first : length]
+        return BatchEncoding(kept)
+
+
+def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens a classifier reads: what its tokenizer says, and no more than it has positions for."""
+    config = getattr(model, "config", None)
+    positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts on from its padding id
+    limits = (tokenizer.model_max_length, positions)
+    return min((n for n in limits if n is not None and 0 < n < VERY_LARGE_INTEGER), default=None)
 
 
 @torch.no_grad()
@@ -552,20 +601,36 @@ def _build_reward(
         adapter = adapter_folder(str(func))
         if adapter is not None:
             return AdapterReward(adapter, model, tokenizer, name, **options)
-        own = own or AutoTokenizer.from_pretrained(str(func), trust_remote_code=False)
+        own = own or own_tokenizer(func)
         func = AutoModelForSequenceClassification.from_pretrained(
             str(func), num_labels=1, dtype="auto", trust_remote_code=False
         )
         func.to(model.device)
     if isinstance(func, nn.Module):
-        source = getattr(getattr(func, "config", None), "_name_or_path", "")
-        return ClassifierReward(
-            func,
-            own or (AutoTokenizer.from_pretrained(source, trust_remote_code=False) if source else tokenizer),
-            name,
-            **options,
-        )
+        return ClassifierReward(func, own or own_tokenizer(func) or tokenizer, name, **options)
     return FunctionReward(func, name, timeout)
+
+
+def own_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a reward model was saved with; None for an instance that does not say where it came from.
+
+    Raises:
+        ValueError: there is none, or it knows no text: for a folder that has only a model, transformers may make one
+            up that turns every text into unknown tokens.
+    """
+    named = isinstance(reward, str | Path)
+    source = str(reward) if named else getattr(getattr(reward, "config", None), "_name_or_path", "")
+    if not source:
+        return None
+    fix = "Pass the reward model's tokenizer in reward_processing_classes, or save it beside the model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The tokenizer of the reward model {source!r} cannot be loaded: {reason} {fix}.") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"The reward model {source!r} was saved without a tokenizer, so it could read no text. {fix}.")
+    return tokenizer
 
 
 def reward_name(func: Any) -> str:

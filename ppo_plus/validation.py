@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_score_head
 from .config import PPOConfig, refuse_sharding
-from .rewards import adapter_folder, check_call, check_same_base, check_weights, listed_rewards
+from .rewards import adapter_folder, check_call, check_same_base, check_weights, listed_rewards, own_tokenizer
 
 REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
 
@@ -129,12 +129,14 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
 
 
 def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: list[str]) -> None:
-    """Refuse rewards that could not be called, and lists of unequal length."""
-    funcs, _ = listed_rewards(reward_funcs, tokenizers)
+    """Refuse rewards that could not be called, models that could not read, and lists of unequal length."""
+    funcs, own = listed_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
-    for func in funcs:
+    for func, tokenizer in zip(funcs, own, strict=True):
         if not isinstance(func, str | Path | nn.Module):
             check_call(func, [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")])
+        elif tokenizer is None and (isinstance(func, nn.Module) or adapter_folder(str(func)) is None):
+            own_tokenizer(func)
 
 
 def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -32,6 +32,8 @@ from hypothesis import strategies as st
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
     BitsAndBytesConfig,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -216,6 +218,25 @@ def on_two_gpus(tmp_path, _):
     assert args.n_gpu <= 1
     args._n_gpu = 2
     make_trainer(tmp_path, model=NO_WEIGHTS, args=args)
+
+
+def without_its_tokenizer(config, kind) -> Callable:
+    """A reward model in a folder of its own, by name or as an instance from there."""
+
+    def act(tmp_path, _):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config)
+        model.save_pretrained(tmp_path / "scorer")
+        reward = str(tmp_path / "scorer")
+        if kind == "instance":
+            reward = AutoModelForSequenceClassification.from_pretrained(reward)
+        make_trainer(tmp_path, model=NO_WEIGHTS, reward_funcs=reward)
+
+    return act
+
+
+SMALL_BERT = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+                        num_labels=1)  # fmt: skip
 
 
 def with_sharding(tmp_path, _):
@@ -471,6 +492,19 @@ CASES = {
         "has num_labels=2; a reward model needs num_labels=1", reward_funcs=lambda: sentiment_head(num_labels=2)
     ),
     # Rewards, what functions return
+    "an encoder without its tokenizer": Case(  # transformers makes up one that knows five tokens
+        without_its_tokenizer(SMALL_BERT, "name"), "scorer' was saved without a tokenizer.*Pass", early=True
+    ),
+    "an encoder from a folder without its tokenizer": Case(
+        without_its_tokenizer(SMALL_BERT, "instance"),
+        "scorer' was saved without .*reward_processing_classes",
+        early=True,
+    ),
+    "a decoder without its tokenizer": Case(
+        without_its_tokenizer(sentiment_head().config, "name"),
+        "scorer' cannot be loaded: .*Pass the reward",
+        early=True,
+    ),
     "too few rewards": reward("'score' returned 7 rewards for 8 completions", of_length(7)),
     "too many rewards": reward("'score' returned 9 rewards for 8 completions", of_length(9)),
     "nothing": reward("'score' returned None; it must return a list with one number each", always(None)),

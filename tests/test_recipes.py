@@ -75,7 +75,8 @@ def test_7b_qlora_reward_model_then_ppo(here, monkeypatch, capsys):
     check_ppo(here / "ppo")
 
 
-def test_qwen_against_a_deberta_reward_model(here, monkeypatch):
+@pytest.mark.parametrize("rows", ["texts", "chats"])
+def test_qwen_against_a_deberta_reward_model(here, monkeypatch, rows):
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     DebertaV2ForSequenceClassification(
@@ -87,7 +88,7 @@ def test_qwen_against_a_deberta_reward_model(here, monkeypatch):
     ).save_pretrained(here / "deberta")  # fmt: skip
     tokenizer.save_pretrained(here / "deberta")
     run("ppo.py", "--config", RECIPES / "ppo_qwen_deberta.yaml", *PPO, "--model_name_or_path", "base",
-        "--dataset_name", "texts", "--reward_funcs", "deberta", "--output_dir", "ppo",
+        "--dataset_name", rows, "--reward_funcs", "deberta", "--output_dir", "ppo",
         monkeypatch=monkeypatch)  # fmt: skip
     check_ppo(here / "ppo")
 

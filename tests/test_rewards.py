@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from ppo_plus import PPOCallback, RewardNormalizationCallback
@@ -258,8 +263,52 @@ def test_an_encoder_with_a_chat_template_reads_its_own_rendering():
 def test_a_pair_that_is_too_long_for_the_encoder_is_cut():
     model = encoder("bert")
     batch = Completions(["a" * 100], ["b"], [[4]])
-    cut = reward_of(model, pair_tokenizer(model_max_length=64))(batch)
-    assert cut == reward_of(model, pair_tokenizer())(Completions(["a" * 60], ["b"], [[4]]))
+    with pytest.warns(UserWarning, match="'encoder' reads 48 tokens"):
+        cut = reward_of(model, pair_tokenizer(model_max_length=48))(batch)
+    assert cut == reward_of(model, pair_tokenizer())(Completions(["a" * 44], ["b"], [[4]]))
+
+
+def absolute(kind, positions=32):
+    """A classifier with learned positions: beyond them it fails."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        sizes = {"vocab_size": 4 + len(LETTERS), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": positions}
+        return GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=1, pad_token_id=0)).eval()
+    if kind == "bert":
+        return BertForSequenceClassification(BertConfig(**{**SIZES, "max_position_embeddings": positions})).eval()
+    config = RobertaConfig(**{**SIZES, "max_position_embeddings": positions + 1})  # its first position is padding's + 1
+    return RobertaForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta"])
+def test_a_text_that_is_too_long_keeps_its_first_special_token_and_its_end(kind):
+    model = absolute(kind)
+    template = CHAT_TEMPLATE if kind == "roberta" else None  # with a template it reads one text too
+    prompt, answer = "beginning, " * 5, "a good answer."
+    tokenizer = pair_tokenizer(chat_template=template)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    reward = reward_of(model, tokenizer)
+    batch = Completions([prompt, "short", "b" * 15], [answer, "x", "c" * 15], [[4]] * 3)
+    with pytest.warns(UserWarning, match="'encoder' reads 32 tokens, but .* up to 71: the beginning of the prompt"):
+        found = reward(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert reward(batch) == found
+    expected = [1, *ids(prompt + answer)[-30:], 2]
+    assert len(expected) == 32 and answer in prompt + answer
+    assert found[0] == pytest.approx(alone(model, input_ids=expected), abs=1e-5)
+    assert abs(found[0] - alone(model, input_ids=[1, *ids(prompt + answer)[:30], 2])) > 1e-3  # negative control
+    assert found[1] == pytest.approx(alone(model, input_ids=[1, *ids("shortx"), 2]), abs=1e-5)
+    assert found[2] == pytest.approx(alone(model, input_ids=[1, *ids("b" * 15 + "c" * 15), 2]), abs=1e-5)  # just fits
+    reward.read.longest = None
+    with pytest.raises((IndexError, RuntimeError)):  # nowhere to look a position up, or a buffer that ends
+        reward(batch)
+
+
+def test_a_pair_that_is_too_long_is_cut_also_where_the_tokenizer_knows_no_limit():
+    with pytest.warns(UserWarning, match="'encoder' reads 64 tokens.*the longer of the two is cut"):
+        cut = reward_of(encoder("bert"), pair_tokenizer())(Completions(["a" * 100], ["b"], [[4]]))
+    assert cut == reward_of(encoder("bert"), pair_tokenizer())(Completions(["a" * 60], ["b"], [[4]]))
 
 
 def test_training_against_an_encoder(tmp_path):
