@@ -232,23 +232,32 @@ class InterruptCallback(TrainerCallback):
     A second one ends the process at once. A step is finished rather than a micro-batch, because only between steps
     is the state one that a run can resume from to the same bits. Generating is not waited for: a resumed run
     generates the same once more. Signals are listened to inside the `with` block.
+
+    Processes that train together stop together, after the same step, whichever of them the signal reached. One that
+    only heard of it has not received it: a launcher that sends it to one after the other sends it once to each.
+
+    Args:
+        highest: of a number on each process the highest, called on all of them at the same step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, highest: Callable[[int], int] = int) -> None:
+        self.highest = highest
         self.received: int | None = None
+        self.stops_for: int | None = None
         self.began_at = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptCallback:
-        self.received = None
+        self.received = self.stops_for = None
         if threading.current_thread() is threading.main_thread():  # only there can one listen to signals
             self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._put_back()
-        if self.received is not None:
-            signal.raise_signal(self.received)  # what was put off happens now, with the conventional exit status
+        number = self.received or self.stops_for
+        if number is not None:
+            signal.raise_signal(number)  # what was put off happens now, with the conventional exit status
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the step that is resumed from: of it there is a checkpoint."""
@@ -260,9 +269,14 @@ class InterruptCallback(TrainerCallback):
             raise Interrupted
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if a signal came."""
-        if self.received is not None:
+        """Save and stop, if a signal came to any process."""
+        self.agree()
+        if self.stops_for is not None:
             control.should_save = control.should_training_stop = True
+
+    def agree(self) -> None:
+        """Tell the other processes of a signal, and hear of theirs; all wait for all."""
+        self.stops_for = self.highest(self.received or 0) or None
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is not None:

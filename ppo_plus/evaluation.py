@@ -107,7 +107,16 @@ class EvaluationMixin(Trainer):
                 "eval_dataset"
             ]
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        if len(prompts) < self.accelerator.num_processes:  # seen by all processes: none waits for another
+            raise ValueError(
+                f"An evaluation needs a prompt for each of the {self.accelerator.num_processes} processes, and there "
+                f"are {len(prompts)}. Add prompts, or start fewer processes."
+            )
         return [prompts[i] for i in share], share
+
+    def answer_alone(self, prompts: Dataset) -> Samples:
+        """Answer and score tokenized prompts on this process, all of them; the others are not asked."""
+        return cast(Samples, self._sample(list(prompts), range(len(prompts)), ("evaluation",), Meter()))
 
 
 class WinRate:

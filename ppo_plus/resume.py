@@ -65,7 +65,9 @@ class ResumeMixin(HubMixin, Trainer):
             raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {found}. Use the checkpoint before it.")
         with self._interrupt:
             try:
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                self._interrupt.agree()  # none leaves before the others have saved
+                return output
             except Interrupted:
                 return self._left_before_rollout(trial)
 
@@ -122,6 +124,9 @@ class ResumeMixin(HubMixin, Trainer):
             self._push_from_checkpoint(str(directory))  # on every process: they wait for each other in it
         if self.args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
+
+    def _highest(self, number: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
 
     def _on_any_process(self, failed: bool) -> bool:
         return bool(self.collector.reduce(torch.tensor(float(failed))))

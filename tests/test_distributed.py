@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from conftest import make_trainer
 
 from ppo_plus import AdaptiveKLCallback, RewardNormalizationCallback
+from ppo_plus.report.page import read_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -47,7 +50,7 @@ trainer.accelerator.end_training()
 """
 
 
-def launch(folder, *, steps=6, resume=None, config=None, prepare=""):
+def launch(folder, *, steps=6, resume=None, config=None, prepare="", result="RESULT"):
     folder.mkdir(exist_ok=True)
     script = folder / "train.py"
     tests = str(Path(__file__).parent)
@@ -57,8 +60,8 @@ def launch(folder, *, steps=6, resume=None, config=None, prepare=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith(result))
+    return json.loads(line.removeprefix(result))
 
 
 @pytest.mark.slow
@@ -79,13 +82,15 @@ MEASURED = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", 
             "critic/explained_variance", "clip_ratio/policy", "ppo/ratio", "grad_norm")  # fmt: skip
 
 
-def alone(folder, seed):
+def alone(folder, seed, stream=False):
     """One process with twice the micro-batches of SCRIPT: weights and log."""
     trainer = make_trainer(
         folder,
         config={"max_steps": 6, "gradient_accumulation_steps": 4, "seed": seed},
         callbacks=[AdaptiveKLCallback(target=1.0, horizon=20), RewardNormalizationCallback()],
     )
+    if stream:
+        trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     trainer.train()
     flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
     return flat, [row for row in trainer.state.log_history if "reward" in row]
@@ -106,6 +111,16 @@ def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(tmp_pa
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_rollouts_of_a_stream(tmp_path):
+    """A stream is read in its own order, so the same prompts make another run than shuffled ones do."""
+    stream = "trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()"
+    launch(tmp_path / "two", config={"gradient_accumulation_steps": 2}, prepare=stream)
+    found = torch.load(tmp_path / "two" / "weights.pt")
+    assert (found - alone(tmp_path / "one", seed=42, stream=True)[0]).abs().max() < 1e-4
+    assert (found - alone(tmp_path / "shuffled", seed=42)[0]).abs().max() > 1e-2  # negative control
+
+
 NAN_ON_ONE = """
 compute = trainer.compute_loss
 def spoiled(*args, **kwargs):
@@ -120,3 +135,84 @@ def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
     """The gradients are those of all processes when they are looked at, so all come to the same decision."""
     found = launch(tmp_path / "spoiled", steps=4, prepare=NAN_ON_ONE)  # asserts that both hold the same weights
     assert found["skipped"] == [1.0] and math.isfinite(found["norm"])
+
+
+SIGNAL_TO_ONE = """
+import signal
+from ppo_plus import PPOCallback
+
+class Raise(PPOCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        if trainer.accelerator.process_index == 1 and state.global_step == {step}:
+            signal.raise_signal({number})
+
+trainer.add_callback(Raise())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number):
+    """Each by the signal, and with a checkpoint from which a run goes on to the same bits."""
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    text = {"tests": str(Path(__file__).parent), "folder": str(folder), "steps": 6, "resume": None, "config": {}}
+    prepare = SIGNAL_TO_ONE.format(step=1, number=int(number))
+    (folder / "train.py").write_text(SCRIPT.format(**text, prepare=prepare))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2",
+              "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "train.py")],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [-number] * 2, said[0][-3000:] + said[1][-3000:]
+    assert [f"{number.name}: finishing this step and saving" in text for text in said] == [False, True]
+    assert [f.name for f in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    if number == signal.SIGTERM:
+        whole = launch(tmp_path / "whole")
+        resumed = launch(tmp_path / "resumed", resume=str(folder / "checkpoint-2"))  # a damaged one is refused
+        assert (resumed["sum"], resumed["norm"]) == (whole["sum"], whole["norm"])
+
+
+EVALUATE = """
+trainer.args.eval_win_rate = True
+trainer.eval_dataset = trainer.train_dataset.select(range(5))
+try:
+    trainer.evaluate(trainer.train_dataset.select(range(1)))
+except ValueError as error:
+    assert "each of the 2 processes, and there are 1" in str(error)
+else:
+    raise AssertionError("one prompt for two processes was taken")
+first = trainer.evaluate()
+assert first["eval_win_rate"] == 0.5, first
+shown = trainer.predict(trainer.eval_dataset)
+print("EVALUATED" + json.dumps([first, shown.predictions.tolist()]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_predict_what_one_does(tmp_path):
+    """Five prompts: one process answers three of them, the other two."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    found = launch(folder, steps=1, config={"run_report": True}, prepare=EVALUATE, result="EVALUATED")
+    report = read_run(folder / "report.html")
+    assert [len(answers["rows"]) for answers in report["answers"]] == [6, 6]  # process 0 answers all fixed prompts
+    one = make_trainer(tmp_path / "one", config={"eval_win_rate": True})
+    one.eval_dataset = one.train_dataset.select(range(5))
+    metrics, answers = one.evaluate(), one.predict(one.eval_dataset).predictions.tolist()
+    assert found[1] == answers
+    for name in ("eval_reward", "eval_reward_std", "eval_kl", "eval_entropy", "eval_completions/mean_length"):
+        assert found[0][name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name

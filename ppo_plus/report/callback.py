@@ -40,7 +40,7 @@ class RunReportCallback(PPOCallback):
     2% of the time. Process 0 writes it and answers the prompts, so on several processes the others wait for that.
 
     Args:
-        answer: answers prompts and scores the answers, `PPOTrainer.generate_completions`; training must not notice.
+        answer: answers prompts and scores the answers, `PPOTrainer.answer_alone`; training must not notice.
         prompts: the fixed prompts, a few rows of a tokenized dataset.
     """
 
