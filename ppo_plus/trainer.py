@@ -193,15 +193,16 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids, self._report)
 
     def _add_callbacks(self) -> None:
-        self._interrupt = InterruptCallback()
+        self._interrupt = InterruptCallback(self._highest)
         self.add_callback(self._interrupt)
         self.add_callback(NumericsWatchCallback())
         show_phases(self)
         if self.args.num_sample_generations or self.args.log_completions:
             self.add_callback(SamplesTableCallback(lambda: self.callback_handler.callbacks))
         if self.args.run_report:
-            answer = cast(Callable[[Dataset], Samples], self.generate_completions)
-            self.add_callback(RunReportCallback(answer, fixed_prompts(self.train_dataset, self.eval_dataset)))
+            self.add_callback(
+                RunReportCallback(self.answer_alone, fixed_prompts(self.train_dataset, self.eval_dataset))
+            )
 
     # Serving minibatches
 
@@ -422,8 +423,11 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         return norm
 
     def _skipped_a_step(self) -> None:
-        self._progress.skipped += 1
         self._progress.meter.add("ppo/skipped_steps", 1.0)
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() > 1:
+            return  # fp16: most likely the loss was scaled too high; the scaler halves it and Trainer goes on
+        self._progress.skipped += 1
         rollout = cast(Rollout, self._progress.rollout)
         rows = [row for row in self._rows.tolist() if not self._learnable(rollout, row)] or self._rows.tolist()
         texts = self.processing_class.batch_decode(rollout.input_ids[rows[:2]], skip_special_tokens=True)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -423,6 +424,35 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_last_checkpoi
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match=r"2 steps in a row .*checkpoint-4\."):
         trainer.train()
     assert trainer.state.global_step == 4
+
+
+def scaling_losses(trainer, monkeypatch, scale):
+    """fp16 with the code that a GPU runs, accelerate's and torch's; only that accelerate refuses it here is undone."""
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+    monkeypatch.setattr(trainer.accelerator, "native_amp", True)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-8)
+
+
+def test_an_overflow_that_the_loss_scaler_skips_does_not_stop_the_run(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, config={"max_steps": 12, "max_skipped_steps": 2})
+    scaling_losses(trainer, monkeypatch, 2.0**48)
+    before = weights(trainer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Step .* has gradients that are not finite")
+        trainer.train()
+    skipped = [row["step"] - 1 for row in trainer.state.log_history if "ppo/skipped_steps" in row]
+    assert len(skipped) > 2 and skipped == list(range(len(skipped))) and len(skipped) < 12
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (48 - 8 * len(skipped))
+    assert not equal(weights(trainer), before) and all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_gradients_that_no_loss_scale_makes_finite_stop_the_run(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, config={"max_steps": 8, "max_skipped_steps": 2})
+    scaling_losses(trainer, monkeypatch, 2.0**16)
+    spoil_the_loss(trainer, monkeypatch, range(8))
+    with pytest.warns(UserWarning, match="Step 2 has"), pytest.raises(RuntimeError, match="2 steps in a row"):
+        trainer.train()
+    assert trainer.state.global_step == 3  # scales 2**16 and 2**8 might have been too high, 1 and less were not
 
 
 @pytest.mark.parametrize("failing", ["raises", "nan", "wrong number", "text"])

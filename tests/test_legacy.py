@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 import warnings
@@ -113,6 +114,30 @@ def test_a_script_of_trl_runs_with_its_import_changed(here, monkeypatch, argumen
     saved = {f.name for f in Path("out").iterdir()}
     assert ("adapter_model.safetensors" if "--use_peft" in arguments else "model.safetensors") in saved
     assert any("eval_reward" in row for row in trainer.state.log_history) == ("--eval_strategy" in arguments)
+
+
+@pytest.mark.skipif("TRL_EXAMPLES" not in os.environ, reason="TRL_EXAMPLES: folder examples/scripts/ppo of TRL 1.12")
+@pytest.mark.parametrize("peft", [[], ["--use_peft", "--lora_target_modules", "all-linear"]], ids=["whole", "peft"])
+@pytest.mark.parametrize("name", ["ppo.py", "ppo_tldr.py"])
+def test_trls_own_example_runs_with_its_import_changed(here, monkeypatch, name, peft):
+    """The file itself, which no package of TRL brings along; ppo.py keeps its last 100 rows for evaluation."""
+    file = Path(os.environ["TRL_EXAMPLES"]) / name
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    ours = file.read_text().replace("from trl.experimental.ppo import", "from ppo_plus import")
+    assert "from ppo_plus import" in ours
+    Path(name).write_text(ours)
+    make_prompts(116).select_columns(["prompt"]).to_json("data/train.jsonl")
+    options = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8", "--total_episodes", "16",
+               "--num_ppo_epochs", "4", "--num_mini_batches", "1", "--stop_token", "eos"]  # fmt: skip
+    evaluation = ["--eval_strategy", "steps", "--eval_steps", "4"] if name == "ppo_tldr.py" else []
+    monkeypatch.setattr(sys, "argv", [name, *COMMON, *options, *evaluation, *peft])
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "unused")  # the script sets it for good
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The padding token")
+        trainer = runpy.run_path(name, run_name="__main__")["trainer"]
+    assert trainer.state.global_step == 8
+    assert Path("out", "adapter_model.safetensors" if peft else "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("peft", [False, True])
