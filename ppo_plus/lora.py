@@ -81,10 +81,11 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _is_frozen_linear(layer: nn.Module, x: Tensor) -> bool:
     """Whether `layer` is no more than a product with a frozen matrix, in the dtype that `x` comes in."""
+    kind = x.device.type
     return (
         type(layer) is nn.Linear
         and x.dtype == layer.weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
         and not any(p.requires_grad for p in layer.parameters())
     )
 
