@@ -10,6 +10,7 @@ from conftest import PeakMemory, lora, make_model, make_trainer
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -23,7 +24,7 @@ from transformers import (
 from ppo_plus import logits as logits_module
 from ppo_plus import memory, modeling
 from ppo_plus.loading import CriticSource, build_actor_critic
-from ppo_plus.memory import GIB, DryRun, Ledger, Setup, plan
+from ppo_plus.memory import GIB, DryRun, LayeredRun, Ledger, Setup, causal, fewer_layers, plan, predict
 
 SIZES = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
@@ -186,9 +187,89 @@ def test_a_quantized_base_keeps_the_activations_that_bitsandbytes_keeps(tmp_path
     ids=["grouped", "all-heads", "sliding", "mixed"],
 )  # fmt: skip
 def test_the_cache_grows_by_key_value_heads_and_stops_at_the_window(config, bytes_per_row):
-    parts = DryRun(config, setup())._last_token(rows=3)
+    [*_, parts] = DryRun(config, setup()).stretches("decode", rows=3)  # the last begins after the layers
     # Windows count their tokens in a few bytes of their own.
     assert 0 <= parts["kv_cache"] - 3 * bytes_per_row <= 24 and parts["activations"] > 0
+
+
+DEEP = {
+    "llama": LlamaConfig(**{**SIZES, "num_hidden_layers": 9}),
+    "gemma2": Gemma2Config(**{**SIZES, "num_hidden_layers": 16}, head_dim=16, sliding_window=16),
+    "gemma3": Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": 16}, head_dim=16, sliding_window=17,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * 4,
+    ),
+    "gpt2": GPT2Config(vocab_size=500, n_embd=64, n_layer=9, n_head=4, n_positions=256),
+}  # fmt: skip
+SEPARATE = LlamaConfig(**{**SIZES, "num_hidden_layers": 9, "hidden_size": 32, "intermediate_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"activation_checkpointing": checkpointing}) for name in DEEP for checkpointing in (False, True)),
+        ("llama", {"critic": "adapter"}),
+        ("llama", {"critic": "adapter", "activation_checkpointing": True}),
+        ("llama", {"critic": "separate"}),
+        ("llama", {"critic": "separate", "activation_checkpointing": True}),
+        ("llama", {"quantization": "nf4", "reward": "adapter"}),
+        ("gemma3", {"quantization": "int8"}),
+    ],
+    ids=str,
+)
+def test_a_few_layers_tell_what_all_of_them_take(name, options):
+    asked, critic = setup(**options), SEPARATE if options.get("critic") == "separate" else None
+    whole, few = DryRun(DEEP[name], asked, critic), predict(DEEP[name], asked, critic)
+    assert isinstance(few, LayeredRun)
+    assert few.parameters == whole.parameters
+    # To the byte; where kinds mix, the highest layer may have other neighbours.
+    tolerance = 0.005 if len(few.more) > 1 and critic is None else 0
+    for phase, rows in (("generate", 3), ("learn", 1), ("learn", 5)):
+        found, expected = getattr(few, phase)(rows), getattr(whole, phase)(rows)
+        assert found.total == pytest.approx(expected.total, rel=tolerance, abs=0)
+        assert tolerance or found == expected
+
+
+def test_a_layer_too_few_is_seen():
+    """The comparison above can fail."""
+    few = predict(DEEP["llama"], setup())
+    exact = few.learn(2).total
+    for count in (6, 8):
+        assert LayeredRun(few.first, [(few.more[0][0], count)]).learn(2).total != exact
+
+
+def test_all_layers_run_where_a_few_do_not_tell():
+    def every_second_is_another(config):
+        model = causal(config)
+        for layer in model.model.layers[1::2]:
+            layer.mlp = torch.nn.Linear(config.hidden_size, config.hidden_size)
+        return model
+
+    borrowing = LlamaConfig(**DEEP["llama"].to_diff_dict(), num_kv_shared_layers=4)
+    assert fewer_layers(DEEP["llama"], every_second_is_another) == (DEEP["llama"], [])
+    assert fewer_layers(borrowing, causal) == (borrowing, [])
+    assert fewer_layers(CONFIGS["llama"], causal) == (CONFIGS["llama"], [])  # few as they are
+    [(longer, left_out)] = fewer_layers(DEEP["llama"], causal)[1]
+    assert (longer.num_hidden_layers, left_out) == (3, 7)
+    assert isinstance(predict(CONFIGS["llama"], setup()), DryRun)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_critic_of_its_own_is_a_second_model_and_trained_whole(checkpointing):
+    torch.manual_seed(0)
+    critic = AutoModelForSequenceClassification.from_config(Qwen2Config(**SIZES, num_labels=1))
+    policy = get_peft_model(AutoModelForCausalLM.from_config(CONFIGS["llama"]), lora())
+    actor = build_actor_critic(policy, critic=CriticSource("separate", model=critic))
+    actor._fused_attention = []
+    if checkpointing:
+        actor.activation_checkpointing_enable()
+    asked = setup(critic="separate", activation_checkpointing=checkpointing)
+    found = DryRun(CONFIGS["llama"], asked, Qwen2Config(**SIZES)).learn(3)
+    assert working(found) == pytest.approx(measured(actor, "learn", 3), rel=0.03)
+    assert found.parts["optimizer"] == 2 * found.parts["gradients"] == 2 * bytes_of(actor, frozen=False)
+    assert found.parts["optimizer"] > 2 * bytes_of(critic, frozen=False) > 10 * bytes_of(policy, frozen=False)
+    held = sum(p.numel() * p.element_size() for p in actor.parameters())
+    assert found.parts["weights"] + found.parts["adapters"] == pytest.approx(held, rel=0.001)
 
 
 def test_the_proposal_fits_and_twice_as_much_would_not(monkeypatch):
@@ -220,6 +301,8 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkey
     assert memory.main([*command, "--vram", "0.002", "--quantization", "fp32"]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "quantization='nf4'" in out and "activation_checkpointing" in out
+    assert memory.main([*command, "--vram", "0.004", "--critic", "separate", "--value-model", str(tmp_path)]) == 1
+    assert "critic='shared'" in capsys.readouterr().out
     command[1] = str(tmp_path / "config.json")  # the file serves as well as its folder
     assert memory.main([*command, "--vram", "1", "--json", "--activation-checkpointing"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -243,6 +326,7 @@ def test_the_table_ends_in_the_sizes():
         ({"num_mini_batches": 3}, 8, "rollout_batch_size=64 is not a multiple of num_mini_batches=3"),
         ({"quantization": "fp4"}, 8, "quantization must be one of nf4, int8, bf16, fp32; got 'fp4'"),
         ({"response_length": 300}, 8, "324 tokens are more than this model's context of 256"),
+        ({"critic": "separate"}, 8, "critic='separate' and a model for the critic go together"),
         ({}, 0.25, "vram=0.25 GiB is not more than a CUDA context takes"),
     ],
 )
