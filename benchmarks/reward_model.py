@@ -1,16 +1,21 @@
 """A reward model by ppo_plus and by the installed TRL on the same pairs and seeds: accuracy, calibration, memory.
 
-    python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 400]
+    python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 256] [--eval-pairs 300]
 
 SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyper-parameters of recipes/rm_then_ppo.yaml, the same LoRA
-and score head. Three sides, each run in a fresh process: `ours` and `trl` on the base as it is (`--dtype`),
-`ours_4bit` on an NF4 base. Calibration is of `sigmoid(chosen - rejected)` as the probability that the pair is in the
-right order (Bradley-Terry): both orders of each pair are judged, so that a base rate of one half is built in.
+and score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Three sides, each run in a fresh
+process: `ours` and `trl` load the base as each does when it is given a name (as it was saved, bf16, and fp32; `--dtype`
+sets both), `ours_4bit` puts its linear layers into NF4. Calibration is of `sigmoid(chosen - rejected)` as the
+probability that the pair is in the right order (Bradley-Terry): both orders of each pair are judged, so that a base
+rate of one half is built in.
 
-The last line is JSON: `ratio` is our mean accuracy over TRL's. Memory is resident memory above what the imports take,
-of `ours_4bit` over TRL's: `memory_ratio` of the peak from loading to the last step, `training_memory_ratio` of the peak
-of training, `weights_ratio` of the frozen weights alone (embeddings and norms are not quantized). By side the accuracy
-by seed, the expected calibration error (10 bins of equal width) and the reliability curve.
+The last line is JSON: `ratio` is our mean accuracy over TRL's, `accuracy_difference` the mean over seeds with its
+standard error, both over the pairs of all seeds. Memory is of `ours_4bit` over TRL's: `memory_ratio` of the bytes of
+all tensors at the highest moment of the third optimizer step (what a GPU's allocator would report; the batch is the
+same for all), `memory_ratio_1.7b` the same on a base of SmolLM2-1.7B's shape with random weights, `weights_ratio` of
+the frozen weights alone (embeddings and norms are not quantized), `resident_ratio` of the resident memory of training
+above what the imports take, kernels and allocator included. By side the accuracy by seed, the expected calibration
+error (10 bins of equal width) and the reliability curve.
 """
 
 from __future__ import annotations
@@ -32,6 +37,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SIDES = ("ours", "trl", "ours_4bit")
 BINS = 10
+LARGER = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "head_dim": 64,
+}  # fmt: skip
 
 
 def resident() -> float:
@@ -59,6 +68,33 @@ class Peak:
     def __exit__(self, *error: object) -> None:
         self._done.set()
         self._thread.join()
+
+
+def tensor_peak():
+    """A callback that finds the most bytes of tensors in the third optimizer step, in `mb`.
+
+    The first step makes Adam's moments, so the third has all there is. Only that one is watched: it is slower for it.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    from ppo_plus.memory import Ledger
+
+    class TensorPeak(TrainerCallback):
+        mb = math.nan
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self.ledger = Ledger()
+                self.ledger.hold(found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+                self.ledger.__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                self.ledger.__exit__(None, None, None)
+                self.mb = sum(self.ledger.peak.values()) / 2**20
+
+    return TensorPeak()
 
 
 def give_back() -> None:
@@ -98,11 +134,15 @@ def reliability(gaps: list[float]) -> tuple[float, list[dict]]:
 
 
 def config_of(side: str, seed: int, folder: str, cls: type):
+    import torch
     import yaml
 
     given = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text())["reward"]
-    precision = {"bf16": False, "disable_tqdm": True, "gradient_checkpointing": None}
-    return cls(output_dir=f"{folder}/{side}", seed=seed, report_to="none", **(given | precision))
+    set_here = {
+        "bf16": True, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": None,
+        "activation_checkpointing": True, "disable_tqdm": True,
+    }  # fmt: skip
+    return cls(output_dir=f"{folder}/{side}", seed=seed, report_to="none", **(given | set_here))
 
 
 def trainer_of(side: str, args: argparse.Namespace, folder: str, data: dict):
@@ -118,20 +158,21 @@ def trainer_of(side: str, args: argparse.Namespace, folder: str, data: dict):
         (trl.RewardConfig, trl.RewardTrainer) if side == "trl" else (ppo_plus.RewardConfig, ppo_plus.RewardTrainer)
     )
     config = config_of(side, args.seed, folder, config_class)
-    config.model_init_kwargs = {"dtype": args.dtype}
+    if args.dtype:
+        config.model_init_kwargs = {"dtype": args.dtype}
     lora = LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
     )  # fmt: skip
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, args.dtype),
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     return trainer_class(
         args.model, config, peft_config=lora, quantization_config=nf4 if side == "ours_4bit" else None, **data
     )
 
 
-def score_gaps(trainer, pairs, tokenizer, dtype: str) -> list[float]:
+def score_gaps(trainer, pairs, tokenizer) -> list[float]:
     """Scores of chosen less rejected, by the same code for every side: the text and EOS, right-padded."""
     import torch
 
@@ -140,7 +181,7 @@ def score_gaps(trainer, pairs, tokenizer, dtype: str) -> list[float]:
     def scores(texts: list[str]) -> list[float]:
         inputs = tokenizer([t + tokenizer.eos_token for t in texts], return_tensors="pt", padding=True,
                            padding_side="right").to(model.device)  # fmt: skip
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
             return model(**inputs).logits[:, 0].float().tolist()
 
     gaps: list[float] = []
@@ -164,29 +205,31 @@ def run(side: str, args: argparse.Namespace) -> dict:
         "train_dataset": preference_pairs(reviews["rm_train"], tokenizer, args.pairs, args.tokens, args.seed),
         "eval_dataset": preference_pairs(reviews["rm_eval"], tokenizer, args.eval_pairs, args.tokens, args.seed),
     }
-    base = resident()
-    with tempfile.TemporaryDirectory() as folder, Peak(base) as peak:
+    give_back()
+    base, tensors = resident(), tensor_peak()
+    with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(side, args, folder, {**data, "processing_class": tokenizer})
+        trainer.add_callback(tensors)
         weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if not p.requires_grad)
         give_back()
         started = time.perf_counter()
-        with Peak(base) as training_peak:
+        with Peak(base) as peak:
             trainer.train()
         seconds = time.perf_counter() - started
-    gaps = score_gaps(trainer, data["eval_dataset"], tokenizer, args.dtype)
+    gaps = score_gaps(trainer, data["eval_dataset"], tokenizer)
     error, curve = reliability(gaps)
     return {
         "accuracy": statistics.fmean(gap > 0 for gap in gaps), "expected_calibration_error": error,
-        "reliability": curve, "peak_mb": peak.most, "training_peak_mb": training_peak.most,
-        "base_weights_mb": weights / 2**20, "seconds": seconds,
-        "gaps": gaps,
+        "reliability": curve, "tensor_peak_mb": tensors.mb, "resident_peak_mb": peak.most,
+        "base_weights_mb": weights / 2**20, "seconds": seconds, "gaps": gaps,
     }  # fmt: skip
 
 
 def child(side: str, seed: int, args: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--child", side, "--seed", str(seed), "--model", args.model]
     for name in ("pairs", "eval_pairs", "tokens", "dtype"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        if getattr(args, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
@@ -195,10 +238,38 @@ def child(side: str, seed: int, args: argparse.Namespace) -> dict:
     return result
 
 
+def larger_base(model: str, folder: str) -> str:
+    """A base of SmolLM2-1.7B's shape with random weights and the tokenizer of `model`, saved in bf16."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(model)
+    for name, value in LARGER.items():
+        setattr(config, name, value)
+    LlamaForCausalLM._from_config(config, dtype="bfloat16").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def memory_of_larger(args: argparse.Namespace) -> dict[str, dict]:
+    """Memory by side of three steps on the larger base; random weights have no accuracy worth a word."""
+    names = ("tensor_peak_mb", "resident_peak_mb", "base_weights_mb")
+    with tempfile.TemporaryDirectory() as folder:
+        given = {**vars(args), "model": larger_base(args.model, folder), "pairs": 24, "eval_pairs": 2}
+        runs = {side: child(side, 0, argparse.Namespace(**given)) for side in SIDES}
+    return {side: {name: run[name] for name in names} for side, run in runs.items()}
+
+
 def summary(runs: list[dict]) -> dict:
     """Of one side: means over seeds, and the reliability of all seeds' pairs together."""
     error, curve = reliability([gap for run in runs for gap in run["gaps"]])
-    names = ("accuracy", "expected_calibration_error", "peak_mb", "training_peak_mb", "base_weights_mb", "seconds")
+    names = (
+        "accuracy",
+        "expected_calibration_error",
+        "tensor_peak_mb",
+        "resident_peak_mb",
+        "base_weights_mb",
+        "seconds",
+    )
     return {
         **{name: statistics.fmean(run[name] for run in runs) for name in names},
         "accuracy_by_seed": [run["accuracy"] for run in runs],
@@ -207,13 +278,25 @@ def summary(runs: list[dict]) -> dict:
     }
 
 
+def difference(runs: list[dict], others: list[dict]) -> dict[str, float]:
+    """Accuracy above another side's on the same pairs: the mean and its standard error, by pair."""
+    apart = [
+        (gap > 0) - (other_gap > 0)
+        for run, other in zip(runs, others, strict=True)
+        for gap, other_gap in zip(run["gaps"], other["gaps"], strict=True)
+    ]
+    return {"mean": statistics.fmean(apart), "standard_error": statistics.stdev(apart) / math.sqrt(len(apart))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pairs", type=int, default=640)
-    parser.add_argument("--eval-pairs", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--eval-pairs", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=32, help="longest piece of a pair")
-    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of the base; each side's own choice by default"
+    )
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "reward_model.json")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
@@ -229,19 +312,22 @@ def main() -> None:
     for seed in args.seeds:
         for side, done in runs.items():
             done.append(child(side, seed, args))
+    larger = memory_of_larger(args)
     sides = {side: summary(done) for side, done in runs.items()}
     result = {
         "ratio": sides["ours"]["accuracy"] / sides["trl"]["accuracy"],
         **{
             name: sides["ours_4bit"][of] / sides["trl"][of]
             for name, of in (
-                ("memory_ratio", "peak_mb"),
-                ("training_memory_ratio", "training_peak_mb"),
+                ("memory_ratio", "tensor_peak_mb"),
                 ("weights_ratio", "base_weights_mb"),
+                ("resident_ratio", "resident_peak_mb"),
             )
         },
+        "memory_ratio_1.7b": larger["ours_4bit"]["tensor_peak_mb"] / larger["trl"]["tensor_peak_mb"],
+        "accuracy_difference": {side: difference(runs[side], runs["trl"]) for side in SIDES if side != "trl"},
         "seeds": args.seeds, "pairs": args.pairs, "eval_pairs": args.eval_pairs, "dtype": args.dtype,
-        **sides, **describe_machine(),
+        **sides, "memory_1.7b": larger, **describe_machine(),
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")

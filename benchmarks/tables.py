@@ -54,6 +54,23 @@ def memory(r: dict) -> str:
     return f"**{r['ratio']:.2f}** of TRL's peak"
 
 
+def reward_model(r: dict) -> str:
+    ours, nf4, theirs = (r[side]["accuracy"] for side in ("ours", "ours_4bit", "trl"))
+    return (
+        f"accuracy {ours:.3f}, on an NF4 base {nf4:.3f}, TRL's {theirs:.3f}; tensors of training on NF4 "
+        f"{r['memory_ratio']:.2f} of TRL's, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}**"
+    )
+
+
+def verifiable(r: dict) -> str:
+    after = ", ".join(f"{side.upper()} {r[side]['after']:.2f}" for side in ("ppo", "grpo", "rloo"))
+    return f"right answers to held-out sums: {r['ppo']['before']:.2f} before, after {r['tokens']} tokens {after}"
+
+
+def mixed(r: dict) -> str:
+    return f"{r['ratio']:.2f}× the time of a pass for each role"
+
+
 def kill(r: dict) -> str:
     return f"{r['kills']} kills, {r['identical']} ended in the same bits"
 
@@ -71,6 +88,10 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("uneven", "64 responses, 60 short and 4 long, against `generate`", uneven),
     ("scaling", "cost as the work grows", scaling),
     ("memory", "peak memory of an update against TRL 1.12's", memory),
+    ("reward_model", "a reward model against TRL's RewardTrainer", reward_model),
+    ("verifiable", "an exact checker as reward, beside TRL's GRPO and RLOO", verifiable),
+    ("mixed_adapters_bfloat16", "all roles scored in one mixed pass, bf16", mixed),
+    ("mixed_adapters_float32", "all roles scored in one mixed pass, fp32", mixed),
     ("kill", "killed at random moments and resumed", kill),
     ("demo", "reward model and PPO on real text", demo),
 ]

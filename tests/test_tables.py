@@ -35,6 +35,15 @@ RESULTS = {
     "uneven": UNEVEN,
     "scaling": {"episodes": growth(0.9, 0), "response": growth(1.1, 0), "width": growth(0, 0.75)},
     "memory": {"ratio": 0.333},
+    "reward_model": {
+        "ours": {"accuracy": 0.75}, "ours_4bit": {"accuracy": 0.7}, "trl": {"accuracy": 0.74},
+        "memory_ratio": 0.3, "memory_ratio_1.7b": 0.2,
+    },
+    "verifiable": {
+        "ppo": {"before": 0.25, "after": 0.5}, "grpo": {"after": 0.4}, "rloo": {"after": 0.3}, "tokens": 2000,
+    },
+    "mixed_adapters_bfloat16": {"ratio": 1.5},
+    "mixed_adapters_float32": {"ratio": 1.25},
     "kill": {"kills": 50, "identical": 49},
     "demo": {"vader_rises": [0.25, 0.5], **MACHINE, "machine": {"gpu": "A card"}},
 }  # fmt: skip
@@ -69,12 +78,17 @@ def test_every_result_becomes_words(tmp_path):
         "a token takes 0.90× the time with 4× the episodes, 1.10× with 4× the response length; a token and parameter "
         "0.75× at 4× the width",
         "**0.33** of TRL's peak",
+        "accuracy 0.750, on an NF4 base 0.700, TRL's 0.740; tensors of training on NF4 0.30 of TRL's, at 1.7B's shape "
+        "**0.20**",
+        "right answers to held-out sums: 0.25 before, after 2000 tokens PPO 0.50, GRPO 0.40, RLOO 0.30",
+        "1.50× the time of a pass for each role",
+        "1.25× the time of a pass for each role",
         "50 kills, 49 ended in the same bits",
         "VADER score of held-out answers, by seed: +0.25, +0.50",
     ]
     assert [where for _, _, where in rows] == [
         "2 CPU cores, AVX512, 2026-01-02", "", "2 CPU cores, AVX512, 2026-01-02", "2 CPU cores, AVX512, 2026-01-02",
-        "", "", "", "A card, 2026-01-02",
+        *[""] * 7, "A card, 2026-01-02",
     ]  # fmt: skip
 
 
