@@ -2,7 +2,7 @@
 
     python benchmarks/verifiable.py [--seeds 0 1 2] [--tokens 20000] [--held-out 200]
 
-SmolLM2-135M-Instruct continues three worked sums with the answer to a fourth (`12 + 30 = 42`, operands 5 to 40, drawn
+SmolLM2-135M-Instruct continues a worked sum with the answer to a second one (`12 + 30 = 42`, operands 5 to 40, drawn
 from a seed; the pairs of operands of the held-out sums are never trained on). The reward is 1 for the right number and
 0 for anything else. Same LoRA, learning rate, KL coefficient, sampling, responses per generation (64), optimizer steps
 per generation (2 x 2); each side runs in a fresh process until it has generated `--tokens` tokens. PPO answers 64
@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("ppo", "grpo", "rloo")
-LOWEST, HIGHEST, EXAMPLES = 5, 40, 3
+LOWEST, HIGHEST, EXAMPLES = 5, 40, 1
 RESPONSES, MICRO, GROUP = 64, 16, 8
 LENGTH = 5  # tokens of an answer at most: a space, two digits, the end of the line, and one to spare
 NEWLINE = "Ċ"  # how byte-level BPE writes it

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from reward_model import reliability
-from verifiable import HIGHEST, LOWEST, SIDES, Checker, run, sums
+from verifiable import EXAMPLES, HIGHEST, LOWEST, SIDES, Checker, run, sums
 
 
 def logit(probability):
@@ -43,7 +43,7 @@ class TestSums:
         tasks = sums(200, seed=0, held_out=False)
         for prompt, wanted in zip(tasks["prompt"], tasks["wanted"], strict=True):
             *examples, question = prompt.split("\n")
-            assert len(examples) == 3
+            assert len(examples) == EXAMPLES
             for line in examples:
                 left, right = line.split(" = ")
                 assert sum(map(int, left.split(" + "))) == int(right)
