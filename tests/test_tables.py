@@ -71,8 +71,8 @@ def test_each_committed_result_has_its_row(name):
 def test_every_result_becomes_words(tmp_path):
     rows = table_of(tmp_path, RESULTS)
     assert [figures for _, figures, _ in rows] == [
-        "**3.00×** as fast (7.0 s against 21.0 s; generate 3.0×, score 3.0×, learn 3.0×), 0.25 of the memory",
-        "**1.00×** as fast (7.0 s against 7.0 s; generate 1.0×, score 1.0×, learn 1.0×), 0.50 of the memory",
+        "**3.00×** as fast (7.0 s against 21.0 s; generate 3.0×, score 3.0×, learn 3.0×); 0.25 of the memory",
+        "**1.00×** as fast (7.0 s against 7.0 s; generate 1.0×, score 1.0×, learn 1.0×); 0.50 of the memory",
         "**1.50×** the floor (30.0 s over 20.0 s; generate 1.25, score 2.00, learn 1.50)",
         "**2.35×** as fast (469 tokens/s against 200)",
         "a token takes 0.90× the time with 4× the episodes, 1.10× with 4× the response length; a token and parameter "
