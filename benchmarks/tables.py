@@ -50,6 +50,16 @@ def scaling(r: dict) -> str:
     )
 
 
+def top_layers(r: dict) -> str:
+    by_top = ", ".join(
+        f"the top {name.removeprefix('top_')} **{found['ratio']:.2f}×** as fast as without that, "
+        f"{found['ratio_to_all_layers']:.2f}× as LoRA on all"
+        for name, found in r.items()
+        if name.startswith("top_")
+    )
+    return f"scoring and learning: {by_top}"
+
+
 def memory(r: dict) -> str:
     return f"**{r['ratio']:.2f}** of TRL's peak"
 
@@ -87,6 +97,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("floor", "one update against its own arithmetic on the bare model", above_floor),
     ("uneven", "64 responses, 60 short and 4 long, against `generate`", uneven),
     ("scaling", "cost as the work grows", scaling),
+    ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),
     ("memory", "peak memory of an update against TRL 1.12's", memory),
     ("reward_model", "a reward model against TRL's RewardTrainer", reward_model),
     ("verifiable", "an exact checker as reward, beside TRL's GRPO and RLOO", verifiable),

@@ -57,8 +57,8 @@ class PPOCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """While prompts are answered and answers looked at, in evaluations too; called at every decoded token.
 
-        `phase` is "generating", "scoring", "log-probabilities" or "reference"; `done` of `total` responses have left
-        it, and `tokens` tokens have gone through the model in it.
+        `phase` is "generating", "scoring", "lower layers" (where `cache_lower_layers` finds some), "log-probabilities"
+        or "reference"; `done` of `total` responses have left it, and `tokens` tokens have gone through the model in it.
         """
 
     def on_scores(

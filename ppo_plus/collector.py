@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -46,6 +46,7 @@ class Samples:
         completions: the texts.
         seconds: by phase.
         extra: columns that reward functions logged.
+        lower_states: as in `Rollout`; None where nobody is going to learn from these samples.
     """
 
     input_ids: Tensor
@@ -63,6 +64,7 @@ class Samples:
     completions: Completions
     seconds: dict[str, float]
     extra: dict[str, list] = field(default_factory=dict)
+    lower_states: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -104,6 +106,7 @@ class Collector:
         noise: Tensor,
         context: dict[str, Any],
         leave: Callable[[], None] = lambda: None,
+        to_learn: bool = False,
     ) -> Samples:
         """Answer prompts, score the answers, and look at them with actor, critic and reference.
 
@@ -112,6 +115,7 @@ class Collector:
             noise: uniform numbers that decide the sampled tokens, `(N, R)` float64.
             context: handed to reward functions.
             leave: called before each decode batch and before scoring; may raise to give up the rollout.
+            to_learn: keep what learning can go on from. Evaluations may have more rows than there is room for.
         """
         watch = Stopwatch()
         self.model.eval()  # in train mode activation checkpointing would drop the cache
@@ -131,14 +135,15 @@ class Collector:
             input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
             input_ids = torch.cat([input_ids, tokens], 1)
             attention_mask = torch.cat([prompt_mask, attended.long()], 1)
-            logprobs, values, entropy = self._forward(input_ids, attention_mask, tokens.shape[1])
+            lower = self._lower_states(input_ids, attention_mask) if to_learn else None
+            logprobs, values, entropy = self._forward(input_ids, attention_mask, tokens.shape[1], lower)
             with self.model.reference():
-                ref_logprobs, _, _ = self._forward(input_ids, attention_mask, tokens.shape[1], actor=False)
+                ref_logprobs, _, _ = self._forward(input_ids, attention_mask, tokens.shape[1], lower, actor=False)
             watch.lap("logprobs")
         stopped = torch.isin(tokens, torch.tensor(self.stop_ids)).any(1)
         return Samples(
             input_ids, attention_mask, mask, stopped, logprobs, generation.logprobs, ref_logprobs, values, entropy,
-            scores.by_function, scores.total, scores.per_token, completions, watch.seconds, extra,
+            scores.by_function, scores.total, scores.per_token, completions, watch.seconds, extra, lower,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -190,7 +195,16 @@ class Collector:
             returns=returns,
             scores=scores,
             kl=((samples.logprobs - samples.ref_logprobs) * mask).sum(1),
+            lower_states=samples.lower_states,
         )
+
+    @torch.no_grad()
+    def with_lower_states(self, rollout: Rollout) -> Rollout:
+        """A rollout from a checkpoint, which holds no hidden states, with those that it was collected with."""
+        self.model.eval()
+        with self.accelerator.autocast():
+            lower = self._lower_states(rollout.input_ids, rollout.attention_mask)
+        return replace(rollout, lower_states=lower)
 
     def metrics(self, samples: Samples) -> dict[str, float]:
         """What there is to say about sampled responses, over all processes."""
@@ -257,31 +271,62 @@ class Collector:
         longest = int(response_mask(tokens, self.stop_ids).sum(1).max())
         return Generation(tokens[:, :longest], logprobs[:, :longest])
 
+    def _lower_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        if not self.model.lower_layers:
+            return None
+        parts: list[tuple[Tensor, Tensor]] = []
+
+        def run(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
+            parts.append((rows, self.model.lower_states(ids, mask).cpu()))
+
+        self._in_passes(input_ids, attention_mask, "lower layers", run)
+        one = parts[0][1]
+        states = one.new_zeros(len(input_ids), input_ids.shape[1] - 1, one.shape[-1])
+        for rows, part in parts:
+            states[rows, -part.shape[1] :] = part
+        return states
+
     def _forward(
-        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, actor: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_length: int,
+        lower: Tensor | None,
+        actor: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = (len(input_ids), response_length)
         logprobs, values, entropy = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
-        order = attention_mask.sum(1).argsort(stable=True)
-        tally = Tally("log-probabilities" if actor else "reference", len(input_ids), self.report)
 
-        def forward_rows(chunk: Tensor) -> None:
-            first = int(attention_mask[chunk].any(0).int().argmax())
+        def run(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
             out = self.model(
-                input_ids[chunk, first:].to(self.accelerator.device),
-                attention_mask[chunk, first:].to(self.accelerator.device),
+                ids,
+                mask,
                 response_length,
                 self.args.temperature,
                 with_values=actor,
                 with_entropy=actor,
+                lower_states=None if lower is None else lower[rows, 1 - ids.shape[1] :].to(ids.device),
             )
-            logprobs[chunk] = out.logprobs.cpu()
+            logprobs[rows] = out.logprobs.cpu()
             if actor:
-                values[chunk], entropy[chunk] = out.values.cpu(), out.entropy.cpu()
-            tally.add(len(chunk), int(attention_mask[chunk].sum()))
+                values[rows], entropy[rows] = out.values.cpu(), out.entropy.cpu()
 
-        self.forward_size = in_chunks(order, self.forward_size, forward_rows)
+        self._in_passes(input_ids, attention_mask, "log-probabilities" if actor else "reference", run)
         return logprobs, values, entropy
+
+    def _in_passes(
+        self, input_ids: Tensor, attention_mask: Tensor, phase: str, run: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> None:
+        # Rows of similar length together, without the columns that are padding in all of them.
+        order = attention_mask.sum(1).argsort(stable=True)
+        tally, device = Tally(phase, len(input_ids), self.report), self.accelerator.device
+
+        def run_rows(rows: Tensor) -> None:
+            first = int(attention_mask[rows].any(0).int().argmax())
+            run(input_ids[rows, first:].to(device), attention_mask[rows, first:].to(device), rows)
+            tally.add(len(rows), int(attention_mask[rows].sum()))
+
+        self.forward_size = in_chunks(order, self.forward_size, run_rows)
 
     def _completions(
         self, rows: Sequence[Row], tokens: Tensor, attended: Tensor, context: dict[str, Any]

@@ -130,6 +130,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model by name.")
     disable_dropout: bool = _field(True, "Zero the base model's dropout; LoRA's own lora_dropout stays.")
+    cache_lower_layers: bool = _field(True, "Run the layers below all adapters once per rollout, if there are any.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of apply_chat_template.")
     shuffle_dataset: bool = _field(True, "Draw prompts in a new order each epoch; a stream keeps its own.")
 
@@ -271,8 +272,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             "on_save_error": ("raise", "skip"),
         }
         switches = (
-            "include_eos", "whiten_rewards", "disable_dropout", "shuffle_dataset", "log_completions", "run_report",
-            "eval_win_rate", "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint",
+            "include_eos", "whiten_rewards", "disable_dropout", "cache_lower_layers", "shuffle_dataset",
+            "log_completions", "run_report", "eval_win_rate", "bf16", "logging_nan_inf_filter",
+            "restore_callback_states_from_checkpoint",
         )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from .attention import choose_attention
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import use_plain_lora, weights_at_rest
+from .lower_layers import LowerLayers, layers_below
 from .rollout import readable
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -117,6 +119,8 @@ class ActorCritic(nn.Module):
         self._compiled = False
         self._mode: bool | None = None  # not known: an adapter may be in training and its base not
         self._active: PreTrainedModel = self.language_model
+        self._lower: LowerLayers | None = None
+        self._above_lower: set[str | None] = set()
         models = [self.language_model, *self._ref_model, *([unwrapped(value_model)] if value_model else [])]
         self._fused_attention = [m for m in models if m.config.get_text_config()._attn_implementation == "sdpa"]
         if not self.is_peft and ref_model is None:
@@ -241,6 +245,7 @@ class ActorCritic(nn.Module):
         with_logprobs: bool = True,
         with_values: bool = True,
         with_entropy: bool = False,
+        lower_states: Tensor | None = None,
     ) -> ActorCriticOutput:
         """Log-probabilities, values and entropies of the response tokens.
 
@@ -254,12 +259,13 @@ class ActorCritic(nn.Module):
             with_logprobs: compute `logprobs`; without them (nor entropies), nothing flows back into the actor.
             with_values: compute `values`.
             with_entropy: compute `entropy`; differentiable, so ask for it only where it is used.
+            lower_states: of these rows, as the method of that name gives them; a pass goes on from there.
         """
         output, states = ActorCriticOutput(), None
         actor, own = with_logprobs or with_entropy, self.critic in ("adapter", "separate")
         if actor or not own:
             with contextlib.nullcontext() if actor else torch.no_grad():
-                states = self._response_states(input_ids, attention_mask, response_length)
+                states = self._response_states(input_ids, attention_mask, response_length, lower_states)
         if states is not None and actor:
             targets = input_ids[:, -response_length:]
             output.logprobs, output.entropy = chunked_logprobs(  # type: ignore[assignment]
@@ -269,7 +275,7 @@ class ActorCritic(nn.Module):
         if with_values:
             if own:
                 with self._critic():
-                    states = self._response_states(input_ids, attention_mask, response_length)
+                    states = self._response_states(input_ids, attention_mask, response_length, lower_states)
             states = cast(Tensor, states)
             output.values = self.value_head(states.detach() if self.critic == "detached" else states)
         return output
@@ -291,10 +297,55 @@ class ActorCritic(nn.Module):
         finally:
             self._active = self.language_model
 
-    def _response_states(self, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
+    def _response_states(
+        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, lower_states: Tensor | None
+    ) -> Tensor:
         # The state before token t is the hidden state one position to its left; after the last token nothing is asked.
-        hidden = self._hidden_states(input_ids[:, :-1], attention_mask[:, :-1]).last_hidden_state
+        with self._going_on_from(lower_states):
+            hidden = self._hidden_states(input_ids[:, :-1], attention_mask[:, :-1]).last_hidden_state
         return hidden[:, -response_length:]
+
+    # Layers that no adapter reaches.
+
+    @property
+    def lower_layers(self) -> int:
+        """How many of the lowest layers run once per rollout and not in every pass."""
+        return 0 if self._lower is None else self._lower.count
+
+    def reuse_lower_layers(self) -> None:
+        """From here on, let the layers below all that is trained run once per rollout, if there are any."""
+        model, own = self.language_model, f".{CRITIC_ADAPTER}."
+        marks = (".default.", f".{REFERENCE_ADAPTER}.")
+        trained = layers_below(model, lambda n, p: own not in n and (p.requires_grad or any(m in n for m in marks)))
+        count = min(trained, model.config.get_text_config().num_hidden_layers - 1)
+        if not self.is_peft or count < 1:
+            return
+        critic = layers_below(model, lambda name, _: own in name)
+        self._above_lower = {None, "default", REFERENCE_ADAPTER, *([CRITIC_ADAPTER] if critic >= count else [])}
+        training = model.training
+        model.eval()
+        try:
+            self._lower = LowerLayers(model.base_model, count, lambda *ids: self._hidden_states(*ids).last_hidden_state)
+        except ValueError as error:
+            warnings.warn(f"All layers of {type(model).__name__} run in every pass: {error}.", stacklevel=2)
+        finally:
+            model.train(training)
+
+    def lower_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What enters the lowest layer that runs in every pass: `(B, P + R - 1, H)`, the same for all roles.
+
+        Args:
+            input_ids: prompt and response, `(B, P + R)` int64; nothing is asked after its last token.
+            attention_mask: 1 for real tokens, `(B, P + R)`.
+        """
+        return cast(LowerLayers, self._lower).states(input_ids[:, :-1], attention_mask[:, :-1])
+
+    def _going_on_from(self, lower_states: Tensor | None) -> AbstractContextManager:
+        # Who is another model, or has an adapter further down, runs all layers.
+        if self._lower is None or lower_states is None or self._active is not self.language_model:
+            return contextlib.nullcontext()
+        shared = active_adapter(self.policy) in self._above_lower
+        return self._lower.given(lower_states) if shared else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -110,6 +110,8 @@ class Rollout:
         returns: GAE advantages (before whitening) plus values, `(N, R)` float32, reward units.
         scores: sequence score after callbacks and the missing-EOS penalty, `(N,)` float32, reward units.
         kl: summed estimate of KL(policy || reference) per response, `(N,)` float32, nats.
+        lower_states: what enters the lowest layer with an adapter, `(N, P + R - 1, H)`, the last token left out; None
+            where every pass runs all layers. Not saved: it is computed again from the tokens.
     """
 
     input_ids: Tensor
@@ -122,6 +124,7 @@ class Rollout:
     returns: Tensor
     scores: Tensor
     kl: Tensor
+    lower_states: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -155,31 +158,37 @@ class Rollout:
         outside = torch.arange(end) < end - responses
         shift = self.response_length - responses
         per_token = ("mask", "logprobs", "ref_logprobs", "values", "advantages", "returns")
+        lower = self.lower_states
         return {
             "input_ids": shifted(self.input_ids[rows], shift)[:, -width:],
             "attention_mask": shifted(self.attention_mask[rows], shift)[:, -width:],
             **{n: shifted(getattr(self, n)[rows], shift)[:, -end:].masked_fill(outside, 0) for n in per_token},
+            **({} if lower is None else {"lower_states": shifted(lower[rows], shift)[:, lower.shape[1] + 1 - width :]}),
         }
 
     def save(self, path: str | Path) -> None:
         """Write the tensors as safetensors."""
-        save_file({f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}, path)
+        save_file({name: getattr(self, name).contiguous().cpu() for name in self._saved()}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Rollout:
         """Read what `save` wrote."""
         with readable(path):
             tensors = load_file(path)
-        missing = [f.name for f in fields(cls) if f.name not in tensors]
+        missing = [name for name in cls._saved() if name not in tensors]
         if missing:
             raise ValueError(f"{path} is not a rollout of this version of ppo_plus: it lacks {missing}.")
-        return cls(**{f.name: tensors[f.name] for f in fields(cls)})
+        return cls(**{name: tensors[name] for name in cls._saved()})
+
+    @classmethod
+    def _saved(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.name != "lower_states"]
 
 
 def shifted(columns: Tensor, by: Tensor) -> Tensor:
-    """Each row of `(B, C)` moved to the right by its entry of `(B, 1)`; what falls off comes in on the left."""
+    """Each row of `(B, C, ...)` moved to the right by its entry of `(B, 1)`; what falls off comes in on the left."""
     width = columns.shape[1]
-    return columns.gather(1, (torch.arange(width) - by) % width)
+    return columns[torch.arange(len(columns))[:, None], (torch.arange(width) - by) % width]
 
 
 def minibatch_rows(

@@ -165,6 +165,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             optimizers=optimizers,
         )
         actor_critic.place_critic(args.device)  # a quantized policy is placed already, and Trainer moves nothing then
+        if args.cache_lower_layers and args.disable_dropout:
+            actor_critic.reuse_lower_layers()
         if args.torch_compile:
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole
             actor_critic.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -230,6 +232,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
                 "checkpoint holds no rollout (was it saved with save_only_model?). Resume from a checkpoint whose "
                 f"step is a multiple of {self.args.steps_per_rollout}."
             )
+        if rollout.lower_states is None and self.model.lower_layers:  # from a checkpoint
+            rollout = self._progress.rollout = self.collector.with_lower_states(rollout)
         ppo_epoch, minibatch = divmod(step, self.args.num_mini_batches)
         rows = minibatch_rows(
             len(rollout),
@@ -251,7 +255,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         rows = range(first, first + len(prompts))
         alone = self.accelerator.num_processes == 1  # else one would leave and the others wait for it
         leave = self._interrupt.leave if alone else None
-        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave)
+        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave, to_learn=True)
         watch = Stopwatch()
         scores = samples.scores.clone()
         self._fire("on_scores", scores=scores, token_rewards=samples.token_rewards)
@@ -278,6 +282,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         position: tuple,
         meter: Meter | None = None,
         leave: Callable[[], None] | None = None,
+        to_learn: bool = False,
     ) -> Samples:
         noise, seed = self._draw(rows, position)
         meter = meter or self._progress.meter
@@ -286,7 +291,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             "log_metric": lambda name, value: meter.add(name, float(value)),
         }
         with isolated_rng(seed):
-            return self.collector.sample(prompts, noise, context, leave or (lambda: None))
+            return self.collector.sample(prompts, noise, context, leave or (lambda: None), to_learn)
 
     def _draw(self, rows: range, position: tuple) -> tuple[Tensor, int]:
         # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.
@@ -353,6 +358,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             self.args.temperature,
             with_logprobs=train_actor,
             with_entropy=train_actor and self.args.entropy_coef > 0,
+            lower_states=inputs.get("lower_states"),
         )
         per_token = self._per_token_loss(output, inputs)
         tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)

@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from demo_assets import distinct_n, judge, load_smollm2, movie_reviews, preference_pairs, prompts, repetition, splits
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from trl import TrlParser
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
@@ -48,6 +48,9 @@ class DemoArguments:
     num_prompts: int = field(default=1024, metadata={"help": "Openings to train on."})
     num_eval_prompts: int = field(default=128, metadata={"help": "Held-out openings."})
     prompt_tokens: int = field(default=14, metadata={"help": "Length of an opening, in tokens."})
+    top_layers: int | None = field(
+        default=None, metadata={"help": "Train the policy in so many layers from the top; in all if not given."}
+    )
     kl_target: float = field(default=8.0, metadata={"help": "Wished KL to the reference, nats per response."})
     kl_horizon: int = field(default=64, metadata={"help": "Episodes over which the KL coefficient adapts."})
     reward: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of RewardConfig."})
@@ -68,8 +71,14 @@ def seconds_per_product(dtype: torch.dtype) -> float:
     return min(timeit.repeat(lambda: a @ a, number=5, repeat=5))
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+def lora(model: str | None = None, top_layers: int | None = None) -> LoraConfig:
+    """An adapter on all layers, or on the top ones of a model whose linear layers have Llama's names."""
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if top_layers is not None:
+        layers = AutoConfig.from_pretrained(model).num_hidden_layers
+        config.target_modules = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+        config.layers_to_transform = list(range(layers - top_layers, layers))
+    return config
 
 
 def of(reviews: Dataset, source: str) -> Dataset:
@@ -109,7 +118,7 @@ def build_ppo_trainer(
         train_dataset=prompts(train, tokenizer, args.num_prompts, args.prompt_tokens, args.seed),
         eval_dataset=prompts(held_out, tokenizer, args.num_eval_prompts, args.prompt_tokens, args.seed),
         processing_class=tokenizer,
-        peft_config=lora(),
+        peft_config=lora(model, args.top_layers),
         callbacks=[AdaptiveKLCallback(target=args.kl_target, horizon=args.kl_horizon)],
     )
 

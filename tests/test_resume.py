@@ -49,7 +49,8 @@ class Rollouts(PPOCallback):
         self.by_step = {}
 
     def on_rollout_end(self, args, state, control, rollout, **kwargs):
-        self.by_step[state.global_step] = {f.name: getattr(rollout, f.name).clone() for f in fields(Rollout)}
+        names = [f.name for f in fields(Rollout) if getattr(rollout, f.name) is not None]
+        self.by_step[state.global_step] = {name: getattr(rollout, name).clone() for name in names}
 
 
 def make_value_model():

@@ -1,0 +1,144 @@
+"""The layers below the lowest adapter: nobody trains them and every role shares them, so they run once per rollout.
+
+With LoRA on the top layers alone (PEFT's `layers_to_transform`), actor, reference and critic differ only from the
+lowest adapted layer upwards. What enters that layer is computed once for each token of a rollout, and all roles and all
+PPO epochs go on from there.
+
+A pass that stops at that layer, or begins at it, is the backbone's own `forward` in which the layers on the other side
+hand on what they are given: embeddings, masks, positions and what differs from layer to layer stay the backbone's
+affair. Whether an architecture can be cut like that is tried out, not listed.
+
+Notation: B rows, L tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+# What a module runs when it is called: a hook of accelerate puts a forward of its own there, torch.compile the other.
+CALLED = ("forward", "_compiled_call_impl")
+
+
+def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder in the order in which they run; none where they cannot be told."""
+    count = cast(Any, backbone).config.get_text_config().num_hidden_layers
+    stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return list(stacks[0]) if stacks else []
+
+
+def layers_below(model: PreTrainedModel, counts: Callable[[str, nn.Parameter], bool]) -> int:
+    """How many of the lowest layers have none of the parameters that count.
+
+    Args:
+        model: a causal language model, with adapters injected.
+        counts: says of a name and a parameter whether it counts. One that is in no layer is taken to be below all of
+            them, as embeddings are; the output head is above.
+    """
+    layers = decoder_layers(model.base_model)
+    depth = {id(p): len(layers) for p in cast(nn.Module, model.get_output_embeddings()).parameters()}
+    depth |= {id(p): 0 for p in cast(nn.Module, model.get_input_embeddings()).parameters()}  # may be the head, too
+    depth |= {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
+    found = [depth.get(id(p), 0) for name, p in model.named_parameters() if counts(name, p)]
+    return min(found, default=0)
+
+
+class LowerLayers:
+    """A backbone that can stop before one of its layers, and go on from there.
+
+    Args:
+        backbone: a decoder without its head.
+        count: how many layers are below the one to stop at; at least 1, and not all.
+        forward: a pass over the backbone, from ids and mask, each `(B, L)`, to the last hidden states `(B, L, H)`.
+
+    Raises:
+        ValueError: going on from there gives other numbers than the pass as a whole.
+    """
+
+    def __init__(self, backbone: nn.Module, count: int, forward: Forward) -> None:
+        self._layers, self.count, self._forward = decoder_layers(backbone), count, forward
+        self._hand_on: list[Callable[..., Any]] = [hand_on] * len(self._layers)
+        self._try_out(cast(Any, backbone).device)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What enters the lowest layer above, `(B, L, H)` in the dtype in which it gets there."""
+        found: list[Tensor] = []
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            found.append(entering(*args, **kwargs))
+            return self._hand_on[self.count](*args, **kwargs)
+
+        above = [keep, *self._hand_on[self.count + 1 :]]
+        with torch.no_grad(), computing(self._layers[self.count :], above):
+            self._forward(input_ids, attention_mask)
+        return found[0]
+
+    @contextlib.contextmanager
+    def given(self, states: Tensor) -> Iterator[None]:
+        """Inside, a pass over the backbone begins at the lowest layer above, with these states, `(B, L, H)`."""
+        last = self._hand_on[self.count - 1]
+        below = [*self._hand_on[: self.count - 1], lambda *args, **kwargs: last(states)]
+        with computing(self._layers[: self.count], below):
+            yield
+
+    @torch.no_grad()
+    def _try_out(self, device: torch.device) -> None:
+        ids = torch.tensor([[1, 1, 1, 2, 3, 1], [3, 2, 1, 3, 1, 2]], device=device)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], device=device)
+
+        def remember(index: int) -> Callable[..., None]:
+            def hook(layer: nn.Module, args: Any, output: Any) -> None:
+                self._hand_on[index] = hand_on if isinstance(output, Tensor) else hand_on_with(len(output) - 1)
+
+            return hook
+
+        hooks = [layer.register_forward_hook(remember(i)) for i, layer in enumerate(self._layers)]
+        try:
+            expected = self._forward(ids, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        try:
+            with self.given(self.states(ids, mask)):
+                found = self._forward(ids, mask)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+            raise ValueError(f"its layers hand on more than hidden states ({error})") from error
+        off = (found - expected)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
+        if not bool(off < (1e-5 if expected.dtype == torch.float32 else 2e-2)):
+            raise ValueError(f"going on from the hidden states of a layer gives other numbers, by {off:.1e}")
+
+
+def entering(*args: Any, **kwargs: Any) -> Tensor:
+    """The hidden states among the arguments of a layer."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hand_on(*args: Any, **kwargs: Any) -> Tensor:
+    """What a layer that does nothing computes."""
+    return entering(*args, **kwargs)
+
+
+def hand_on_with(others: int) -> Callable[..., tuple]:
+    """The same for layers that return so many other things beside hidden states."""
+    return lambda *args, **kwargs: (entering(*args, **kwargs), *[None] * others)
+
+
+@contextlib.contextmanager
+def computing(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each layer computes what is given for it, uncompiled; what it knows about itself stays."""
+    before = [{name: vars(layer)[name] for name in CALLED if name in vars(layer)} for layer in layers]
+    try:
+        for layer, forward in zip(layers, forwards, strict=True):
+            vars(layer).update(zip(CALLED, (forward, None), strict=True))
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            for name in CALLED:
+                vars(layer).pop(name, None)
+            vars(layer).update(own)
