@@ -1,9 +1,9 @@
-"""Makes README's table of performance from benchmarks/results/*.json, so that nobody writes a figure by hand.
+"""Makes the tables of README.md and docs/algorithm.md from benchmarks/results/*.json: no figure is written by hand.
 
     python benchmarks/tables.py [--check]
 
-The table stands between `<!-- performance -->` and `<!-- /performance -->`. A result that is not there has no row.
-With `--check` nothing is written, and the exit status is 1 where README differs from the results.
+A table stands between `<!-- name -->` and `<!-- /name -->`. A result that is not there has no row. With `--check`
+nothing is written, and the exit status is 1 where a text differs from the results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
 
 def against_trl(r: dict) -> str:
@@ -126,23 +125,105 @@ def performance_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, table: str) -> str:
+def plus_minus(of: dict[str, float], digits: int = 2) -> str:
+    """Mean and deviation over seeds."""
+    return f"{of['mean']:.{digits}f} ± {of['sd']:.{digits}f}"
+
+
+# What a run ends with, and how many digits it is shown with.
+ENDS = [
+    ("episodes", "episodes", 0),
+    ("reward", "held-out reward", 2),
+    ("kl", "KL to the reference, nats", 1),
+    ("vader", "VADER (took no part in training)", 2),
+    ("distinct_2", "distinct-2", 2),
+    ("repetition_3", "repetition-3", 3),
+    ("tokens", "length, tokens", 1),
+]
+
+
+def learning_table(results: Path = RESULTS) -> str:
+    """ppo_plus and TRL after the same time, in Markdown; empty where it was not measured."""
+    file = results / "learning.json"
+    if not file.is_file():
+        return ""
+    r = json.loads(file.read_text())
+    seeds = ", ".join(map(str, r["seeds"]))
+    lines = [f"| after {r['budget_seconds']:.0f} s of training, seeds {seeds} | TRL 1.12 | ppo_plus |", "|---|---|---|"]
+    for name, what, digits in ENDS:
+        theirs, ours = (plus_minus(r["final"][side][name], digits) for side in ("trl", "ours"))
+        lines.append(f"| {what} | {theirs} | {ours} |")
+    for level in r["frontier"]:
+        theirs, ours = (plus_minus(level[side]) for side in ("trl", "ours"))
+        lines.append(f"| reward where KL is {level['kl']:.1f} nats | {theirs} | {ours} |")
+    return "\n".join([*lines, "", f"{headline(r)} ([learning.json](benchmarks/results/learning.json); {machine(r)})."])
+
+
+def headline(r: dict) -> str:
+    """How soon TRL's final reward is reached, in words."""
+    reached = [seconds for seconds in r["seconds_to_trl_final_reward"] if seconds is not None]
+    if len(reached) < len(r["seeds"]):
+        return f"ppo_plus reached TRL's final held-out reward with {len(reached)} of {len(r['seeds'])} seeds"
+    return (
+        f"ppo_plus reached TRL's final held-out reward in **{r['time_ratio_to_trl_final_reward']:.2f}** of its time, "
+        f"at **{r['kl_ratio']:.2f}** of its KL"
+    )
+
+
+QUESTIONS = {
+    "critic": "critic",
+    "kl_controller": "KL coefficient",
+    "kl_penalty": "KL penalty",
+    "reward_normalization": "reward normalization",
+    "epochs_x_minibatches": "epochs × minibatches",
+    "value_head": "value head",
+}
+
+
+def defaults_table(results: Path = RESULTS) -> str:
+    """All ablations in one table, in Markdown; the default is the first of each question. Empty if not measured."""
+    file = results / "ablations.json"
+    if not file.is_file():
+        return ""
+    r = json.loads(file.read_text())
+    titles = ("", "", "reward", "KL, nats", "reward at equal KL", "VADER", "explained variance", "seeds")
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for name, table in r["tables"].items():
+        for index, (variant, v) in enumerate(table["variants"].items()):
+            question, shown = ("", variant) if index else (QUESTIONS[name], f"**{variant}**")
+            at_kl = f"{plus_minus(v['reward_at_equal_kl'])} at {table['equal_kl']:.1f}"
+            cells = [question, shown, plus_minus(v["reward"]), plus_minus(v["kl"], 1), at_kl, plus_minus(v["vader"])]
+            lines.append("| " + " | ".join([*cells, plus_minus(v["explained_variance"]), str(v["seeds"])]) + " |")
+    return "\n".join([*lines, "", f"{r['episodes']} episodes each; {machine(r)}."])
+
+
+# Text, name of the table in it, and what makes the table.
+PLACES: list[tuple[str, str, Callable[[], str]]] = [
+    ("README.md", "performance", performance_table),
+    ("README.md", "learning", learning_table),
+    ("docs/algorithm.md", "defaults", defaults_table),
+]
+
+
+def with_table(text: str, name: str, table: str) -> str:
     """The text with the table between its two markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"The text needs {BEGIN} and, after it, {END}, once each: the table goes between them.")
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text, flags=re.DOTALL)
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"The text needs {begin} and, after it, {end}, once each: the table goes between them.")
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n\n{table}\n\n{end}", text, flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a text differs")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = with_table(text, performance_table())
-    if args.check:
-        sys.exit(0 if made == text else "README.md differs from benchmarks/results: run python benchmarks/tables.py")
-    readme.write_text(made)
+    for file, name, make in PLACES:
+        text = (ROOT / file).read_text()
+        made = with_table(text, name, make())
+        if args.check and made != text:
+            sys.exit(f"{file} differs from benchmarks/results at {name}: run python benchmarks/tables.py")
+        if not args.check:
+            (ROOT / file).write_text(made)
 
 
 if __name__ == "__main__":

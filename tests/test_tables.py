@@ -1,4 +1,4 @@
-"""README's figures are those of the committed results, and of nothing else."""
+"""The figures in README and docs are those of the committed results, and of nothing else."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ def table_of(folder, results) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_readme_says_what_the_committed_results_say():
-    text = (ROOT / "README.md").read_text()
-    assert tables.with_table(text, tables.performance_table()) == text
+@pytest.mark.parametrize(("file", "name", "make"), tables.PLACES)
+def test_texts_say_what_the_committed_results_say(file, name, make):
+    text = (ROOT / file).read_text()
+    assert tables.with_table(text, name, make()) == text
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in tables.ROWS])
@@ -99,27 +100,63 @@ def test_a_result_that_is_not_there_has_no_row(tmp_path):
 
 
 def test_only_what_is_between_the_markers_is_replaced():
-    text = f"before\n{tables.BEGIN}\nold, with \\1 in it\n{tables.END}\nafter"
-    once = tables.with_table(text, "| \\g<0> |")
-    assert once == f"before\n{tables.BEGIN}\n\n| \\g<0> |\n\n{tables.END}\nafter"
-    assert tables.with_table(once, "| \\g<0> |") == once
+    text = "before\n<!-- one -->\nold, with \\1 in it\n<!-- /one -->\nafter <!-- two --> two <!-- /two -->"
+    once = tables.with_table(text, "one", "| \\g<0> |")
+    assert once == ("before\n<!-- one -->\n\n| \\g<0> |\n\n<!-- /one -->\nafter <!-- two --> two <!-- /two -->")
+    assert tables.with_table(once, "one", "| \\g<0> |") == once
 
 
-@pytest.mark.parametrize(
-    "text", ["", tables.BEGIN, f"{tables.END} {tables.BEGIN}", f"{tables.BEGIN} {tables.BEGIN} {tables.END}"]
-)
+@pytest.mark.parametrize("text", ["", "<!-- t -->", "<!-- /t --> <!-- t -->", "<!-- t --> <!-- t --> <!-- /t -->"])
 def test_without_its_markers_there_is_an_error(text):
     with pytest.raises(ValueError, match="once each"):
-        tables.with_table(text, "table")
+        tables.with_table(text, "t", "table")
+
+
+def figures(mean):
+    return {"mean": mean, "sd": 0.25}
+
+
+def test_learning_in_words(tmp_path):
+    assert tables.learning_table(tmp_path) == ""
+    ends = {name: figures(1.0) for name, _, _ in tables.ENDS}
+    result = {
+        "seeds": [0, 1], "budget_seconds": 180.0, "time_ratio_to_trl_final_reward": 0.5, "kl_ratio": 0.75,
+        "seconds_to_trl_final_reward": [80.0, 100.0], "final": {"trl": ends, "ours": ends | {"kl": figures(2.0)}},
+        "frontier": [{"kl": 3.0, "trl": figures(0.5), "ours": figures(1.5)}], **MACHINE,
+    }  # fmt: skip
+    (tmp_path / "learning.json").write_text(json.dumps(result))
+    lines = tables.learning_table(tmp_path).splitlines()
+    assert lines[0] == "| after 180 s of training, seeds 0, 1 | TRL 1.12 | ppo_plus |"
+    assert "| KL to the reference, nats | 1.0 ± 0.2 | 2.0 ± 0.2 |" in lines
+    assert "| reward where KL is 3.0 nats | 0.50 ± 0.25 | 1.50 ± 0.25 |" in lines
+    assert lines[-1].startswith(
+        "ppo_plus reached TRL's final held-out reward in **0.50** of its time, at **0.75** of its KL"
+    )
+    one = tables.headline(result | {"seconds_to_trl_final_reward": [None, 80.0]})
+    assert one == "ppo_plus reached TRL's final held-out reward with 1 of 2 seeds"
+
+
+def test_defaults_in_words(tmp_path):
+    assert tables.defaults_table(tmp_path) == ""
+    names = ("reward", "kl", "vader", "reward_at_equal_kl", "explained_variance")
+    row = {name: figures(1.0) for name in names} | {"seeds": 3}
+    tables_of = {"critic": {"equal_kl": 2.0, "variants": {"shared": row, "detached": row | {"reward": figures(0.5)}}}}
+    (tmp_path / "ablations.json").write_text(json.dumps({"episodes": 256, "tables": tables_of, **MACHINE}))
+    lines = tables.defaults_table(tmp_path).splitlines()
+    same = "1.0 ± 0.2 | 1.00 ± 0.25 at 2.0 | 1.00 ± 0.25 | 1.00 ± 0.25 | 3 |"
+    assert lines[2:4] == [
+        f"| critic | **shared** | 1.00 ± 0.25 | {same}",
+        f"|  | detached | 0.50 ± 0.25 | {same}",
+    ]
+    assert lines[-1] == "256 episodes each; 2 CPU cores, AVX512, 2026-01-02."
 
 
 def test_a_figure_written_by_hand_is_found(tmp_path):
-    """Negative control: a copy of the repository's README and results, with one digit changed."""
-    for file in [
-        "README.md",
-        "benchmarks/tables.py",
-        *(f"benchmarks/results/{name}.json" for name, _, _ in tables.ROWS),
-    ]:
+    """Negative control: a copy of the repository's texts and results, with one digit changed."""
+    results = [
+        f"benchmarks/results/{name}.json" for name in ("learning", "ablations", *(row[0] for row in tables.ROWS))
+    ]
+    for file in ["README.md", "docs/algorithm.md", "benchmarks/tables.py", *results]:
         if (ROOT / file).is_file():
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_bytes((ROOT / file).read_bytes())
@@ -127,7 +164,7 @@ def test_a_figure_written_by_hand_is_found(tmp_path):
     assert subprocess.run(command, check=False).returncode == 0
     readme = tmp_path / "README.md"
     text = readme.read_text()
-    table = text[text.index(tables.BEGIN) :]
+    table = text[text.index("<!-- performance -->") :]
     figure = next(c for c in table if c.isdigit())
     readme.write_text(text.replace(table, table.replace(figure, str(9 - int(figure)), 1)))
     done = subprocess.run(command, check=False, capture_output=True, text=True)

