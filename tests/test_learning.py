@@ -127,6 +127,7 @@ def benchmark(world, monkeypatch, work, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_ablation_runs_and_goes_on_where_it_stopped(world, monkeypatch, tmp_path):
     options = ["--episodes", "32", "--seeds", "0"]
     result = benchmark(world, monkeypatch, tmp_path, *options, "--ablations", "kl_controller")
