@@ -315,8 +315,9 @@ def reward_at_kl(curve: list[dict], kl: float) -> float:
     return found["reward"]
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and deviation over seeds; one seed has no deviation."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def against_trl(curves: dict[str, list[list[dict]]]) -> dict:

@@ -125,9 +125,9 @@ def performance_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def plus_minus(of: dict[str, float], digits: int = 2) -> str:
-    """Mean and deviation over seeds."""
-    return f"{of['mean']:.{digits}f} ± {of['sd']:.{digits}f}"
+def plus_minus(of: dict[str, float | None], digits: int = 2) -> str:
+    """Mean and deviation over seeds; the mean alone of one seed."""
+    return " ± ".join(f"{of[name]:.{digits}f}" for name in ("mean", "sd") if of[name] is not None)
 
 
 # What a run ends with, and how many digits it is shown with.

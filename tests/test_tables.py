@@ -140,6 +140,7 @@ def test_defaults_in_words(tmp_path):
     assert tables.defaults_table(tmp_path) == ""
     names = ("reward", "kl", "vader", "reward_at_equal_kl", "explained_variance")
     row = {name: figures(1.0) for name in names} | {"seeds": 3}
+    assert tables.plus_minus({"mean": 0.5, "sd": None}) == "0.50"
     tables_of = {"critic": {"equal_kl": 2.0, "variants": {"shared": row, "detached": row | {"reward": figures(0.5)}}}}
     (tmp_path / "ablations.json").write_text(json.dumps({"episodes": 256, "tables": tables_of, **MACHINE}))
     lines = tables.defaults_table(tmp_path).splitlines()
