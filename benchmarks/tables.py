@@ -110,7 +110,8 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
 def machine(r: dict) -> str:
     """Where and when, in a few words; empty where a result does not say."""
     found, gpu = r.get("machine", {}), r.get("machine", {}).get("gpu")
-    where = gpu or (f"{found['cpu_cores']} CPU cores, {found['cpu_capability']}" if found else "")
+    cores = "1 CPU core" if found.get("cpu_cores") == 1 else f"{found.get('cpu_cores')} CPU cores"
+    where = gpu or (f"{cores}, {found['cpu_capability']}" if found else "")
     return ", ".join(filter(None, [where, r.get("date", "")]))
 
 
