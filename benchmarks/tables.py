@@ -160,6 +160,22 @@ def learning_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", f"{headline(r)} ([learning.json](benchmarks/results/learning.json); {machine(r)})."])
 
 
+def demo_table(results: Path = RESULTS) -> str:
+    """The demo before and after, a row per seed, in Markdown; empty where it was not run."""
+    file = results / "demo.json"
+    if not file.is_file():
+        return ""
+    r = json.loads(file.read_text())
+    titles = ("seed", "reward-model accuracy", "reward", "VADER (took no part in training)", "KL, nats", "distinct-2",
+              "minutes")  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for run in r["runs"]:
+        rises = [f"{run['before'][name]:.2f} → {run['after'][name]:.2f}" for name in ("reward", "vader", "distinct_2")]
+        cells = [str(run["seed"]), f"{run['reward_model_accuracy']:.2f}", *rises[:2], f"{run['after']['kl']:.1f}"]
+        lines.append("| " + " | ".join([*cells, rises[2], f"{run['minutes']:.1f}"]) + " |")
+    return "\n".join([*lines, "", f"[demo.json](benchmarks/results/demo.json), by `benchmarks/demo.py`; {machine(r)}."])
+
+
 def headline(r: dict) -> str:
     """How soon TRL's final reward is reached, in words."""
     reached = [seconds for seconds in r["seconds_to_trl_final_reward"] if seconds is not None]
@@ -202,6 +218,7 @@ def defaults_table(results: Path = RESULTS) -> str:
 PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "performance", performance_table),
     ("README.md", "learning", learning_table),
+    ("README.md", "demo", demo_table),
     ("docs/algorithm.md", "defaults", defaults_table),
 ]
 

@@ -136,6 +136,18 @@ def test_learning_in_words(tmp_path):
     assert one == "ppo_plus reached TRL's final held-out reward with 1 of 2 seeds"
 
 
+def test_the_demo_in_words(tmp_path):
+    def figures(reward: float, kl: float) -> dict:
+        return {"reward": reward, "kl": kl, "vader": reward / 10, "distinct_2": 0.5}
+
+    run = {"seed": 3, "reward_model_accuracy": 0.8, "before": figures(0.5, 0), "after": figures(1.5, 6.8), "minutes": 4}
+    assert tables.demo_table(tmp_path) == ""
+    (tmp_path / "demo.json").write_text(json.dumps({"runs": [run], "date": "2026-01-02"}))
+    lines = tables.demo_table(tmp_path).splitlines()
+    assert lines[2] == "| 3 | 0.80 | 0.50 → 1.50 | 0.05 → 0.15 | 6.8 | 0.50 → 0.50 | 4.0 |"
+    assert lines[-1].endswith("2026-01-02.")
+
+
 def test_defaults_in_words(tmp_path):
     assert tables.defaults_table(tmp_path) == ""
     names = ("reward", "kl", "vader", "reward_at_equal_kl", "explained_variance")
