@@ -17,14 +17,12 @@ both is not counted. The last line is JSON: `ratio` is the update's seconds over
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 
 import torch
 from against_trl import EPISODES, EPOCHS, MICRO, PROMPT, RESPONSE, our_trainer
-from machine import smollm2
-from measuring import PhaseClock, by_phase, report, seconds, tiny_model
+from measuring import PhaseClock, benchmark_parser, by_phase, chosen_model, report, seconds
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
@@ -93,16 +91,9 @@ def measured(model: str, dtype: str, repeats: int, folder: str) -> tuple[list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="counted updates")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny random model, to try the script; nothing is written"
-    )
-    args = parser.parse_args()
+    args = benchmark_parser(__doc__, "counted updates").parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = tiny_model(f"{folder}/model") if args.tiny else args.model or smollm2()
+        model = chosen_model(args, f"{folder}/model")
         updates, floors = measured(model, args.dtype, args.repeats, folder)
     update, by_attention = by_phase(updates), {name: by_phase(rows) for name, rows in floors.items()}
     floor = {phase: min(by_attention[name][phase] for name in ATTENTION) for phase in ("generate", "score", "learn")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, smollm2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -111,6 +112,21 @@ def tiny_model(folder: str | Path) -> str:
     random_llama().save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def benchmark_parser(description: str | None, repeats: str) -> argparse.ArgumentParser:
+    """The arguments of a benchmark on one model; `repeats` says what is repeated."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help=repeats)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model, to try the script; writes nothing")
+    return parser
+
+
+def chosen_model(args: argparse.Namespace, folder: str) -> str:
+    """The model that `benchmark_parser` was told to take; a tiny one is made in `folder`."""
+    return tiny_model(folder) if args.tiny else args.model or smollm2()
 
 
 def report(name: str, result: dict, write: bool = True) -> None:

@@ -14,13 +14,13 @@ The last line is JSON; `ratio` is mixed over separate, of median seconds: below 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 
 import torch
-from against_trl import PROMPT, RESPONSE, ROOT, lora
-from machine import describe_machine, smollm2
+from against_trl import PROMPT, RESPONSE, lora
+from machine import smollm2
+from measuring import report
 from transformers import AutoModelForCausalLM
 
 from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
@@ -108,12 +108,8 @@ def main() -> None:
         "rows": args.rows,
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
-        **describe_machine(),
     }
-    (ROOT / "benchmarks" / "results" / f"mixed_adapters_{args.dtype}.json").write_text(
-        json.dumps(result, indent=2) + "\n"
-    )
-    print(json.dumps(result))
+    report(f"mixed_adapters_{args.dtype}", result)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ uncached over cached seconds of both phases for the first k, `ratio_to_all_layer
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 
 import torch
 from against_trl import EPISODES, EPOCHS, MICRO, RESPONSE, lora
-from machine import smollm2
-from measuring import medians, report, tiny_model
+from measuring import benchmark_parser, chosen_model, medians, report
 from peft import LoraConfig
 from transformers import AutoConfig
 
@@ -85,18 +83,12 @@ def measured(model: str, dtype: str, tops: list[int], prompt: int, repeats: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, "counted turns of each side")
     parser.add_argument("--top", type=int, nargs="+", default=[10, 5], help="layers with LoRA, from the top")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--repeats", type=int, default=3, help="counted turns of each side")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny random model, to try the script; nothing is written"
-    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model, tops = (tiny_model(f"{folder}/model"), [1]) if args.tiny else (args.model or smollm2(), args.top)
+        model, tops = chosen_model(args, f"{folder}/model"), [1] if args.tiny else args.top
         sides = measured(model, args.dtype, tops, args.prompt, args.repeats)
     total = {name: sum(phases.values()) for name, phases in sides.items()}
     ratios = {

@@ -10,13 +10,11 @@ processor. The last line is JSON: `ratio` is the seconds of `generate` over ours
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 
 import torch
 from against_trl import lora
-from machine import smollm2
-from measuring import medians, report, tiny_model
+from measuring import benchmark_parser, chosen_model, medians, report
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
@@ -57,16 +55,9 @@ def noise_that_ends(lengths: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny random model, to try the script; nothing is written"
-    )
-    args = parser.parse_args()
+    args = benchmark_parser(__doc__, "counted turns of each side").parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        name = tiny_model(folder) if args.tiny else args.model or smollm2()
+        name = chosen_model(args, folder)
         policy = load_policy(AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype), peft_config=lora())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ActorCritic(policy.to(device), ValueHead(policy.config.hidden_size)).eval()

@@ -14,6 +14,7 @@ adds is measured, and multiplied.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import contextlib
 import copy
@@ -226,7 +227,7 @@ class Plan:
         }
 
 
-class Prediction:
+class Prediction(abc.ABC):
     """What the phases of a run take; a subclass says how that is found.
 
     A pass is told in stretches: before the first layer, in the layers, after the last, and so on, backward too. Within
@@ -238,9 +239,9 @@ class Prediction:
 
     parameters: Parts
 
+    @abc.abstractmethod
     def stretches(self, work: str, rows: int) -> list[Parts]:
         """Bytes by part at the highest moment of each stretch of "prefill", "decode", "score" or "learn"."""
-        raise NotImplementedError
 
     def generate(self, rows: int) -> Phase:
         """Decoding: reading the prompts, or sampling the last token."""

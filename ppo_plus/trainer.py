@@ -165,11 +165,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             optimizers=optimizers,
         )
         actor_critic.place_critic(args.device)  # a quantized policy is placed already, and Trainer moves nothing then
-        if args.cache_lower_layers and args.disable_dropout:
-            actor_critic.reuse_lower_layers()
-        if args.torch_compile:
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole
-            actor_critic.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._choose_passes()
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
         self.collector = self._build_collector(reward_funcs, reward_processing_classes)
@@ -178,6 +174,13 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self._critic_grad_norm: Tensor | float = 0.0
         self._rows_at_a_time = args.rollout_batch_size  # as many as a micro-batch has
         self._win_rate = WinRate(self.collector)
+
+    def _choose_passes(self) -> None:
+        if self.args.cache_lower_layers and self.args.disable_dropout:
+            self.model.reuse_lower_layers()
+        if self.args.torch_compile:
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole
+            self.model.compile_layers(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def _build_collector(self, reward_funcs: Any, reward_processing_classes: Any) -> Collector:
         args, tokenizer = self.args, self.processing_class
