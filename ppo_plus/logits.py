@@ -5,7 +5,7 @@ Notation: B rows, R response tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from .functional import entropy_of_logprobs, logprobs_and_entropy, scaled_log_softmax
 
-# Logits of one chunk: 16 M numbers are 64 MB in fp32, whatever the vocabulary.
+# Logits of one chunk: 16 M numbers are 32 MB in bf16, whatever the vocabulary.
 CHUNK_ELEMENTS = 2**24
+# Of these, what is in fp32 at a time on a CPU: 4 MB stay in its caches from one operation to the next.
+SLICE_ELEMENTS = 2**20
 
 Head = Callable[[Tensor], Tensor]
 
@@ -56,14 +58,19 @@ class _ScoreChunk(torch.autograd.Function):
         with torch.enable_grad():
             states = hidden.detach().requires_grad_()
             logits = head(states)
-        logprobs = scaled_log_softmax(logits.detach(), temperature)
-        outputs = [logprobs.gather(-1, targets[:, None]).squeeze(-1)]
-        if with_entropy:
-            outputs.append(entropy_of_logprobs(logprobs))
-        slopes = logit_slopes(logprobs, targets, *outputs[1:])
+        count = 2 if with_entropy else 1
+        outputs = [hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(count)]
+        slopes = [torch.empty_like(logits) for _ in range(count)]
+        for rows in slices(logits):
+            logprobs = scaled_log_softmax(logits[rows].detach(), temperature)
+            outputs[0][rows] = logprobs.gather(-1, targets[rows, None]).squeeze(-1)
+            if with_entropy:
+                outputs[1][rows] = entropy_of_logprobs(logprobs)
+            falls = logit_slopes(logprobs, targets[rows], *(output[rows] for output in outputs[1:]))
+            for slope, fall in zip(slopes, falls, strict=True):
+                slope[rows] = fall
         gradients = [
-            torch.autograd.grad(logits, states, slope.to(logits.dtype), retain_graph=True)[0].div_(-temperature)
-            for slope in slopes
+            torch.autograd.grad(logits, states, slope, retain_graph=True)[0].div_(-temperature) for slope in slopes
         ]
         ctx.save_for_backward(*gradients)
         return tuple(outputs)
@@ -73,6 +80,12 @@ class _ScoreChunk(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         parts = [g * up[:, None].to(g.dtype) for g, up in zip(ctx.saved_tensors, upstream, strict=True)]
         return sum(parts[1:], parts[0]), None, None, None, None
+
+
+def slices(logits: Tensor) -> list[slice]:
+    """The rows of `(n, V)` logits, in the groups that are worked on in fp32; on a GPU they are one group."""
+    size = len(logits) if logits.device.type != "cpu" else max(1, SLICE_ELEMENTS // logits.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def logit_slopes(logprobs: Tensor, targets: Tensor, entropy: Tensor | None = None) -> list[Tensor]:
@@ -124,7 +137,11 @@ def chunked_logprobs(
 
     def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         if (not states.requires_grad and frozen_head) or not torch.is_grad_enabled():
-            return score(states, tokens, with_entropy)
+            logits = head(states)
+            groups = [
+                logprobs_and_entropy(logits[rows], tokens[rows], temperature, with_entropy) for rows in slices(logits)
+            ]
+            return joined(groups)
         if frozen_head:
             outputs = _ScoreChunk.apply(states, tokens, head, temperature, with_entropy)
             return outputs if with_entropy else (*outputs, None)
@@ -134,11 +151,14 @@ def chunked_logprobs(
     most = max(16, CHUNK_ELEMENTS // head(flat_hidden[:1]).shape[-1])
     size = -(-len(flat_hidden) // -(-len(flat_hidden) // most))  # chunks of equal size
     pieces = [chunk(h, t) for h, t in zip(flat_hidden.split(size), flat_targets.split(size), strict=True)]
+    logprobs, entropy = joined(pieces)
+    return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape)
+
+
+def joined(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of all pieces, and entropies if they have them."""
     logprobs, entropies = zip(*pieces, strict=True)
-    return (
-        torch.cat(logprobs).view(targets.shape),
-        torch.cat(cast(tuple[Tensor, ...], entropies)).view(targets.shape) if with_entropy else None,
-    )
+    return torch.cat(logprobs), None if entropies[0] is None else torch.cat(entropies)
 
 
 def sample(logits: Tensor, noise: Tensor) -> Tensor:
