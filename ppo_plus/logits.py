@@ -20,6 +20,8 @@ from .functional import entropy_of_logprobs, logprobs_and_entropy, scaled_log_so
 CHUNK_ELEMENTS = 2**24
 # Of these, what is in fp32 at a time on a CPU: 4 MB stay in its caches from one operation to the next.
 SLICE_ELEMENTS = 2**20
+# Tokens of a group in sampling.
+GROUP = 256
 
 Head = Callable[[Tensor], Tensor]
 
@@ -164,6 +166,9 @@ def joined(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tens
 def sample(logits: Tensor, noise: Tensor) -> Tensor:
     """Inverse-CDF sampling: the token at which the cumulative probability passes the noise.
 
+    The group of tokens first, then the token in it: what is summed up in double precision is a few hundred numbers a
+    row, and not the vocabulary.
+
     Args:
         logits: `(B, V)` float32.
         noise: uniform in [0, 1), `(B,)` float64.
@@ -171,7 +176,19 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     Returns:
         token ids, `(B,)` int64.
     """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Scaled by the total, which is 1 only up to rounding: the noise must not fall behind the last token.
-    index = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True).squeeze(-1)
-    return index.clamp(max=logits.shape[-1] - 1)
+    probs = logits.softmax(-1)
+    groups = nn.functional.pad(probs, (0, -probs.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    group, share = _where_passed(groups.sum(-1), noise)
+    rows = torch.arange(len(probs), device=probs.device)
+    token = group * GROUP + _where_passed(groups[rows, group], share)[0]
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+def _where_passed(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of weights `(B, n)` passes this share of their total, and the share of the weight there."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    # Rounding must not carry a share of just under 1 to the total, behind which nothing is left.
+    level = torch.minimum(share * sums[:, -1], sums[:, -1].nextafter(sums.new_zeros(())))[:, None]
+    index = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[-1] - 1)  # past the end where all is NaN
+    weight = weights.gather(-1, index).double()
+    return index.squeeze(-1), ((level - sums.gather(-1, index) + weight) / weight).squeeze(-1).clamp(0.0, 1.0)

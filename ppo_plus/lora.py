@@ -127,7 +127,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if name not in at_rest:
                 at_rest[name] = (a.to(result.dtype).t(), b.to(result.dtype).t())
             inner = x.reshape(-1, x.shape[-1]).to(result.dtype).mm(at_rest[name][0])
-            flat = torch.addmm(result.reshape(-1, result.shape[-1]), inner, at_rest[name][1], alpha=scaling)
+            flat = result.reshape(-1, result.shape[-1]).addmm_(inner, at_rest[name][1], alpha=scaling)
             result = flat.view(result.shape)
     return result
 

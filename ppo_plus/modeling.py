@@ -407,7 +407,8 @@ class ActorCritic(nn.Module):
                 on_step(len(alive))
             outputs = self._hidden_states(step_ids, mask, use_cache=True, **{cache_name: cache})
             cache = outputs.get(cache_name)
-            logits = head(outputs.last_hidden_state[:, -1]).float() / temperature
+            logits = head(outputs.last_hidden_state[:, -1]).float()
+            logits = logits if temperature == 1 else logits / temperature
             token = sample(logits if warp is None else warp(logits), noise[alive, t])
             tokens[alive, t], logprobs[alive, t] = token, token_logprobs(logits, token)
             going = ~torch.isin(token, stop)

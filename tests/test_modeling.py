@@ -933,6 +933,23 @@ def test_impossible_tokens_are_never_chosen_however_sums_are_rounded(vocabulary)
         assert (found >= impossible).all() and (found < vocabulary - impossible).all()
 
 
+@pytest.mark.parametrize("vocabulary", [3, 256, 257, 1000, 1024])
+def test_groups_of_tokens_draw_what_the_plain_running_sum_draws(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(500, vocabulary, generator=generator) * 2
+    noise = torch.rand(500, generator=generator, dtype=torch.float64)
+    edges = logits.double().softmax(-1).cumsum(-1)
+    plain = torch.searchsorted(edges, noise[:, None], right=True).squeeze(-1).clamp(max=vocabulary - 1)
+    near = ((edges - noise[:, None]).abs() < 1e-6).any(-1)  # there, fp32 may round to the neighbour
+    assert near.sum() < 10
+    assert torch.equal(sample(logits, noise)[~near], plain[~near])
+
+
+def test_logits_that_are_no_numbers_still_give_a_token():
+    found = sample(torch.full((4, 1000), float("nan")), torch.rand(4, dtype=torch.float64))
+    assert (found >= 0).all() and (found < 1000).all()
+
+
 # --- reward adapters and refusals ---
 
 
