@@ -31,6 +31,7 @@ from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import use_plain_lora, weights_at_rest
 from .lower_layers import LowerLayers, layers_below
+from .norms import use_lean_norms
 from .rollout import readable
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -116,6 +117,7 @@ class ActorCritic(nn.Module):
         # In a list so that the reference is no submodule: it is neither trained, saved, nor wrapped by DDP.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         use_plain_lora(policy)
+        use_lean_norms(policy)
         self._compiled = False
         self._mode: bool | None = None  # not known: an adapter may be in training and its base not
         self._active: PreTrainedModel = self.language_model

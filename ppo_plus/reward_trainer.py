@@ -23,6 +23,7 @@ from trl import RewardTrainer as TRLRewardTrainer
 from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
 from .lora import use_plain_lora
+from .norms import use_lean_norms
 from .rewards import REWARD_FILE, template_hash
 
 
@@ -62,6 +63,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         self._calibration: dict[str, Any] = {}
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         use_plain_lora(self.model)
+        use_lean_norms(self.model)
         keep_head_precise(self.model)
 
     @torch.no_grad()
