@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TRL = ROOT / "build" / "trl-1.12.0"
+TRL_VERSION = "1.12.0"
+TRL = ROOT / "build" / f"trl-{TRL_VERSION}"
 EPISODES, PROMPT, RESPONSE, EPOCHS, MINIBATCHES = 32, 14, 48, 4, 2
 MICRO = EPISODES // MINIBATCHES
 NEVER = 49151  # a token id that is never sampled, as the one that ends a response
@@ -174,8 +175,8 @@ def run(side: str, model: str, dtype: str, updates: int, compiled: bool = False)
 
 def install_trl() -> None:
     if not TRL.is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl==1.12.0"]
-        subprocess.run(command, check=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--target", str(TRL), f"trl=={TRL_VERSION}"], check=True)
 
 
 def child() -> None:

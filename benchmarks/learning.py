@@ -371,7 +371,7 @@ def ablation_table(runs: dict[str, list[dict]]) -> dict:
 
 def compare(args: argparse.Namespace, job: dict) -> None:
     """Both sides, in turn, and results/learning.json."""
-    from against_trl import install_trl
+    from against_trl import TRL_VERSION, install_trl
     from measuring import report
 
     install_trl()
@@ -384,7 +384,8 @@ def compare(args: argparse.Namespace, job: dict) -> None:
     curves = {side: [run["curve"] for run in done] for side, done in runs.items()}
     result = against_trl(curves) | {"seeds": args.seeds, "budget_seconds": args.seconds, "held_out": args.held_out}
     accuracy = child("prepare", job, "prepare.json")["accuracy"]
-    report("learning", result | {"reward_model_accuracy": accuracy, "curves": curves}, not args.dry)
+    result |= {"reward_model_accuracy": accuracy, "curves": curves}
+    report("learning", result, not args.dry, trl=TRL_VERSION)
 
 
 def ablate(args: argparse.Namespace, job: dict) -> None:

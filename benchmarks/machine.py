@@ -21,8 +21,8 @@ def cpu_capability() -> str:
     return torch.backends.cpu.get_cpu_capability() + (" with AMX" if known.get("amx_bf16") else "")
 
 
-def describe_machine() -> dict:
-    """Machine, versions and date."""
+def describe_machine(**instead: str) -> dict:
+    """Machine, versions and date; `instead` names versions that were measured in place of the installed ones."""
     return {
         "machine": {
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -30,7 +30,7 @@ def describe_machine() -> dict:
             "architecture": platform.machine(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | instead,
         "date": date.today().isoformat(),
     }
 

@@ -129,9 +129,9 @@ def chosen_model(args: argparse.Namespace, folder: str) -> str:
     return tiny_model(folder) if args.tiny else args.model or smollm2()
 
 
-def report(name: str, result: dict, write: bool = True) -> None:
-    """Write `results/<name>.json` with machine, versions and date, and print the same as the last line."""
-    result = {**result, **describe_machine()}
+def report(name: str, result: dict, write: bool = True, **instead: str) -> None:
+    """Write `results/<name>.json` with what `describe_machine` says, and print the same as the last line."""
+    result = {**result, **describe_machine(**instead)}
     if write:
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

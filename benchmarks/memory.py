@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from against_trl import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, ROOT, install_trl, run
+from against_trl import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, ROOT, TRL_VERSION, install_trl, run
 
 
 def planned(model: str, dtype: str) -> dict[str, float]:
@@ -53,7 +53,7 @@ def main() -> None:
         "rollouts": args.rollouts,
         **sides,
         "planned_mb": planned(model, args.dtype),
-        **describe_machine(),
+        **describe_machine(trl=TRL_VERSION),
     }
     (ROOT / "benchmarks" / "results" / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

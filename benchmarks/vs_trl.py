@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 
-from against_trl import EPISODES, EPOCHS, RESPONSE, ROOT, install_trl, run
+from against_trl import EPISODES, EPOCHS, RESPONSE, ROOT, TRL_VERSION, install_trl, run
 
 
 def summary(runs: list[dict]) -> dict[str, float]:
@@ -58,7 +58,7 @@ def main() -> None:
         "memory_ratio": sides["ours"]["peak_mb"] / sides["trl"]["peak_mb"],
         "dtype": args.dtype,
         **sides,
-        **describe_machine(),
+        **describe_machine(trl=TRL_VERSION),
     }
     (ROOT / "benchmarks" / "results" / f"vs_trl_{args.dtype}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
