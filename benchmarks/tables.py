@@ -203,15 +203,20 @@ def defaults_table(results: Path = RESULTS) -> str:
     if not file.is_file():
         return ""
     r = json.loads(file.read_text())
-    titles = ("", "", "reward", "KL, nats", "reward at equal KL", "VADER", "explained variance", "seeds")
+    titles = ("", "", "reward", "KL, nats", "reward at equal KL", "VADER", "explained variance", "seconds")
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for name, table in r["tables"].items():
         for index, (variant, v) in enumerate(table["variants"].items()):
             question, shown = ("", variant) if index else (QUESTIONS[name], f"**{variant}**")
-            at_kl = f"{plus_minus(v['reward_at_equal_kl'])} at {table['equal_kl']:.1f}"
+            # Where one variant hardly moved, equal KL is where all of them began.
+            moved = table["equal_kl"] >= 0.5
+            at_kl = f"{plus_minus(v['reward_at_equal_kl'])} at {table['equal_kl']:.1f}" if moved else "-"
             cells = [question, shown, plus_minus(v["reward"]), plus_minus(v["kl"], 1), at_kl, plus_minus(v["vader"])]
-            lines.append("| " + " | ".join([*cells, plus_minus(v["explained_variance"]), str(v["seeds"])]) + " |")
-    return "\n".join([*lines, "", f"{r['episodes']} episodes each; {machine(r)}."])
+            lines.append(
+                "| " + " | ".join([*cells, plus_minus(v["explained_variance"]), plus_minus(v["seconds"], 0)]) + " |"
+            )
+    ran = f"{r['episodes']} episodes each, seeds {', '.join(map(str, r['seeds']))}"
+    return "\n".join([*lines, "", f"{ran}, two runs side by side; {machine(r)}."])
 
 
 # Text, name of the table in it, and what makes the table.
