@@ -151,17 +151,22 @@ def test_the_demo_in_words(tmp_path):
 def test_defaults_in_words(tmp_path):
     assert tables.defaults_table(tmp_path) == ""
     names = ("reward", "kl", "vader", "reward_at_equal_kl", "explained_variance")
-    row = {name: figures(1.0) for name in names} | {"seeds": 3}
+    row = {name: figures(1.0) for name in names} | {"seconds": figures(96.4), "seeds": 3}
     assert tables.plus_minus({"mean": 0.5, "sd": None}) == "0.50"
-    tables_of = {"critic": {"equal_kl": 2.0, "variants": {"shared": row, "detached": row | {"reward": figures(0.5)}}}}
-    (tmp_path / "ablations.json").write_text(json.dumps({"episodes": 256, "tables": tables_of, **MACHINE}))
+    tables_of = {
+        "critic": {"equal_kl": 2.0, "variants": {"shared": row, "detached": row | {"reward": figures(0.5)}}},
+        "value_head": {"equal_kl": 0.1, "variants": {"linear": row}},
+    }
+    found = {"episodes": 256, "seeds": [0, 2], "tables": tables_of, **MACHINE}
+    (tmp_path / "ablations.json").write_text(json.dumps(found))
     lines = tables.defaults_table(tmp_path).splitlines()
-    same = "1.0 ± 0.2 | 1.00 ± 0.25 at 2.0 | 1.00 ± 0.25 | 1.00 ± 0.25 | 3 |"
-    assert lines[2:4] == [
+    same = "1.0 ± 0.2 | 1.00 ± 0.25 at 2.0 | 1.00 ± 0.25 | 1.00 ± 0.25 | 96 ± 0 |"
+    assert lines[2:5] == [
         f"| critic | **shared** | 1.00 ± 0.25 | {same}",
         f"|  | detached | 0.50 ± 0.25 | {same}",
+        f"| value head | **linear** | 1.00 ± 0.25 | {same.replace('1.00 ± 0.25 at 2.0', '-')}",
     ]
-    assert lines[-1] == "256 episodes each; 2 CPU cores, AVX512, 2026-01-02."
+    assert lines[-1] == "256 episodes each, seeds 0, 2, two runs side by side; 2 CPU cores, AVX512, 2026-01-02."
 
 
 def test_a_figure_written_by_hand_is_found(tmp_path):
