@@ -135,7 +135,7 @@ def run(side: str, args: argparse.Namespace) -> dict:
     }
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.eos_token = NEWLINE  # an answer ends with its line
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
     held_out, checker = sums(args.held_out, args.seed, held_out=True), Checker()
     before = accuracy(policy, tokenizer, held_out)
@@ -163,6 +163,7 @@ def run(side: str, args: argparse.Namespace) -> dict:
 
 def child(side: str, seed: int, args: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--child", side, "--seed", str(seed), "--model", args.model]
+    command += ["--dtype", args.dtype]
     for name in ("tokens", "prompts", "held_out"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="that each run generates")
     parser.add_argument("--prompts", type=int, default=2048, help="to train on")
     parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "verifiable.json")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
@@ -207,6 +209,7 @@ def main() -> None:
         "ratio": sides["ppo"]["after"] / max(sides["grpo"]["after"], sides["rloo"]["after"], 1e-9),
         "seeds": args.seeds,
         "tokens": args.tokens,
+        "dtype": args.dtype,
         **sides,
         **describe_machine(),
     }
