@@ -2,7 +2,8 @@
 
 Left to autograd, the four lines of transformers' RMSNorm keep their input in fp32 and walk over it a dozen times on the
 way back. Here the input is kept as it came, and the gradient takes half the passes. The forward pass is the same to
-the bit: scoring, decoding and whatever is no such norm go through the module's own code.
+the bit: scoring, decoding and whatever is no such norm go through the module's own code. So do compiled layers, whose
+compiler fuses what autograd leaves.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:
-    if not (torch.is_grad_enabled() and x.requires_grad) or norm.weight.requires_grad:
+    learning = torch.is_grad_enabled() and x.requires_grad and not norm.weight.requires_grad
+    if not learning or torch.compiler.is_compiling():
         return type(norm).forward(norm, x)
     return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
 
