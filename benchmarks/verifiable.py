@@ -1,6 +1,6 @@
 """A task with an exact checker: PPO beside GRPO and RLOO of the installed TRL, at equal generated tokens.
 
-    python benchmarks/verifiable.py [--seeds 0 1 2] [--tokens 20000] [--held-out 200]
+    python benchmarks/verifiable.py [--seeds 0 1 2] [--tokens 4000] [--held-out 200]
 
 SmolLM2-135M-Instruct continues a worked sum with the answer to a second one (`12 + 30 = 42`, operands 5 to 40, drawn
 from a seed; the pairs of operands of the held-out sums are never trained on). The reward is 1 for the right number and
@@ -9,7 +9,8 @@ per generation (2 x 2); each side runs in a fresh process until it has generated
 prompts once, the others 8 prompts 8 times.
 
 The last line is JSON: by side the held-out accuracy (greedy) before and after, by seed, and the curve of the training
-reward over generated tokens; `ratio` is PPO's accuracy after training over the better one of the others.
+reward over generated tokens, drawn beside the JSON; `ratio` is PPO's accuracy after training over the better one of the
+others.
 """
 
 from __future__ import annotations
@@ -182,10 +183,29 @@ def summary(runs: list[dict]) -> dict:
     }
 
 
+def plot(result: dict, file: Path) -> None:
+    """The curves of all sides: mean of five rollouts, one thin line per seed and a thick one for their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for side, color in zip(SIDES, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+        curves = [[point["reward"] for point in curve] for curve in result[side]["curves"]]
+        length = min(map(len, curves))
+        smooth = [[statistics.fmean(c[max(0, i - 4) : i + 1]) for i in range(length)] for c in curves]
+        tokens = [statistics.fmean(c[i]["tokens"] for c in result[side]["curves"]) for i in range(length)]
+        for line in smooth:
+            axes.plot(tokens, line, color=color, linewidth=0.6, alpha=0.5)
+        axes.plot(tokens, [statistics.fmean(at) for at in zip(*smooth, strict=True)], color=color, label=side.upper())
+    axes.set(xlabel="generated tokens", ylabel="share of right answers in training", ylim=(0, 1))
+    axes.legend(loc="lower right")
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=20_000, help="that each run generates")
+    parser.add_argument("--tokens", type=int, default=4000, help="that each run generates")
     parser.add_argument("--prompts", type=int, default=2048, help="to train on")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -215,6 +235,7 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, args.output.with_suffix(".png"))
     print(json.dumps(result))
 
 
