@@ -394,6 +394,25 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, tokens_per_chun
     assert sum(calls[1:]) == (90 if frozen_head else 180)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_rows_in_fp32_at_a_time_change_no_bit(monkeypatch, dtype, with_entropy):
+    found = []
+    for rows in (90, 7, 1):
+        head, hidden, targets = tokens_to_score()
+        head, hidden = head.to(dtype).requires_grad_(False), hidden.detach().to(dtype).requires_grad_()
+        monkeypatch.setattr(logits, "SLICE_ELEMENTS", rows * 50)
+        assert len(logits.slices(head(hidden.view(90, -1)))) == -(-90 // rows)
+        logprobs, entropy = chunked_logprobs(head, hidden, targets, 0.7, with_entropy, frozen_head=True)
+        (logprobs + (2 * entropy if with_entropy else 0)).sum().backward()
+        with torch.no_grad():
+            scored = chunked_logprobs(head, hidden, targets, 0.7, with_entropy, frozen_head=True)
+        found.append([logprobs.detach(), hidden.grad, *scored[: 1 + with_entropy]])
+    assert torch.equal(found[0][0], found[0][2])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize(("elements", "grows"), [(16 * 4000, False), (2**24, True)])
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_memory_grows_with_the_chunk_and_not_with_vocabulary_times_tokens(monkeypatch, elements, grows, frozen_head):
