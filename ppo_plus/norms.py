@@ -8,6 +8,7 @@ compiler fuses what autograd leaves.
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
@@ -44,10 +45,13 @@ def _forward(norm: Any, x: Tensor) -> Tensor:
 def _is_plain(norm: Any) -> bool:
     """Whether the module computes what `_RMSNorm` does: by that name some scale by `1 + weight`, or round elsewhere."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.is_meta or not isinstance(eps, float):
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return False
-    x = torch.linspace(-3, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype).view(2, -1)
-    return torch.equal(norm(x), _RMSNorm.apply(x, weight, eps))
+    # A copy whose weight tells formulas apart: the model's own may be ones throughout, or have no data at all.
+    probe, n = copy.deepcopy(norm).to_empty(device="cpu"), len(weight)
+    probe.weight.copy_(torch.linspace(0.5, 1.5, n, device="cpu"))
+    x = torch.linspace(-3, 3, 2 * n, device="cpu").view(2, n).to(weight.dtype)
+    return torch.equal(probe(x), _RMSNorm.apply(x, probe.weight, eps))
 
 
 def use_lean_norms(model: nn.Module) -> None:

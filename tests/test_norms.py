@@ -105,16 +105,21 @@ def test_a_norm_of_another_formula_stays_as_it_is():
     assert lean_norms(model) == set()
 
 
-def test_one_that_multiplies_before_it_rounds_stays_as_it_is():
+def test_a_model_without_data_gets_them_too():
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).bfloat16()
+        other = GemmaForCausalLM(GemmaConfig(**SIZES)).bfloat16()
+    assert len(lean_norms(model)) == 9 and lean_norms(other) == set()
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_one_that_multiplies_before_it_rounds_stays_as_it_is_also_where_all_its_weights_are_one():
     class LateRMSNorm(LlamaRMSNorm):
         def forward(self, x):
             wide = x.float()
-            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-            return (self.weight * wide).to(x.dtype)
+            return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
 
-    late = LateRMSNorm(16).bfloat16()
-    nn.init.uniform_(late.weight, 0.5, 1.5)
-    assert lean_norms(nn.Sequential(late)) == set()
+    assert lean_norms(nn.Sequential(LateRMSNorm(64).bfloat16())) == set()
 
 
 def test_a_model_computes_and_learns_the_same():
