@@ -65,7 +65,8 @@ def main() -> None:
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
-    trainer.accelerator.end_training()  # processes part in good order
+    trainer.accelerator.wait_for_everyone()  # whoever leaves while another still writes may take it along
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ if trainer.accelerator.is_main_process:
                                   "norm": flat.double().norm().item(), "log": log,
                                   "skipped": [r["ppo/skipped_steps"] for r in trainer.state.log_history
                                               if "ppo/skipped_steps" in r]}}))
+trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 

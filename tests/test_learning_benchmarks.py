@@ -92,7 +92,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_every_side_generates_until_its_tokens_are_spent(tiny, side):
-    given = argparse.Namespace(model=tiny, seed=0, tokens=350, prompts=128, held_out=4)
+    given = argparse.Namespace(model=tiny, seed=0, tokens=350, prompts=128, dtype="float32", held_out=4)
     result = run(side, given)
     assert result["steps"] == 8  # two generations of 64, learned from in 2 x 2 steps
     assert len(result["curve"]) == 2
