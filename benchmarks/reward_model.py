@@ -1,6 +1,6 @@
 """A reward model by ppo_plus and by the installed TRL on the same pairs and seeds: accuracy, calibration, memory.
 
-    python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 256] [--eval-pairs 300]
+    python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 300]
 
 SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyper-parameters of recipes/rm_then_ppo.yaml, the same LoRA
 and score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Three sides, each run in a fresh
@@ -291,7 +291,7 @@ def difference(runs: list[dict], others: list[dict]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=640)
     parser.add_argument("--eval-pairs", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=32, help="longest piece of a pair")
     parser.add_argument(
