@@ -13,9 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from machine import describe_machine
-
-ROOT = Path(__file__).parents[1]
+from measuring import ROOT, report
 
 
 def run(seed: int, folder: Path, keep: bool) -> dict:
@@ -36,9 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     runs = [run(seed, args.output / f"seed{seed}", args.keep) for seed in args.seeds]
     rises = [r["after"]["vader"] - r["before"]["vader"] for r in runs]
-    result = {"ratio": min(rises), "vader_rises": rises, "runs": runs, **describe_machine()}
-    (ROOT / "benchmarks" / "results" / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    result = {"ratio": min(rises), "vader_rises": rises, "runs": runs}
+    report("demo", result)
 
 
 if __name__ == "__main__":

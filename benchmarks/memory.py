@@ -11,9 +11,8 @@ The last line is JSON: `ratio` is our peak over TRL's; `planned_mb` is what the 
 from __future__ import annotations
 
 import argparse
-import json
 
-from against_trl import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, ROOT, TRL_VERSION, install_trl, run
+from against_trl import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, TRL_VERSION, install_trl, run
 
 
 def planned(model: str, dtype: str) -> dict[str, float]:
@@ -38,7 +37,8 @@ def main() -> None:
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     args = parser.parse_args()
     install_trl()
-    from machine import describe_machine, smollm2
+    from machine import smollm2
+    from measuring import report
 
     model = args.model or smollm2()
     kinds = ("peak", "gpu_allocated", "gpu_reserved")
@@ -53,10 +53,8 @@ def main() -> None:
         "rollouts": args.rollouts,
         **sides,
         "planned_mb": planned(model, args.dtype),
-        **describe_machine(trl=TRL_VERSION),
     }
-    (ROOT / "benchmarks" / "results" / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    report("memory", result, trl=TRL_VERSION)
 
 
 if __name__ == "__main__":

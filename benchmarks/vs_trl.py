@@ -15,10 +15,9 @@ over TRL's, all of medians; memory is peak resident memory above what the import
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 
-from against_trl import EPISODES, EPOCHS, RESPONSE, ROOT, TRL_VERSION, install_trl, run
+from against_trl import EPISODES, EPOCHS, RESPONSE, TRL_VERSION, install_trl, run
 
 
 def summary(runs: list[dict]) -> dict[str, float]:
@@ -44,7 +43,8 @@ def main() -> None:
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     args = parser.parse_args()
     install_trl()
-    from machine import describe_machine, smollm2
+    from machine import smollm2
+    from measuring import report
 
     model = args.model or smollm2()
     runs: dict[str, list[dict]] = {"trl": [], "ours": [], "ours_compiled": []}
@@ -58,10 +58,8 @@ def main() -> None:
         "memory_ratio": sides["ours"]["peak_mb"] / sides["trl"]["peak_mb"],
         "dtype": args.dtype,
         **sides,
-        **describe_machine(trl=TRL_VERSION),
     }
-    (ROOT / "benchmarks" / "results" / f"vs_trl_{args.dtype}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    report(f"vs_trl_{args.dtype}", result, trl=TRL_VERSION)
 
 
 if __name__ == "__main__":
