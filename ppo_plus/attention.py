@@ -51,7 +51,8 @@ def plain_attention(
     queries = query.reshape(rows, key_heads, heads // key_heads * length, size)
     scores = (queries @ key.transpose(2, 3)).view(rows, heads, length, -1)
     weights = torch.add(attention_mask, scores, alpha=scaling).softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, training=dropout > 0)
+    if dropout > 0:
+        weights = nn.functional.dropout(weights, dropout)
     mixed = weights.view(rows, key_heads, -1, key.shape[2]) @ value
     return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 

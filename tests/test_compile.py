@@ -9,6 +9,8 @@ import torch
 from conftest import make_model, make_trainer
 from torch._dynamo.utils import counters
 
+from ppo_plus.attention import PLAIN
+
 # Traces as inductor does, and spares the tests its minutes in a C++ compiler.
 BACKEND = "eager"
 
@@ -70,6 +72,15 @@ class TestCompiledLayers:
             return graphs()
 
         assert graphs_of(2) == graphs_of(4) > 0
+
+    def test_attention_of_short_half_precision_sequences_is_in_the_graph(self, tmp_path):
+        config = {"torch_compile": True, "torch_compile_backend": BACKEND}
+        model = make_trainer(tmp_path, model=make_model().to(torch.bfloat16), config=config).model
+        ids = torch.arange(4, 31).view(3, 9)
+        model(ids, torch.ones_like(ids), 4).logprobs.sum().backward()
+        assert model.config._attn_implementation == PLAIN
+        assert graphs() > 0
+        assert not counters["graph_break"]
 
     def test_a_separate_reference_is_compiled_too(self, tmp_path):
         trainer = make_trainer(
