@@ -64,9 +64,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1x1": {"num_ppo_epochs": 1, "num_mini_batches": 1},
     "4x1": {"num_ppo_epochs": 4, "num_mini_batches": 1},
     "mlp": {"value_head": "mlp"},
+    "no_baseline": {"reward_baseline": False},
 }
 ABLATIONS: dict[str, dict[str, str]] = {
     "critic": {"shared": "default", "detached": "detached", "adapter": "adapter", "separate": "separate"},
+    "reward_baseline": {"on": "default", "off": "no_baseline"},
     "kl_controller": {"fixed": "default", "proportional": "proportional", "band": "band"},
     "kl_penalty": {"k1 in the reward": "default", "k3 in the reward": "k3", "k3 in the loss": "in_loss"},
     "reward_normalization": {"off": "default", "on": "normalized"},

@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_utils import sort_checkpoints
 
+from .baseline import RewardBaseline
 from .metrics import Meter
 from .rollout import Rollout, readable
 
@@ -36,6 +37,7 @@ class Progress:
         rollout: the one that is being learned from; None before the first.
         num_tokens: prompt and response tokens of all rollouts so far, over all processes.
         skipped: steps in a row that were skipped for gradients that are not finite.
+        baseline: what earlier rollouts say of the next one's returns.
         meter: measurements since the last log.
     """
 
@@ -43,6 +45,7 @@ class Progress:
     rollout: Rollout | None = None
     num_tokens: int = 0
     skipped: int = 0
+    baseline: RewardBaseline = field(default_factory=RewardBaseline)
     meter: Meter = field(default_factory=Meter)
 
 
@@ -57,6 +60,7 @@ def save_progress(
         "kl_coef": progress.kl_coef,
         "num_tokens": progress.num_tokens,
         "skipped": progress.skipped,
+        "baseline": asdict(progress.baseline),
         "meter": progress.meter.state_dict(),
     }
     _state_file(directory, process_index).write_text(json.dumps(state, indent=2))
@@ -96,6 +100,7 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             "values, or start a new run from its adapter."
         )
     progress = Progress(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"], skipped=state["skipped"])
+    progress.baseline = RewardBaseline(**state.get("baseline", {}))
     progress.meter.load_state_dict(state["meter"])
     if _rollout_file(directory, process_index).is_file():
         progress.rollout = Rollout.load(_rollout_file(directory, process_index))

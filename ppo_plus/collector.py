@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from . import functional as F
+from .baseline import RewardBaseline
 from .config import PPOConfig
 from .data import Row, columns_of, is_conversational, left_pad, pad_id
 from .modeling import ActorCritic, Generation
@@ -47,6 +48,8 @@ class Samples:
         seconds: by phase.
         extra: columns that reward functions logged.
         lower_states: as in `Rollout`; None where nobody is going to learn from these samples.
+        prefix_scores: what the reward adapters say of the text before each token, `(N, R)` float32; None as above, and
+            where nobody asks for it.
     """
 
     input_ids: Tensor
@@ -65,6 +68,7 @@ class Samples:
     seconds: dict[str, float]
     extra: dict[str, list] = field(default_factory=dict)
     lower_states: Tensor | None = None
+    prefix_scores: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -131,10 +135,11 @@ class Collector:
             self.report("scoring", 0, len(rows), 0)
             scores = self.rewards(completions)
             self.report("scoring", len(rows), len(rows), 0)
-            watch.lap("score")
             input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
             input_ids = torch.cat([input_ids, tokens], 1)
             attention_mask = torch.cat([prompt_mask, attended.long()], 1)
+            prefix_scores = self._prefix_scores(input_ids, attention_mask, attended) if to_learn else None
+            watch.lap("score")
             lower = self._lower_states(input_ids, attention_mask) if to_learn else None
             logprobs, values, entropy = self._forward(input_ids, attention_mask, tokens.shape[1], lower)
             with self.model.reference():
@@ -144,6 +149,7 @@ class Collector:
         return Samples(
             input_ids, attention_mask, mask, stopped, logprobs, generation.logprobs, ref_logprobs, values, entropy,
             scores.by_function, scores.total, scores.per_token, completions, watch.seconds, extra, lower,
+            prefix_scores,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -154,7 +160,9 @@ class Collector:
             tokens = self._generate([row["input_ids"] for row in rows], noise).tokens
         return self._completions(rows, tokens, response_mask(tokens, self.stop_ids), {})[0]
 
-    def rollout(self, samples: Samples, scores: Tensor, kl_coef: float) -> Rollout:
+    def rollout(
+        self, samples: Samples, scores: Tensor, kl_coef: float, baseline: RewardBaseline | None = None
+    ) -> Rollout:
         """Rewards per token, advantages and returns.
 
         A score is what a response earns in all: token-level rewards are paid at their tokens, the rest at the last.
@@ -163,6 +171,7 @@ class Collector:
             samples: what `sample` returned.
             scores: one per response, `(N,)`; NaN keeps a response out of learning.
             kl_coef: reward units per nat.
+            baseline: made of earlier rollouts, for values where there are prefix scores; learns from this one.
         """
         args = self.args
         scored = ~scores.isnan()
@@ -176,7 +185,13 @@ class Collector:
         rewards = F.shape_rewards(scores - at_tokens.sum(1), kl, mask, in_reward, at_tokens)
         if args.whiten_rewards:
             rewards = F.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
-        advantages, returns = F.gae(rewards, samples.values, mask, gamma=args.gamma, lam=args.lam)
+        values, baselines = samples.values, torch.zeros_like(samples.values)
+        if baseline is not None and samples.prefix_scores is not None:
+            baselines = baseline(samples.prefix_scores) * mask
+            values = values + baselines
+            earned, _ = F.gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)
+            baseline.update(samples.prefix_scores, earned, mask, self.reduce)
+        advantages, returns = F.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
         advantages = F.whiten(advantages, mask, reduce=self.reduce)
         if args.importance_cap is not None:
             # A positive factor of the advantage is one of the whole loss of that token.
@@ -190,7 +205,8 @@ class Collector:
             mask=mask,
             logprobs=samples.logprobs,
             ref_logprobs=samples.ref_logprobs,
-            values=samples.values,
+            values=values,
+            baselines=baselines,
             advantages=advantages,
             returns=returns,
             scores=scores,
@@ -270,6 +286,19 @@ class Collector:
         self.decode_size = in_chunks(order, self.decode_size, decode_rows)
         longest = int(response_mask(tokens, self.stop_ids).sum(1).max())
         return Generation(tokens[:, :longest], logprobs[:, :longest])
+
+    def _prefix_scores(self, input_ids: Tensor, attention_mask: Tensor, attended: Tensor) -> Tensor | None:
+        if not self.args.adds_reward_baseline:
+            return None
+        sequences = [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+        found = self.rewards.prefix_scores(sequences)
+        if found is None:
+            return None
+        scores = torch.zeros(attended.shape)
+        for row, (length, at_tokens) in enumerate(zip(attended.sum(1).tolist(), found, strict=True)):
+            first = len(sequences[row]) - length - 1  # as far as the token before
+            scores[row, :length] = at_tokens[first : first + length]
+        return scores
 
     def _lower_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         if not self.model.lower_layers:

@@ -123,6 +123,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     )
     value_head: Literal["linear", "mlp"] = _field("linear", "Shape of the value head.")
     value_head_activation: Literal["silu", "gelu"] = _field("silu", "Activation of value_head='mlp'.")
+    reward_baseline: bool | None = _field(
+        None, "Let values start from the reward adapter's scores of prefixes; None: if the head reads the actor."
+    )
     value_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
     critic_learning_rate: float = _field(2e-5, "Learning rate of a critic's own adapter or model.")
     critic_warmup_steps: int = _field(0, "First optimizer steps, in which only the critic learns.")
@@ -208,6 +211,11 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         """The weight of the value loss that is used."""
         return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)
 
+    @property
+    def adds_reward_baseline(self) -> bool:
+        """Whether values start from what reward adapters say of prefixes."""
+        return self.critic in ("shared", "detached") if self.reward_baseline is None else self.reward_baseline
+
     def _check_sizes(self) -> None:
         at_least_one = (
             "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -268,6 +276,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             "value_head": ("linear", "mlp"),
             "value_head_activation": ("silu", "gelu"),
             "stop_token": ("eos", None),
+            "reward_baseline": (True, False, None),
             "on_reward_error": ("raise", "skip"),
             "on_save_error": ("raise", "skip"),
         }

@@ -454,12 +454,13 @@ class ActorCritic(nn.Module):
             attention_mask: `(B, L)`.
             pad_token_id: the score is read at the last token that is not this one, as sequence classifiers do.
         """
+        return at_last_token(self.token_scores(name, head, input_ids, attention_mask), input_ids, pad_token_id)
+
+    def token_scores(self, name: str, head: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores by a mounted reward adapter of every text as far as each of its tokens, `(B, L)` float32."""
         with use_adapter(self.policy, name):
             hidden = self._hidden_states(input_ids, attention_mask).last_hidden_state
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (positions * (input_ids != pad_token_id)).argmax(-1)
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        return nn.functional.linear(hidden[rows, last], head.to(hidden.dtype)).squeeze(-1).float()
+        return nn.functional.linear(hidden, head.to(hidden.dtype)).squeeze(-1).float()
 
     def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor, **cache: Any) -> Any:
         backbone = self._active.base_model
@@ -531,6 +532,13 @@ def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model without PEFT's wrapper; its adapters stay in it."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def at_last_token(scores: Tensor, input_ids: Tensor, pad_token_id: int) -> Tensor:
+    """Of scores `(B, L)` those at each row's last token that is not padding, `(B,)`."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (positions * (input_ids != pad_token_id)).argmax(-1, keepdim=True)
+    return scores.gather(1, last).squeeze(1)
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:

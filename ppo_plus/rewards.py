@@ -26,6 +26,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForSequenceClassification,
@@ -37,7 +38,7 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .data import is_conversational, pad_id
-from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic
+from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, at_last_token
 from .out_of_memory import in_chunks
 from .rollout import readable
 
@@ -305,6 +306,7 @@ class AdapterReward:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
         self.read = Reader(tokenizer, name, model.context)
+        self._seen: dict[tuple[int, ...], Tensor] = {}  # of the last batch: scores at its tokens, by the tokens
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
         """Score prompt and completion as the stand-alone reward model would."""
@@ -313,14 +315,43 @@ class AdapterReward:
             eos = cast(str, self.tokenizer.eos_token)
             texts = [t if t.endswith(eos) else t + eos for t in texts]
 
+        self._seen.clear()
+
         def score(texts: list) -> Tensor:
-            inputs = self.read(texts, batch).to(self.model.device)
-            return self.model.reward_scores(
-                self.name, self.head, inputs["input_ids"], inputs["attention_mask"], pad_id(self.tokenizer)
-            )
+            inputs = self.read(texts, batch)
+            scores = self._token_scores(inputs["input_ids"], inputs["attention_mask"])
+            return at_last_token(scores, inputs["input_ids"], pad_id(self.tokenizer))
 
         scores, self.batch_size = in_batches(texts, self.batch_size, score)
         return checked(scores, batch, self.name)
+
+    @torch.no_grad()
+    def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor]:
+        """Scores of each sequence as far as each of its tokens, but for an EOS at its end; float32, reward units.
+
+        Costs nothing where the last texts scored have just these tokens; others are read here.
+        """
+        missing = [s for s in sequences if self._key(s) not in self._seen]
+
+        def score_rows(rows: Tensor) -> None:
+            chosen = [torch.tensor(missing[int(i)]) for i in rows]
+            mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True)
+            self._token_scores(pad_sequence(chosen, batch_first=True), mask)
+
+        order = torch.tensor([len(s) for s in missing], dtype=torch.int64).argsort(stable=True)
+        self.batch_size = in_chunks(order, self.batch_size, score_rows)
+        return [self._seen[self._key(s)] for s in sequences]
+
+    def _token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        device = self.model.device
+        scores = self.model.token_scores(self.name, self.head, input_ids.to(device), attention_mask.to(device)).cpu()
+        for ids, mask, row in zip(input_ids, attention_mask.bool(), scores, strict=True):
+            self._seen[self._key(ids[mask].tolist())] = row[mask]
+        return scores
+
+    def _key(self, ids: list[int]) -> tuple[int, ...]:
+        # A text that ran into the length limit is scored with an EOS behind it that was never sampled.
+        return tuple(ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids)
 
 
 class Reader:
@@ -495,6 +526,17 @@ class RewardSet:
             )
         total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
         return Scores(by_function, per_token, total)
+
+    def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor] | None:
+        """The weighted sum of what reward adapters say of each sequence as far as each of its tokens.
+
+        None where there is no reward adapter. Other rewards can only be asked at the end.
+        """
+        adapters = [
+            (weight, r) for weight, r in zip(self.weights, self.rewards, strict=True) if isinstance(r, AdapterReward)
+        ]
+        by_adapter = [[weight * scores for scores in r.prefix_scores(sequences)] for weight, r in adapters]
+        return [sum(scores[1:], scores[0]) for scores in zip(*by_adapter, strict=True)] if adapters else None
 
     def _all_scores(self, batch: Completions) -> list[Sequence[Score]]:
         functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]

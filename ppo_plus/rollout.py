@@ -106,6 +106,7 @@ class Rollout:
         logprobs: `log pi_old(a_t | s_t)` at the sampling temperature, `(N, R)` float32, nats.
         ref_logprobs: the same under the reference policy, `(N, R)` float32, nats.
         values: `V_old(s_t)` before token t is emitted, `(N, R)` float32, reward units.
+        baselines: the part of the values that is not the critic's, `(N, R)` float32, reward units.
         advantages: whitened GAE advantages, times the importance weights of sampling, `(N, R)` float32.
         returns: GAE advantages (before whitening) plus values, `(N, R)` float32, reward units.
         scores: sequence score after callbacks and the missing-EOS penalty, `(N,)` float32, reward units.
@@ -120,6 +121,7 @@ class Rollout:
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
+    baselines: Tensor
     advantages: Tensor
     returns: Tensor
     scores: Tensor
@@ -157,7 +159,7 @@ class Rollout:
         end, width = max(1, int(responses.max())), int(self.lengths()[rows].max())
         outside = torch.arange(end) < end - responses
         shift = self.response_length - responses
-        per_token = ("mask", "logprobs", "ref_logprobs", "values", "advantages", "returns")
+        per_token = ("mask", "logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
         lower = self.lower_states
         return {
             "input_ids": shifted(self.input_ids[rows], shift)[:, -width:],

@@ -262,7 +262,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         watch = Stopwatch()
         scores = samples.scores.clone()
         self._fire("on_scores", scores=scores, token_rewards=samples.token_rewards)
-        rollout = self.collector.rollout(samples, scores, settings.kl_coef)
+        rollout = self.collector.rollout(samples, scores, settings.kl_coef, self._progress.baseline)
         metrics = self.collector.metrics(samples)
         watch.lap("advantages")
         self._progress.num_tokens += int(self.collector.reduce(samples.attention_mask.sum()))
@@ -371,7 +371,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
     def _per_token_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
         # Elsewhere the old numbers belong to no token, and an infinite ratio would survive being masked later.
-        values = torch.where(inputs["mask"], output.values, inputs["values"])
+        values = torch.where(inputs["mask"], output.values + inputs["baselines"], inputs["values"])
         value, clipped = F.clipped_value_loss(
             values, inputs["values"], inputs["returns"], cliprange=self.args.cliprange_value
         )

@@ -132,6 +132,11 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: 
     """Refuse rewards that could not be called, models that could not read, and lists of unequal length."""
     funcs, own = listed_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
+    if args.reward_baseline and not any(isinstance(f, str | Path) and adapter_folder(str(f)) for f in funcs):
+        raise ValueError(
+            "reward_baseline=True reads the scores of a reward adapter on the actor's backbone, and no reward function "
+            "is one: pass the folder of one, or leave the option out."
+        )
     for func, tokenizer in zip(funcs, own, strict=True):
         if not isinstance(func, str | Path | nn.Module):
             check_call(func, [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")])

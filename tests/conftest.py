@@ -11,11 +11,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from ppo_plus import PPOConfig, PPOTrainer
 
@@ -156,4 +161,23 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "tiny-llama"
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def classifier(base, seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(base, tmp_path_factory):
+    """A reward model on the tiny base: LoRA and score head away from zero."""
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="SEQ_CLS", modules_to_save=["score"]
+    )
+    model = get_peft_model(classifier(base, seed=3), config)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("reward")
+    model.save_pretrained(folder)
     return folder

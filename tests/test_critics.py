@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora, make_config, make_model, make_trainer
+from conftest import classifier, lora, make_config, make_model, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -24,25 +24,6 @@ from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
 
 IDS = torch.arange(4, 34).view(3, 10)
 MASK = torch.ones_like(IDS)
-
-
-def classifier(base, seed=0):
-    torch.manual_seed(seed)
-    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def reward_adapter(base, tmp_path_factory):
-    """A reward model on the tiny base: LoRA and score head away from zero."""
-    config = LoraConfig(
-        r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="SEQ_CLS", modules_to_save=["score"]
-    )
-    model = get_peft_model(classifier(base, seed=3), config)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("reward")
-    model.save_pretrained(folder)
-    return folder
 
 
 def prefix_scores(model, ids, response_length):

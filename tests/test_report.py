@@ -285,7 +285,8 @@ class TestTokenTexts:
 
 def big_rollout(rows, length):
     torch.manual_seed(0)
-    numbers = {n: torch.randn(rows, length) for n in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
+    names = ("logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
+    numbers = {n: torch.randn(rows, length) for n in names}
     tokenizer = make_tokenizer()
     ids = torch.randint(4, len(tokenizer), (rows, length + 1))
     mask = torch.ones(rows, length, dtype=torch.bool)

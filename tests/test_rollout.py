@@ -22,7 +22,7 @@ from ppo_plus.rollout import (
     sampling_noise,
 )
 
-PER_TOKEN = ("mask", "logprobs", "ref_logprobs", "values", "advantages", "returns")
+PER_TOKEN = ("mask", "logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
 
 # Responses
 

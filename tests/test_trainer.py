@@ -483,6 +483,7 @@ OPTIONS = {
 # Options whose effect is not on the numbers of a run, and the test that sees it.
 ELSEWHERE = {
     "cache_lower_layers": "test_lower_layers.py",
+    "reward_baseline": "test_baseline.py",
     "importance_cap": "test_what_decoding_computed_otherwise_is_weighed",
     "local_rollout_forward_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "generation_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",

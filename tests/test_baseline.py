@@ -1,0 +1,254 @@
+"""Values that start from what the reward adapter says of prefixes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import classifier, make_prompts, make_trainer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ppo_plus import PPOCallback
+from ppo_plus.baseline import MEMORY, PRIOR, RewardBaseline
+
+
+class Recorder(PPOCallback):
+    def __init__(self):
+        self.rollouts, self.samples = [], []
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        self.rollouts.append(rollout)
+        self.samples.append(samples)
+
+
+def run(folder, base, reward_adapter, resume=None, **overrides):
+    """A trained run on the tiny base with its reward adapter, and what was recorded of it."""
+    recorder = Recorder()
+    options = {"reward_funcs": str(reward_adapter), "callbacks": [recorder], **overrides}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trainer = make_trainer(folder, model=model, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, recorder
+
+
+# --- the line ---
+
+
+def fitted(rollouts) -> tuple[float, float]:
+    """The same line by numpy, from all tokens at once: each weighted by its age, the slope then shrunk."""
+    sizes = [mask.any(1).sum().item() for _, _, mask in rollouts]
+    ages = [sum(sizes[i + 1 :]) for i in range(len(sizes))]
+    x = np.concatenate([scores[mask].numpy() for scores, _, mask in rollouts])
+    y = np.concatenate([returns[mask].numpy() for _, returns, mask in rollouts])
+    weights = np.concatenate(
+        [np.full(int(m.sum()), math.exp(-a / MEMORY)) for (_, _, m), a in zip(rollouts, ages, strict=True)]
+    )
+    slope, _ = np.polyfit(x, y, 1, w=np.sqrt(weights))
+    responses = sum(n * math.exp(-a / MEMORY) for n, a in zip(sizes, ages, strict=True))
+    slope *= responses / (responses + PRIOR)
+    return slope, np.average(y, weights=weights) - slope * np.average(x, weights=weights)
+
+
+def drawn(rows, seed, slope=0.7, noise=0.5):
+    torch.manual_seed(seed)
+    scores, lengths = torch.randn(rows, 6), torch.randint(1, 7, (rows, 1))
+    return scores, slope * scores + 0.3 + noise * torch.randn(rows, 6), torch.arange(6) < lengths
+
+
+def test_the_line_is_that_of_weighted_least_squares():
+    baseline, rollouts = RewardBaseline(), [drawn(rows, seed) for seed, rows in enumerate((32, 8, 64))]
+    for i, rollout in enumerate(rollouts):
+        baseline.update(*rollout)
+        assert baseline.line() == pytest.approx(fitted(rollouts[: i + 1]), rel=1e-6)
+    assert 0.5 < baseline.line()[0] < 0.75
+
+
+def test_before_the_first_rollout_it_says_nothing():
+    assert torch.equal(RewardBaseline()(torch.randn(3, 4)), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_it_follows_the_scale_of_the_returns(scale):
+    """Callbacks may normalize scores; the reward adapter knows nothing of that."""
+    plain, scaled = RewardBaseline(), RewardBaseline()
+    scores, returns, mask = drawn(64, seed=0)
+    plain.update(scores, returns, mask)
+    scaled.update(scores, returns * scale, mask)
+    assert torch.allclose(scaled(scores), plain(scores) * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_scores_that_foretell_nothing_count_little(rows):
+    slopes = []
+    for seed in range(50):
+        baseline = RewardBaseline()
+        baseline.update(*drawn(rows, seed, slope=0.0))
+        slopes.append(abs(baseline.line()[0]))
+    assert np.median(slopes) < 0.1
+
+
+def test_equal_scores_leave_the_mean():
+    baseline = RewardBaseline()
+    baseline.update(torch.full((3, 2), 1e3), torch.tensor([[1.0, 1.0], [2.0, 2.0], [6.0, 6.0]]), torch.ones(3, 2) > 0)
+    assert baseline.line() == (0.0, 3.0)
+
+
+def test_two_processes_with_half_the_rows_each_learn_the_same():
+    scores, returns, mask = drawn(16, seed=1)
+    whole, seen = RewardBaseline(), []
+    whole.update(scores, returns, mask)
+    for half in (slice(0, 8), slice(8, 16)):
+        RewardBaseline().update(scores[half], returns[half], mask[half], lambda sums: seen.append(sums) or sums)
+    for half in (slice(0, 8), slice(8, 16)):
+        one = RewardBaseline()
+        one.update(scores[half], returns[half], mask[half], lambda _: seen[0] + seen[1])
+        assert one.line() == pytest.approx(whole.line(), rel=1e-12)
+
+
+# --- prefix scores ---
+
+
+def test_they_are_what_the_reward_model_alone_says_of_each_prefix(tmp_path, base, reward_adapter):
+    """One forward pass of the stand-alone model for each prefix: prompts and responses are of uneven length."""
+    _, recorder = run(tmp_path, base, reward_adapter, config={"max_steps": 4, "stop_token_id": 7, "temperature": 2.0})
+    alone = PeftModel.from_pretrained(classifier(base), reward_adapter).eval()
+    (samples,) = recorder.samples
+    lengths = samples.attention_mask[:, -samples.mask.shape[1] :].sum(1)
+    assert len(lengths.unique()) > 1
+    for ids, mask, length, found in zip(
+        samples.input_ids, samples.attention_mask.bool(), lengths.tolist(), samples.prefix_scores, strict=True
+    ):
+        row = ids[mask]
+        with torch.no_grad():
+            wanted = [alone(input_ids=row[None, : len(row) - length + t]).logits[0, 0] for t in range(length)]
+        assert torch.allclose(found[:length], torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+        assert not found[length:].any()
+
+
+@pytest.mark.parametrize("spoil", [False, True], ids=["as scored", "other tokens"])
+def test_they_cost_a_pass_only_where_the_text_has_other_tokens(tmp_path, base, reward_adapter, spoil):
+    trainer, _ = run(tmp_path, base, reward_adapter, config={"max_steps": 4})
+    reward, tokenizer = trainer.collector.rewards.rewards[0], trainer.processing_class
+    from ppo_plus.rewards import Completions
+
+    prompts, completions = ["the film ", "a "], ["was good", "b c d"]
+    sequences = [tokenizer(p + c)["input_ids"] for p, c in zip(prompts, completions, strict=True)]
+    reward(Completions(prompts, completions, [s[-3:] for s in sequences]))
+    passes, inner = [], trainer.model.token_scores
+    trainer.model.token_scores = lambda *args: passes.append(len(args[2])) or inner(*args)
+    if spoil:
+        sequences[1] = sequences[1][::-1]
+    found = reward.prefix_scores(sequences)
+    assert passes == ([1] if spoil else [])
+    for sequence, scores in zip(sequences, found, strict=True):
+        ids = torch.tensor([sequence])
+        alone = inner(reward.name, reward.head, ids, torch.ones_like(ids))[0]
+        assert torch.allclose(scores[: len(sequence)], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_several_adapters_count_by_their_weights_and_functions_not_at_all(tmp_path, base, reward_adapter):
+    rewards = [str(reward_adapter), lambda completions, **kw: [1.0] * len(completions), str(reward_adapter)]
+    found = []
+    for weights, funcs in (([1.0], rewards[:1]), ([0.5, 7.0, 2.0], rewards)):
+        config = {"max_steps": 4, "reward_weights": weights}
+        found.append(run(tmp_path, base, reward_adapter, reward_funcs=funcs, config=config)[1].samples[0])
+    assert torch.equal(found[0].input_ids, found[1].input_ids)
+    assert torch.allclose(found[1].prefix_scores, 2.5 * found[0].prefix_scores, rtol=1e-5)
+
+
+# --- values ---
+
+
+def test_values_are_the_critics_and_the_line_of_earlier_rollouts(tmp_path, base, reward_adapter):
+    _, recorder = run(tmp_path, base, reward_adapter, config={"max_steps": 12, "kl_coef": 0.5})
+    line = RewardBaseline()
+    for rollout, samples in zip(recorder.rollouts, recorder.samples, strict=True):
+        assert torch.allclose(rollout.baselines, line(samples.prefix_scores) * rollout.mask, atol=1e-6)
+        assert torch.allclose(rollout.values, (samples.values + rollout.baselines), atol=1e-6)
+        # What each token's return was, by hand: the KL penalty at each token, and the score at the last.
+        rewards = -0.5 * (samples.logprobs - samples.ref_logprobs) * rollout.mask
+        rewards[torch.arange(8), rollout.mask.sum(1) - 1] += rollout.scores
+        line.update(samples.prefix_scores, rewards.flip(1).cumsum(1).flip(1), rollout.mask)
+    assert not recorder.rollouts[0].baselines.any() and recorder.rollouts[1].baselines.std() > 0
+
+
+def test_the_critic_learns_what_the_baseline_lacks(tmp_path, base, reward_adapter):
+    """The first loss of a rollout, before anything was learned from it, is that of the values in the rollout."""
+    config = {"max_steps": 3, "num_ppo_epochs": 1, "num_mini_batches": 1, "gradient_accumulation_steps": 4,
+              "cliprange_value": None}  # fmt: skip
+    trainer, recorder = run(tmp_path, base, reward_adapter, config=config)
+    logged = [row["ppo/value_loss"] for row in trainer.state.log_history if "ppo/value_loss" in row]
+    for rollout, loss in zip(recorder.rollouts, logged, strict=True):
+        wanted = 0.5 * ((rollout.values - rollout.returns)[rollout.mask] ** 2).mean().item()
+        assert loss == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("telling", [True, False])
+def test_scores_that_tell_make_values_that_foresee(tmp_path, telling):
+    """The reward counts a letter; a prefix is scored by its count so far, or by numbers that mean nothing."""
+    config = {"max_steps": 16, "learning_rate": 0.0, "value_learning_rate": 0.0, "per_device_train_batch_size": 16,
+              "kl_coef": 0.0, "missing_eos_penalty": None, "logging_steps": 4}  # fmt: skip
+    trainer = make_trainer(tmp_path, config=config, train_dataset=make_prompts(64))
+    (letter,) = trainer.processing_class("e")["input_ids"]
+
+    def prefix_scores(sequences):
+        rows = [torch.tensor(sequence) for sequence in sequences]
+        return [(row == letter).float().cumsum(0) if telling else torch.randn(len(row)) for row in rows]
+
+    trainer.collector.rewards.prefix_scores = prefix_scores
+    trainer.train()
+    foreseen = [row["critic/explained_variance"] for row in trainer.state.log_history if "loss" in row]
+    assert float(foreseen[0]) == 0.0
+    assert (np.mean([float(value) for value in foreseen[1:]]) > 0.1) == telling
+
+
+@pytest.mark.parametrize(
+    ("config", "on"),
+    [({}, True), ({"critic": "detached"}, True), ({"critic": "adapter"}, False),
+     ({"critic": "adapter", "reward_baseline": True}, True), ({"reward_baseline": False}, False)],
+    ids=str,
+)  # fmt: skip
+def test_who_gets_one(tmp_path, base, reward_adapter, config, on):
+    _, recorder = run(tmp_path, base, reward_adapter, config={"max_steps": 8, **config})
+    assert (recorder.samples[0].prefix_scores is not None) == on
+    assert bool(recorder.rollouts[1].baselines.any()) == on
+
+
+def test_without_a_reward_adapter_there_is_none(tmp_path):
+    recorder = Recorder()
+    make_trainer(tmp_path, callbacks=[recorder]).train()
+    assert not any(rollout.baselines.any() for rollout in recorder.rollouts)
+    with pytest.raises(ValueError, match="reward_baseline=True reads the scores of a reward adapter"):
+        make_trainer(tmp_path, config={"reward_baseline": True})
+
+
+def test_evaluations_ask_for_none(tmp_path, base, reward_adapter):
+    trainer, _ = run(tmp_path, base, reward_adapter, config={"max_steps": 4})
+    trainer.collector.rewards.prefix_scores = None
+    trainer.evaluate(trainer.train_dataset)
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("forget", [False, True], ids=["whole", "negative control"])
+@pytest.mark.parametrize("step", [4, 6])
+def test_training_resumes_to_the_same_bits(tmp_path, base, reward_adapter, step, forget):
+    config = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10}
+    whole, _ = run(tmp_path / "whole", base, reward_adapter, config=config)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    if forget:
+        file = checkpoint / "ppo_state_0.json"
+        state = json.loads(file.read_text())
+        assert state["baseline"]["responses"] > 0
+        file.write_text(json.dumps(state | {"baseline": {}}))
+        from ppo_plus.checkpoint import seal
+
+        seal(checkpoint)
+    resumed, _ = run(tmp_path / "resumed", base, reward_adapter, resume=str(checkpoint), config=config)
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs if a.requires_grad) != forget
