@@ -23,7 +23,7 @@ from .config import PPOConfig
 from .data import Row, columns_of, is_conversational, left_pad, pad_id
 from .modeling import ActorCritic, Generation
 from .out_of_memory import in_chunks
-from .rewards import Completions, RewardSet
+from .rewards import Completions, RewardSet, texts_of
 from .rollout import Rollout, response_mask
 
 
@@ -290,14 +290,13 @@ class Collector:
     def _prefix_scores(self, input_ids: Tensor, attention_mask: Tensor, attended: Tensor) -> Tensor | None:
         if not self.args.adds_reward_baseline:
             return None
-        sequences = [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+        sequences = texts_of(input_ids, attention_mask)
         found = self.rewards.prefix_scores(sequences)
         if found is None:
             return None
         scores = torch.zeros(attended.shape)
         for row, (length, at_tokens) in enumerate(zip(attended.sum(1).tolist(), found, strict=True)):
-            first = len(sequences[row]) - length - 1  # as far as the token before
-            scores[row, :length] = at_tokens[first : first + length]
+            scores[row, :length] = at_tokens[len(sequences[row]) - length - 1 :][:length]  # as far as the token before
         return scores
 
     def _lower_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:

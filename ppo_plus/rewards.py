@@ -319,8 +319,11 @@ class AdapterReward:
 
         def score(texts: list) -> Tensor:
             inputs = self.read(texts, batch)
-            scores = self._token_scores(inputs["input_ids"], inputs["attention_mask"])
-            return at_last_token(scores, inputs["input_ids"], pad_id(self.tokenizer))
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            scores = self._token_scores(ids, mask)
+            for row, at_tokens in zip(texts_of(ids, mask), scores, strict=True):
+                self._seen[self._before_eos(row)] = at_tokens
+            return at_last_token(scores, ids, pad_id(self.tokenizer))
 
         scores, self.batch_size = in_batches(texts, self.batch_size, score)
         return checked(scores, batch, self.name)
@@ -331,27 +334,33 @@ class AdapterReward:
 
         Costs nothing where the last texts scored have just these tokens; others are read here.
         """
-        missing = [s for s in sequences if self._key(s) not in self._seen]
+        ends = self.tokenizer.eos_token_id
+        keys = [tuple(s[:-1] if s[-1] == ends else s) for s in sequences]
+        missing = [key for key in keys if key not in self._seen]
 
         def score_rows(rows: Tensor) -> None:
             chosen = [torch.tensor(missing[int(i)]) for i in rows]
             mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True)
-            self._token_scores(pad_sequence(chosen, batch_first=True), mask)
+            scores = self._token_scores(pad_sequence(chosen, batch_first=True), mask)
+            self._seen.update((missing[int(i)], at_tokens) for i, at_tokens in zip(rows, scores, strict=True))
 
-        order = torch.tensor([len(s) for s in missing], dtype=torch.int64).argsort(stable=True)
+        order = torch.tensor([len(key) for key in missing], dtype=torch.int64).argsort(stable=True)
         self.batch_size = in_chunks(order, self.batch_size, score_rows)
-        return [self._seen[self._key(s)] for s in sequences]
+        return [self._seen[key][: len(key)] for key in keys]
 
     def _token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         device = self.model.device
-        scores = self.model.token_scores(self.name, self.head, input_ids.to(device), attention_mask.to(device)).cpu()
-        for ids, mask, row in zip(input_ids, attention_mask.bool(), scores, strict=True):
-            self._seen[self._key(ids[mask].tolist())] = row[mask]
-        return scores
+        return self.model.token_scores(self.name, self.head, input_ids.to(device), attention_mask.to(device)).cpu()
 
-    def _key(self, ids: list[int]) -> tuple[int, ...]:
-        # A text that ran into the length limit is scored with an EOS behind it that was never sampled.
-        return tuple(ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids)
+    def _before_eos(self, ids: list[int]) -> tuple[int, ...]:
+        # The last EOS and what a chat template puts behind it were not sampled, or end what was.
+        ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
+        return tuple(ids[: ends[-1]] if ends else ids)
+
+
+def texts_of(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    """Token ids of each row without its padding."""
+    return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
 
 
 class Reader:

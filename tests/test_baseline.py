@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_plus import PPOCallback
 from ppo_plus.baseline import MEMORY, PRIOR, RewardBaseline
+from ppo_plus.rewards import Completions
 
 
 class Recorder(PPOCallback):
@@ -129,14 +130,23 @@ def test_they_are_what_the_reward_model_alone_says_of_each_prefix(tmp_path, base
         assert not found[length:].any()
 
 
+CHAT = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}b{% endfor %}"
+
+
 @pytest.mark.parametrize("spoil", [False, True], ids=["as scored", "other tokens"])
-def test_they_cost_a_pass_only_where_the_text_has_other_tokens(tmp_path, base, reward_adapter, spoil):
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "messages"])
+@pytest.mark.parametrize("stopped", [False, True], ids=["cut", "stopped"])
+def test_they_cost_a_pass_only_where_the_text_has_other_tokens(tmp_path, base, reward_adapter, spoil, chat, stopped):
     trainer, _ = run(tmp_path, base, reward_adapter, config={"max_steps": 4})
     reward, tokenizer = trainer.collector.rewards.rewards[0], trainer.processing_class
-    from ppo_plus.rewards import Completions
-
     prompts, completions = ["the film ", "a "], ["was good", "b c d"]
-    sequences = [tokenizer(p + c)["input_ids"] for p, c in zip(prompts, completions, strict=True)]
+    between = tokenizer.eos_token + "b" if chat else ""
+    texts = [p + between + c + tokenizer.eos_token * stopped for p, c in zip(prompts, completions, strict=True)]
+    sequences = [tokenizer(text)["input_ids"] for text in texts]
+    if chat:
+        tokenizer.chat_template = CHAT
+        prompts = [[{"role": "user", "content": text}] for text in prompts]
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
     reward(Completions(prompts, completions, [s[-3:] for s in sequences]))
     passes, inner = [], trainer.model.token_scores
     trainer.model.token_scores = lambda *args: passes.append(len(args[2])) or inner(*args)
@@ -147,7 +157,8 @@ def test_they_cost_a_pass_only_where_the_text_has_other_tokens(tmp_path, base, r
     for sequence, scores in zip(sequences, found, strict=True):
         ids = torch.tensor([sequence])
         alone = inner(reward.name, reward.head, ids, torch.ones_like(ids))[0]
-        assert torch.allclose(scores[: len(sequence)], alone, rtol=1e-4, atol=1e-5)
+        end = len(sequence) - (stopped and sequence[-1] == tokenizer.eos_token_id)
+        assert torch.allclose(scores, alone[:end], rtol=1e-4, atol=1e-5)
 
 
 def test_several_adapters_count_by_their_weights_and_functions_not_at_all(tmp_path, base, reward_adapter):
