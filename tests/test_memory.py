@@ -384,7 +384,8 @@ def peak_of(trainer, phase, length, vocabulary):
                 trainer.collector._forward(ids, torch.ones_like(ids), length, lower=None)
         else:
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask, "logprobs": zeros,
-                     "ref_logprobs": zeros, "values": zeros, "advantages": zeros + 1, "returns": zeros + 1}  # fmt: skip
+                     "ref_logprobs": zeros, "values": zeros, "baselines": zeros, "advantages": zeros + 1,
+                     "returns": zeros + 1}  # fmt: skip
             trainer.compute_loss(trainer.model.train(), batch).backward()
     return found.peak
 
