@@ -39,7 +39,7 @@ class Samples:
         logprobs: `(N, R)` float32, nats, from the same forward pass that the loss uses.
         sampled_logprobs: `(N, R)` float32, nats, as decoding computed them.
         ref_logprobs: `(N, R)` float32, nats.
-        values: `(N, R)` float32, reward units.
+        values: what the critic says, without the baseline, `(N, R)` float32, reward units.
         entropy: `(N, R)` float32, nats.
         rewards: `(N, F)` float32 by reward function; NaN for None.
         scores: their weighted sum, `(N,)` float32; NaN where no function gave one.
