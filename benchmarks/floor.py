@@ -10,9 +10,10 @@ epochs x 2 minibatches of 16. Its floor, for the same numbers of tokens and with
     learn      8 forward and backward passes over 16 x 62 tokens with the logits of 48: activation gradients through
                the frozen base, down to the embeddings, as LoRA needs them in its lowest layer; no weight gradients
 
-Not in the floor: LoRA's own products, sampling, the optimizer, losses, text and rewards. It is measured with both of
-transformers' attention paths, and the faster counts in each phase. After each update the floor is run; the first of
-both is not counted. The last line is JSON: `ratio` is the update's seconds over the floor's, of medians.
+Not in the floor: LoRA's own products, sampling, the optimizer, losses, text and rewards, and the second look of the
+reward adapter at responses whose text has other tokens than were sampled (here about half of them). It is measured
+with both of transformers' attention paths, and the faster counts in each phase. After each update the floor is run;
+the first of both is not counted. The last line is JSON: `ratio` is the update's seconds over the floor's, of medians.
 """
 
 from __future__ import annotations

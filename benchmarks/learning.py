@@ -18,7 +18,8 @@ passes of 2 optimizer steps. What TRL needs for that, and what it gets beyond it
 - A critic that starts as that reward model and trains a LoRA and its score head: TRL has one learning rate for policy
   and critic, and the one of a LoRA is high for a critic that is trained in full, and slower.
 
-Only here is a learning rate of the value head, the recipe's. Our critic is the default: a head on the actor, from zero.
+Only here is a learning rate of the value head, the recipe's. Our critic is the default: a head on the actor, from zero,
+and the baseline from the reward adapter's scores of prefixes.
 
 `learning.json`: `time_ratio_to_trl_final_reward` is our seconds until TRL's final held-out reward over TRL's seconds,
 `kl_ratio` our KL at that moment over TRL's final one, both of means over seeds; null where a seed does not get there.
