@@ -1,8 +1,9 @@
 """Runs the demo recipe with several seeds and writes its figures, with machine and versions, to results/demo.json.
 
-    python benchmarks/demo.py [--seeds 0 1 2] [--output out/demo] [--keep]
+    python benchmarks/demo.py [--seeds 0 1 2] [--top-layers 10] [--output out/demo] [--keep]
 
-The last line is one JSON object; `ratio` is the smallest rise of the independent judge's mean over the seeds.
+The last line is one JSON object; `ratio` is the smallest rise of the independent judge's mean over the seeds. With LoRA
+on the top layers alone the figures go to results/demo_top_layers.json.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from measuring import ROOT, report
 
 
-def run(seed: int, folder: Path, keep: bool) -> dict:
+def run(seed: int, top_layers: int | None, folder: Path, keep: bool) -> dict:
     if keep and (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
     command = [sys.executable, "recipes/rm_then_ppo.py", "--config", "recipes/rm_then_ppo.yaml"]
+    command += [] if top_layers is None else ["--top_layers", str(top_layers)]
     subprocess.run(
         [*command, "--seed", str(seed), "--output_dir", str(folder)], check=True, cwd=ROOT, stdout=sys.stderr
     )
@@ -29,13 +31,18 @@ def run(seed: int, folder: Path, keep: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--top-layers", type=int, help="layers with LoRA; all by default")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "demo")
     parser.add_argument("--keep", action="store_true", help="do not run again the seeds that are in --output")
     args = parser.parse_args()
-    runs = [run(seed, args.output / f"seed{seed}", args.keep) for seed in args.seeds]
+    name = "seed" if args.top_layers is None else f"top{args.top_layers}-"
+    runs = [run(seed, args.top_layers, args.output / f"{name}{seed}", args.keep) for seed in args.seeds]
     rises = [r["after"]["vader"] - r["before"]["vader"] for r in runs]
     result = {"ratio": min(rises), "vader_rises": rises, "runs": runs}
-    report("demo", result)
+    if args.top_layers is None:
+        report("demo", result)
+    else:
+        report("demo_top_layers", {**result, "top_layers": args.top_layers})
 
 
 if __name__ == "__main__":

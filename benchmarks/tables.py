@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,12 @@ def demo(r: dict) -> str:
     return f"VADER score of held-out answers, by seed: {rises}"
 
 
+def demo_top_layers(r: dict) -> str:
+    ends = [f"{run['after']['reward']:.2f} at {run['after']['kl']:.1f} nats" for run in r["runs"]]
+    minutes = statistics.fmean(run["minutes"] for run in r["runs"])
+    return f"held-out reward by seed {', '.join(ends)}; {demo(r)}; {minutes:.1f} minutes"
+
+
 # File, what it shows, and its figures in words; in the order of the table.
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("vs_trl_bfloat16", "one update against TRL 1.12's PPO, SmolLM2-135M, bf16", against_trl),
@@ -104,6 +111,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("mixed_adapters_float32", "all roles scored in one mixed pass, fp32", mixed),
     ("kill", "killed at random moments and resumed", kill),
     ("demo", "reward model and PPO on real text", demo),
+    ("demo_top_layers", "the same, LoRA on the top third of the layers alone", demo_top_layers),
 ]
 
 
