@@ -20,10 +20,10 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 from . import functional as F
 from .baseline import RewardBaseline
 from .config import PPOConfig
-from .data import Row, columns_of, is_conversational, left_pad, pad_id
+from .data import Row, columns_of, is_conversational, left_pad, pad_id, unpadded
 from .modeling import ActorCritic, Generation
 from .out_of_memory import in_chunks
-from .rewards import Completions, RewardSet, texts_of
+from .rewards import Completions, RewardSet
 from .rollout import Rollout, response_mask
 
 
@@ -290,7 +290,7 @@ class Collector:
     def _prefix_scores(self, input_ids: Tensor, attention_mask: Tensor, attended: Tensor) -> Tensor | None:
         if not self.args.adds_reward_baseline:
             return None
-        sequences = texts_of(input_ids, attention_mask)
+        sequences = unpadded(input_ids, attention_mask)
         found = self.rewards.prefix_scores(sequences)
         if found is None:
             return None

@@ -211,6 +211,11 @@ def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, e
     return sorted({int(i) for i in ids if i is not None})
 
 
+def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    """Token ids of each row without its padding."""
+    return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+
+
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of prompts, `(B, P)` int64 each, padded on the left."""
     longest = max(map(len, sequences))

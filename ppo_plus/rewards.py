@@ -26,7 +26,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForSequenceClassification,
@@ -37,7 +36,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from .data import is_conversational, pad_id
+from .data import is_conversational, left_pad, pad_id, unpadded
 from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, at_last_token
 from .out_of_memory import in_chunks
 from .rollout import readable
@@ -321,7 +320,7 @@ class AdapterReward:
             inputs = self.read(texts, batch)
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             scores = self._token_scores(ids, mask)
-            for row, at_tokens in zip(texts_of(ids, mask), scores, strict=True):
+            for row, at_tokens in zip(unpadded(ids, mask), scores, strict=True):
                 self._seen[self._before_eos(row)] = at_tokens
             return at_last_token(scores, ids, pad_id(self.tokenizer))
 
@@ -339,10 +338,9 @@ class AdapterReward:
         missing = [key for key in keys if key not in self._seen]
 
         def score_rows(rows: Tensor) -> None:
-            chosen = [torch.tensor(missing[int(i)]) for i in rows]
-            mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True)
-            scores = self._token_scores(pad_sequence(chosen, batch_first=True), mask)
-            self._seen.update((missing[int(i)], at_tokens) for i, at_tokens in zip(rows, scores, strict=True))
+            chosen = [missing[int(i)] for i in rows]
+            scores = self._token_scores(*left_pad(chosen, pad_id(self.tokenizer)))
+            self._seen.update((key, at_tokens[-len(key) :]) for key, at_tokens in zip(chosen, scores, strict=True))
 
         order = torch.tensor([len(key) for key in missing], dtype=torch.int64).argsort(stable=True)
         self.batch_size = in_chunks(order, self.batch_size, score_rows)
@@ -356,11 +354,6 @@ class AdapterReward:
         # The last EOS and what a chat template puts behind it were not sampled, or end what was.
         ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
         return tuple(ids[: ends[-1]] if ends else ids)
-
-
-def texts_of(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
-    """Token ids of each row without its padding."""
-    return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
 
 
 class Reader:

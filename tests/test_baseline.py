@@ -239,8 +239,12 @@ def test_without_a_reward_adapter_there_is_none(tmp_path):
 
 def test_evaluations_ask_for_none(tmp_path, base, reward_adapter):
     trainer, _ = run(tmp_path, base, reward_adapter, config={"max_steps": 4})
-    trainer.collector.rewards.prefix_scores = None
+    asked, inner = [], trainer.collector.rewards.prefix_scores
+    trainer.collector.rewards.prefix_scores = lambda sequences: asked.append(len(sequences)) or inner(sequences)
     trainer.evaluate(trainer.train_dataset)
+    assert not asked
+    trainer.train()  # negative control
+    assert asked == [8]
 
 
 # --- resuming ---
