@@ -6,6 +6,7 @@ where it does. Training and evaluation collect with the same code.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,10 @@ from .data import Row, columns_of, is_conversational, left_pad, pad_id, unpadded
 from .modeling import ActorCritic, Generation
 from .out_of_memory import in_chunks
 from .rewards import Completions, RewardSet
-from .rollout import Rollout, response_mask
+from .rollout import RightAligned, Rollout, response_mask
+
+# Of the tokens of each row, which rows share a forward pass.
+Cut = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Collector:
         self.accelerator, self.stop_ids, self.report = accelerator, list(stop_ids), report
         self.warp = truncation(args)
         self.forward_size = args.local_rollout_forward_batch_size
+        self.micro_batch_size = sys.maxsize  # as far as is known, any micro-batch fits that can be learned from
         self.decode_size = args.generation_batch_size or self.forward_size
 
     @torch.no_grad()
@@ -110,7 +115,7 @@ class Collector:
         noise: Tensor,
         context: dict[str, Any],
         leave: Callable[[], None] = lambda: None,
-        to_learn: bool = False,
+        cut: Cut | None = None,
     ) -> Samples:
         """Answer prompts, score the answers, and look at them with actor, critic and reference.
 
@@ -119,7 +124,8 @@ class Collector:
             noise: uniform numbers that decide the sampled tokens, `(N, R)` float64.
             context: handed to reward functions.
             leave: called before each decode batch and before scoring; may raise to give up the rollout.
-            to_learn: keep what learning can go on from. Evaluations may have more rows than there is room for.
+            cut: into the micro-batches that are going to be learned from first; None where nobody learns, and nothing
+                is kept to go on from. Evaluations may have more rows than there is room for.
         """
         watch = Stopwatch()
         self.model.eval()  # in train mode activation checkpointing would drop the cache
@@ -138,12 +144,13 @@ class Collector:
             input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
             input_ids = torch.cat([input_ids, tokens], 1)
             attention_mask = torch.cat([prompt_mask, attended.long()], 1)
-            prefix_scores = self._prefix_scores(input_ids, attention_mask, attended) if to_learn else None
+            prefix_scores = self._prefix_scores(input_ids, attention_mask, attended) if cut else None
             watch.lap("score")
-            lower = self._lower_states(input_ids, attention_mask) if to_learn else None
-            logprobs, values, entropy = self._forward(input_ids, attention_mask, tokens.shape[1], lower)
+            inputs = (input_ids, attention_mask, tokens.shape[1], cut)
+            lower = self._lower_states(*inputs) if cut else None
+            logprobs, values, entropy = self._forward(*inputs, lower)
             with self.model.reference():
-                ref_logprobs, _, _ = self._forward(input_ids, attention_mask, tokens.shape[1], lower, actor=False)
+                ref_logprobs, _, _ = self._forward(*inputs, lower, actor=False)
             watch.lap("logprobs")
         stopped = torch.isin(tokens, torch.tensor(self.stop_ids)).any(1)
         return Samples(
@@ -215,11 +222,11 @@ class Collector:
         )
 
     @torch.no_grad()
-    def with_lower_states(self, rollout: Rollout) -> Rollout:
+    def with_lower_states(self, rollout: Rollout, cut: Cut) -> Rollout:
         """A rollout from a checkpoint, which holds no hidden states, with those that it was collected with."""
         self.model.eval()
         with self.accelerator.autocast():
-            lower = self._lower_states(rollout.input_ids, rollout.attention_mask)
+            lower = self._lower_states(rollout.input_ids, rollout.attention_mask, rollout.response_length, cut)
         return replace(rollout, lower_states=lower)
 
     def metrics(self, samples: Samples) -> dict[str, float]:
@@ -299,19 +306,22 @@ class Collector:
             scores[row, :length] = at_tokens[len(sequences[row]) - length - 1 :][:length]  # as far as the token before
         return scores
 
-    def _lower_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def _lower_states(
+        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, cut: Cut | None
+    ) -> Tensor | None:
         if not self.model.lower_layers:
             return None
-        parts: list[tuple[Tensor, Tensor]] = []
+        length = input_ids.shape[1] - 1
+        found: list[tuple[Tensor, Tensor]] = []
 
-        def run(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
-            parts.append((rows, self.model.lower_states(ids, mask).cpu()))
+        def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: RightAligned) -> None:
+            found.append((rows, aligned.states_back(self.model.lower_states(ids, mask).cpu(), length)))
 
-        self._in_passes(input_ids, attention_mask, "lower layers", run)
-        one = parts[0][1]
-        states = one.new_zeros(len(input_ids), input_ids.shape[1] - 1, one.shape[-1])
-        for rows, part in parts:
-            states[rows, -part.shape[1] :] = part
+        self._in_passes(input_ids, attention_mask, response_length, cut, "lower layers", run)
+        one = found[0][1]
+        states = one.new_zeros(len(input_ids), *one.shape[1:])
+        for rows, part in found:
+            states[rows] = part
         return states
 
     def _forward(
@@ -319,42 +329,57 @@ class Collector:
         input_ids: Tensor,
         attention_mask: Tensor,
         response_length: int,
+        cut: Cut | None,
         lower: Tensor | None,
         actor: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = (len(input_ids), response_length)
         logprobs, values, entropy = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
 
-        def run(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
+        def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: RightAligned) -> None:
             out = self.model(
                 ids,
                 mask,
-                response_length,
+                aligned.end,
                 self.args.temperature,
                 with_values=actor,
                 with_entropy=actor,
-                lower_states=None if lower is None else lower[rows, 1 - ids.shape[1] :].to(ids.device),
+                lower_states=None if lower is None else aligned.states(lower[rows]).to(ids.device),
             )
-            logprobs[rows] = out.logprobs.cpu()
+            logprobs[rows] = aligned.responses_back(out.logprobs.cpu())
             if actor:
-                values[rows], entropy[rows] = out.values.cpu(), out.entropy.cpu()
+                values[rows] = aligned.responses_back(out.values.cpu())
+                entropy[rows] = aligned.responses_back(out.entropy.cpu())
 
-        self._in_passes(input_ids, attention_mask, "log-probabilities" if actor else "reference", run)
+        phase = "log-probabilities" if actor else "reference"
+        self._in_passes(input_ids, attention_mask, response_length, cut, phase, run)
         return logprobs, values, entropy
 
     def _in_passes(
-        self, input_ids: Tensor, attention_mask: Tensor, phase: str, run: Callable[[Tensor, Tensor, Tensor], None]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_length: int,
+        cut: Cut | None,
+        phase: str,
+        run: Callable[[Tensor, Tensor, Tensor, RightAligned], None],
     ) -> None:
-        # Rows of similar length together, without the columns that are padding in all of them.
-        order = attention_mask.sum(1).argsort(stable=True)
         tally, device = Tally(phase, len(input_ids), self.report), self.accelerator.device
 
         def run_rows(rows: Tensor) -> None:
-            first = int(attention_mask[rows].any(0).int().argmax())
-            run(input_ids[rows, first:].to(device), attention_mask[rows, first:].to(device), rows)
-            tally.add(len(rows), int(attention_mask[rows].sum()))
+            aligned = RightAligned.of(attention_mask[rows], response_length)
+            ids, mask = (aligned.sequences(columns[rows]).to(device) for columns in (input_ids, attention_mask))
+            run(ids, mask, rows, aligned)
+            tally.add(len(rows), int(mask.sum()))
 
-        self.forward_size = in_chunks(order, self.forward_size, run_rows)
+        lengths = attention_mask.sum(1)
+        if cut is None:  # rows of similar length together
+            self.forward_size = in_chunks(lengths.argsort(stable=True), self.forward_size, run_rows)
+            return
+        # What a row becomes depends on the shape of its pass, in half precision by some per cent of a probability.
+        # So here it is the pass in which learning looks at that row first.
+        for rows in cut(lengths):
+            self.micro_batch_size = in_chunks(rows, self.micro_batch_size, run_rows)
 
     def _completions(
         self, rows: Sequence[Row], tokens: Tensor, attended: Tensor, context: dict[str, Any]

@@ -76,7 +76,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     total_episodes: int | None = _field(None, "Responses to train on, over all processes; overrides num_train_epochs.")
     num_ppo_epochs: int = _field(2, "Passes over each rollout.")
     num_mini_batches: int = _field(2, "Optimizer steps per pass over a rollout.")
-    local_rollout_forward_batch_size: int = _field(64, "Responses per forward pass without gradients.")
+    local_rollout_forward_batch_size: int = _field(
+        64, "Responses per forward pass of rewards and evaluations; what is learned from goes in micro-batches."
+    )
     generation_batch_size: int | None = _field(
         None, "Responses decoded side by side; None means local_rollout_forward_batch_size."
     )

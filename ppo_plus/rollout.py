@@ -146,26 +146,18 @@ class Rollout:
         return self.attention_mask.sum(-1)
 
     def take(self, rows: Tensor) -> dict[str, Tensor]:
-        """The micro-batch of these rows: whole sequences moved to the right, so that all padding is on the left.
+        """The micro-batch of these rows, right-aligned; where a row has no response token the numbers per token are 0.
 
-        It is as wide as its longest sequence. (Prompts padded on one side and responses on the other would make it
-        as wide as the longest prompt and the longest response together.) The last columns are those of the longest
-        response; where a row's own response is shorter they hold the end of its prompt, `mask` is False there and
-        the numbers per token are 0. A dict because `Trainer` moves dicts to the device (and cannot rebuild a
-        NamedTuple).
+        A dict because `Trainer` moves dicts to the device (and cannot rebuild a NamedTuple).
         """
         # `mask` can be one token shorter than the attended response (stop token left out), never longer.
-        responses = self.attention_mask[rows, self.prompt_length :].sum(1, keepdim=True)
-        end, width = max(1, int(responses.max())), int(self.lengths()[rows].max())
-        outside = torch.arange(end) < end - responses
-        shift = self.response_length - responses
+        aligned, lower = RightAligned.of(self.attention_mask[rows], self.response_length), self.lower_states
         per_token = ("mask", "logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
-        lower = self.lower_states
         return {
-            "input_ids": shifted(self.input_ids[rows], shift)[:, -width:],
-            "attention_mask": shifted(self.attention_mask[rows], shift)[:, -width:],
-            **{n: shifted(getattr(self, n)[rows], shift)[:, -end:].masked_fill(outside, 0) for n in per_token},
-            **({} if lower is None else {"lower_states": shifted(lower[rows], shift)[:, lower.shape[1] + 1 - width :]}),
+            "input_ids": aligned.sequences(self.input_ids[rows]),
+            "attention_mask": aligned.sequences(self.attention_mask[rows]),
+            **{name: aligned.responses(getattr(self, name)[rows]) for name in per_token},
+            **({} if lower is None else {"lower_states": aligned.states(lower[rows])}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -185,6 +177,61 @@ class Rollout:
     @classmethod
     def _saved(cls) -> list[str]:
         return [f.name for f in fields(cls) if f.name != "lower_states"]
+
+
+@dataclass(frozen=True)
+class RightAligned:
+    """How rows stand in a forward pass: whole sequences moved to the right, so that all padding is on the left.
+
+    A pass is as wide as its longest sequence. (Prompts padded on one side and responses on the other would make it as
+    wide as the longest prompt and the longest response together.) Its last columns are those of the longest response;
+    where a row's own response is shorter they hold the end of its prompt.
+
+    Attributes:
+        response_length: R of the rollout, in tokens.
+        lengths: attended response tokens by row, `(B, 1)` int64.
+        width: columns of the pass.
+        end: how many of them are the response's.
+    """
+
+    response_length: int
+    lengths: Tensor
+    width: int
+    end: int
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, response_length: int) -> RightAligned:
+        """For rows whose prompts are padded on the left and responses on the right, `(B, P + R)`."""
+        lengths = attention_mask[:, -response_length:].sum(1, keepdim=True)
+        return cls(response_length, lengths, int(attention_mask.sum(1).max()), max(1, int(lengths.max())))
+
+    def sequences(self, columns: Tensor) -> Tensor:
+        """Of `(B, P + R)` those of the pass, `(B, width)`."""
+        return shifted(columns, self.response_length - self.lengths)[:, -self.width :]
+
+    def responses(self, columns: Tensor) -> Tensor:
+        """Of `(B, R)` those of the pass, `(B, end)`, 0 where a row has no response token."""
+        outside = torch.arange(self.end) < self.end - self.lengths
+        return shifted(columns, self.response_length - self.lengths)[:, -self.end :].masked_fill(outside, 0)
+
+    def states(self, columns: Tensor) -> Tensor:
+        """Of hidden states without those of the last token, `(B, P + R - 1, H)`, those of the pass."""
+        moved = shifted(columns, self.response_length - self.lengths)
+        return moved[:, columns.shape[1] + 1 - self.width :]
+
+    def responses_back(self, found: Tensor) -> Tensor:
+        """What a pass found, `(B, end)`, where it belongs in the rollout, `(B, R)`; 0 behind a response."""
+        columns = self._back(found, self.response_length)
+        return columns.masked_fill(torch.arange(self.response_length) >= self.lengths, 0)
+
+    def states_back(self, found: Tensor, length: int) -> Tensor:
+        """Hidden states of a pass, `(B, width - 1, H)`, where they belong among `length` columns."""
+        return self._back(found, length)
+
+    def _back(self, found: Tensor, length: int) -> Tensor:
+        columns = found.new_zeros(len(found), length, *found.shape[2:])
+        columns[:, length - found.shape[1] :] = found
+        return shifted(columns, self.lengths - self.response_length)
 
 
 def shifted(columns: Tensor, by: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from .checkpoint import (
     Progress,
     last_whole_checkpoint,
 )
-from .collector import Collector, Samples, Stopwatch
+from .collector import Collector, Cut, Samples, Stopwatch
 from .config import PPOConfig
 from .data import Row, check_padding, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
 from .evaluation import EvaluationMixin, WinRate
@@ -236,20 +236,33 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
                 f"step is a multiple of {self.args.steps_per_rollout}."
             )
         if rollout.lower_states is None and self.model.lower_layers:  # from a checkpoint
-            rollout = self._progress.rollout = self.collector.with_lower_states(rollout)
+            rollout = self._progress.rollout = self.collector.with_lower_states(
+                rollout, self._first_pass(rollout_index)
+            )
         ppo_epoch, minibatch = divmod(step, self.args.num_mini_batches)
-        rows = minibatch_rows(
-            len(rollout),
+        self._rows = rows = self._minibatches(len(rollout), rollout_index, ppo_epoch)[minibatch]
+        micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
+        tokens = self.collector.reduce(rollout.mask[rows].sum()).clamp(min=1)
+        return [rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
+
+    def _minibatches(self, n: int, rollout_index: int, ppo_epoch: int) -> list[Tensor]:
+        return minibatch_rows(
+            n,
             self.args.num_mini_batches,
             seed=self.args.seed,
             rollout_index=rollout_index,
             ppo_epoch=ppo_epoch,
             process_index=self.accelerator.process_index,
-        )[minibatch]
-        self._rows = rows
-        micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
-        tokens = self.collector.reduce(rollout.mask[rows].sum()).clamp(min=1)
-        return [rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
+        )
+
+    def _first_pass(self, rollout_index: int) -> Cut:
+        """How the first PPO epoch cuts a rollout into micro-batches."""
+
+        def cut(lengths: Tensor) -> list[Tensor]:
+            size, minibatches = self.args.per_device_train_batch_size, self._minibatches(len(lengths), rollout_index, 0)
+            return [part for rows in minibatches for part in micro_batch_rows(rows, lengths, size)]
+
+        return cut
 
     def _collect(self, prompts: list[Row], rollout_index: int) -> Rollout:
         settings = RolloutSettings(kl_coef=self.args.kl_coef)
@@ -258,7 +271,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         rows = range(first, first + len(prompts))
         alone = self.accelerator.num_processes == 1  # else one would leave and the others wait for it
         leave = self._interrupt.leave if alone else None
-        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave, to_learn=True)
+        cut = self._first_pass(rollout_index)
+        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave, cut=cut)
         watch = Stopwatch()
         scores = samples.scores.clone()
         self._fire("on_scores", scores=scores, token_rewards=samples.token_rewards)
@@ -285,7 +299,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         position: tuple,
         meter: Meter | None = None,
         leave: Callable[[], None] | None = None,
-        to_learn: bool = False,
+        cut: Cut | None = None,
     ) -> Samples:
         noise, seed = self._draw(rows, position)
         meter = meter or self._progress.meter
@@ -294,7 +308,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             "log_metric": lambda name, value: meter.add(name, float(value)),
         }
         with isolated_rng(seed):
-            return self.collector.sample(prompts, noise, context, leave or (lambda: None), to_learn)
+            return self.collector.sample(prompts, noise, context, leave or (lambda: None), cut)
 
     def _draw(self, rows: range, position: tuple) -> tuple[Tensor, int]:
         # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.

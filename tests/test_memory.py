@@ -381,7 +381,7 @@ def peak_of(trainer, phase, length, vocabulary):
     with PeakMemory(known) as found:
         if phase == "score":
             with torch.no_grad():
-                trainer.collector._forward(ids, torch.ones_like(ids), length, lower=None)
+                trainer.collector._forward(ids, torch.ones_like(ids), length, None, None)
         else:
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask, "logprobs": zeros,
                      "ref_logprobs": zeros, "values": zeros, "baselines": zeros, "advantages": zeros + 1,

@@ -149,7 +149,7 @@ def test_what_is_reported_is_what_the_rollout_was(tmp_path):
     assert len(generating) == 1 + steps + 3
     assert generating == sorted(generating)  # neither count ever falls
     for phase in ("log-probabilities", "reference"):
-        assert [done for done, _, _ in events.of(phase)] == [0, 3, 6, 8]
+        assert [done for done, _, _ in events.of(phase)] == [0, 2, 4, 6, 8]  # micro-batches
         assert events.of(phase)[-1] == (8, 8, int(rollout.attention_mask.sum()))
     assert events.of("scoring") == [(0, 8, 0), (8, 8, 0)]
 

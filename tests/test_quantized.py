@@ -103,9 +103,9 @@ def test_ppo_on_a_quantized_base_with_a_mounted_reward_adapter_and_an_adapter_cr
     for part in (".default.", ".critic.", "value_head"):
         assert any(not torch.equal(p, trained[n]) for n, p in trainer.model.named_parameters() if part in n)
     first = next(row for row in trainer.state.log_history if "ppo/first_ratio_error" in row)
-    # LLM.int8 picks its outlier columns by the rows that share a batch, so rows do not score alone as in company.
-    tolerance = 1e-4 if layer_type == "Linear4bit" else 5e-2
-    assert first["ppo/first_ratio_error"] < tolerance and abs(first["kl"]) < 10 * tolerance
+    # On a CPU bitsandbytes multiplies by LLM.int8 weights in one way while training and in another otherwise.
+    tolerance = 0.0 if layer_type == "Linear4bit" else 5e-2
+    assert first["ppo/first_ratio_error"] <= tolerance and abs(first["kl"]) <= 10 * tolerance
     saved = {f.name for f in (tmp_path / "checkpoint-4").iterdir()}
     assert {"adapter_model.safetensors", "critic"} <= saved and "model.safetensors" not in saved
 

@@ -13,6 +13,7 @@ import torch
 
 from ppo_plus.rollout import (
     PromptSampler,
+    RightAligned,
     Rollout,
     isolated_rng,
     micro_batch_rows,
@@ -397,6 +398,20 @@ def test_noise_of_a_row_does_not_depend_on_how_many_rows_follow():
     assert many.dtype == torch.float64
     assert ((many >= 0) & (many < 1)).all()
     assert not torch.equal(sampling_noise(4, 64, 11), many)
+
+
+def test_rows_of_a_pass_stand_on_the_right_and_what_it_finds_goes_back():
+    #        prompt on the right of its 3 columns, response on the left of its 4
+    ids = torch.tensor([[0, 11, 12, 13, 0, 0, 0], [21, 22, 23, 24, 25, 0, 0], [0, 0, 31, 32, 33, 34, 0]])
+    aligned = RightAligned.of((ids > 0).long(), 4)
+    assert aligned.sequences(ids).tolist() == [[0, 0, 11, 12, 13], [21, 22, 23, 24, 25], [0, 31, 32, 33, 34]]
+    assert aligned.responses(ids[:, 3:]).tolist() == [[0, 0, 13], [0, 24, 25], [32, 33, 34]]
+    states = ids[:, :-1, None].float() * torch.ones(2)
+    assert aligned.states(states)[..., 1].tolist() == [[0, 0, 11, 12], [21, 22, 23, 24], [0, 31, 32, 33]]
+    found = aligned.sequences(ids)[:, -3:]  # a pass has a number in every column
+    assert aligned.responses_back(found).tolist() == [[13, 0, 0, 0], [24, 25, 0, 0], [32, 33, 34, 0]]
+    back = aligned.states_back(aligned.states(states), 6)
+    assert torch.equal(aligned.states(back), aligned.states(states))
 
 
 def test_noise_leaves_the_global_generator_alone():
