@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 SEARCH_WINDOW = 256
 
@@ -221,16 +221,13 @@ class RightAligned:
 
     def responses_back(self, found: Tensor) -> Tensor:
         """What a pass found, `(B, end)`, where it belongs in the rollout, `(B, R)`; 0 behind a response."""
-        columns = self._back(found, self.response_length)
-        return columns.masked_fill(torch.arange(self.response_length) >= self.lengths, 0)
+        columns = nn.functional.pad(found, (self.response_length - self.end, 0))
+        behind = torch.arange(self.response_length) >= self.lengths
+        return shifted(columns, self.lengths - self.response_length).masked_fill(behind, 0)
 
     def states_back(self, found: Tensor, length: int) -> Tensor:
         """Hidden states of a pass, `(B, width - 1, H)`, where they belong among `length` columns."""
-        return self._back(found, length)
-
-    def _back(self, found: Tensor, length: int) -> Tensor:
-        columns = found.new_zeros(len(found), length, *found.shape[2:])
-        columns[:, length - found.shape[1] :] = found
+        columns = nn.functional.pad(found, (0, 0, length + 1 - self.width, 0))
         return shifted(columns, self.lengths - self.response_length)
 
 
