@@ -20,7 +20,7 @@ from ppo_plus.report.page import read_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
-import json, os, sys
+import json, sys
 sys.path.insert(0, {tests!r})
 import torch
 from conftest import lora, make_trainer
@@ -48,8 +48,6 @@ if trainer.accelerator.is_main_process:
                                               if "ppo/skipped_steps" in r]}}))
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
-sys.stdout.flush()
-os._exit(0)  # torch's threads are not always joined when the interpreter goes down, which ends in SIGABRT
 """
 
 
