@@ -146,7 +146,10 @@ class Collector:
             attention_mask = torch.cat([prompt_mask, attended.long()], 1)
             prefix_scores = self._prefix_scores(input_ids, attention_mask, attended) if cut else None
             watch.lap("score")
-            inputs = (input_ids, attention_mask, tokens.shape[1], cut)
+            # What a row becomes depends on the shape of its pass, in half precision by some per cent of a probability.
+            # So here it is the pass in which learning looks at that row first.
+            passes = cut(attention_mask.sum(1)) if cut else None
+            inputs = (input_ids, attention_mask, tokens.shape[1], passes)
             lower = self._lower_states(*inputs) if cut else None
             logprobs, values, entropy = self._forward(*inputs, lower)
             with self.model.reference():
@@ -222,11 +225,11 @@ class Collector:
         )
 
     @torch.no_grad()
-    def with_lower_states(self, rollout: Rollout, cut: Cut) -> Rollout:
+    def with_lower_states(self, rollout: Rollout, passes: list[Tensor]) -> Rollout:
         """A rollout from a checkpoint, which holds no hidden states, with those that it was collected with."""
         self.model.eval()
         with self.accelerator.autocast():
-            lower = self._lower_states(rollout.input_ids, rollout.attention_mask, rollout.response_length, cut)
+            lower = self._lower_states(rollout.input_ids, rollout.attention_mask, rollout.response_length, passes)
         return replace(rollout, lower_states=lower)
 
     def metrics(self, samples: Samples) -> dict[str, float]:
@@ -307,7 +310,7 @@ class Collector:
         return scores
 
     def _lower_states(
-        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, cut: Cut | None
+        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, passes: list[Tensor] | None
     ) -> Tensor | None:
         if not self.model.lower_layers:
             return None
@@ -317,7 +320,7 @@ class Collector:
         def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: RightAligned) -> None:
             found.append((rows, aligned.states_back(self.model.lower_states(ids, mask).cpu(), length)))
 
-        self._in_passes(input_ids, attention_mask, response_length, cut, "lower layers", run)
+        self._in_passes(input_ids, attention_mask, response_length, passes, "lower layers", run)
         one = found[0][1]
         states = one.new_zeros(len(input_ids), *one.shape[1:])
         for rows, part in found:
@@ -329,7 +332,7 @@ class Collector:
         input_ids: Tensor,
         attention_mask: Tensor,
         response_length: int,
-        cut: Cut | None,
+        passes: list[Tensor] | None,
         lower: Tensor | None,
         actor: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,7 +355,7 @@ class Collector:
                 entropy[rows] = aligned.responses_back(out.entropy.cpu())
 
         phase = "log-probabilities" if actor else "reference"
-        self._in_passes(input_ids, attention_mask, response_length, cut, phase, run)
+        self._in_passes(input_ids, attention_mask, response_length, passes, phase, run)
         return logprobs, values, entropy
 
     def _in_passes(
@@ -360,7 +363,7 @@ class Collector:
         input_ids: Tensor,
         attention_mask: Tensor,
         response_length: int,
-        cut: Cut | None,
+        passes: list[Tensor] | None,
         phase: str,
         run: Callable[[Tensor, Tensor, Tensor, RightAligned], None],
     ) -> None:
@@ -372,13 +375,11 @@ class Collector:
             run(ids, mask, rows, aligned)
             tally.add(len(rows), int(mask.sum()))
 
-        lengths = attention_mask.sum(1)
-        if cut is None:  # rows of similar length together
-            self.forward_size = in_chunks(lengths.argsort(stable=True), self.forward_size, run_rows)
+        if passes is None:  # rows of similar length together
+            order = attention_mask.sum(1).argsort(stable=True)
+            self.forward_size = in_chunks(order, self.forward_size, run_rows)
             return
-        # What a row becomes depends on the shape of its pass, in half precision by some per cent of a probability.
-        # So here it is the pass in which learning looks at that row first.
-        for rows in cut(lengths):
+        for rows in passes:
             self.micro_batch_size = in_chunks(rows, self.micro_batch_size, run_rows)
 
     def _completions(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -236,9 +237,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
                 f"step is a multiple of {self.args.steps_per_rollout}."
             )
         if rollout.lower_states is None and self.model.lower_layers:  # from a checkpoint
-            rollout = self._progress.rollout = self.collector.with_lower_states(
-                rollout, self._first_pass(rollout_index)
-            )
+            passes = self._first_pass(rollout_index, rollout.lengths())
+            rollout = self._progress.rollout = self.collector.with_lower_states(rollout, passes)
         ppo_epoch, minibatch = divmod(step, self.args.num_mini_batches)
         self._rows = rows = self._minibatches(len(rollout), rollout_index, ppo_epoch)[minibatch]
         micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
@@ -255,14 +255,10 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             process_index=self.accelerator.process_index,
         )
 
-    def _first_pass(self, rollout_index: int) -> Cut:
-        """How the first PPO epoch cuts a rollout into micro-batches."""
-
-        def cut(lengths: Tensor) -> list[Tensor]:
-            size, minibatches = self.args.per_device_train_batch_size, self._minibatches(len(lengths), rollout_index, 0)
-            return [part for rows in minibatches for part in micro_batch_rows(rows, lengths, size)]
-
-        return cut
+    def _first_pass(self, rollout_index: int, lengths: Tensor) -> list[Tensor]:
+        """The micro-batches of the first PPO epoch."""
+        size, minibatches = self.args.per_device_train_batch_size, self._minibatches(len(lengths), rollout_index, 0)
+        return [part for rows in minibatches for part in micro_batch_rows(rows, lengths, size)]
 
     def _collect(self, prompts: list[Row], rollout_index: int) -> Rollout:
         settings = RolloutSettings(kl_coef=self.args.kl_coef)
@@ -271,7 +267,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         rows = range(first, first + len(prompts))
         alone = self.accelerator.num_processes == 1  # else one would leave and the others wait for it
         leave = self._interrupt.leave if alone else None
-        cut = self._first_pass(rollout_index)
+        cut = partial(self._first_pass, rollout_index)
         samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave, cut=cut)
         watch = Stopwatch()
         scores = samples.scores.clone()
