@@ -18,6 +18,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from .products import product
+
 try:  # only there where bitsandbytes is installed
     from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 
@@ -63,7 +65,7 @@ class _LowRankLinear(torch.autograd.Function):
         low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
         flat = x.reshape(-1, x.shape[-1])
         inner = flat.mm(low_a.t())
-        result = nn.functional.linear(flat, weight, bias).addmm_(inner, low_b.t(), alpha=scaling)
+        result = product(flat, weight.t(), bias).addmm_(inner, low_b.t(), alpha=scaling)
         ctx.save_for_backward(flat, inner, weight, low_a, low_b)
         ctx.scaling, ctx.x_shape, ctx.adapter_dtype = scaling, x.shape, a.dtype
         return result.view(*x.shape[:-1], -1)
@@ -73,27 +75,29 @@ class _LowRankLinear(torch.autograd.Function):
         x, inner, weight, a, b = ctx.saved_tensors
         flat, dtype = grad.reshape(-1, grad.shape[-1]), ctx.adapter_dtype
         through_b = flat.mm(b).mul_(ctx.scaling)
-        grad_x = flat.mm(weight).addmm_(through_b, a).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        grad_x = product(flat, weight).addmm_(through_b, a).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
         grad_a = through_b.t().mm(x).to(dtype) if ctx.needs_input_grad[3] else None
         grad_b = flat.t().mm(inner).mul_(ctx.scaling).to(dtype) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_a, grad_b, None
 
 
-def _is_frozen_linear(layer: nn.Module, x: Tensor) -> bool:
+def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
     """Whether `layer` is no more than a product with a frozen matrix, in the dtype that `x` comes in."""
-    kind = x.device.type
+    if type(layer) is not nn.Linear:
+        return False
+    kind, weight, bias = x.device.type, layer.weight, layer.bias
     return (
-        type(layer) is nn.Linear
-        and x.dtype == layer.weight.dtype
+        x.dtype == weight.dtype
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
         and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
-        and not any(p.requires_grad for p in layer.parameters())
     )
 
 
 @contextlib.contextmanager
 def weights_at_rest(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters do not change and nothing is differentiated: their weights are cast to the backbone's dtype
-    once, and not at each of the hundreds of steps of decoding.
+    """Inside, adapters do not change and nothing is differentiated: what a layer adds is looked up, and cast to the
+    backbone's dtype, once and not at each of the hundreds of steps of decoding.
     """
     layers: list[Any] = [module for module in model.modules() if type(module) in _KINDS]
     with torch.no_grad():
@@ -106,29 +110,51 @@ def weights_at_rest(model: nn.Module) -> Iterator[None]:
                 layer.at_rest = None
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _low_rank(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
+    """A, B and scaling of what the layer adds to its base; None where that is not all there is to it."""
+    if layer.merged:
+        return None
+    if layer.disable_adapters:
+        return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    plain = not (layer.merged or args or kwargs) and all(
-        name not in layer.lora_variant and isinstance(layer.lora_dropout[name], nn.Identity) for name in names
-    )
-    if not plain or layer.disable_adapters or not names:
+    if any(name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity for name in names):
+        return None
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
-    at_rest, base = getattr(layer, "at_rest", None), layer.base_layer
-    if at_rest is None and len(names) == 1 and _is_frozen_linear(base, x):
-        (name,) = names
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return _LowRankLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+    if layer.at_rest is not None:
+        return _forward_at_rest(layer, x)
+    added, base = _low_rank(layer), layer.base_layer
+    if added is None:
+        return type(layer).forward(layer, x)
+    if len(added) == 1 and _is_frozen_linear(base, x):
+        return _LowRankLinear.apply(x, base.weight, base.bias, *added[0])
+    if not added and _is_frozen_linear(base, x) and not torch.is_grad_enabled():
+        return product(x.reshape(-1, x.shape[-1]), base.weight.t(), base.bias).view(*x.shape[:-1], -1)
     result = base(x)
-    for name in names:
-        a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-        if at_rest is None:
-            result = _AddLowRank.apply(result, x, a, b, scaling)
-        else:
-            if name not in at_rest:
-                at_rest[name] = (a.to(result.dtype).t(), b.to(result.dtype).t())
-            inner = x.reshape(-1, x.shape[-1]).to(result.dtype).mm(at_rest[name][0])
-            flat = result.reshape(-1, result.shape[-1]).addmm_(inner, at_rest[name][1], alpha=scaling)
-            result = flat.view(result.shape)
+    for a, b, scaling in added:
+        result = _AddLowRank.apply(result, x, a, b, scaling)
+    return result
+
+
+def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
+    names = None if layer.disable_adapters else tuple(layer.active_adapters)
+    if names not in layer.at_rest:
+        added = _low_rank(layer)
+        layer.at_rest[names] = None if added is None else [(a.t(), b.t(), scaling) for a, b, scaling in added]
+    added = layer.at_rest[names]
+    if added is None:
+        return type(layer).forward(layer, x)
+    result = layer.base_layer(x)
+    dtype = result.dtype
+    if any(a.dtype != dtype for a, _, _ in added):
+        added = layer.at_rest[names] = [(a.to(dtype), b.to(dtype), scaling) for a, b, scaling in added]
+    for a, b, scaling in added:
+        inner = x.reshape(-1, x.shape[-1]).to(dtype).mm(a)
+        result = result.reshape(-1, result.shape[-1]).addmm_(inner, b, alpha=scaling).view(result.shape)
     return result
 
 
@@ -140,4 +166,5 @@ def use_plain_lora(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
         if type(module) in _KINDS:
+            vars(module)["at_rest"] = None
             module.forward = types.MethodType(_forward, module)

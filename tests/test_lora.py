@@ -149,9 +149,9 @@ def test_weights_at_rest_are_cast_once_and_change_no_bit(dtype):
     with torch.no_grad():
         expected = model(ids).logits
     with weights_at_rest(model):
-        first, kept = model(ids).logits, layer.at_rest["default"]
+        first, kept = model(ids).logits, layer.at_rest[("default",)][0]
         assert torch.equal(first, expected) and kept[0].dtype == dtype
-        assert torch.equal(model(ids).logits, expected) and layer.at_rest["default"] is kept
+        assert torch.equal(model(ids).logits, expected) and layer.at_rest[("default",)][0] is kept
         with model.disable_adapter():
             assert not torch.equal(model(ids).logits, expected)
     assert layer.at_rest is None
