@@ -386,10 +386,11 @@ class Collector:
         self, rows: Sequence[Row], tokens: Tensor, attended: Tensor, context: dict[str, Any]
     ) -> tuple[Completions, dict[str, list]]:
         ids = [row[keep].tolist() for row, keep in zip(tokens, attended, strict=True)]
-        columns = columns_of(rows)
+        columns, prompt_ids = columns_of(rows), None
         prompts = columns.pop("prompt", None)
         if prompts is None:
-            prompts = self.tokenizer.batch_decode([row["input_ids"] for row in rows], skip_special_tokens=True)
+            prompt_ids = [row["input_ids"] for row in rows]
+            prompts = self.tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
         completions = [
             [{"role": "assistant", "content": decode(self.tokenizer, response)}]
             if is_conversational(prompt)
@@ -398,7 +399,7 @@ class Collector:
         ]
         extra: dict[str, list] = {}
         context = {**context, "log_extra": lambda name, values: extra.__setitem__(name, list(values))}
-        return Completions(prompts, completions, ids, columns, context), extra
+        return Completions(prompts, completions, ids, columns, context, prompt_ids), extra
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:

@@ -55,6 +55,7 @@ class Completions:
         completion_ids: token ids, without padding.
         columns: further columns of the dataset, by name.
         context: `trainer_state`, `log_extra` and `log_metric`, handed to functions.
+        prompt_ids: token ids, where that is what the dataset gave; `prompts` are then their text.
     """
 
     prompts: list
@@ -62,6 +63,7 @@ class Completions:
     completion_ids: list[list[int]]
     columns: dict[str, list] = field(default_factory=dict)
     context: dict[str, Any] = field(default_factory=dict)
+    prompt_ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -308,12 +310,11 @@ class AdapterReward:
         self._seen: dict[tuple[int, ...], Tensor] = {}  # of the last batch: scores at its tokens, by the tokens
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
-        """Score prompt and completion as the stand-alone reward model would."""
-        texts = batch.texts(self.tokenizer, self.chat_template_kwargs)
-        if not is_conversational(batch.prompts[0]):  # the reward model was trained on texts that end in EOS
-            eos = cast(str, self.tokenizer.eos_token)
-            texts = [t if t.endswith(eos) else t + eos for t in texts]
+        """Score prompt and completion as the stand-alone reward model would.
 
+        Prompts that are token ids are read as they are, and so are the tokens that were sampled after them.
+        """
+        texts: list = self._sequences(batch) or self._texts(batch)
         self._seen.clear()
 
         def score(texts: list) -> Tensor:
@@ -326,6 +327,20 @@ class AdapterReward:
 
         scores, self.batch_size = in_batches(texts, self.batch_size, score)
         return checked(scores, batch, self.name)
+
+    # The reward model was trained on texts that end in EOS.
+
+    def _texts(self, batch: Completions) -> list[str]:
+        texts, eos = batch.texts(self.tokenizer, self.chat_template_kwargs), cast(str, self.tokenizer.eos_token)
+        if is_conversational(batch.prompts[0]):
+            return texts
+        return [text if text.endswith(eos) else text + eos for text in texts]
+
+    def _sequences(self, batch: Completions) -> list[list[int]]:
+        eos = cast(int, self.tokenizer.eos_token_id)
+        pairs = zip(batch.prompt_ids or [], batch.completion_ids, strict=batch.prompt_ids is not None)
+        sequences = [prompt + completion for prompt, completion in pairs]
+        return [ids if ids[-1] == eos else [*ids, eos] for ids in sequences]
 
     @torch.no_grad()
     def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor]:
@@ -357,7 +372,7 @@ class AdapterReward:
 
 
 class Reader:
-    """Makes right-padded inputs of texts or pairs of texts, and says once where one has more tokens than are read.
+    """Makes right-padded inputs of texts, pairs of texts or token ids, and says once where there are too many tokens.
 
     One text keeps its end, where the response is, and its first token if that is a special one (BOS, CLS). Of a pair
     the longer text is cut.
@@ -375,13 +390,13 @@ class Reader:
     def __call__(self, texts: list, batch: Completions) -> BatchEncoding:
         """Inputs of the reward model, `(B, T)` each; a chat template has put its special tokens in already."""
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "right", "verbose": False}
-        pairs = isinstance(texts[0], tuple)
+        pairs, tokenized = isinstance(texts[0], tuple), isinstance(texts[0], list)
         if pairs:
             questions, answers = map(list, zip(*texts, strict=True))
             options |= {"text": questions, "text_pair": answers}
         else:
             options |= {"text": texts, "add_special_tokens": not is_conversational(batch.prompts[0])}
-        inputs = self.tokenizer(**options)
+        inputs = right_pad(texts, pad_id(self.tokenizer)) if tokenized else self.tokenizer(**options)
         tokens = inputs["input_ids"].shape[1]
         if self.longest is None or tokens <= self.longest:
             return inputs
@@ -407,6 +422,18 @@ class Reader:
         return BatchEncoding(kept)
 
 
+def right_pad(sequences: Sequence[list[int]], pad_token_id: int) -> BatchEncoding:
+    """Token ids and attention mask, `(B, T)` int64 each, padded on the right."""
+    rows = [torch.tensor(ids) for ids in sequences]
+    masks = [torch.ones_like(ids) for ids in rows]
+    return BatchEncoding(
+        {
+            "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+            "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
+        }
+    )
+
+
 def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many tokens a classifier reads: what its tokenizer says, and no more than it has positions for."""
     config = getattr(model, "config", None)
@@ -420,12 +447,13 @@ def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | N
 
 @torch.no_grad()
 def in_batches(texts: list, batch_size: int, score: Callable[[list], Tensor]) -> tuple[list[float], int]:
-    """Score texts (or pairs of them) of similar length together.
+    """Score texts (or pairs of them, or token ids) of similar length together.
 
     Returns:
         the scores in the order of the texts, and the batch size that fitted into memory.
     """
-    order = torch.tensor([len("".join(text)) for text in texts]).argsort(stable=True)
+    sizes = [len("".join(text)) if isinstance(text, str | tuple) else len(text) for text in texts]
+    order = torch.tensor(sizes).argsort(stable=True)
     scores = torch.zeros(len(texts))
 
     def score_rows(rows: Tensor) -> None:

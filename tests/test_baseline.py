@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import classifier, make_prompts, make_trainer
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ppo_plus import PPOCallback
 from ppo_plus.baseline import MEMORY, PRIOR, RewardBaseline
+from ppo_plus.data import unpadded
+from ppo_plus.modeling import ActorCritic
 from ppo_plus.rewards import Completions
 
 
@@ -159,6 +162,45 @@ def test_they_cost_a_pass_only_where_the_text_has_other_tokens(tmp_path, base, r
         alone = inner(reward.name, reward.head, ids, torch.ones_like(ids))[0]
         end = len(sequence) - (stopped and sequence[-1] == tokenizer.eos_token_id)
         assert torch.allclose(scores, alone[:end], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["cut", "stopped"])
+def test_prompts_that_are_token_ids_are_scored_as_they_are(tmp_path, base, reward_adapter, stopped):
+    """No tokenizer would make these ids of their text, in which the special tokens are missing."""
+    trainer, _ = run(tmp_path, base, reward_adapter, config={"max_steps": 4})
+    reward, tokenizer = trainer.collector.rewards.rewards[0], trainer.processing_class
+    eos, model = tokenizer.eos_token_id, trainer.model
+    prompts, sampled = [[9, 2, 5, 9], [1, 8]], [[6, 4], [7, 11, 12]]
+    completions = [ids + [eos] * stopped for ids in sampled]
+    texts = [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (prompts, completions)]
+    sequences = [torch.tensor([[*p, *c, eos]]) for p, c in zip(prompts, sampled, strict=True)]
+    alone = PeftModel.from_pretrained(classifier(base), reward_adapter).eval()
+    with torch.no_grad():
+        wanted = [alone(input_ids=ids).logits.item() for ids in sequences]
+    by_text = reward(Completions(*texts, completions))
+    assert by_text != pytest.approx(wanted, rel=1e-2)  # negative control
+    assert reward(Completions(*texts, completions, prompt_ids=prompts)) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    inner, model.token_scores = model.token_scores, None  # what follows asks nobody
+    found = reward.prefix_scores([p + c for p, c in zip(prompts, completions, strict=True)])
+    for ids, scores in zip(sequences, found, strict=True):
+        wanted = inner(reward.name, reward.head, ids, torch.ones_like(ids))[0, :-1]
+        assert torch.allclose(scores, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dataset_of_token_ids_is_scored_in_one_look(tmp_path, base, reward_adapter):
+    dataset = Dataset.from_dict({"input_ids": [[9, 2, 5, 9], [8, 6], [1, 4, 4], [10]] * 4})
+    looks, inner = [], ActorCritic.token_scores
+
+    def counted(model, name, head, input_ids, attention_mask):
+        looks.append(unpadded(input_ids, attention_mask))
+        return inner(model, name, head, input_ids, attention_mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActorCritic, "token_scores", counted)
+        trainer, recorder = run(tmp_path, base, reward_adapter, train_dataset=dataset, config={"max_steps": 4})
+    (samples,), (look,), eos = recorder.samples, looks, trainer.processing_class.eos_token_id
+    rows = unpadded(samples.input_ids, samples.attention_mask)
+    assert sorted(look) == sorted(ids if ids[-1] == eos else [*ids, eos] for ids in rows)
 
 
 def test_several_adapters_count_by_their_weights_and_functions_not_at_all(tmp_path, base, reward_adapter):
