@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -423,10 +423,15 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         kwargs["params"] = [{"params": p, "lr": rate, "weight_decay": decay} for p, rate, decay in groups if p]
         return cls, kwargs
 
+    @cached_property
+    def _trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        # Of actor and critic; with adapters there are thousands of names to go through, too many for each step.
+        return self.model.actor_parameters(), [*self.model.value_head.parameters(), *self.model.critic_parameters()]
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         # Apart: an early critic's large gradients would shrink the actor's step under one common norm.
-        critic = [*self.model.value_head.parameters(), *self.model.critic_parameters()]
-        norm = self.accelerator.clip_grad_norm_(self.model.actor_parameters(), self.args.max_grad_norm)
+        actor, critic = self._trained
+        norm = self.accelerator.clip_grad_norm_(actor, self.args.max_grad_norm)
         self._critic_grad_norm = nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm)
         self._progress.meter.add("critic/grad_norm", self._critic_grad_norm)
         return norm
