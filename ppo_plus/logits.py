@@ -62,7 +62,8 @@ class _ScoreChunk(torch.autograd.Function):
             logits = head(states)
         count = 2 if with_entropy else 1
         outputs = [hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(count)]
-        slopes = [torch.empty_like(logits) for _ in range(count)]
+        # Written over the logits, where each group of rows was read before: autograd keeps nothing of a head's output.
+        slopes = [logits.detach(), *(torch.empty_like(logits) for _ in range(count - 1))]
         for rows in slices(logits):
             logprobs = scaled_log_softmax(logits[rows].detach(), temperature)
             outputs[0][rows] = logprobs.gather(-1, targets[rows, None]).squeeze(-1)
@@ -176,8 +177,8 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     Returns:
         token ids, `(B,)` int64.
     """
-    probs = logits.softmax(-1)
-    groups = nn.functional.pad(probs, (0, -probs.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    probs, missing = logits.softmax(-1), -logits.shape[-1] % GROUP
+    groups = (nn.functional.pad(probs, (0, missing)) if missing else probs).unflatten(-1, (-1, GROUP))
     group, share = _where_passed(groups.sum(-1), noise)
     rows = torch.arange(len(probs), device=probs.device)
     token = group * GROUP + _where_passed(groups[rows, group], share)[0]
