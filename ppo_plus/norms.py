@@ -16,6 +16,11 @@ import torch
 from torch import Tensor, nn
 
 
+def _scaled(x: Tensor, wide: Tensor, factor: Tensor) -> Tensor:
+    """`wide * factor`, where `wide` is `x.float()`: in its place, unless that is the place of `x`."""
+    return wide * factor if wide is x else wide.mul_(factor)
+
+
 class _RMSNorm(torch.autograd.Function):
     """`weight * x / sqrt(mean(x^2) + eps)` (Zhang & Sennrich 2019, eq. 4); the product with the weight in its dtype."""
 
@@ -24,12 +29,13 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (wide * inverse).to(x.dtype)
+        normed = _scaled(x, wide, inverse).to(x.dtype)
+        return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        normed, upstream = x.float() * inverse, (grad * weight).float()
+        normed, upstream = _scaled(x, x.float(), inverse), (grad * weight).float()
         along = torch.linalg.vecdot(upstream, normed)[..., None] / -x.shape[-1]
         return (normed.mul_(along).add_(upstream).mul_(inverse)).to(x.dtype), None, None
 
