@@ -28,6 +28,10 @@ except ImportError:
     _KINDS = (LoraLinear,)
 
 
+# Up to as many rows, a thin product on a CPU takes less time in fp32: in bf16 most of it is oneDNN's setting out.
+FEW_ROWS = 64
+
+
 class _AddLowRank(torch.autograd.Function):
     """`base + scaling * (x A^T) B^T` (Hu et al. 2021, eq. 3)."""
 
@@ -143,19 +147,26 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
     names = None if layer.disable_adapters else tuple(layer.active_adapters)
     if names not in layer.at_rest:
-        added = _low_rank(layer)
-        layer.at_rest[names] = None if added is None else [(a.t(), b.t(), scaling) for a, b, scaling in added]
+        layer.at_rest[names] = _low_rank(layer)
     added = layer.at_rest[names]
     if added is None:
         return type(layer).forward(layer, x)
     result = layer.base_layer(x)
-    dtype = result.dtype
-    if any(a.dtype != dtype for a, _, _ in added):
-        added = layer.at_rest[names] = [(a.to(dtype), b.to(dtype), scaling) for a, b, scaling in added]
-    for a, b, scaling in added:
-        inner = x.reshape(-1, x.shape[-1]).to(dtype).mm(a)
-        result = result.reshape(-1, result.shape[-1]).addmm_(inner, b, alpha=scaling).view(result.shape)
-    return result
+    if not added:
+        return result
+    flat, rows = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
+    few = len(rows) <= FEW_ROWS and x.device.type == "cpu" and result.dtype != torch.float32
+    dtype = torch.float32 if few else result.dtype
+    if (names, dtype) not in layer.at_rest:
+        cast = [(a.to(dtype).t(), b.to(dtype).t(), scaling) for a, b, scaling in added]
+        layer.at_rest[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
+    for a, b, scaling in layer.at_rest[names, dtype]:
+        inner = flat.to(dtype).mm(a)
+        if few:
+            rows.add_(inner.mm(b).to(rows.dtype))
+        else:
+            rows.addmm_(inner, b, alpha=scaling)
+    return rows.view(result.shape)
 
 
 def use_plain_lora(model: nn.Module) -> None:

@@ -145,16 +145,41 @@ def test_weights_at_rest_are_cast_once_and_change_no_bit(dtype):
             parameter.data = parameter.data.float()
     use_plain_lora(model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
-    ids = torch.arange(4, 31).view(3, 9)
+    ids = (torch.arange(plain.FEW_ROWS + 2) % 27 + 4).view(2, -1)
     with torch.no_grad():
         expected = model(ids).logits
     with weights_at_rest(model):
-        first, kept = model(ids).logits, layer.at_rest[("default",)][0]
+        first, kept = model(ids).logits, layer.at_rest[("default",), dtype][0]
         assert torch.equal(first, expected) and kept[0].dtype == dtype
-        assert torch.equal(model(ids).logits, expected) and layer.at_rest[("default",)][0] is kept
+        assert torch.equal(model(ids).logits, expected) and layer.at_rest[("default",), dtype][0] is kept
         with model.disable_adapter():
             assert not torch.equal(model(ids).logits, expected)
     assert layer.at_rest is None
+
+
+@pytest.mark.parametrize("rows", [1, plain.FEW_ROWS, plain.FEW_ROWS + 1])
+def test_few_rows_are_added_to_in_fp32(rows):
+    """As decoding has them; against double precision, over the same output of the base layer."""
+    model = peft_model()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "lora_" in name else torch.bfloat16)
+    use_plain_lora(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(rows, 1, layer.in_features).bfloat16()
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    added = x.double() @ a.t() @ b.t() * layer.scaling["default"]
+    assert added.abs().mean() > 0.01  # there is something to see
+    with torch.no_grad():
+        exact, moving = layer.base_layer(x).double() + added, layer(x)
+    with weights_at_rest(model):
+        resting = layer(x)
+    assert resting.dtype == torch.bfloat16 and resting.shape == moving.shape
+    if rows > plain.FEW_ROWS:
+        assert torch.equal(resting, moving)
+    else:
+        # Rounded twice, in the sum and before it, and nothing else.
+        assert ((resting - exact).abs() <= 2**-8 * (exact.abs() + added.abs())).all()
+        assert not torch.equal(resting, moving)
 
 
 def test_what_was_cast_is_forgotten_when_weights_move_again():
