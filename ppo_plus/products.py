@@ -36,6 +36,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def in_halves(x: Tensor, columns: int) -> bool:
     """Whether half the columns at a time are faster than all at once."""
+    if torch.compiler.is_compiling():  # asked first: a compiler would make a graph for each answer to the rest
+        return False
     rows, summed = x.shape
     return (
         columns <= rows < 2 * columns
@@ -43,5 +45,4 @@ def in_halves(x: Tensor, columns: int) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and torch.get_num_threads() == THREADS
-        and not torch.compiler.is_compiling()
     )
