@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, make_trainer
 from torch._dynamo.utils import counters
 
+from ppo_plus import products
 from ppo_plus.attention import PLAIN
 
 # Traces as inductor does, and spares the tests its minutes in a C++ compiler.
@@ -81,6 +82,21 @@ class TestCompiledLayers:
         assert model.config._attn_implementation == PLAIN
         assert graphs() > 0
         assert not counters["graph_break"]
+
+    @pytest.mark.parametrize("asks", [False, True], ids=["as it is", "negative control"])
+    def test_one_graph_serves_all_lengths(self, tmp_path, monkeypatch, asks):
+        """Where to take a product in halves depends on its rows; a graph that asked would serve some lengths only."""
+        if asks:
+            monkeypatch.setattr(products, "in_halves", lambda x, columns: columns <= len(x) < 2 * columns)
+        config = {"torch_compile": True, "torch_compile_backend": BACKEND}
+        model = make_trainer(tmp_path, model=make_model().to(torch.bfloat16), config=config).model
+        found = []
+        for length in (5, 9, 14, 21, 30):  # times 3 rows, beside 32 and 48 columns
+            ids = torch.full((3, length), 7)
+            with torch.no_grad():
+                model(ids, torch.ones_like(ids), 4)
+            found.append(graphs())
+        assert (len(set(found)) == 1) != asks
 
     def test_a_separate_reference_is_compiled_too(self, tmp_path):
         trainer = make_trainer(
