@@ -314,7 +314,7 @@ class AdapterReward:
 
         Prompts that are token ids are read as they are, and so are the tokens that were sampled after them.
         """
-        texts: list = self._sequences(batch) or self._texts(batch)
+        texts: list = self._texts(batch) if batch.prompt_ids is None else self._sequences(batch.prompt_ids, batch)
         self._seen.clear()
 
         def score(texts: list) -> Tensor:
@@ -336,10 +336,9 @@ class AdapterReward:
             return texts
         return [text if text.endswith(eos) else text + eos for text in texts]
 
-    def _sequences(self, batch: Completions) -> list[list[int]]:
+    def _sequences(self, prompt_ids: list[list[int]], batch: Completions) -> list[list[int]]:
         eos = cast(int, self.tokenizer.eos_token_id)
-        pairs = zip(batch.prompt_ids or [], batch.completion_ids, strict=batch.prompt_ids is not None)
-        sequences = [prompt + completion for prompt, completion in pairs]
+        sequences = [prompt + completion for prompt, completion in zip(prompt_ids, batch.completion_ids, strict=True)]
         return [ids if ids[-1] == eos else [*ids, eos] for ids in sequences]
 
     @torch.no_grad()
