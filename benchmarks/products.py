@@ -2,13 +2,16 @@
 
     python benchmarks/products.py [--summed 576 1536] [--columns 384 576 768 1024] [--rows 256 512 976 1536]
 
-For each shape, TFLOP/s of the whole product and of its halves, best of --repeats taken in turn; `*` where ppo_plus
-takes the halves. On a machine whose two cores are at times one, run it again. The last line is JSON.
+For each shape, TFLOP/s of the whole product and of its halves; `*` where ppo_plus takes the halves. The best of
+--repeats rounds over all shapes, both kinds in turn: a machine whose two cores are one at times shows what two give.
+The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import time
 
 import torch
@@ -16,20 +19,20 @@ from measuring import report
 
 from ppo_plus import products
 
+Shape = tuple[int, int, int]  # rows, summed, columns
 
-def rates(rows: int, summed: int, columns: int, repeats: int) -> dict[bool, float]:
-    """TFLOP/s by whether the product is taken in halves."""
-    x = torch.randn(rows, summed, dtype=torch.bfloat16)
-    weight = torch.randn(columns, summed, dtype=torch.bfloat16).t()
-    best, rule = {False: float("inf"), True: float("inf")}, products.in_halves
-    for _ in range(repeats):
-        for halves in best:
-            products.in_halves = lambda x, columns, halves=halves: halves
-            started = time.perf_counter()
-            products.product(x, weight)
-            best[halves] = min(best[halves], time.perf_counter() - started)
+
+def seconds(shape: Shape, halves: bool) -> float:
+    """Of one product with operands of its own, after one that is not counted."""
+    rows, summed, columns = shape
+    x, weight = torch.randn(rows, summed).bfloat16(), torch.randn(columns, summed).bfloat16().t()
+    rule, products.in_halves = products.in_halves, lambda x, columns: halves
+    products.product(x, weight)
+    started = time.perf_counter()
+    products.product(x, weight)
+    spent = time.perf_counter() - started
     products.in_halves = rule
-    return {halves: 2e-12 * rows * summed * columns / seconds for halves, seconds in best.items()}
+    return spent
 
 
 def main() -> None:
@@ -39,21 +42,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 768, 976, 1152, 1536, 2048])
     parser.add_argument("--repeats", type=int, default=40)
     args = parser.parse_args()
-    table = []
-    for summed in args.summed:
-        for columns in args.columns:
-            for rows in args.rows:
-                found = rates(rows, summed, columns, args.repeats)
-                taken = products.in_halves(torch.empty(rows, summed, dtype=torch.bfloat16), columns)
-                table.append({"rows": rows, "summed": summed, "columns": columns, "taken_in_halves": taken,
-                              "whole_tflops": found[False], "halves_tflops": found[True]})  # fmt: skip
-                print(f"({rows}, {summed}) x ({summed}, {columns}): {found[False]:.2f} whole, {found[True]:.2f} in "
-                      f"halves {'*' if taken else ''}", flush=True)  # fmt: skip
-    taken = [row for row in table if row["taken_in_halves"]]
-    gains = sorted(row["halves_tflops"] / row["whole_tflops"] for row in taken)
+    shapes = [(r, k, n) for k, n, r in itertools.product(args.summed, args.columns, args.rows)]
+    best = {(shape, halves): float("inf") for shape in shapes for halves in (False, True)}
+    for _ in range(args.repeats):
+        for key in best:
+            best[key] = min(best[key], seconds(*key))
+    table, gains = [], []
+    for rows, summed, columns in shapes:
+        work = 2e-12 * rows * summed * columns
+        whole, halves = (work / best[(rows, summed, columns), kind] for kind in (False, True))
+        taken = products.in_halves(torch.empty(rows, summed, dtype=torch.bfloat16), columns)
+        gains += [halves / whole] if taken else []
+        table.append({"rows": rows, "summed": summed, "columns": columns, "taken_in_halves": taken,
+                      "whole_tflops": whole, "halves_tflops": halves})  # fmt: skip
+        print(f"({rows}, {summed}) x ({summed}, {columns}): {whole:.2f} whole, {halves:.2f} in halves"
+              f"{' *' if taken else ''}", flush=True)  # fmt: skip
     result = {"threads": torch.get_num_threads(), "table": table}
     if gains:
-        result |= {"least_gain": gains[0], "median_gain": gains[len(gains) // 2]}
+        result |= {"least_gain": min(gains), "median_gain": statistics.median(gains)}
     report("products", result)
 
 

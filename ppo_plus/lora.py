@@ -100,8 +100,8 @@ def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def weights_at_rest(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters do not change and nothing is differentiated: what a layer adds is looked up, and cast to the
-    backbone's dtype, once and not at each of the hundreds of steps of decoding.
+    """Inside, adapters do not change and nothing is differentiated: what a layer adds is looked up and cast once, and
+    not at each of the hundreds of steps of decoding.
     """
     layers: list[Any] = [module for module in model.modules() if type(module) in _KINDS]
     with torch.no_grad():

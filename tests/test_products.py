@@ -59,6 +59,7 @@ def test_both_halves_are_written(monkeypatch):
     ("shape", "dtype", "threads", "expected"),
     [((576, 512, 576), torch.bfloat16, 2, True), ((1151, 1536, 576), torch.bfloat16, 2, True),
      ((575, 512, 576), torch.bfloat16, 2, False), ((1152, 1536, 576), torch.bfloat16, 2, False),
+     ((1152, 1536, 1023), torch.bfloat16, 2, True), ((1152, 1536, 1024), torch.bfloat16, 2, False),
      ((600, 511, 576), torch.bfloat16, 2, False), ((600, 512, 576), torch.float32, 2, False),
      ((600, 512, 576), torch.bfloat16, 1, False), ((600, 512, 576), torch.bfloat16, 3, False)],
     ids=str,
