@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
@@ -225,6 +226,13 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Ten
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
         attention_mask[row, longest - len(ids) :] = 1
     return input_ids, attention_mask
+
+
+def right_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, `(B, T)` int64 each, padded on the right."""
+    rows = [torch.tensor(ids) for ids in sequences]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    return input_ids, pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
 
 
 def columns_of(rows: Sequence[Row], exclude: Iterable[str] = ("input_ids", "attention_mask")) -> dict[str, list]:

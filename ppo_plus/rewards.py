@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from .data import is_conversational, left_pad, pad_id, unpadded
+from .data import is_conversational, left_pad, pad_id, right_pad, unpadded
 from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, at_last_token
 from .out_of_memory import in_chunks
 from .rollout import readable
@@ -395,7 +395,11 @@ class Reader:
             options |= {"text": questions, "text_pair": answers}
         else:
             options |= {"text": texts, "add_special_tokens": not is_conversational(batch.prompts[0])}
-        inputs = right_pad(texts, pad_id(self.tokenizer)) if tokenized else self.tokenizer(**options)
+        if tokenized:
+            input_ids, attention_mask = right_pad(texts, pad_id(self.tokenizer))
+            inputs = BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask})
+        else:
+            inputs = self.tokenizer(**options)
         tokens = inputs["input_ids"].shape[1]
         if self.longest is None or tokens <= self.longest:
             return inputs
@@ -419,18 +423,6 @@ class Reader:
                 for name, tensor in inputs.items():
                     kept[name][row, first:] = tensor[row, length - longest + first : length]
         return BatchEncoding(kept)
-
-
-def right_pad(sequences: Sequence[list[int]], pad_token_id: int) -> BatchEncoding:
-    """Token ids and attention mask, `(B, T)` int64 each, padded on the right."""
-    rows = [torch.tensor(ids) for ids in sequences]
-    masks = [torch.ones_like(ids) for ids in rows]
-    return BatchEncoding(
-        {
-            "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
-            "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
-        }
-    )
 
 
 def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
