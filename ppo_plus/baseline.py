@@ -2,14 +2,14 @@
 
 A reward model can be asked at every token. Its score of a prefix foretells the score of the whole, long before a value
 head that starts at zero does: the idea by which InstructGPT's critic starts as the reward model (Ouyang et al. 2022,
-appendix C.4), without a second model. A line through what returns turned out to be, over rollouts that are over, makes
-a prediction of the score, whatever the reward model's scale and whatever callbacks and penalties made of it; the value
-head learns what is missing. As each line was fitted before its rollout was sampled, no return is in its own baseline.
+appendix C.4), without a second model. A line through what returns turned out to be makes a prediction of the score,
+whatever the reward model's scale and whatever callbacks and penalties made of it; the value head learns what it lacks.
+The line of each response is fitted to all others, those of its own rollout too. So no return is in its own baseline,
+which would bias the policy gradient, and the first rollout has one as well.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,34 +35,42 @@ class RewardBaseline:
     moments: Sequence[float] = (0.0, 0.0, 0.0, 0.0)
 
     def line(self) -> tuple[float, float]:
-        """Slope and intercept, reward units; zeros before the first rollout."""
-        if not self.tokens:
-            return 0.0, 0.0
-        score, of_return, squared, product = (moment / self.tokens for moment in self.moments)
-        variance, covariance = squared - score**2, product - score * of_return
-        trust = self.responses / (self.responses + PRIOR)
-        slope = trust * covariance / variance if variance > 1e-8 * squared else 0.0
-        return slope, of_return - slope * score
+        """Slope and intercept of all that was learned from, reward units; zeros where that is nothing."""
+        slope, intercept = lines(self._known())
+        return slope.item(), intercept.item()
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Predicted returns for prefix scores `(N, R)`, float32, reward units."""
-        slope, intercept = self.line()
-        return scores * slope + intercept
-
-    def update(
+    def foretell(
         self, scores: Tensor, returns: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] = lambda t: t
-    ) -> None:
-        """Learn from a rollout.
+    ) -> Tensor:
+        """Predict the returns of a rollout, each response's without its own, and learn from them.
 
         Args:
             scores: of the prefix before each token, `(N, R)` float32, reward units.
             returns: what was earned from each token on, `(N, R)` float32, reward units.
             mask: the tokens that count, `(N, R)` bool.
             reduce: sums over processes.
+
+        Returns:
+            Predicted returns, `(N, R)` float32, reward units; 0 outside the mask.
         """
-        x, y = scores[mask].double(), returns[mask].double()
-        counts = [mask.any(1).sum().double(), mask.sum().double()]
-        new = reduce(torch.stack([*counts, x.sum(), y.sum(), (x * x).sum(), (x * y).sum()])).tolist()
-        kept = math.exp(-new[0] / MEMORY)
-        old = [self.responses, self.tokens, *self.moments]
-        self.responses, self.tokens, *self.moments = (kept * a + b for a, b in zip(old, new, strict=True))
+        x, y = (tensor.double().masked_fill(~mask, 0.0) for tensor in (scores, returns))
+        sums = [mask.any(1).double(), mask.double().sum(1), *(tensor.sum(1) for tensor in (x, y, x * x, x * y))]
+        own = torch.stack(sums, 1)
+        new = reduce(own.sum(0))
+        known = self._known().to(new.device) * (-new[0] / MEMORY).exp() + new
+        self.responses, self.tokens, *self.moments = known.tolist()
+        slope, intercept = lines(known - own)
+        return (x * slope[:, None] + intercept[:, None]).masked_fill(~mask, 0.0).float()
+
+    def _known(self) -> Tensor:
+        return torch.tensor([self.responses, self.tokens, *self.moments], dtype=torch.float64)
+
+
+def lines(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes and intercepts, each `(...)` float64, of moments `(..., 6)`; zeros where they are of no token."""
+    responses, tokens = moments[..., 0], moments[..., 1]
+    score, of_return, squared, product = (moments[..., 2:] / tokens.clamp(min=1e-12)[..., None]).unbind(-1)
+    variance, covariance = squared - score**2, product - score * of_return
+    trust = responses / (responses + PRIOR)
+    slope = torch.where(variance > 1e-8 * squared, trust * covariance / variance, 0.0)
+    return slope, of_return - slope * score

@@ -37,7 +37,7 @@ class Progress:
         rollout: the one that is being learned from; None before the first.
         num_tokens: prompt and response tokens of all rollouts so far, over all processes.
         skipped: steps in a row that were skipped for gradients that are not finite.
-        baseline: what earlier rollouts say of the next one's returns.
+        baseline: what rollouts so far say of the next one's returns.
         meter: measurements since the last log.
     """
 

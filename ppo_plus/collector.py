@@ -181,7 +181,7 @@ class Collector:
             samples: what `sample` returned.
             scores: one per response, `(N,)`; NaN keeps a response out of learning.
             kl_coef: reward units per nat.
-            baseline: made of earlier rollouts, for values where there are prefix scores; learns from this one.
+            baseline: adds to values where there are prefix scores, and learns from this rollout.
         """
         args = self.args
         scored = ~scores.isnan()
@@ -197,10 +197,9 @@ class Collector:
             rewards = F.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
         values, baselines = samples.values, torch.zeros_like(samples.values)
         if baseline is not None and samples.prefix_scores is not None:
-            baselines = baseline(samples.prefix_scores) * mask
-            values = values + baselines
             earned, _ = F.gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)
-            baseline.update(samples.prefix_scores, earned, mask, self.reduce)
+            baselines = baseline.foretell(samples.prefix_scores, earned, mask, self.reduce)
+            values = values + baselines
         advantages, returns = F.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
         advantages = F.whiten(advantages, mask, reduce=self.reduce)
         if args.importance_cap is not None:
