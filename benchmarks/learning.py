@@ -1,6 +1,6 @@
 """Does it learn, and how fast? ppo_plus beside the last PPO of TRL (1.12) on the demo task, and one choice at a time.
 
-    python benchmarks/learning.py [--seeds 0 1 2] [--seconds 210]
+    python benchmarks/learning.py [--seeds 0 1 2] [--seconds 210] [--trl-lam 0.8]
     python benchmarks/learning.py --ablations [critic kl_controller ...] [--seeds 0 1 2] [--episodes 256] [--jobs 2]
 
 The task is that of `recipes/rm_then_ppo.py`: SmolLM2-135M-Instruct goes on from openings of reviews, and the reward
@@ -18,15 +18,17 @@ passes of 2 optimizer steps. What TRL needs for that, and what it gets beyond it
 - A critic that starts as that reward model and trains a LoRA and its score head: TRL has one learning rate for policy
   and critic, and the one of a LoRA is high for a critic that is trained in full, and slower.
 
-Only here is a learning rate of the value head, the recipe's. Our critic is the default: a head on the actor, from zero,
-and the baseline from the reward adapter's scores of prefixes.
+Only here are a learning rate of the value head and a lambda of GAE, both the recipe's; TRL has its default of 0.95, or
+what `--trl-lam` says, which goes into a result of its own. Our critic is the default: a head on the actor, from zero, and
+the baseline from the reward adapter's scores of prefixes.
 
 `learning.json`: `time_ratio_to_trl_final_reward` is our seconds until TRL's final held-out reward over TRL's seconds,
 `kl_ratio` our KL at that moment over TRL's final one, both of means over seeds; null where a seed does not get there.
 `frontier` is the mean held-out reward at equal KL; `curves` hold seconds, episodes, reward, KL (nats per answer), VADER
 (took no part in training), length in tokens, distinct-2, repetition-3 and the reference's surprise, by seed.
 `ablations.json` has a table for each question: by variant mean and deviation over seeds of reward, KL and VADER at the
-end, reward at equal KL, and the critic's explained variance in the last quarter. A run that is there is not run again.
+end, reward at equal KL, and the critic's explained variance in the last quarter. One question alone goes into a result of
+its own, `ablations_critic.json` for instance. A run that is there is not run again.
 """
 
 from __future__ import annotations
@@ -66,6 +68,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4x1": {"num_ppo_epochs": 4, "num_mini_batches": 1},
     "mlp": {"value_head": "mlp"},
     "no_baseline": {"reward_baseline": False},
+    "lam_80": {"lam": 0.8},
+    "lam_65": {"lam": 0.65},
+    "lam_50": {"lam": 0.5},
 }
 ABLATIONS: dict[str, dict[str, str]] = {
     "critic": {"shared": "default", "detached": "detached", "adapter": "adapter", "separate": "separate"},
@@ -75,6 +80,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "reward_normalization": {"off": "default", "on": "normalized"},
     "epochs_x_minibatches": {"2x2": "default", "1x1": "1x1", "4x1": "4x1"},
     "value_head": {"linear": "default", "mlp": "mlp"},
+    "gae_lambda": {"0.95": "default", "0.8": "lam_80", "0.65": "lam_65", "0.5": "lam_50"},
 }
 
 
@@ -227,8 +233,8 @@ def trls(job: dict) -> dict:
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     critic = LoraConfig(**lora, task_type="SEQ_CLS", modules_to_save=["score"])
     config = PPOConfig(
-        **settings(job), per_device_train_batch_size=job["rollout"], gradient_accumulation_steps=1, stop_token="eos",
-        bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
+        **settings(job), **job["changes"], per_device_train_batch_size=job["rollout"], gradient_accumulation_steps=1,
+        stop_token="eos", bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     saver = point_saver(job, 1)
     trainer = PPOTrainer(
@@ -380,15 +386,20 @@ def compare(args: argparse.Namespace, job: dict) -> None:
     install_trl()
     timed = job | {"unit": "seconds", "points": [args.seconds * p / 12 for p in POINTS], "episodes": 10**6}
     runs: dict[str, list[dict]] = {side: [] for side in SIDES}
+    changes = {"trl": {} if args.trl_lam is None else {"lam": args.trl_lam}}
+    changes["ours"] = {"lam": demo_arguments(args.work).ppo["lam"]}
     for seed in args.seeds:
         for side, done in runs.items():
-            folder = str(args.work / f"{side}-{seed}")
-            done.append(run(side, timed | {"seed": seed, "folder": folder, "changes": {}}))
+            marks = "".join(f"-{name}-{value}" for name, value in changes[side].items())
+            folder = str(args.work / f"{side}{marks}-{seed}")
+            done.append(run(side, timed | {"seed": seed, "folder": folder, "changes": changes[side]}))
     curves = {side: [run["curve"] for run in done] for side, done in runs.items()}
     result = against_trl(curves) | {"seeds": args.seeds, "budget_seconds": args.seconds, "held_out": args.held_out}
+    result |= {"changes": changes}
     accuracy = child("prepare", job, "prepare.json")["accuracy"]
     result |= {"reward_model_accuracy": accuracy, "curves": curves}
-    report("learning", result, not args.dry, trl=TRL_VERSION)
+    name = "learning" if args.trl_lam is None else f"learning_trl_lam_{args.trl_lam}"
+    report(name, result, not args.dry, trl=TRL_VERSION)
 
 
 def ablate(args: argparse.Namespace, job: dict) -> None:
@@ -396,6 +407,7 @@ def ablate(args: argparse.Namespace, job: dict) -> None:
     from measuring import report
 
     asked = {name: ABLATIONS[name] for name in args.ablations or ABLATIONS}
+    name = "ablations" if len(asked) > 1 else f"ablations_{next(iter(asked))}"
     variants = list(dict.fromkeys(variant for table in asked.values() for variant in table.values()))
     counted = job | {"unit": "episodes", "points": [args.episodes * p / 12 for p in HALVES], "episodes": 10**6}
     done: dict[str, dict[int, dict]] = {variant: {} for variant in variants}
@@ -408,12 +420,12 @@ def ablate(args: argparse.Namespace, job: dict) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(one, [(seed, variant) for seed in args.seeds for variant in variants]):
             tables = {
-                name: ablation_table({row: list(done[variant].values()) for row, variant in table.items()})
-                for name, table in asked.items()
+                question: ablation_table({row: list(done[variant].values()) for row, variant in table.items()})
+                for question, table in asked.items()
                 if all(done[variant] for variant in table.values())
             }
             if tables:
-                report("ablations", {"episodes": args.episodes, "seeds": args.seeds, "tables": tables}, not args.dry)
+                report(name, {"episodes": args.episodes, "seeds": args.seeds, "tables": tables}, not args.dry)
 
 
 def main() -> None:
@@ -421,6 +433,7 @@ def main() -> None:
     parser.add_argument("--ablations", nargs="*", choices=list(ABLATIONS), help="these tables; all if none is named")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=210, help="of training, of each run against TRL")
+    parser.add_argument("--trl-lam", type=float, help="lambda of TRL's GAE, if not its default")
     parser.add_argument("--episodes", type=int, default=256, help="of each run of an ablation")
     parser.add_argument("--rollout", type=int, default=32, help="episodes per update")
     parser.add_argument("--held-out", type=int, default=128, help="prompts to evaluate on")

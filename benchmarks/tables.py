@@ -209,18 +209,18 @@ QUESTIONS = {
     "reward_normalization": "reward normalization",
     "epochs_x_minibatches": "epochs × minibatches",
     "value_head": "value head",
+    "gae_lambda": "λ of GAE",
 }
 
 
 def defaults_table(results: Path = RESULTS) -> str:
     """All ablations in one table, in Markdown; the default is the first of each question. Empty if not measured."""
-    file = results / "ablations.json"
-    if not file.is_file():
+    found = [json.loads(file.read_text()) for file in sorted(results.glob("ablations*.json"))]
+    if not found:
         return ""
-    r = json.loads(file.read_text())
     titles = ("", "", "reward", "KL, nats", "reward at equal KL", "VADER", "explained variance", "seconds")
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for name, table in r["tables"].items():
+    for name, table in (item for r in found for item in r["tables"].items()):
         for index, (variant, v) in enumerate(table["variants"].items()):
             question, shown = ("", variant) if index else (QUESTIONS[name], f"**{variant}**")
             # Where one variant hardly moved, equal KL is where all of them began.
@@ -230,8 +230,12 @@ def defaults_table(results: Path = RESULTS) -> str:
             lines.append(
                 "| " + " | ".join([*cells, plus_minus(v["explained_variance"]), plus_minus(v["seconds"], 0)]) + " |"
             )
-    ran = f"{r['episodes']} episodes each, seeds {', '.join(map(str, r['seeds']))}"
-    return "\n".join([*lines, "", f"{ran}, two runs side by side; {machine(r)}."])
+    ran = (
+        f"{', '.join(QUESTIONS[name] for name in r['tables'])}: {r['episodes']} episodes each, seeds "
+        f"{', '.join(map(str, r['seeds']))}, two runs side by side; {machine(r)}."
+        for r in found
+    )
+    return "\n".join([*lines, "", *ran])
 
 
 # Text, name of the table in it, and what makes the table.

@@ -171,13 +171,20 @@ def test_defaults_in_words(tmp_path):
         f"|  | detached | 0.50 ± 0.25 | {same}",
         f"| value head | **linear** | 1.00 ± 0.25 | {same.replace('1.00 ± 0.25 at 2.0', '-')}",
     ]
-    assert lines[-1] == "256 episodes each, seeds 0, 2, two runs side by side; 2 CPU cores, AVX512, 2026-01-02."
+    ran = "256 episodes each, seeds 0, 2, two runs side by side; 2 CPU cores, AVX512, 2026-01-02."
+    assert lines[-1] == f"critic, value head: {ran}"
+    alone = found | {"tables": {"gae_lambda": {"equal_kl": 2.0, "variants": {"0.95": row}}}}
+    (tmp_path / "ablations_gae_lambda.json").write_text(json.dumps(alone))
+    more = tables.defaults_table(tmp_path).splitlines()
+    assert more[:5] == lines[:5] and more[5] == f"| λ of GAE | **0.95** | 1.00 ± 0.25 | {same}"
+    assert more[-2:] == [lines[-1], f"λ of GAE: {ran}"]
 
 
 def test_a_figure_written_by_hand_is_found(tmp_path):
     """Negative control: a copy of the repository's texts and results, with one digit changed."""
     results = [
-        f"benchmarks/results/{name}.json" for name in ("learning", "ablations", *(row[0] for row in tables.ROWS))
+        f"benchmarks/results/{name}.json"
+        for name in ("learning", "ablations", "ablations_gae_lambda", *(row[0] for row in tables.ROWS))
     ]
     for file in ["README.md", "docs/algorithm.md", "benchmarks/tables.py", *results]:
         if (ROOT / file).is_file():
