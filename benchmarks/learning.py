@@ -19,16 +19,16 @@ passes of 2 optimizer steps. What TRL needs for that, and what it gets beyond it
   and critic, and the one of a LoRA is high for a critic that is trained in full, and slower.
 
 Only here are a learning rate of the value head and a lambda of GAE, both the recipe's; TRL has its default of 0.95, or
-what `--trl-lam` says, which goes into a result of its own. Our critic is the default: a head on the actor, from zero, and
-the baseline from the reward adapter's scores of prefixes.
+what `--trl-lam` says, which goes into a result of its own. Our critic is the default: a head on the actor, from zero,
+and the baseline from the reward adapter's scores of prefixes.
 
 `learning.json`: `time_ratio_to_trl_final_reward` is our seconds until TRL's final held-out reward over TRL's seconds,
 `kl_ratio` our KL at that moment over TRL's final one, both of means over seeds; null where a seed does not get there.
 `frontier` is the mean held-out reward at equal KL; `curves` hold seconds, episodes, reward, KL (nats per answer), VADER
 (took no part in training), length in tokens, distinct-2, repetition-3 and the reference's surprise, by seed.
 `ablations.json` has a table for each question: by variant mean and deviation over seeds of reward, KL and VADER at the
-end, reward at equal KL, and the critic's explained variance in the last quarter. One question alone goes into a result of
-its own, `ablations_critic.json` for instance. A run that is there is not run again.
+end, reward at equal KL, and the critic's explained variance in the last quarter. One question alone goes into a result
+of its own, `ablations_critic.json` for instance. A run that is there is not run again.
 """
 
 from __future__ import annotations
@@ -425,7 +425,8 @@ def ablate(args: argparse.Namespace, job: dict) -> None:
                 if all(done[variant] for variant in table.values())
             }
             if tables:
-                report(name, {"episodes": args.episodes, "seeds": args.seeds, "tables": tables}, not args.dry)
+                ran = {"episodes": args.episodes, "seeds": args.seeds, "jobs": args.jobs}
+                report(name, ran | {"tables": tables}, not args.dry)
 
 
 def main() -> None:

@@ -232,7 +232,7 @@ def defaults_table(results: Path = RESULTS) -> str:
             )
     ran = (
         f"{', '.join(QUESTIONS[name] for name in r['tables'])}: {r['episodes']} episodes each, seeds "
-        f"{', '.join(map(str, r['seeds']))}, two runs side by side; {machine(r)}."
+        f"{', '.join(map(str, r['seeds']))}{', two runs side by side' * (r.get('jobs', 2) == 2)}; {machine(r)}."
         for r in found
     )
     return "\n".join([*lines, "", *ran])
