@@ -171,7 +171,12 @@ def learning_table(results: Path = RESULTS) -> str:
     for level in r["frontier"]:
         theirs, ours = (plus_minus(level[side]) for side in ("trl", "ours"))
         lines.append(f"| reward where KL is {level['kl']:.1f} nats | {theirs} | {ours} |")
-    return "\n".join([*lines, "", f"{headline(r)} ([learning.json](benchmarks/results/learning.json); {machine(r)})."])
+    lines += ["", f"{headline(r)} ([learning.json](benchmarks/results/learning.json); {machine(r)})."]
+    for other in sorted(results.glob("learning_trl_lam_*.json")):
+        r = json.loads(other.read_text())
+        link = f"[{other.name}](benchmarks/results/{other.name})"
+        lines += ["", f"With λ {r['changes']['trl']['lam']} on both sides, {headline(r)} ({link}; {machine(r)})."]
+    return "\n".join(lines)
 
 
 def demo_table(results: Path = RESULTS) -> str:
@@ -238,12 +243,30 @@ def defaults_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", *ran])
 
 
+def signal_table(results: Path = RESULTS) -> str:
+    """What a step is worth by lambda and baseline, in Markdown; empty where it was not measured."""
+    policies = {"gradient_signal": "untrained policy", "gradient_signal_later": "later"}
+    found = {what: results / f"{name}.json" for name, what in policies.items() if (results / f"{name}.json").is_file()}
+    if not found:
+        return ""
+    by_policy = {what: json.loads(file.read_text()) for what, file in found.items()}
+    columns = [(what, r["gains"], baseline) for what, r in by_policy.items() for baseline in ("off", "on")]
+    titles = ["λ", *(f"{what}, baseline {baseline}" for what, _, baseline in columns)]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for lam in dict.fromkeys(name.split()[1] for _, gains, _ in columns for name in gains):
+        cells = [gains[f"{baseline} {lam}"] for _, gains, baseline in columns]
+        lines.append(f"| {lam} | " + " | ".join(f"{c['gain']:.2f} ± {c['standard_error']:.2f}" for c in cells) + " |")
+    ran = (f"{what}: {r['minibatches']} minibatches of {r['rows']}; {machine(r)}." for what, r in by_policy.items())
+    return "\n".join([*lines, "", *ran])
+
+
 # Text, name of the table in it, and what makes the table.
 PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "performance", performance_table),
     ("README.md", "learning", learning_table),
     ("README.md", "demo", demo_table),
     ("docs/algorithm.md", "defaults", defaults_table),
+    ("docs/algorithm.md", "signal", signal_table),
 ]
 
 

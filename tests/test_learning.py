@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
+import gradient_signal  # noqa: E402
 import learning  # noqa: E402
 
 from ppo_plus import PPOConfig  # noqa: E402
@@ -187,3 +188,65 @@ def test_the_merged_reward_model_scores_as_the_adapter(world, monkeypatch):
             bare = adapter(input_ids=ids).logits[:, 0]
     assert (found - wanted).abs().max() < 0.05 * wanted.std()
     assert (bare - wanted).abs().max() > 0.5 * wanted.std()
+
+
+class TestGradientSignal:
+    def drawn(self, noise, bias=0.0, minibatches=24):
+        """Gradients around a direction, with noise of parameters of unequal size."""
+        rng = torch.Generator().manual_seed(0)
+        size = torch.linspace(0.5, 2.0, 400)
+        signal, other = torch.randn(2, 400, generator=rng) * size
+        other -= (other @ signal) / (signal @ signal) * signal
+        return signal + bias * other + noise * size * torch.randn(minibatches, 400, generator=rng)
+
+    def test_by_loops(self):
+        gradients = {"off 0.95": self.drawn(4.0), "on 1.0": self.drawn(2.0), "on 0.5": self.drawn(1.0)}
+
+        def worth(name, kept):
+            g = gradients[name]
+            steps = g / (g**2).mean(0) ** 0.5
+            pairs = [float(steps[i] @ gradients["on 1.0"][j]) for i in kept for j in kept if i != j]
+            return sum(pairs) / len(pairs)
+
+        found, n = gradient_signal.gains(gradients), 24
+        for name in gradients:
+            assert found[name]["gain"] == pytest.approx(worth(name, range(n)) / worth("off 0.95", range(n)), rel=1e-5)
+        left = torch.tensor([worth("on 0.5", k) / worth("off 0.95", k)
+                             for k in ([i for i in range(n) if i != gone] for gone in range(n))])  # fmt: skip
+        error = ((n - 1) / n * ((left - left.mean()) ** 2).sum()) ** 0.5
+        assert found["on 0.5"]["standard_error"] == pytest.approx(error.item(), rel=0.02)
+
+    def test_noise_and_bias_cost_and_size_does_not(self):
+        found = gradient_signal.gains({
+            "off 0.95": self.drawn(4.0), "larger": 10 * self.drawn(4.0), "quieter": self.drawn(2.0),
+            "biased": self.drawn(4.0, bias=8.0), "noise": self.drawn(4.0) - self.drawn(0.0), "on 1.0": self.drawn(4.0),
+        })  # fmt: skip
+        gain = {name: row["gain"] for name, row in found.items()}
+        assert gain["larger"] == pytest.approx(1.0, rel=1e-5) and gain["quieter"] > 1.5
+        assert gain["biased"] < 0.6 and abs(gain["noise"]) < 0.2
+
+    def test_parameters_that_learn_nothing_count_nothing(self):
+        plain = {"off 0.95": self.drawn(4.0), "on 1.0": self.drawn(1.0)}
+        still = {name: torch.cat([rows, torch.zeros(24, 9)], 1) for name, rows in plain.items()}
+        assert gradient_signal.gains(still)["on 1.0"] == pytest.approx(gradient_signal.gains(plain)["on 1.0"])
+
+
+def test_measured_gradients_are_those_of_the_trainer(world, monkeypatch, tmp_path):
+    """Without a baseline, and with nothing in the loss but the policy."""
+    given = {"reward_baseline": False, "vf_coef": 0.0, "importance_cap": None, "cliprange_value": None}
+    job = job_of(world, monkeypatch, folder=str(tmp_path), rollout=32)
+    found = gradient_signal.measure(learning.our_trainer(job, []), 2)
+    trainer = learning.our_trainer(job, [], **given)
+    noise = gradient_signal.sampling_noise(0, 32, trainer.args.response_length)
+    samples = trainer.collector.sample([trainer.train_dataset[i] for i in range(32)], noise, {})
+    rollout = trainer.collector.rollout(samples, samples.scores, trainer.args.kl_coef)
+    trained = trainer.model.actor_parameters()
+    for minibatch in range(2):
+        inputs = rollout.take(torch.arange(16 * minibatch, 16 * minibatch + 16))
+        loss = trainer.compute_loss(trainer.model, inputs)
+        wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+        assert wanted.abs().max() > 0
+        assert torch.allclose(found["off 0.95"][minibatch].float(), wanted, rtol=2e-2, atol=1e-2 * wanted.abs().max())
+        assert not torch.allclose(
+            found["on 0.95"][minibatch].float(), wanted, rtol=2e-2, atol=1e-2 * wanted.abs().max()
+        )

@@ -137,6 +137,11 @@ def test_learning_in_words(tmp_path):
     assert lines[-1].startswith(
         "ppo_plus reached TRL's final held-out reward in **0.50** of its time, at **0.75** of its KL"
     )
+    equal = result | {"time_ratio_to_trl_final_reward": 0.625, "changes": {"trl": {"lam": 0.8}, "ours": {"lam": 0.8}}}
+    (tmp_path / "learning_trl_lam_0.8.json").write_text(json.dumps(equal))
+    more = tables.learning_table(tmp_path).splitlines()
+    assert more[:-2] == lines
+    assert more[-1].startswith("With λ 0.8 on both sides, ppo_plus reached TRL's final held-out reward in **0.62** of")
     one = tables.headline(result | {"seconds_to_trl_final_reward": [None, 80.0]})
     assert one == "ppo_plus reached TRL's final held-out reward with 1 of 2 seeds"
 
@@ -180,12 +185,29 @@ def test_defaults_in_words(tmp_path):
     assert more[-2:] == [lines[-1], f"λ of GAE: {ran}"]
 
 
+def test_signal_in_words(tmp_path):
+    assert tables.signal_table(tmp_path) == ""
+    gains = {f"{baseline} {lam}": {"gain": lam + (baseline == "on"), "standard_error": 0.125}
+             for baseline in ("off", "on") for lam in (1.0, 0.5)}  # fmt: skip
+    found = {"gains": gains, "minibatches": 40, "rows": 16, **MACHINE}
+    (tmp_path / "gradient_signal.json").write_text(json.dumps(found))
+    lines = tables.signal_table(tmp_path).splitlines()
+    assert lines[0] == "| λ | untrained policy, baseline off | untrained policy, baseline on |"
+    assert lines[2:4] == ["| 1.0 | 1.00 ± 0.12 | 2.00 ± 0.12 |", "| 0.5 | 0.50 ± 0.12 | 1.50 ± 0.12 |"]
+    assert lines[-1] == "untrained policy: 40 minibatches of 16; 2 CPU cores, AVX512, 2026-01-02."
+    (tmp_path / "gradient_signal_later.json").write_text(json.dumps(found))
+    assert tables.signal_table(tmp_path).splitlines()[0].endswith("| later, baseline off | later, baseline on |")
+
+
 def test_a_figure_written_by_hand_is_found(tmp_path):
     """Negative control: a copy of the repository's texts and results, with one digit changed."""
     results = [
         f"benchmarks/results/{name}.json"
-        for name in ("learning", "ablations", "ablations_gae_lambda", *(row[0] for row in tables.ROWS))
-    ]
+        for name in (
+            "learning", "learning_trl_lam_0.8", "ablations", "ablations_gae_lambda", "gradient_signal",
+            "gradient_signal_later", *(row[0] for row in tables.ROWS),
+        )
+    ]  # fmt: skip
     for file in ["README.md", "docs/algorithm.md", "benchmarks/tables.py", *results]:
         if (ROOT / file).is_file():
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
