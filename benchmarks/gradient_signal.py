@@ -10,7 +10,8 @@ baseline, which has no bias. So noise counts against a way to estimate, and bias
 
 `gain` is that mean over the one of lambda 0.95 without a baseline, values being 0 as a value head's first ones are;
 `standard_error` is of this ratio, by the jackknife over minibatches. As noise falls with the root of the number of
-responses, a gain of 1.4 is worth twice as many of them. `ratio` is the gain of the recipe's lambda with the baseline.
+responses, a gain of 1.4 is worth twice as many of them. `ratio` is the gain of the recipe's lambda with the baseline,
+`kl` how far the policy is from the reference, nats per response.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def gains(gradients: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(trainer: Any, minibatches: int) -> dict[str, Tensor]:
-    """Gradients by estimator, `(M, P)` bf16."""
+def measure(trainer: Any, minibatches: int) -> tuple[dict[str, Tensor], float]:
+    """Gradients by estimator, `(M, P)` bf16, and the policy's KL to the reference, nats per response."""
     rows, length = minibatches * ROWS, trainer.args.response_length
     noise, prompts = sampling_noise(0, rows, length), trainer.train_dataset
     answers = [
@@ -99,7 +100,7 @@ def measure(trainer: Any, minibatches: int) -> dict[str, Tensor]:
             loss = -(of * logprobs * batch.mask[at]).sum() / batch.mask[at].sum()
             parts = torch.autograd.grad(loss, trained, retain_graph=True)
             gradients[name].append(torch.cat([part.flatten() for part in parts]).bfloat16())
-    return {name: torch.stack(found) for name, found in gradients.items()}
+    return {name: torch.stack(found) for name, found in gradients.items()}, kl.sum(1).mean().item()
 
 
 def main() -> None:
@@ -119,11 +120,11 @@ def main() -> None:
     trainer = learning.our_trainer(job, [])
     if args.adapter:
         load_adapter(trainer.model.policy, "default", adapter_weights(args.adapter), args.adapter, "")
-    found = gains(measure(trainer, args.minibatches))
+    gradients, kl = measure(trainer, args.minibatches)
+    found = gains(gradients)
     recipe = learning.demo_arguments(args.work).ppo["lam"]
     result = {"ratio": found[f"on {recipe}"]["gain"], "minibatches": args.minibatches, "rows": ROWS, "gains": found}
-    name = "gradient_signal" if args.adapter is None else "gradient_signal_later"
-    report(name, result | {"trained": args.adapter is not None}, not args.dry)
+    report("gradient_signal" if args.adapter is None else "gradient_signal_trained", result | {"kl": kl}, not args.dry)
 
 
 if __name__ == "__main__":

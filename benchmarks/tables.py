@@ -245,18 +245,17 @@ def defaults_table(results: Path = RESULTS) -> str:
 
 def signal_table(results: Path = RESULTS) -> str:
     """What a step is worth by lambda and baseline, in Markdown; empty where it was not measured."""
-    policies = {"gradient_signal": "untrained policy", "gradient_signal_later": "later"}
-    found = {what: results / f"{name}.json" for name, what in policies.items() if (results / f"{name}.json").is_file()}
+    files = [results / f"{name}.json" for name in ("gradient_signal", "gradient_signal_trained")]
+    found = [json.loads(file.read_text()) for file in files if file.is_file()]
     if not found:
         return ""
-    by_policy = {what: json.loads(file.read_text()) for what, file in found.items()}
-    columns = [(what, r["gains"], baseline) for what, r in by_policy.items() for baseline in ("off", "on")]
-    titles = ["λ", *(f"{what}, baseline {baseline}" for what, _, baseline in columns)]
+    columns = [(r, baseline) for r in found for baseline in ("off", "on")]
+    titles = ["λ", *(f"policy at {r['kl']:.1f} nats, baseline {baseline}" for r, baseline in columns)]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for lam in dict.fromkeys(name.split()[1] for _, gains, _ in columns for name in gains):
-        cells = [gains[f"{baseline} {lam}"] for _, gains, baseline in columns]
+    for lam in dict.fromkeys(name.split()[1] for r in found for name in r["gains"]):
+        cells = [r["gains"][f"{baseline} {lam}"] for r, baseline in columns]
         lines.append(f"| {lam} | " + " | ".join(f"{c['gain']:.2f} ± {c['standard_error']:.2f}" for c in cells) + " |")
-    ran = (f"{what}: {r['minibatches']} minibatches of {r['rows']}; {machine(r)}." for what, r in by_policy.items())
+    ran = (f"{r['minibatches']} minibatches of {r['rows']} at {r['kl']:.1f} nats; {machine(r)}." for r in found)
     return "\n".join([*lines, "", *ran])
 
 

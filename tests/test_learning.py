@@ -235,7 +235,8 @@ def test_measured_gradients_are_those_of_the_trainer(world, monkeypatch, tmp_pat
     """Without a baseline, and with nothing in the loss but the policy."""
     given = {"reward_baseline": False, "vf_coef": 0.0, "importance_cap": None, "cliprange_value": None}
     job = job_of(world, monkeypatch, folder=str(tmp_path), rollout=32)
-    found = gradient_signal.measure(learning.our_trainer(job, []), 2)
+    found, kl = gradient_signal.measure(learning.our_trainer(job, []), 2)
+    assert kl == pytest.approx(0, abs=1e-4)
     trainer = learning.our_trainer(job, [], **given)
     noise = gradient_signal.sampling_noise(0, 32, trainer.args.response_length)
     samples = trainer.collector.sample([trainer.train_dataset[i] for i in range(32)], noise, {})

@@ -189,14 +189,14 @@ def test_signal_in_words(tmp_path):
     assert tables.signal_table(tmp_path) == ""
     gains = {f"{baseline} {lam}": {"gain": lam + (baseline == "on"), "standard_error": 0.125}
              for baseline in ("off", "on") for lam in (1.0, 0.5)}  # fmt: skip
-    found = {"gains": gains, "minibatches": 40, "rows": 16, **MACHINE}
+    found = {"gains": gains, "minibatches": 40, "rows": 16, "kl": 0.0, **MACHINE}
     (tmp_path / "gradient_signal.json").write_text(json.dumps(found))
     lines = tables.signal_table(tmp_path).splitlines()
-    assert lines[0] == "| λ | untrained policy, baseline off | untrained policy, baseline on |"
+    assert lines[0] == "| λ | policy at 0.0 nats, baseline off | policy at 0.0 nats, baseline on |"
     assert lines[2:4] == ["| 1.0 | 1.00 ± 0.12 | 2.00 ± 0.12 |", "| 0.5 | 0.50 ± 0.12 | 1.50 ± 0.12 |"]
-    assert lines[-1] == "untrained policy: 40 minibatches of 16; 2 CPU cores, AVX512, 2026-01-02."
-    (tmp_path / "gradient_signal_later.json").write_text(json.dumps(found))
-    assert tables.signal_table(tmp_path).splitlines()[0].endswith("| later, baseline off | later, baseline on |")
+    assert lines[-1] == "40 minibatches of 16 at 0.0 nats; 2 CPU cores, AVX512, 2026-01-02."
+    (tmp_path / "gradient_signal_trained.json").write_text(json.dumps(found | {"kl": 3.25}))
+    assert tables.signal_table(tmp_path).splitlines()[0].endswith("| policy at 3.2 nats, baseline on |")
 
 
 def test_a_figure_written_by_hand_is_found(tmp_path):
@@ -205,7 +205,7 @@ def test_a_figure_written_by_hand_is_found(tmp_path):
         f"benchmarks/results/{name}.json"
         for name in (
             "learning", "learning_trl_lam_0.8", "ablations", "ablations_gae_lambda", "gradient_signal",
-            "gradient_signal_later", *(row[0] for row in tables.ROWS),
+            "gradient_signal_trained", *(row[0] for row in tables.ROWS),
         )
     ]  # fmt: skip
     for file in ["README.md", "docs/algorithm.md", "benchmarks/tables.py", *results]:
