@@ -2,7 +2,7 @@
 # The second run starts at once; a change of pyproject.toml or constraints.txt installs again.
 #
 #   make demo     reward model, then PPO, on a real language model
-#   make test     the test suite        (ARGS="-k gae" is passed on)
+#   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory, 1.5 GB each)
 #   make lint     ruff and mypy
 #   make format   ruff rewrites what lint would complain about
 #   make clean    removes caches and build leftovers; .venv and results stay
@@ -10,6 +10,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+
+# Tiny models gain nothing from more threads, the suite does from more processes.
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null | awk '{ print $$1 < 4 ? $$1 : 4; found = 1 } END { if (!found) print 2 }')
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -24,7 +27,7 @@ demo: install
 	$(PY) recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml $(ARGS)
 
 test: install
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .
