@@ -175,7 +175,7 @@ def learning_table(results: Path = RESULTS) -> str:
     for other in sorted(results.glob("learning_trl_lam_*.json")):
         r = json.loads(other.read_text())
         link = f"[{other.name}](benchmarks/results/{other.name})"
-        lines += ["", f"With λ {r['changes']['trl']['lam']} on both sides, {headline(r)} ({link}; {machine(r)})."]
+        lines += ["", f"Against TRL with λ {r['changes']['trl']['lam']}, {headline(r)} ({link}; {machine(r)})."]
     return "\n".join(lines)
 
 

@@ -141,7 +141,7 @@ def test_learning_in_words(tmp_path):
     (tmp_path / "learning_trl_lam_0.8.json").write_text(json.dumps(equal))
     more = tables.learning_table(tmp_path).splitlines()
     assert more[:-2] == lines
-    assert more[-1].startswith("With λ 0.8 on both sides, ppo_plus reached TRL's final held-out reward in **0.62** of")
+    assert more[-1].startswith("Against TRL with λ 0.8, ppo_plus reached TRL's final held-out reward in **0.62** of")
     one = tables.headline(result | {"seconds_to_trl_final_reward": [None, 80.0]})
     assert one == "ppo_plus reached TRL's final held-out reward with 1 of 2 seeds"
 
