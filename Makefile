@@ -2,7 +2,7 @@
 # The second run starts at once; a change of pyproject.toml or constraints.txt installs again.
 #
 #   make demo     reward model, then PPO, on a real language model
-#   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory, 1.5 GB each)
+#   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory)
 #   make lint     ruff and mypy
 #   make format   ruff rewrites what lint would complain about
 #   make clean    removes caches and build leftovers; .venv and results stay
