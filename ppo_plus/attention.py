@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-PLAIN = "ppo_plus_plain"
+SDPA, PLAIN, PACKED = "sdpa", "ppo_plus_plain", "ppo_plus_packed"
 SHORT_SEQUENCE = 128  # tokens
 
 
@@ -61,7 +61,20 @@ AttentionInterface.register(PLAIN, plain_attention)
 AttentionMaskInterface.register(PLAIN, eager_mask)
 
 
-def choose_attention(backbone: PreTrainedModel, queries: int, keys: int) -> None:
+def plain_is_faster(device: torch.device, dtype: torch.dtype, queries: int, keys: int) -> bool:
+    """Whether plain products are faster than `sdpa`.
+
+    Args:
+        device: of the model.
+        dtype: of its weights.
+        queries: tokens that it is given.
+        keys: tokens that they attend to, at most.
+    """
+    half = dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    return device.type == "cpu" and half and (queries == 1 or keys <= SHORT_SEQUENCE)
+
+
+def choose_attention(backbone: PreTrainedModel, queries: int, keys: int, packed: bool = False) -> None:
     """Plain products or `sdpa`, whichever is faster, in a model that was loaded with `sdpa`.
 
     Set for good and not for a block, so that what the backward pass recomputes is what the forward pass computed.
@@ -70,9 +83,10 @@ def choose_attention(backbone: PreTrainedModel, queries: int, keys: int) -> None
         backbone: the model that is called next.
         queries: tokens that it is given.
         keys: tokens that they attend to, at most.
+        packed: whether it is given the real tokens of all rows as one row.
     """
-    half = backbone.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    plain = backbone.device.type == "cpu" and half and (queries == 1 or keys <= SHORT_SEQUENCE)
-    config, wanted = backbone.config.get_text_config(), PLAIN if plain else "sdpa"
+    config = backbone.config.get_text_config()
+    plain = plain_is_faster(backbone.device, backbone.dtype, queries, keys)
+    wanted = PACKED if packed else PLAIN if plain else SDPA
     if config._attn_implementation != wanted:
         config._attn_implementation = wanted

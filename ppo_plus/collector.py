@@ -317,7 +317,8 @@ class Collector:
         found: list[tuple[Tensor, Tensor]] = []
 
         def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: RightAligned) -> None:
-            found.append((rows, aligned.states_back(self.model.lower_states(ids, mask).cpu(), length)))
+            states = self.model.lower_states(ids, mask, aligned.sizes).cpu()
+            found.append((rows, aligned.states_back(states, length)))
 
         self._in_passes(input_ids, attention_mask, response_length, passes, "lower layers", run)
         one = found[0][1]
@@ -347,6 +348,8 @@ class Collector:
                 with_values=actor,
                 with_entropy=actor,
                 lower_states=None if lower is None else aligned.states(lower[rows]).to(ids.device),
+                asked=aligned.asked.to(ids.device),
+                sizes=aligned.sizes,
             )
             logprobs[rows] = aligned.responses_back(out.logprobs.cpu())
             if actor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Forward = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]
 # What a module runs when it is called: a hook of accelerate puts a forward of its own there, torch.compile the other.
 CALLED = ("forward", "_compiled_call_impl")
 
@@ -55,7 +55,8 @@ class LowerLayers:
     Args:
         backbone: a decoder without its head.
         count: how many layers are below the one to stop at; at least 1, and not all.
-        forward: a pass over the backbone, from ids and mask, each `(B, L)`, to the last hidden states `(B, L, H)`.
+        forward: a pass over the backbone, from ids and mask, each `(B, L)`, to the last hidden states `(B, L, H)`; what
+            else it takes, `states` hands on to it.
 
     Raises:
         ValueError: going on from there gives other numbers than the pass as a whole.
@@ -66,7 +67,7 @@ class LowerLayers:
         self._hand_on: list[Callable[..., Any]] = [hand_on] * len(self._layers)
         self._try_out(cast(Any, backbone).device)
 
-    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def states(self, input_ids: Tensor, attention_mask: Tensor, *args: Any) -> Tensor:
         """What enters the lowest layer above, `(B, L, H)` in the dtype in which it gets there."""
         found: list[Tensor] = []
 
@@ -76,7 +77,7 @@ class LowerLayers:
 
         above = [keep, *self._hand_on[self.count + 1 :]]
         with torch.no_grad(), computing(self._layers[self.count :], above):
-            self._forward(input_ids, attention_mask)
+            self._forward(input_ids, attention_mask, *args)
         return found[0]
 
     @contextlib.contextmanager
@@ -109,9 +110,14 @@ class LowerLayers:
                 found = self._forward(ids, mask)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
             raise ValueError(f"its layers hand on more than hidden states ({error})") from error
-        off = (found - expected)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
-        if not bool(off < (1e-5 if expected.dtype == torch.float32 else 2e-2)):
-            raise ValueError(f"going on from the hidden states of a layer gives other numbers, by {off:.1e}")
+        if not same_states(found, expected, mask):
+            raise ValueError("going on from the hidden states of a layer gives other numbers")
+
+
+def same_states(found: Tensor, expected: Tensor, mask: Tensor) -> bool:
+    """Whether hidden states `(B, L, H)` of real tokens are the same up to the rounding of their dtype."""
+    off = (found - expected)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
+    return bool(off < (1e-5 if expected.dtype == torch.float32 else 2e-2))
 
 
 def entering(*args: Any, **kwargs: Any) -> Tensor:

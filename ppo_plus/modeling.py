@@ -26,13 +26,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import active_adapter, adapter_weights, fitting, load_adapter, mount, use_adapter
-from .attention import choose_attention
+from .attention import SDPA, choose_attention
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import use_plain_lora, weights_at_rest
-from .lower_layers import LowerLayers, layers_below
+from .lower_layers import LowerLayers, layers_below, same_states
 from .norms import use_lean_norms
-from .rollout import readable
+from .packing import MOST_PADDING, WHOLE, Packing, Whole, packed_as, picked
+from .rollout import Sizes, readable
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL = "value_model"
@@ -124,13 +125,14 @@ class ActorCritic(nn.Module):
         self._lower: LowerLayers | None = None
         self._above_lower: set[str | None] = set()
         models = [self.language_model, *self._ref_model, *([unwrapped(value_model)] if value_model else [])]
-        self._fused_attention = [m for m in models if m.config.get_text_config()._attn_implementation == "sdpa"]
+        self._fused_attention = [m for m in models if m.config.get_text_config()._attn_implementation == SDPA]
         if not self.is_peft and ref_model is None:
             raise ValueError(
                 "Full fine-tuning needs a reference that training does not change: pass ref_model, "
                 "or peft_config to train an adapter whose base is the reference."
             )
         check_head(self.language_model)
+        self._packable = [m for m in self._fused_attention if self._runs_packed(m)]
 
     # What Trainer and accelerate look up on a model.
 
@@ -248,10 +250,13 @@ class ActorCritic(nn.Module):
         with_values: bool = True,
         with_entropy: bool = False,
         lower_states: Tensor | None = None,
+        asked: Tensor | None = None,
+        sizes: Sizes | None = None,
     ) -> ActorCriticOutput:
         """Log-probabilities, values and entropies of the response tokens.
 
-        One pass over the backbone, and a second one where the critic has an adapter or a model of its own.
+        One pass over the backbone, and a second one where the critic has an adapter or a model of its own. Where
+        `sizes` says that rows are of unequal length, the pass has no padding.
 
         Args:
             input_ids: prompt and response, `(B, P + R)` int64.
@@ -262,24 +267,30 @@ class ActorCritic(nn.Module):
             with_values: compute `values`.
             with_entropy: compute `entropy`; differentiable, so ask for it only where it is used.
             lower_states: of these rows, as the method of that name gives them; a pass goes on from there.
+            asked: which of the last R positions to compute, `(B, R)` bool; the others are 0. All by default.
+            sizes: of each row, as `RightAligned.sizes` has them: what `attention_mask` and `asked` sum up to.
         """
         output, states = ActorCriticOutput(), None
+        answers = picked(asked, None if sizes is None else [response for _, response in sizes])
         actor, own = with_logprobs or with_entropy, self.critic in ("adapter", "separate")
+        inputs = (input_ids, attention_mask, response_length, lower_states, sizes)
         if actor or not own:
             with contextlib.nullcontext() if actor else torch.no_grad():
-                states = self._response_states(input_ids, attention_mask, response_length, lower_states)
+                states = self._response_states(*inputs)
         if states is not None and actor:
             targets = input_ids[:, -response_length:]
-            output.logprobs, output.entropy = chunked_logprobs(  # type: ignore[assignment]
-                logits_function(self._active), states, targets, temperature, with_entropy,
+            logprobs, entropy = chunked_logprobs(
+                logits_function(self._active), answers.pack(states), answers.pack(targets), temperature, with_entropy,
                 frozen_head=head_is_frozen(self._active),
             )  # fmt: skip
+            output.logprobs = answers.spread(logprobs)
+            output.entropy = None if entropy is None else answers.spread(entropy)  # type: ignore[assignment]
         if with_values:
             if own:
                 with self._critic():
-                    states = self._response_states(input_ids, attention_mask, response_length, lower_states)
-            states = cast(Tensor, states)
-            output.values = self.value_head(states.detach() if self.critic == "detached" else states)
+                    states = self._response_states(*inputs)
+            states = answers.pack(cast(Tensor, states))
+            output.values = answers.spread(self.value_head(states.detach() if self.critic == "detached" else states))
         return output
 
     @contextlib.contextmanager
@@ -300,12 +311,14 @@ class ActorCritic(nn.Module):
             self._active = self.language_model
 
     def _response_states(
-        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, lower_states: Tensor | None
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, lower_states: Tensor | None,
+        sizes: Sizes | None,
+    ) -> Tensor:  # fmt: skip
         # The state before token t is the hidden state one position to its left; after the last token nothing is asked.
-        with self._going_on_from(lower_states):
-            hidden = self._hidden_states(input_ids[:, :-1], attention_mask[:, :-1]).last_hidden_state
-        return hidden[:, -response_length:]
+        packing = self._packing(attention_mask[:, :-1], but_the_last(sizes))
+        with self._going_on_from(None if lower_states is None else packing.pack(lower_states)):
+            hidden = self._last_hidden(input_ids[:, :-1], attention_mask[:, :-1], packing)
+        return packing.spread(hidden)[:, -response_length:]
 
     # Layers that no adapter reaches.
 
@@ -327,20 +340,23 @@ class ActorCritic(nn.Module):
         training = model.training
         model.eval()
         try:
-            self._lower = LowerLayers(model.base_model, count, lambda *ids: self._hidden_states(*ids).last_hidden_state)
+            self._lower = LowerLayers(model.base_model, count, self._last_hidden)
         except ValueError as error:
             warnings.warn(f"All layers of {type(model).__name__} run in every pass: {error}.", stacklevel=2)
         finally:
             model.train(training)
 
-    def lower_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def lower_states(self, input_ids: Tensor, attention_mask: Tensor, sizes: Sizes | None = None) -> Tensor:
         """What enters the lowest layer that runs in every pass: `(B, P + R - 1, H)`, the same for all roles.
 
         Args:
             input_ids: prompt and response, `(B, P + R)` int64; nothing is asked after its last token.
             attention_mask: 1 for real tokens, `(B, P + R)`.
+            sizes: as `forward` takes them.
         """
-        return cast(LowerLayers, self._lower).states(input_ids[:, :-1], attention_mask[:, :-1])
+        ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
+        packing = self._packing(mask, but_the_last(sizes))
+        return packing.spread(cast(LowerLayers, self._lower).states(ids, mask, packing))
 
     def _going_on_from(self, lower_states: Tensor | None) -> AbstractContextManager:
         # Who is another model, or has an adapter further down, runs all layers.
@@ -407,7 +423,7 @@ class ActorCritic(nn.Module):
         for t in range(length):
             if on_step is not None:
                 on_step(len(alive))
-            outputs = self._hidden_states(step_ids, mask, use_cache=True, **{cache_name: cache})
+            outputs = self._hidden_states(step_ids, mask, WHOLE, use_cache=True, **{cache_name: cache})
             cache = outputs.get(cache_name)
             logits = head(outputs.last_hidden_state[:, -1]).float()
             logits = logits if temperature == 1 else logits / temperature
@@ -456,24 +472,70 @@ class ActorCritic(nn.Module):
         """
         return at_last_token(self.token_scores(name, head, input_ids, attention_mask), input_ids, pad_token_id)
 
-    def token_scores(self, name: str, head: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores by a mounted reward adapter of every text as far as each of its tokens, `(B, L)` float32."""
-        with use_adapter(self.policy, name):
-            hidden = self._hidden_states(input_ids, attention_mask).last_hidden_state
-        return nn.functional.linear(hidden, head.to(hidden.dtype)).squeeze(-1).float()
+    def token_scores(
+        self, name: str, head: Tensor, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """Scores by a mounted reward adapter of every text as far as each of its tokens, `(B, L)` float32.
 
-    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor, **cache: Any) -> Any:
+        Args:
+            name: the adapter, as mounted.
+            head: its `score` weight, `(1, H)`.
+            input_ids: `(B, L)` int64.
+            attention_mask: `(B, L)`.
+            lengths: real tokens by row; with them, there is no padding in the pass.
+        """
+        packing = self._packing(attention_mask, lengths)
+        with use_adapter(self.policy, name):
+            hidden = self._last_hidden(input_ids, attention_mask, packing)
+        return packing.spread(nn.functional.linear(hidden, head.to(hidden.dtype))).squeeze(-1).float()
+
+    def _packing(self, attention_mask: Tensor, lengths: Sequence[int] | None) -> Packing | Whole:
+        # A compiler would make a graph for each number of rows and tokens.
+        if self._compiled or self._active not in self._packable:
+            return WHOLE
+        return picked(attention_mask, lengths, MOST_PADDING)
+
+    @torch.no_grad()
+    def _runs_packed(self, model: PreTrainedModel) -> bool:
+        """Whether a packed pass over this model gives the numbers of a padded one."""
+        if model.device.type == "meta":
+            return False
+        ids = torch.tensor([[1, 1, 1, 2, 3, 1], [3, 2, 1, 3, 1, 2], [2, 1, 3, 3, 1, 1]], device=model.device)
+        mask = torch.tensor([[0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], device=model.device)
+        packing, training = Packing(mask, [2, 6, 3]), model.training
+        model.eval()
+        try:
+            with self._speaking(model):
+                found = packing.spread(self._last_hidden(ids, mask, packing))
+                expected = self._last_hidden(ids, mask)  # and last: it leaves the model's attention as it was
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
+            return False
+        finally:
+            model.train(training)
+        return same_states(found, expected, mask)
+
+    def _last_hidden(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | Whole = WHOLE) -> Tensor:
+        """Last hidden states of the backbone, `(B, L, H)`, or those of the real tokens, `(1, T, H)`."""
+        return cast(Tensor, self._hidden_states(input_ids, attention_mask, packing).last_hidden_state)
+
+    def _hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | Whole = WHOLE, **cache: Any
+    ) -> Any:
         backbone = self._active.base_model
         if self._active in self._fused_attention:
-            choose_attention(backbone, input_ids.shape[1], attention_mask.shape[1])
+            choose_attention(backbone, input_ids.shape[1], attention_mask.shape[1], packing is not WHOLE)
         parameters = inspect.signature(backbone.forward).parameters
         kwargs: dict[str, Any] = {"use_cache": False, **cache}
         if "position_ids" in parameters:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
+            kwargs["position_ids"] = packing.pack(positions[:, -input_ids.shape[1] :])
+        input_ids = packing.pack(input_ids)
+        if packing is not WHOLE:
+            attention_mask = torch.ones_like(input_ids)
         if "cache_params" in parameters:  # recurrent through and through: what is past is in the state
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
-        return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        with packed_as(packing):
+            return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     # On disk: a plain adapter (or model), and the critic beside it.
 
@@ -527,6 +589,11 @@ def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str
         )
     with fitting(f"The model in {directory}", "Use the same base."):
         model.load_state_dict(saved.state_dict())
+
+
+def but_the_last(sizes: Sizes | None) -> list[int] | None:
+    """Tokens by row of a pass that leaves out the last token of each."""
+    return None if sizes is None else [tokens - 1 for tokens, _ in sizes]
 
 
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

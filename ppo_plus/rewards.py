@@ -361,8 +361,9 @@ class AdapterReward:
         return [self._seen[key][: len(key)] for key in keys]
 
     def _token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        device = self.model.device
-        return self.model.token_scores(self.name, self.head, input_ids.to(device), attention_mask.to(device)).cpu()
+        device, lengths = self.model.device, attention_mask.sum(1).tolist()
+        inputs = input_ids.to(device), attention_mask.to(device)
+        return self.model.token_scores(self.name, self.head, *inputs, lengths).cpu()
 
     def _before_eos(self, ids: list[int]) -> tuple[int, ...]:
         # The last EOS and what a chat template puts behind it were not sampled, or end what was.

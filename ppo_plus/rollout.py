@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SEARCH_WINDOW = 256
+
+# Of each row of a pass, its tokens and how many of them are its response: numbers that the host knows.
+Sizes = Sequence[tuple[int, int]]
 
 
 def position_seed(seed: int, *position: int | str) -> int:
@@ -145,10 +149,11 @@ class Rollout:
         """Real tokens per row, prompt and response, `(N,)` int64."""
         return self.attention_mask.sum(-1)
 
-    def take(self, rows: Tensor) -> dict[str, Tensor]:
+    def take(self, rows: Tensor) -> dict[str, Any]:
         """The micro-batch of these rows, right-aligned; where a row has no response token the numbers per token are 0.
 
-        A dict because `Trainer` moves dicts to the device (and cannot rebuild a NamedTuple).
+        Beside tensors it has `sizes`, a list. A dict because `Trainer` moves dicts to the device (and cannot rebuild a
+        NamedTuple).
         """
         # `mask` can be one token shorter than the attended response (stop token left out), never longer.
         aligned, lower = RightAligned.of(self.attention_mask[rows], self.response_length), self.lower_states
@@ -157,6 +162,8 @@ class Rollout:
             "input_ids": aligned.sequences(self.input_ids[rows]),
             "attention_mask": aligned.sequences(self.attention_mask[rows]),
             **{name: aligned.responses(getattr(self, name)[rows]) for name in per_token},
+            "asked": aligned.asked,
+            "sizes": aligned.sizes,
             **({} if lower is None else {"lower_states": aligned.states(lower[rows])}),
         }
 
@@ -192,18 +199,26 @@ class RightAligned:
         lengths: attended response tokens by row, `(B, 1)` int64.
         width: columns of the pass.
         end: how many of them are the response's.
+        sizes: of each row, its tokens and how many of them are its response.
     """
 
     response_length: int
     lengths: Tensor
     width: int
     end: int
+    sizes: Sizes
 
     @classmethod
     def of(cls, attention_mask: Tensor, response_length: int) -> RightAligned:
         """For rows whose prompts are padded on the left and responses on the right, `(B, P + R)`."""
         lengths = attention_mask[:, -response_length:].sum(1, keepdim=True)
-        return cls(response_length, lengths, int(attention_mask.sum(1).max()), max(1, int(lengths.max())))
+        sizes = list(zip(attention_mask.sum(1).tolist(), lengths.flatten().tolist(), strict=True))
+        return cls(response_length, lengths, max(s for s, _ in sizes), max(1, *(r for _, r in sizes)), sizes)
+
+    @property
+    def asked(self) -> Tensor:
+        """Which of the response's columns are of a row's own response, `(B, end)` bool."""
+        return torch.arange(self.end) >= self.end - self.lengths
 
     def sequences(self, columns: Tensor) -> Tensor:
         """Of `(B, P + R)` those of the pass, `(B, width)`."""
@@ -211,8 +226,7 @@ class RightAligned:
 
     def responses(self, columns: Tensor) -> Tensor:
         """Of `(B, R)` those of the pass, `(B, end)`, 0 where a row has no response token."""
-        outside = torch.arange(self.end) < self.end - self.lengths
-        return shifted(columns, self.response_length - self.lengths)[:, -self.end :].masked_fill(outside, 0)
+        return shifted(columns, self.response_length - self.lengths)[:, -self.end :].masked_fill(~self.asked, 0)
 
     def states(self, columns: Tensor) -> Tensor:
         """Of hidden states without those of the last token, `(B, P + R - 1, H)`, those of the pass."""

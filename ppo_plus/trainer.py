@@ -329,7 +329,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     # Learning
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Trainer's, over fewer rows at a time where memory does not suffice for a whole micro-batch.
 
@@ -344,7 +344,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
         def learn(rows: Tensor) -> None:
-            part = {name: tensor[rows] for name, tensor in inputs.items()}
+            part = inputs if len(rows) == len(inputs["mask"]) else rows_of(inputs, rows)
             with self._progress.meter.unless_error(), added_gradients(trained):
                 losses.append(super(PPOTrainer, self).training_step(model, part, tokens))
 
@@ -354,7 +354,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -372,6 +372,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             with_logprobs=train_actor,
             with_entropy=train_actor and self.args.entropy_coef > 0,
             lower_states=inputs.get("lower_states"),
+            asked=inputs.get("asked"),
+            sizes=inputs.get("sizes"),
         )
         per_token = self._per_token_loss(output, inputs)
         tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
@@ -492,6 +494,14 @@ def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_co
             quantization_config=quantization_config,
             model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
         )
+
+
+def rows_of(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The part of a micro-batch that belongs to these rows."""
+    return {
+        name: values[rows] if isinstance(values, Tensor) else [values[row] for row in rows.tolist()]
+        for name, values in inputs.items()
+    }
 
 
 def policy_loss(args: PPOConfig, new: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

@@ -227,9 +227,9 @@ def test_a_dataset_of_token_ids_is_scored_in_one_look(tmp_path, base, reward_ada
     dataset = Dataset.from_dict({"input_ids": [[9, 2, 5, 9], [8, 6], [1, 4, 4], [10]] * 4})
     looks, inner = [], ActorCritic.token_scores
 
-    def counted(model, name, head, input_ids, attention_mask):
+    def counted(model, name, head, input_ids, attention_mask, lengths):
         looks.append(unpadded(input_ids, attention_mask))
-        return inner(model, name, head, input_ids, attention_mask)
+        return inner(model, name, head, input_ids, attention_mask, lengths)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ActorCritic, "token_scores", counted)

@@ -102,10 +102,19 @@ def test_nothing_in_a_micro_batch_waits_for_the_device(tmp_path, config):
     assert seen > 300  # the forward and backward pass of two layers did go by
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: ", ".join(c) or "defaults")
+def test_without_padding_neither(tmp_path, config):
+    found, seen = waits(*learning(tmp_path, config, model=make_model(attn_implementation="sdpa")))
+    assert found == []
+    assert seen > 300
+
+
 @pytest.mark.parametrize("layers", [2, 4])
-def test_with_sdpa_transformers_asks_once_per_forward_whether_there_is_padding(tmp_path, layers):
+def test_with_padding_sdpa_of_transformers_asks_once_per_forward_whether_there_is_any(tmp_path, layers):
     """Its masking_utils reads the attention mask before the first layer; what is ours still waits for nothing."""
-    found, _ = waits(*learning(tmp_path, model=make_model(attn_implementation="sdpa", num_hidden_layers=layers)))
+    trainer, rollout = learning(tmp_path, model=make_model(attn_implementation="sdpa", num_hidden_layers=layers))
+    trainer.model._packable = []
+    found, _ = waits(trainer, rollout)
     assert {who for _, who in found} == {"masking_utils._ignore_causal_mask_sdpa"}
     assert len(found) <= 4
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ppo_plus import PPOCallback
 from ppo_plus.lower_layers import decoder_layers
 from ppo_plus.modeling import ActorCritic, ValueHead
+from ppo_plus.packing import PackedMask
 
 LAYERS = 4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -148,7 +149,9 @@ class Counted(LlamaDecoderLayer):
     """Counts the rows of each pass of more than one position: all but the steps of decoding."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        self.rows = getattr(self, "rows", 0) + len(hidden_states) * (hidden_states.shape[1] > 1)
+        mask = kwargs["attention_mask"]
+        rows = sum(map(len, mask.masks)) if isinstance(mask, PackedMask) else len(hidden_states)
+        self.rows = getattr(self, "rows", 0) + rows * (hidden_states.shape[1] > 1)
         return super().forward(hidden_states, *args, **kwargs)
 
 

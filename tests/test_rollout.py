@@ -104,7 +104,9 @@ def test_take_moves_rows_to_the_right_and_cuts_what_is_padding_in_all(rows):
         for name in PER_TOKEN:
             expected = [0] * (end - response) + getattr(rollout, name)[row, :response].tolist()
             assert taken[name][i].tolist() == pytest.approx(expected)
-    assert set(taken) == {"input_ids", "attention_mask", *PER_TOKEN}
+    assert taken["sizes"] == [(prompts[row] + responses[row], responses[row]) for row in rows]
+    assert taken["asked"].tolist() == [[False] * (end - responses[r]) + [True] * responses[r] for r in rows]
+    assert set(taken) == {"input_ids", "attention_mask", "asked", "sizes", *PER_TOKEN}
 
 
 def test_take_keeps_an_unlearned_stop_token_that_is_attended():

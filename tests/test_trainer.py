@@ -608,11 +608,16 @@ def test_batch_sizes_without_gradients_change_memory_and_not_numbers(tmp_path):
                   "per_device_train_batch_size": 4}  # fmt: skip
         trainer, recorder = recorded(tmp_path, config)
 
-        def count(module, args, kwargs, sizes=sizes):
+        def count_scored(module, args, sizes=sizes):
             if not torch.is_grad_enabled():
-                sizes["decoded" if kwargs["use_cache"] else "scored"].append(len(kwargs["input_ids"]))
+                sizes["scored"].append(len(args[0]))
 
-        trainer.model.language_model.model.register_forward_pre_hook(count, with_kwargs=True)
+        def count_decoded(module, args, kwargs, sizes=sizes):
+            if kwargs["use_cache"]:
+                sizes["decoded"].append(len(kwargs["input_ids"]))
+
+        trainer.model.register_forward_pre_hook(count_scored)
+        trainer.model.language_model.model.register_forward_pre_hook(count_decoded, with_kwargs=True)
         trainer.train()
         assert max(sizes["scored"]) == 4  # of what is learned from, the micro-batches
         assert max(sizes["decoded"]) == min(decode or forward, 8)
