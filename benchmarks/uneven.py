@@ -1,4 +1,4 @@
-"""Responses of very uneven length: our rollout, in which finished rows leave the batch, against plain `generate`.
+"""Responses of very uneven length: rollouts against plain `generate`, and learning with and without padding.
 
     python benchmarks/uneven.py [--repeats 3] [--dtype bfloat16|float32]
 
@@ -6,11 +6,18 @@ Both decode the same 64 prompts as one batch, with the same model (SmolLM2-135M,
 responses of 8 to 16 tokens and 4 of 256. A length is forced by forcing the last id of the vocabulary, which is never
 sampled otherwise and ends a response: on our side by the noise that decides each token, in `generate` by a logits
 processor. The last line is JSON: `ratio` is the seconds of `generate` over ours, of medians of interleaved repeats.
+
+`passes` is about what comes after: in minibatches of 16, each one micro-batch, the responses are scored (a forward
+pass) and learned from (forward and backward), as the trainer does it, without padding, and with the same padded passes
+that a model gets which cannot be packed. Once for the lengths above (`few_long`), and once for lengths from 16 to 128
+(`uniform`). `padding` is its share of the padded tokens, `score` and `learn` are seconds with padding over seconds
+without.
 """
 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 
 import torch
 from against_trl import lora
@@ -20,9 +27,9 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from ppo_plus import ActorCritic, ValueHead
 from ppo_plus.loading import load_policy
-from ppo_plus.rollout import response_mask, sampling_noise
+from ppo_plus.rollout import Rollout, micro_batch_rows, minibatch_rows, response_mask, sampling_noise
 
-PROMPT, PAD = 14, 0
+PROMPT, PAD, MINIBATCH = 14, 0, 16
 
 
 def drawn_lengths(rows: int, few: int, longest: int) -> Tensor:
@@ -52,6 +59,45 @@ def noise_that_ends(lengths: Tensor) -> Tensor:
     noise = sampling_noise(0, len(lengths), int(lengths.max())) * 0.99
     noise[torch.arange(len(lengths)), lengths - 1] = 1.0
     return noise
+
+
+def micro_batches(lengths: Tensor) -> list[dict]:
+    """Minibatches of 16 rows as the trainer makes them, from prompts of one length and responses of these."""
+    draw, longest = torch.Generator().manual_seed(1), int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]
+    ids = torch.randint(100, 40000, (len(lengths), PROMPT + longest), generator=draw)
+    attended = torch.cat([torch.ones(len(lengths), PROMPT, dtype=torch.int64), mask.long()], 1)
+    none = torch.zeros(mask.shape)
+    one = none[:, 0]
+    rollout = Rollout(ids, attended, mask, none, none, none, none, none, none, one, one)
+    minibatches = minibatch_rows(len(lengths), len(lengths) // MINIBATCH, seed=0, rollout_index=0, ppo_epoch=0)
+    return [rollout.take(part) for rows in minibatches for part in micro_batch_rows(rows, rollout.lengths(), MINIBATCH)]
+
+
+def passes(model: ActorCritic, lengths: Tensor, repeats: int) -> dict[str, float]:
+    """How much longer padded passes over such rows take, and how much padding that is."""
+    batches = [
+        {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        for batch in micro_batches(lengths)
+    ]
+
+    def run(learn: bool, packed: bool) -> None:
+        for batch in batches:
+            known = {name: batch[name] for name in ("asked", "sizes")} if packed else {}
+            with torch.set_grad_enabled(learn):
+                out = model(batch["input_ids"], batch["attention_mask"], batch["mask"].shape[1], **known)
+                if learn:
+                    ((out.logprobs + out.values) * batch["mask"]).sum().backward()
+        model.zero_grad()
+
+    works = {f"{name} {kind}": partial(run, name == "learn", kind == "packed")
+             for name in ("score", "learn") for kind in ("packed", "padded")}  # fmt: skip
+    spent = medians(works, repeats)
+    padded = sum(batch["attention_mask"].numel() for batch in batches)
+    return {
+        "padding": 1 - sum(int(batch["attention_mask"].sum()) for batch in batches) / padded,
+        **{name: spent[f"{name} padded"] / spent[f"{name} packed"] for name in ("score", "learn")},
+    }
 
 
 def main() -> None:
@@ -89,6 +135,9 @@ def main() -> None:
         **{f"{side}_seconds": value for side, value in spent.items()},
         **{f"{side}_tokens_per_second": tokens / value for side, value in spent.items()},
     }
+    generator = torch.Generator().manual_seed(2)
+    for name, drawn in (("few_long", lengths), ("uniform", torch.randint(16, 129, (64,), generator=generator))):
+        result.setdefault("passes", {})[name] = passes(model, drawn, args.repeats)
     report("uneven", result, write=not args.tiny)
 
 
