@@ -5,7 +5,7 @@ attention they are put into padded rows again, those of similar length together,
 whom: so windows and shared heads stay as they are. Whether an architecture can be run like that is tried out, not
 listed.
 
-Nothing here asks a device for a number: how many tokens each row has, the host knows.
+Nothing here asks a device for a number.
 
 Notation: B rows, L tokens of a row with its padding, T real tokens in all.
 """
@@ -66,7 +66,7 @@ class Packing:
 
     Args:
         mask: not 0 for real tokens, `(B, L)`.
-        lengths: how many each row has; none between two of the same row is padding.
+        lengths: how many each row has, which the host knows.
     """
 
     def __init__(self, mask: Tensor, lengths: Sequence[int]) -> None:
