@@ -89,13 +89,19 @@ def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
     """Whether `layer` is no more than a product with a frozen matrix, in the dtype that `x` comes in."""
     if type(layer) is not nn.Linear:
         return False
-    kind, weight, bias = x.device.type, layer.weight, layer.bias
+    weight, bias = layer.weight, layer.bias
     return (
         x.dtype == weight.dtype
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+        and autocast_dtype(x.device.type) in (None, x.dtype)
     )
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast makes of the factors of a product on this kind of device; None where it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from .adapters import active_adapter, adapter_weights, fitting, load_adapter, mo
 from .attention import SDPA, choose_attention
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
-from .lora import use_plain_lora, weights_at_rest
+from .lora import autocast_dtype, use_plain_lora, weights_at_rest
 from .lower_layers import LowerLayers, layers_below, same_states
 from .norms import use_lean_norms
 from .packing import MOST_PADDING, WHOLE, Packing, Whole, packed_as, picked
@@ -406,8 +406,14 @@ class ActorCritic(nn.Module):
         """
         # Asked of dynamo only where it was loaded anyway.
         eager = torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
-        with weights_at_rest(self.policy), eager:
+        with weights_at_rest(self.policy), eager, self._without_idle_autocast():
             return self._decode(input_ids, attention_mask, noise, stop_ids, pad_token_id, temperature, warp, on_step)
+
+    def _without_idle_autocast(self) -> AbstractContextManager:
+        # To a model in that dtype it does nothing but take time, and cast what was left in fp32 on purpose.
+        kind = self.device.type
+        idle = autocast_dtype(kind) == self._active.dtype
+        return torch.autocast(kind, enabled=False) if idle else contextlib.nullcontext()
 
     def _decode(
         self, input_ids: Tensor, mask: Tensor, noise: Tensor, stop_ids: Sequence[int], pad_token_id: int,

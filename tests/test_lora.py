@@ -82,6 +82,21 @@ def test_autocast_goes_through_the_base_layer(calls):
     assert set(calls) == {plain._AddLowRank}
 
 
+def test_autocast_to_the_dtype_of_the_weights_changes_neither_way_nor_bit(calls):
+    model = peft_model().bfloat16()
+    use_plain_lora(model)
+    expected, expected_gradients = outputs_and_gradients(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, gradients = outputs_and_gradients(model)
+    assert calls == [plain._LowRankLinear] * 28
+    assert torch.equal(found, expected)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.float16):
+        outputs_and_gradients(model)
+    assert set(calls) == {plain._AddLowRank}
+
+
 def test_without_the_adapter_it_would_differ():
     """Negative control: the adapter above is large enough to be seen."""
     model = peft_model()

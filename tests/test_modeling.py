@@ -1055,3 +1055,19 @@ def test_switching_to_the_mode_it_is_in_visits_no_module(monkeypatch):
     assert not any(module.training for module in actor.eval().modules()) and visits
     actor.policy.train()  # behind its back
     assert not any(module.training for module in actor.eval().modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_casts_to_bf16_what_autocast_is_for_and_no_more(dtype):
+    """In a bf16 model autocast would cast thin products again that `lora` computes in fp32."""
+    policy = adapted().to(dtype)
+    for name, parameter in policy.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+    actor = actor_critic(policy)
+    ids, noise = torch.arange(4, 16).view(2, 6), torch.rand(2, 5, dtype=torch.float64)
+    plainly = actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[EOS], pad_token_id=PAD)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[EOS], pad_token_id=PAD)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found.logprobs, plainly.logprobs) == (dtype == torch.bfloat16)
