@@ -30,7 +30,7 @@ from .attention import SDPA, choose_attention
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import autocast_dtype, use_plain_lora, weights_at_rest
-from .lower_layers import LowerLayers, layers_below, same_states
+from .lower_layers import LowerLayers, apart, layers_below
 from .norms import use_lean_norms
 from .packing import MOST_PADDING, WHOLE, Packing, Whole, packed_as, picked
 from .rollout import Sizes, readable
@@ -518,7 +518,7 @@ class ActorCritic(nn.Module):
             return False
         finally:
             model.train(training)
-        return same_states(found, expected, mask)
+        return not apart(found, expected, mask)
 
     def _last_hidden(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | Whole = WHOLE) -> Tensor:
         """Last hidden states of the backbone, `(B, L, H)`, or those of the real tokens, `(1, T, H)`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -20,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from ppo_plus import PPOCallback
-from ppo_plus.lower_layers import decoder_layers
+from ppo_plus.lower_layers import apart, decoder_layers
 from ppo_plus.modeling import ActorCritic, ValueHead
 from ppo_plus.packing import PackedMask
 
@@ -282,9 +283,20 @@ def test_layers_that_hand_on_more_than_hidden_states_all_run(tmp_path):
     for layer in model.model.layers:
         layer.__class__ = Leaky
     model.model.register_forward_pre_hook(lambda module, args: Leaky.left.clear())
-    with pytest.warns(UserWarning, match="All layers of LlamaForCausalLM run in every pass: going on from the hidden"):
+    with pytest.warns(UserWarning, match=r"^All layers of Llama\w+ run in every pass: .* other numbers, by \d\.\de"):
         trainer = make_trainer(tmp_path, model=model, peft_config=top(2, 3))
     assert isinstance(model, LlamaForCausalLM) and trainer.model.lower_layers == 0
+
+
+def test_states_are_apart_by_more_than_rounding():
+    mask, states = torch.tensor([[0, 1]]), torch.tensor([[[9.0], [2.0]]])
+    for dtype, within, beyond in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 0.125)):
+        expected = states.to(dtype)
+        assert apart(expected * 1.0, expected, mask) == 0
+        assert apart(expected - torch.tensor([[[1.0], [within]]]), expected, mask) == 0  # the first is padding
+        off = apart(expected - torch.tensor([[[0.0], [beyond]]]), expected, mask)
+        assert off == pytest.approx(beyond / 2, rel=1e-2)
+        assert math.isnan(apart(expected * math.nan, expected, mask)), "not a number is not the same number"
 
 
 def test_layers_are_themselves_again_after_each_pass():
