@@ -175,8 +175,6 @@ def build_actor_critic(
     for model in (policy, critic.model):
         if disable_dropout and model is not None:
             disable_base_dropout(model)
-    if ref_model is not None:
-        ref_model.to(policy.device)
     with isolated_rng(critic.seed):
         start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_weight(critic.model)
         own = policy if critic.model is None else critic.model

@@ -181,11 +181,11 @@ class ActorCritic(nn.Module):
         """The policy's generation defaults; never used for rollouts, and saved unchanged."""
         return self.language_model.generation_config
 
-    def place_critic(self, device: torch.device) -> None:
-        """Move what hangs on a policy that is placed already."""
+    def place_others(self, device: torch.device) -> None:
+        """Move what Trainer does not: the reference, and what hangs on a policy that is placed already."""
         self.value_head.to(device)
-        if self.value_model is not None and not getattr(unwrapped(self.value_model), "is_quantized", False):
-            self.value_model.to(device)
+        for model in (*self._ref_model, *([self.value_model] if self.value_model else [])):
+            place(model, device)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Tag the policy for the Hub."""
@@ -605,6 +605,14 @@ def but_the_last(sizes: Sizes | None) -> list[int] | None:
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model without PEFT's wrapper; its adapters stay in it."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device, unless it is quantized or spread over several: then it stays where it was loaded."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    spread = len({*(getattr(base, "hf_device_map", None) or {}).values()}) > 1
+    if not spread and not getattr(base, "is_quantized", False):
+        model.to(device)
 
 
 def at_last_token(scores: Tensor, input_ids: Tensor, pad_token_id: int) -> Tensor:

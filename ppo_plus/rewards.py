@@ -37,7 +37,7 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .data import is_conversational, left_pad, pad_id, right_pad, unpadded
-from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, at_last_token
+from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, at_last_token, place
 from .out_of_memory import in_chunks
 from .rollout import readable
 
@@ -669,8 +669,8 @@ def _build_reward(
         func = AutoModelForSequenceClassification.from_pretrained(
             str(func), num_labels=1, dtype="auto", trust_remote_code=False
         )
-        func.to(model.device)
     if isinstance(func, nn.Module):
+        place(func, model.device)
         return ClassifierReward(func, own or own_tokenizer(func) or tokenizer, name, **options)
     return FunctionReward(func, name, timeout)
 

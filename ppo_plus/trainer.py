@@ -165,7 +165,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        actor_critic.place_critic(args.device)  # a quantized policy is placed already, and Trainer moves nothing then
+        actor_critic.place_others(args.device)
         self._choose_passes()
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)

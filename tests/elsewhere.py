@@ -1,0 +1,175 @@
+"""An accelerator that needs no hardware, to find out where a tensor is left on the wrong device.
+
+A tensor on the device `elsewhere` is a shell around a tensor on the CPU that has its numbers. Operators are computed on
+those, so the numbers are the CPU's. But the two kinds do not mix: an operator that is given both refuses, as on a GPU.
+Allowed is what a GPU allows: copies from one to the other, a CPU tensor without dimensions as a scalar, and indices on
+the CPU into a tensor that is not. Reading numbers as Python's works as on a GPU; `.numpy()` does not.
+
+A backend cannot be taken back, so `set_up` is for processes of its own (test_elsewhere.py starts them). What a GPU does
+otherwise is not emulated: kernels and their rounding, generators (random numbers are the CPU's), streams, memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "elsewhere"
+COPIES = ("aten::copy_", "aten::_to_copy")
+INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+JOINING = ("aten::cat", "aten::stack")  # take no scalars
+
+
+class Remote(Tensor):
+    """A tensor on the device: the shell; `numbers` is what is in it."""
+
+    numbers: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> Remote:
+        shell = torch.Tensor._make_wrapper_subclass(
+            cls, numbers.shape, strides=numbers.stride(), storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype, device=torch.device(NAME, 0),
+        )  # fmt: skip
+        shell.numbers = numbers
+        return shell
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return computed(function, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        copied: Tensor = Remote(copy.deepcopy(self.numbers.detach(), memo))
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        return torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+
+    def __repr__(self) -> str:
+        return f"{NAME}: {self.numbers!r}"
+
+    # What is asked of a tensor beside operators: numbers for Python, and which tensors are one in memory.
+
+    def tolist(self) -> list:
+        return self.detach().cpu().tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.numbers.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
+
+
+def computed(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What an operator makes of its arguments, on the device if they, or `device`, are there."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
+    asked = kwargs.get("device")
+    if not remote and not is_elsewhere(asked):
+        return function(*args, **kwargs)
+    name = function._schema.name
+    if left := left_behind(name, args, tensors):
+        raise RuntimeError(
+            f"{name} was given tensors of two devices: of shapes {[tuple(t.shape) for t in left]} on the "
+            f"CPU, the others {NAME}"
+        )
+
+    def bare(leaf: Any) -> Any:
+        if isinstance(leaf, Remote):
+            return leaf.numbers
+        return torch.device("cpu") if is_elsewhere(leaf) else leaf
+
+    shells = {id(shell.numbers): shell for shell in remote}
+    there = is_elsewhere(asked) if asked is not None else name != "aten::copy_" or isinstance(args[0], Remote)
+
+    def in_shell(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        # What was changed in place is the tensor that it was.
+        return shells.get(id(leaf)) if id(leaf) in shells else Remote(leaf) if there else leaf
+
+    found = function(*tree_map(bare, args), **tree_map(bare, kwargs))
+    if any(shell.shape != shell.numbers.shape for shell in remote):
+        raise NotImplementedError(f"{name} gave a tensor another size in place")
+    return tree_map(in_shell, found)
+
+
+def is_elsewhere(device: Any) -> bool:
+    """Whether this is the device, or its name."""
+    return isinstance(device, torch.device | str) and str(device).split(":")[0] == NAME
+
+
+def left_behind(name: str, args: tuple, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors on the CPU that an operator would refuse beside those that are elsewhere."""
+    here = [tensor for tensor in tensors if not isinstance(tensor, Remote)]
+    if len(here) == len(tensors) or name in COPIES:
+        return []
+    if name in INDEXING and isinstance(args[0], Remote):
+        return [value for value in args[2:3] if any(value is t for t in here) and value.dim() > 0]
+    return [tensor for tensor in here if tensor.dim() > 0 or name in JOINING or name in INDEXING]
+
+
+class Operators(TorchDispatchMode):
+    """For operators that make a tensor out of nothing."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return computed(function, args, kwargs or {})
+
+
+class Literals(TorchFunctionMode):
+    """For tensors out of Python's numbers, which torch puts on a device without asking its dispatcher."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if function in (torch.tensor, torch.as_tensor) and is_elsewhere(given.get("device")):
+            device = given.pop("device")
+            return function(*args, **given).to(device)
+        return function(*args, **given)
+
+
+class Module(backend_registration._DummyBackendModule):
+    """`torch.elsewhere`: what libraries ask of an accelerator."""
+
+    generator = torch.Generator()
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return self.generator.get_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        self.generator.set_state(state)
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def set_device(self, device: Any) -> None:
+        assert is_elsewhere(device) or device == 0
+
+    def synchronize(self, device: Any = None) -> None:
+        """Everything is done at once."""
+
+    def empty_cache(self) -> None:
+        """There is none."""
+
+
+def set_up() -> None:
+    """Give this process the device, for good."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
+    torch.serialization.add_safe_globals([Remote])
+
+
+@contextlib.contextmanager
+def there() -> Iterator[torch.device]:
+    """Inside, tensors can be made on the device."""
+    with Operators(), Literals():
+        yield torch.device(NAME, 0)
