@@ -436,9 +436,10 @@ class ActorCritic(nn.Module):
             token = sample(logits if warp is None else warp(logits), noise[alive, t])
             tokens[alive, t], logprobs[alive, t] = token, token_logprobs(logits, token)
             going = ~torch.isin(token, stop)
-            if not going.any():
+            left = int(going.sum())  # asked once: each time the host waits for the device
+            if left == 0:
                 break
-            if not going.all():
+            if left < len(alive):
                 keep = going.nonzero().squeeze(-1)
                 select_rows(cache, keep)
                 alive, token, mask = alive[keep], token[keep], mask[keep]

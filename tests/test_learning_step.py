@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_trainer
+from conftest import lora, make_model, make_trainer
+from peft import get_peft_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_plus import PPOCallback
+from ppo_plus.modeling import ActorCritic, ValueHead
 
 # Each makes the host wait for a GPU: it reads numbers, or makes a tensor whose shape depends on them.
 OPERATORS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal")
@@ -117,6 +120,26 @@ def test_with_padding_sdpa_of_transformers_asks_once_per_forward_whether_there_i
     found, _ = waits(trainer, rollout)
     assert {who for _, who in found} == {"masking_utils._ignore_causal_mask_sdpa"}
     assert len(found) <= 4
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+def test_a_step_of_decoding_waits_once_and_once_more_where_rows_leave(leaving):
+    """For how many rows go on; then for which."""
+    actor = ActorCritic(get_peft_model(make_model(), lora()), ValueHead(32)).eval()
+    torch.manual_seed(0)
+    ids, noise = torch.randint(4, 30, (6, 5)), torch.rand(6, 9, dtype=torch.float64)
+    options = {"pad_token_id": 0, "on_step": (alive := []).append}
+    never = actor.num_embeddings
+    tokens = actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[never], **options).tokens
+    assert alive == [6] * 9
+    stop, alive[:] = tokens[0, 3].item() if leaving else never, []
+    with Operators() as operators:
+        actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[stop], **options)
+    left = sum(before > after > 0 for before, after in itertools.pairwise(alive))
+    assert (left > 0) == leaving
+    ours = [name for name, who in operators.found if who == "modeling._decode"]
+    assert (ours.count("_local_scalar_dense"), ours.count("nonzero")) == (len(alive), left)
+    assert len(ours) == len(alive) + left
 
 
 @pytest.mark.parametrize(
