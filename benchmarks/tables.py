@@ -71,10 +71,13 @@ def memory(r: dict) -> str:
 
 
 def reward_model(r: dict) -> str:
-    ours, nf4, theirs = (r[side]["accuracy"] for side in ("ours", "ours_4bit", "trl"))
+    ours, nf4 = (
+        f"{r[side]['accuracy']:.3f} ({of['mean']:+.3f} ± {of['standard_error']:.3f})"
+        for side, of in r["accuracy_difference"].items()
+    )
     return (
-        f"accuracy {ours:.3f}, on an NF4 base {nf4:.3f}, TRL's {theirs:.3f}; tensors of training on NF4 "
-        f"{r['memory_ratio']:.2f} of TRL's, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}**"
+        f"accuracy over {len(r['seeds'])} seeds {ours}, on an NF4 base {nf4}, TRL's {r['trl']['accuracy']:.3f}; "
+        f"tensors of training on NF4 {r['memory_ratio']:.2f} of TRL's, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}**"
     )
 
 

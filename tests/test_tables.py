@@ -40,7 +40,10 @@ RESULTS = {
     "memory": {"ratio": 0.333},
     "reward_model": {
         "ours": {"accuracy": 0.75}, "ours_4bit": {"accuracy": 0.7}, "trl": {"accuracy": 0.74},
-        "memory_ratio": 0.3, "memory_ratio_1.7b": 0.2,
+        "accuracy_difference": {
+            "ours": {"mean": 0.01, "standard_error": 0.002}, "ours_4bit": {"mean": -0.04, "standard_error": 0.0125},
+        },
+        "seeds": [0, 2], "memory_ratio": 0.3, "memory_ratio_1.7b": 0.2,
     },
     "verifiable": {
         "ppo": {"before": 0.25, "after": 0.5}, "grpo": {"after": 0.4}, "rloo": {"after": 0.3}, "tokens": 2000,
@@ -83,8 +86,8 @@ def test_every_result_becomes_words(tmp_path):
         "a token takes 0.90× the time with 4× the episodes, 1.10× with 4× the response length; a token and parameter "
         "0.75× at 4× the width",
         "**0.33** of TRL's peak",
-        "accuracy 0.750, on an NF4 base 0.700, TRL's 0.740; tensors of training on NF4 0.30 of TRL's, at 1.7B's shape "
-        "**0.20**",
+        "accuracy over 2 seeds 0.750 (+0.010 ± 0.002), on an NF4 base 0.700 (-0.040 ± 0.013), TRL's 0.740; tensors of "
+        "training on NF4 0.30 of TRL's, at 1.7B's shape **0.20**",
         "right answers to held-out sums: 0.25 before, after 2000 tokens PPO 0.50, GRPO 0.40, RLOO 0.30",
         "1.50× the time of a pass for each role",
         "1.25× the time of a pass for each role",
