@@ -38,7 +38,7 @@ from ppo_plus.collector import truncation
 from ppo_plus.data import left_pad
 from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
 from ppo_plus.logits import chunked_logprobs, head_is_frozen, logits_function, sample
-from ppo_plus.modeling import ActorCritic, ValueHead
+from ppo_plus.modeling import ActorCritic, ValueHead, place
 from ppo_plus.rollout import response_mask
 
 VOCABULARY, PAD, EOS = 42, 0, 2
@@ -981,6 +981,25 @@ def reward_folder(folder):
     reward = get_peft_model(base, lora(task_type="SEQ_CLS", modules_to_save=["score"], target_modules=["q_proj"]))
     moved(reward).save_pretrained(folder)
     return reward.eval()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "PeftModel"])
+@pytest.mark.parametrize(
+    ("marks", "moves"),
+    [
+        ({}, True),
+        ({"hf_device_map": {"": "cpu"}}, True),
+        ({"hf_device_map": {"model.layers.0": 0, "model.layers.1": "cpu"}}, False),
+        ({"is_quantized": True}, False),
+    ],
+    ids=["loaded", "on one device", "spread", "quantized"],
+)
+def test_a_model_is_moved_unless_it_is_spread_or_quantized(wrapped, marks, moves):
+    base = make_model()
+    vars(base).update(marks)
+    model = get_peft_model(base, lora()) if wrapped else base
+    place(model, torch.device("meta"))
+    assert {p.device.type for p in model.parameters()} == {"meta" if moves else "cpu"}
 
 
 def test_a_mounted_reward_model_scores_as_alone_and_leaves_the_trainable_set(tmp_path):
