@@ -185,9 +185,18 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     return token.clamp(max=logits.shape[-1] - 1)
 
 
+def _running_sums(weights: Tensor) -> Tensor:
+    """Of each row `(B, n)`, from its first weight on, float64."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return weights.cumsum(-1, dtype=torch.float64)
+    # CUDA refuses to sum up fractions then, but not whole numbers: 2^40 of them for the largest weight.
+    unit = weights.amax(-1, keepdim=True).double() * 2.0**-40
+    return (weights / unit).round().long().cumsum(-1) * unit
+
+
 def _where_passed(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Where the running sum of weights `(B, n)` passes this share of their total, and the share of the weight there."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
+    sums = _running_sums(weights)
     # Rounding must not carry a share of just under 1 to the total, behind which nothing is left.
     level = torch.minimum(share * sums[:, -1], sums[:, -1].nextafter(sums.new_zeros(())))[:, None]
     index = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[-1] - 1)  # past the end where all is NaN

@@ -4,6 +4,7 @@ A tensor on the device `elsewhere` is a shell around a tensor on the CPU that ha
 those, so the numbers are the CPU's. But the two kinds do not mix: an operator that is given both refuses, as on a GPU.
 Allowed is what a GPU allows: copies from one to the other, a CPU tensor without dimensions as a scalar, and indices on
 the CPU into a tensor that is not. Reading numbers as Python's works as on a GPU; `.numpy()` does not.
+Nor do, where deterministic algorithms are asked for, operators for which CUDA has none.
 
 A backend cannot be taken back, so `set_up` is for processes of its own (test_elsewhere.py starts them). What a GPU does
 otherwise is not emulated: kernels and their rounding, generators (random numbers are the CPU's), streams, memory.
@@ -27,6 +28,8 @@ NAME = "elsewhere"
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 JOINING = ("aten::cat", "aten::stack")  # take no scalars
+# What CUDA has no deterministic algorithm for, by the documentation of `use_deterministic_algorithms`.
+REFUSED = ("aten::nll_loss_forward", "aten::put_", "aten::histc", "aten::bincount", "aten::median")
 
 
 class Remote(Tensor):
@@ -81,6 +84,9 @@ def computed(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             f"{name} was given tensors of two devices: of shapes {[tuple(t.shape) for t in left]} on the "
             f"CPU, the others {NAME}"
         )
+    fractions = name == "aten::cumsum" and (kwargs.get("dtype") or tensors[0].dtype).is_floating_point
+    if torch.are_deterministic_algorithms_enabled() and (fractions or name in REFUSED):
+        raise RuntimeError(f"{name} has no deterministic algorithm")
 
     def bare(leaf: Any) -> Any:
         if isinstance(leaf, Remote):

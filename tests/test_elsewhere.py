@@ -236,6 +236,15 @@ def best_of_all(folder, cpu, base, adapter):
 
 
 @group("Trainer")
+def full_determinism(folder, cpu, base, adapter):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    try:
+        return trained(folder, cpu, {"full_determinism": True}, model=model, reward_funcs=str(adapter))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@group("Trainer")
 def reward_model(folder, cpu, base, adapter):
     rows = {"prompt": ["ab", "cd "] * 4, "chosen": ["good", "fine film"] * 4, "rejected": ["bad", "awful"] * 4}
     config = RewardConfig(
@@ -336,6 +345,12 @@ def device_keeps_its_tensors_apart():
         wanted = [here + 2, here[index], here[:, index], torch.full((2, 3), 2.0)]
         for found, expected in zip(allowed, wanted, strict=True):
             assert found.device == device and torch.equal(found.cpu(), expected)
+        torch.use_deterministic_algorithms(True)
+        with pytest.raises(RuntimeError, match="cumsum has no deterministic algorithm"):
+            x.cumsum(-1)
+        assert x.long().cumsum(-1).tolist() == [[0, 1, 3], [3, 7, 12]]
+        torch.use_deterministic_algorithms(False)
+        assert x.cumsum(-1).tolist() == [[0, 1, 3], [3, 7, 12]]
         # Views share their numbers, copies do not; gradients are computed there.
         view, copied = x[0], x.to(device, copy=True)
         view.mul_(10)

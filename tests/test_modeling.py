@@ -920,6 +920,15 @@ LOG0 = float("-inf")
 JUST_UNDER_1 = 1 - 2**-53
 
 
+@pytest.fixture(params=[False, True], ids=["default", "deterministic algorithms"])
+def summing_up(request):
+    """With deterministic algorithms, sums are of whole numbers."""
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("summing_up")
 @pytest.mark.parametrize(
     ("logits", "noise", "token"),
     [
@@ -941,6 +950,7 @@ def test_noise_at_the_edges_picks_a_possible_token(logits, noise, token):
     assert found.tolist() == [token]
 
 
+@pytest.mark.usefixtures("summing_up")
 @pytest.mark.parametrize("vocabulary", [50, 5_000, 150_000])
 def test_impossible_tokens_are_never_chosen_however_sums_are_rounded(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
@@ -952,6 +962,7 @@ def test_impossible_tokens_are_never_chosen_however_sums_are_rounded(vocabulary)
         assert (found >= impossible).all() and (found < vocabulary - impossible).all()
 
 
+@pytest.mark.usefixtures("summing_up")
 @pytest.mark.parametrize("vocabulary", [3, 256, 257, 1000, 1024])
 def test_groups_of_tokens_draw_what_the_plain_running_sum_draws(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
@@ -964,6 +975,7 @@ def test_groups_of_tokens_draw_what_the_plain_running_sum_draws(vocabulary):
     assert torch.equal(sample(logits, noise)[~near], plain[~near])
 
 
+@pytest.mark.usefixtures("summing_up")
 def test_logits_that_are_no_numbers_still_give_a_token():
     found = sample(torch.full((4, 1000), float("nan")), torch.rand(4, dtype=torch.float64))
     assert (found >= 0).all() and (found < 1000).all()
