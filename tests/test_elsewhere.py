@@ -21,6 +21,7 @@ import torch
 from conftest import classifier, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from test_architectures import TARGETS, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -261,6 +262,20 @@ def reward_model(folder, cpu, base, adapter):
     return trainer.state.log_history
 
 
+# --- caches, masks and positions of every kind ---
+
+
+def family(name):
+    def run(folder, cpu, base, adapter):
+        given = {"model": build(name), "peft_config": lora(target_modules=TARGETS.get(name, "all-linear"))}
+        return trained(folder, cpu, {"stop_token_id": 7, "temperature": 2.0}, **given)
+
+    return run
+
+
+GROUPS["families"] = {name: family(name) for name in ("OPT", "Gemma 3", "Mamba 2", "Falcon-H1", "LFM 2")}
+
+
 # --- negative control: what was on the wrong device would be found ---
 
 
@@ -299,7 +314,7 @@ def figures(rows):
     return [{k: v for k, v in row.items() if is_number(v) and not any(c in k for c in clocks)} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["training", "roles", "Trainer"])
+@pytest.mark.parametrize("name", ["training", "roles", "Trainer", "families"])
 def test_training_on_an_accelerator_gives_the_numbers_of_the_cpu(name):
     found = process(name)
     assert {case: there.get("error") for case, (_, there) in found.items()} == dict.fromkeys(GROUPS[name])
