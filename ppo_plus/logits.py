@@ -189,7 +189,7 @@ def _running_sums(weights: Tensor) -> Tensor:
     """Of each row `(B, n)`, from its first weight on, float64."""
     if not torch.are_deterministic_algorithms_enabled():
         return weights.cumsum(-1, dtype=torch.float64)
-    # CUDA refuses to sum up fractions then, but not whole numbers: 2^40 of them for the largest weight.
+    # CUDA has no deterministic sum of fractions, but one of whole numbers: 2^40 of them for the largest weight.
     unit = weights.amax(-1, keepdim=True).double() * 2.0**-40
     return (weights / unit).round().long().cumsum(-1) * unit
 

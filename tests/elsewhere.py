@@ -3,8 +3,8 @@
 A tensor on the device `elsewhere` is a shell around a tensor on the CPU that has its numbers. Operators are computed on
 those, so the numbers are the CPU's. But the two kinds do not mix: an operator that is given both refuses, as on a GPU.
 Allowed is what a GPU allows: copies from one to the other, a CPU tensor without dimensions as a scalar, and indices on
-the CPU into a tensor that is not. Reading numbers as Python's works as on a GPU; `.numpy()` does not.
-Nor do, where deterministic algorithms are asked for, operators for which CUDA has none.
+the CPU into a tensor that is not. Reading numbers as Python's works as on a GPU; `.numpy()` does not, nor do operators
+for which CUDA has no deterministic algorithm, where that is asked for.
 
 A backend cannot be taken back, so `set_up` is for processes of its own (test_elsewhere.py starts them). What a GPU does
 otherwise is not emulated: kernels and their rounding, generators (random numbers are the CPU's), streams, memory.
