@@ -4,7 +4,7 @@
 
 For each shape, TFLOP/s of the whole product and of its halves; `*` where ppo_plus takes the halves. The best of
 --repeats rounds over all shapes, both kinds in turn: a machine whose two cores are one at times shows what two give.
-The last line is JSON.
+The last line is JSON; without AMX no halves are taken, and no result is written.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     result = {"threads": torch.get_num_threads(), "table": table}
     if gains:
         result |= {"least_gain": min(gains), "median_gain": statistics.median(gains)}
-    report("products", result)
+    report("products", result, write=bool(gains))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Matrix products with frozen weights, on all the cores there are.
 
-Of two cores, oneDNN (in torch 2.13, with AMX) gives a product in bf16 only one where it has between one and two times
+Of two cores with AMX, oneDNN (in torch 2.13) gives a product in bf16 only one where it has between one and two times
 as many rows as columns: as many tokens as a micro-batch of PPO, and as many columns as a small model. Half the columns
 are out of that range, and their products are the same bits. benchmarks/products.py shows where it begins and ends.
+Without AMX both cores work, and halves would take longer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+AMX = bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 THREADS = 2
 COLUMNS = 1024  # with as many, it depends on more than rows and columns
 LEAST_SUMMED = 512  # of the numbers that a dot product sums up; with fewer, both cores work
@@ -46,5 +48,6 @@ def in_halves(x: Tensor, columns: int) -> bool:
         and summed >= LEAST_SUMMED
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
+        and AMX
         and torch.get_num_threads() == THREADS
     )

@@ -64,6 +64,13 @@ def test_both_halves_are_written(monkeypatch):
      ((600, 512, 576), torch.bfloat16, 1, False), ((600, 512, 576), torch.bfloat16, 3, False)],
     ids=str,
 )  # fmt: skip
-def test_only_where_one_core_would_idle(two_threads, shape, dtype, threads, expected):
+def test_only_where_one_core_would_idle(monkeypatch, two_threads, shape, dtype, threads, expected):
     torch.set_num_threads(threads)
+    monkeypatch.setattr(products, "AMX", True)
     assert in_halves(torch.empty(*shape[:2], dtype=dtype), shape[2]) == expected
+    monkeypatch.setattr(products, "AMX", False)
+    assert not in_halves(torch.empty(*shape[:2], dtype=dtype), shape[2])
+
+
+def test_cores_with_amx_are_known():
+    assert torch.cpu._is_amx_tile_supported() == products.AMX
