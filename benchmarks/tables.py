@@ -113,6 +113,7 @@ def demo_top_layers(r: dict) -> str:
 # File, what it shows, and its figures in words; in the order of the table.
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("vs_trl_bfloat16", "one update against TRL 1.12's PPO, SmolLM2-135M, bf16", against_trl),
+    ("vs_trl_bfloat16_no_amx", "the same on cores without AMX", against_trl),
     ("vs_trl_float32", "one update against TRL 1.12's PPO, SmolLM2-135M, fp32", against_trl),
     ("floor", "one update against its own arithmetic on the bare model", above_floor),
     ("uneven", "64 responses, 60 short and 4 long, against `generate`", uneven),

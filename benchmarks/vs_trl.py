@@ -1,6 +1,6 @@
 """One PPO update, side by side with the last PPO of TRL (1.12): seconds by phase, tokens/s, and peak memory.
 
-    python benchmarks/vs_trl.py [--repeats 2] [--updates 1] [--dtype bfloat16|float32]
+    python benchmarks/vs_trl.py [--repeats 2] [--updates 1] [--dtype bfloat16|float32] [--name NAME]
 
 What is run is in `against_trl.py`. The two trainers run in turn, each in a fresh process, and the first update of each
 is not counted.
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=1, help="counted updates per run")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
+    parser.add_argument("--name", help="of the result; vs_trl_ and the dtype by default")
     args = parser.parse_args()
     install_trl()
     from machine import smollm2
@@ -59,7 +60,7 @@ def main() -> None:
         "dtype": args.dtype,
         **sides,
     }
-    report(f"vs_trl_{args.dtype}", result, trl=TRL_VERSION)
+    report(args.name or f"vs_trl_{args.dtype}", result, trl=TRL_VERSION)
 
 
 if __name__ == "__main__":
