@@ -165,7 +165,7 @@ def build_actor_critic(
         disable_dropout: zero the base model's dropout.
     """
     if ref_model is None and not isinstance(policy, PeftModel):
-        ref_model = frozen_copy(policy)
+        ref_model = copy.deepcopy(policy)  # which ActorCritic freezes
     if isinstance(ref_model, PeftModel):
         ref_model = cast(PreTrainedModel, ref_model.get_base_model())
     check_apart(policy, ref_model, "ref_model", "the reference would move with the policy: leave ref_model out (the "
@@ -211,11 +211,6 @@ def check_apart(policy: nn.Module, other: nn.Module | None, name: str, why: str)
     """Refuse a second model that shares trained weights with the policy."""
     if other is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, other.parameters())):
         raise ValueError(f"model and {name} share their weights, so {why}, or load it a second time.")
-
-
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that stays as it is: the reference of full fine-tuning."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def disable_base_dropout(model: nn.Module) -> None:

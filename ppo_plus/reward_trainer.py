@@ -114,9 +114,8 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             directory = Path(cast(str, output_dir or self.args.output_dir))
-            (directory / TRAINING_ARGS_NAME).unlink()  # a pickle, which nothing here reads and nobody should have to
             (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2))
-            (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # pickled, and with the token in it
+            (directory / TRAINING_ARGS_NAME).unlink()  # pickled, and with the token in it
             save_arguments(self.args, directory)
 
     def _description(self) -> dict[str, Any]:

@@ -326,6 +326,7 @@ def test_over_and_back(tmp_path, form, peft):
         tensors["v_head.summary.bias"], own.bias
     )
     assert ("adapter_model.safetensors" in files) == peft
+    assert ("value_head.safetensors" in files) == (form == "llama_factory")
     again = make_trainer(tmp_path / "again", peft_config=lora() if peft else None)
     load_value_head(again.model, folder)
     assert torch.equal(again.model.value_head.layers[0].weight, own.weight)

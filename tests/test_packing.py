@@ -359,3 +359,11 @@ def test_numbers_that_differ_keep_a_model_padded(monkeypatch):
     assert actor._packable == []
     monkeypatch.undo()
     assert len(actor_critic(adapted())._packable) == 1
+
+
+def test_a_model_with_dropout_that_is_in_training_is_packed_too():
+    """Whether it can be is tried out without dropout, which would make any two passes differ."""
+    policy = get_peft_model(make_model(attention_dropout=0.5), lora()).train()
+    actor = ActorCritic(policy, ValueHead(policy.config.hidden_size))
+    assert len(actor._packable) == 1
+    assert actor.language_model.training

@@ -69,6 +69,21 @@ def test_what_is_saved_says_how_to_use_it(base, reward_adapter):
     assert info["reward_std"] == pytest.approx(scores.std(unbiased=False).item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_other_pairs_can_be_asked_for_at_any_time(base, reward_adapter, monkeypatch, training):
+    folder, trainer = reward_adapter
+    monkeypatch.setattr(trainer, "_calibration", {})  # and what is there is put back
+    others = pairs(12, seed=2)
+    trainer.model.train(training)
+    found = trainer.calibrate(others)
+    assert trainer.model.training == training  # a callback may ask in the middle of training
+    scores = stand_alone_scores(base, folder, [p[k] + "<eos>" for p in others for k in ("chosen", "rejected")])
+    chosen, rejected = scores.view(-1, 2).T
+    assert found["pairs"] == len(others)
+    assert found["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    assert found["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+
+
 def test_it_learned_the_order(reward_adapter):
     folder, _ = reward_adapter
     assert json.loads((folder / "reward_model.json").read_text())["accuracy"] > 0.85

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ppo_plus import PPOCallback, RewardNormalizationCallback
-from ppo_plus.rewards import ClassifierReward, Completions, FunctionReward, RewardSet
+from ppo_plus.rewards import ClassifierReward, Completions, FunctionReward, RewardSet, most_tokens
 
 PLAIN = {"missing_eos_penalty": None, "kl_coef": 0.0, "gamma": 1.0, "lam": 1.0, "max_steps": 4}
 BATCH = Completions(["p", "q", "r"], ["ab", "c", "def"], [[4, 5], [6], [7, 8, 9]])
@@ -303,6 +303,15 @@ def test_a_text_that_is_too_long_keeps_its_first_special_token_and_its_end(kind)
     reward.read.longest = None
     with pytest.raises((IndexError, RuntimeError)):  # nowhere to look a position up, or a buffer that ends
         reward(batch)
+
+
+@pytest.mark.parametrize(("of_tokenizer", "most"), [(None, 32), (20, 20), (40, 32), (0, 32)])
+def test_a_classifier_reads_what_its_tokenizer_says_and_no_more_than_it_has_positions_for(of_tokenizer, most):
+    tokenizer = pair_tokenizer()
+    if of_tokenizer is not None:
+        tokenizer.model_max_length = of_tokenizer
+    assert most_tokens(absolute("bert"), tokenizer) == most
+    assert most_tokens(torch.nn.Linear(1, 1), tokenizer) == (of_tokenizer or None)
 
 
 def test_a_pair_that_is_too_long_is_cut_also_where_the_tokenizer_knows_no_limit():

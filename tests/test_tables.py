@@ -99,8 +99,8 @@ def test_every_result_becomes_words(tmp_path):
         "VADER score of held-out answers, by seed: +0.25, +0.50",
     ]
     assert [where for _, _, where in rows] == [
-        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", "2 CPU cores, AVX512, 2026-01-02", "2 CPU cores, AVX512, 2026-01-02",
-        *[""] * 7, "A card, 2026-01-02",
+        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 2, *[""] * 7,
+        "A card, 2026-01-02",
     ]  # fmt: skip
 
 
