@@ -516,6 +516,18 @@ def test_what_looks_wrong_is_said_once(tmp_path, metrics, texts, words):
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize(("kl", "said"), [([-5.0, 3.0], False), ([-1.4, -0.6], False), ([-3.5, -2.5], True)])
+def test_what_scatters_around_zero_is_no_negative_kl(tmp_path, kl, said):
+    """Of two responses: means of -1, -1 and -3 nats, whose standard errors are 2.8, 0.28 and 0.35."""
+    callback, kl = NumericsWatchCallback(), torch.tensor(kl)
+    samples = SimpleNamespace(completions=SimpleNamespace(completions=["a", "b"]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = {"kl": kl.mean().item(), "entropy": 1.0}
+        callback.on_rollout_end(make_config(tmp_path), None, None, Rows(kl), samples, metrics)
+    assert [str(w.message).startswith("KL to the reference is -3.00 nats") for w in caught] == [True] * said
+
+
 def test_a_first_ratio_that_is_not_one_is_named(tmp_path):
     callback = NumericsWatchCallback()
     with pytest.warns(UserWarning, match="the ratio was off 1 by 0.40"):

@@ -78,6 +78,19 @@ def test_an_adapter_critic_starts_as_the_reward_model_it_comes_from(tmp_path, ba
     assert names == {"default", "critic", reward_adapter.name}
 
 
+def test_a_reward_adapter_as_value_model_is_where_the_critic_starts_whatever_the_rewards_weigh(
+    tmp_path, base, reward_adapter
+):
+    alone = PeftModel.from_pretrained(classifier(base), reward_adapter).eval()
+    trainer = trainer_with(
+        tmp_path, base, reward_adapter, "adapter from reward", config={"critic": "adapter", "reward_weights": [3.0]}
+    )
+    with torch.no_grad():
+        found = trainer.model.eval()(IDS, MASK, 4)
+    assert torch.allclose(found.values, prefix_scores(alone, IDS, 4), rtol=1e-4, atol=1e-5)
+    assert set(trainer.model.policy.peft_config) == {"default", "critic"}
+
+
 def test_the_weight_of_the_reward_scales_the_critic(tmp_path, base, reward_adapter):
     values = []
     for weight in (1.0, 3.0):

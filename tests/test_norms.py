@@ -46,6 +46,16 @@ def test_forward_is_the_same_to_the_bit_and_the_gradient_rounds_like_it(dtype):
     torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
 
 
+def test_a_weight_that_is_wider_than_what_it_scales_widens_it():
+    """As fp32 norms of a base in half precision do."""
+    found, gradient = output_and_gradient(norm(torch.float32, True), torch.bfloat16)
+    expected, expected_gradient = output_and_gradient(norm(torch.float32, False), torch.bfloat16)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert gradient.dtype == torch.bfloat16
+    tolerance = 2 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
+
+
 def test_gradient_is_the_slope_of_the_formula():
     x = states(torch.float32)
     weight, eps = torch.linspace(-1.3, 2.1, 16, dtype=torch.float64), 1e-5
