@@ -58,11 +58,51 @@ def same_requires_grad(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def belongs_to(parameter: str, adapter: str) -> bool:
+    """Whether a parameter of that name is one of the adapter's."""
+    return adapter in parameter.split(".")
+
+
 def set_trained(model: nn.Module, adapter: str, trained: bool) -> None:
     """Whether the weights of one adapter are trained."""
     for name, parameter in model.named_parameters():
-        if f".{adapter}." in name:
+        if belongs_to(name, adapter):
             parameter.requires_grad_(trained)
+
+
+def weights_as(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
+    """Copies of one adapter's weights, by the names that they have in another adapter of the same form."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(name, adapter)}
+    return {
+        ".".join(other if part == adapter else part for part in name.split(".")): tensor.detach().clone()
+        for name, tensor in own.items()
+    }
+
+
+def check_base_is_frozen(policy: PeftModel) -> None:
+    """Refuse to train weights of the base beside those of adapters: the base is reference and reward model as well."""
+    adapters = policy.peft_config
+    trained = [
+        name
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad and not any(belongs_to(name, adapter) for adapter in adapters)
+    ]
+    if trained:
+        raise ValueError(
+            f"Weights of the adapter's base would be trained, {len(trained)} of them, the first {trained[0]}. The base "
+            "is the reference, and what reward adapters were trained on: freeze it (requires_grad_(False)), or name "
+            "its modules in LoraConfig(modules_to_save=...), which trains copies."
+        )
+
+
+def check_own_weights(config: PeftConfig | None, whose: str) -> None:
+    """Refuse an adapter that comes with biases of the base, which then are no longer those of the other roles."""
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"{whose} has bias={bias!r}, which trains biases of the base itself. Actor, reference, critic and reward "
+            "adapters share that base, and an adapter that is switched off would leave them changed: use bias='none'."
+        )
 
 
 def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = False) -> Tensor:
@@ -77,8 +117,8 @@ def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = Fals
     Returns:
         the weight of its `score` head, `(1, H)`.
     """
+    check_reward_adapter(directory, policy.config.get_text_config().hidden_size)
     weights, config = adapter_weights(directory), PeftConfig.from_pretrained(str(directory))
-    check_score_head(directory, policy.config.get_text_config().hidden_size)
     head = next(weights.pop(key) for key in list(weights) if key.endswith("score.weight"))
     config.modules_to_save, config.inference_mode, config.task_type = None, not trained, "CAUSAL_LM"
     with same_requires_grad(policy):
@@ -93,7 +133,7 @@ def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], direc
     """Put weights into an adapter; nothing missing, nothing left over."""
     with fitting(f"The adapter in {directory}", fix):
         result = set_peft_model_state_dict(policy, weights, adapter_name=name)
-    absent = [key for key in result.missing_keys if f".{name}." in key]
+    absent = [key for key in result.missing_keys if belongs_to(key, name)]
     if absent or result.unexpected_keys:
         raise ValueError(
             f"The adapter in {directory} does not fit this model: missing {absent[:3]}, unexpected "
@@ -101,9 +141,10 @@ def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], direc
         )
 
 
-def check_score_head(directory: Path, hidden_size: int) -> None:
-    """Refuse an adapter that is no reward model of this base; reads no more than the file's header."""
+def check_reward_adapter(directory: Path, hidden_size: int) -> None:
+    """Refuse an adapter that is no reward model of this base; reads no more than its configuration and a header."""
     file = weights_file(directory)
+    check_own_weights(PeftConfig.from_pretrained(str(directory)), f"The adapter in {directory}")
     with readable(file), safe_open(file, framework="pt") as tensors:
         shapes = [tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys() if key.endswith("score.weight")]  # noqa: SIM118
     if shapes != [(1, hidden_size)]:

@@ -18,6 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .adapters import weights_as
+
 if TYPE_CHECKING:
     from .modeling import ActorCritic
 
@@ -136,21 +138,15 @@ def with_named_adapters(model: Any, trained: str | None, reference: str | None) 
         if name not in model.peft_config:
             raise ValueError(f"{option}={name!r}, but model has the adapters {[*model.peft_config]}. Choose one.")
     sources = {target: name for target, (_, name) in wanted.items() if name is not None and name != target}
-    copies = {target: (model.peft_config[name], adapter_state(model, name)) for target, name in sources.items()}
-    for target, (config, state) in copies.items():
+    copies = {target: (model.peft_config[name], weights_as(model, name, target)) for target, name in sources.items()}
+    for target, (config, weights) in copies.items():
         if target in model.peft_config:
             model.delete_adapter(target)
         model.add_adapter(target, config)
-        renamed = {key.replace(f".{sources[target]}.", f".{target}."): tensor for key, tensor in state.items()}
-        model.load_state_dict(renamed, strict=False)
+        model.load_state_dict(weights, strict=False)
     if copies:
         model.set_adapter("default")
     return model
-
-
-def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """Copies of the tensors of one adapter."""
-    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items() if f".{name}." in key}
 
 
 def load_value_head(model: ActorCritic, directory: str | Path) -> None:

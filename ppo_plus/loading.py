@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from .adapters import mount, same_requires_grad, set_trained
+from .adapters import check_base_is_frozen, mount, same_requires_grad, set_trained, weights_as
 from .config import PPOConfig
 from .modeling import (
     CRITIC_ADAPTER,
@@ -87,11 +87,10 @@ def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) ->
         raise ValueError(f"The adapter to train must be named 'default'; this model has {list(model.peft_config)}.")
     if REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config["default"]))
-        state = {k: v for k, v in model.state_dict().items() if ".default." in k}
-        renamed = {k.replace(".default.", f".{REFERENCE_ADAPTER}."): v.clone() for k, v in state.items()}
-        model.load_state_dict(renamed, strict=False)
+        model.load_state_dict(weights_as(model, "default", REFERENCE_ADAPTER), strict=False)
     set_trained(model, "default", True)
     set_trained(model, REFERENCE_ADAPTER, False)
+    check_base_is_frozen(model)
     return model
 
 

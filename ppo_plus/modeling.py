@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .adapters import active_adapter, adapter_weights, fitting, load_adapter, mount, use_adapter
+from .adapters import active_adapter, adapter_weights, belongs_to, fitting, load_adapter, mount, use_adapter
 from .attention import SDPA, choose_attention
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
@@ -229,13 +229,12 @@ class ActorCritic(nn.Module):
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """What the actor trains."""
-        mark = f".{CRITIC_ADAPTER}."
-        return [p for name, p in self.policy.named_parameters() if p.requires_grad and mark not in name]
+        return [p for name, p in self.policy.named_parameters() if p.requires_grad and not of_critic(name)]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """What the critic trains below its head: an adapter or a model of its own; empty where it has neither."""
-        mark, own = f".{CRITIC_ADAPTER}.", [] if self.value_model is None else self.value_model.parameters()
-        adapter = [p for name, p in self.policy.named_parameters() if p.requires_grad and mark in name]
+        own = [] if self.value_model is None else self.value_model.parameters()
+        adapter = [p for name, p in self.policy.named_parameters() if p.requires_grad and of_critic(name)]
         return adapter + [p for p in own if p.requires_grad]
 
     # The four roles.
@@ -329,13 +328,17 @@ class ActorCritic(nn.Module):
 
     def reuse_lower_layers(self) -> None:
         """From here on, let the layers below all that is trained run once per rollout, if there are any."""
-        model, own = self.language_model, f".{CRITIC_ADAPTER}."
-        marks = (".default.", f".{REFERENCE_ADAPTER}.")
-        trained = layers_below(model, lambda n, p: own not in n and (p.requires_grad or any(m in n for m in marks)))
+        model, policies = self.language_model, ("default", REFERENCE_ADAPTER)
+
+        def of_policy(name: str, parameter: nn.Parameter) -> bool:
+            adapted = any(belongs_to(name, adapter) for adapter in policies)
+            return adapted or (parameter.requires_grad and not of_critic(name))
+
+        trained = layers_below(model, of_policy)
         count = min(trained, model.config.get_text_config().num_hidden_layers - 1)
         if not self.is_peft or count < 1:
             return
-        critic = layers_below(model, lambda name, _: own in name)
+        critic = layers_below(model, lambda name, _: of_critic(name))
         self._above_lower = {None, "default", REFERENCE_ADAPTER, *([CRITIC_ADAPTER] if critic >= count else [])}
         training = model.training
         model.eval()
@@ -596,6 +599,11 @@ def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str
         )
     with fitting(f"The model in {directory}", "Use the same base."):
         model.load_state_dict(saved.state_dict())
+
+
+def of_critic(parameter: str) -> bool:
+    """Whether a parameter of that name is one of the critic's adapter."""
+    return belongs_to(parameter, CRITIC_ADAPTER)
 
 
 def but_the_last(sizes: Sizes | None) -> list[int] | None:

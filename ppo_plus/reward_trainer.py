@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import RewardTrainer as TRLRewardTrainer
 
+from .adapters import check_own_weights
 from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
 from .lora import use_plain_lora
@@ -52,6 +53,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
     ) -> None:
         args = args if args is not None else RewardConfig(output_dir="reward_model")
         refuse_sharding(args)
+        check_own_weights(peft_config, "peft_config")
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = TaskType.SEQ_CLS

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import check_score_head
+from .adapters import check_own_weights, check_reward_adapter
 from .config import PPOConfig, refuse_sharding
 from .rewards import adapter_folder, check_call, check_same_base, check_weights, listed_rewards, own_tokenizer
 
@@ -113,7 +113,8 @@ def check_reads_tokens(name: str, model: Any, tokenizer: PreTrainedTokenizerBase
 
 
 def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: Any, value_model: Any) -> None:
-    """Refuse adapters that were not trained as reward models of this base."""
+    """Refuse adapters that train their base, or that were not trained as reward models of this base."""
+    check_own_weights(peft_config, "peft_config")
     config = getattr(model, "config", None)
     for path in [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]:
         folder = adapter_folder(str(path)) if isinstance(path, str | Path) else None
@@ -123,7 +124,7 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
             options = {k: v for k, v in cast(dict, args.model_init_kwargs or {}).items() if k in REMOTE}
             config = AutoConfig.from_pretrained(model, **options)
         check_same_base(folder, config._name_or_path)
-        check_score_head(folder, config.get_text_config().hidden_size)
+        check_reward_adapter(folder, config.get_text_config().hidden_size)
     if args.critic == "adapter" and peft_config is None and not hasattr(model, "peft_config"):
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
 

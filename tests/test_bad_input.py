@@ -88,6 +88,12 @@ def chat(says: str, *messages, template: str | None = CHAT_TEMPLATE) -> Case:
     return prompts(says, [list(messages)], tokenizer=lambda: make_tokenizer(chat_template=template))
 
 
+def unfrozen_embeddings():
+    model = get_peft_model(make_model(), lora())
+    model.get_input_embeddings().requires_grad_(True)
+    return model
+
+
 def with_model(says: str, *, error: type[Exception] = ValueError, args=None, **make: Callable) -> Case:
     def act(tmp_path, _):
         return make_trainer(tmp_path, config=args, **{name: value() for name, value in make.items()})
@@ -439,6 +445,16 @@ CASES = {
     ),
     "prompt tuning": before_weights("PromptTuningConfig is prompt learning; .*LoraConfig", peft_config=PROMPT_TUNING),
     "prefix tuning": before_weights("PrefixTuningConfig is prompt learning; .*LoraConfig", peft_config=PREFIX_TUNING),
+    "biases of the base": before_weights(
+        "peft_config has bias='lora_only', which trains biases of the base itself.*use bias='none'",
+        peft_config=lora(bias="lora_only"),
+    ),
+    "an adapter whose base is trained": with_model(
+        r"Weights of the adapter's base would be trained, 1 of them, the first base_model.*embed_tokens.weight.*"
+        r"modules_to_save",
+        model=unfrozen_embeddings,
+        peft_config=lambda: None,
+    ),
     "an adapter and a config for another": with_model(
         "has an adapter already: pass it without peft_config", model=lambda: get_peft_model(make_model(), lora())
     ),

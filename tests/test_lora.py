@@ -15,7 +15,7 @@ from ppo_plus.lora import use_plain_lora, weights_at_rest
 
 def peft_model(**options):
     torch.manual_seed(0)
-    model = get_peft_model(make_model(), lora(**options))
+    model = get_peft_model(make_model(attention_bias=True), lora(**options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the adapter
             torch.nn.init.normal_(parameter, std=0.1)
@@ -58,10 +58,11 @@ def test_outputs_and_gradients_equal_pefts(calls):
         assert torch.allclose(gradient, expected_gradients[name], atol=1e-6, rtol=1e-4), name
 
 
-def test_a_base_that_is_trained_too_gets_its_gradients(calls):
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_that_is_trained_too_gets_its_gradients(calls, part):
     model = peft_model()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("q_proj.base_layer" in name or "lora_" in name)
+        parameter.requires_grad_(f"q_proj.base_layer.{part}" in name or "lora_" in name)
     ours = copy.deepcopy(model)
     use_plain_lora(ours)
     _, expected = outputs_and_gradients(model)

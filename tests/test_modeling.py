@@ -522,6 +522,48 @@ def test_a_continued_adapter_is_its_own_frozen_reference(tmp_path):
     assert trainer.state.log_history[0]["kl"] == 0.0
 
 
+ADAPTERS = {
+    "LoRA": {},
+    "DoRA": {"use_dora": True},
+    "LoRA and the output head": {"modules_to_save": ["lm_head"]},
+    "LoRA and embeddings": {"modules_to_save": ["embed_tokens"]},
+    "LoRA and norms": {"modules_to_save": ["norm"]},
+    "LoRA and single tokens": {"trainable_token_indices": [4, 9]},
+}
+
+
+@pytest.mark.parametrize("continued", [False, True], ids=["new", "continued"])
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_whatever_an_adapter_trains_the_reference_stays_where_it_was(tmp_path, options, continued):
+    policy, rows = make_model(attention_bias=True), as_batch(ragged_rows())
+    if continued:
+        policy = moved_from_the_start(get_peft_model(policy, lora(**options)))
+    plain_policy = copy.deepcopy(policy).eval()
+    peft_config = None if continued else lora(**options)
+    trainer = make_trainer(tmp_path, model=policy, peft_config=peft_config, config={"max_steps": 4})
+    actor = trainer.model
+    gathered = {id(p) for p in (*actor.actor_parameters(), *actor.value_head.parameters())}
+    assert gathered == {id(p) for p in actor.parameters() if p.requires_grad}
+    trainer.train()
+    actor.eval()
+    with torch.no_grad():
+        with actor.reference():
+            reference = actor(*rows)
+        trained = actor(*rows)
+    assert gap_to_plain(reference, plain_policy, ragged_rows()) < 1e-5
+    assert gap_to_plain(trained, plain_policy, ragged_rows()) > 1e-3
+
+
+def moved_from_the_start(policy):
+    """As if it had been trained: every weight of the adapter is elsewhere."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "default" in name.split("."):
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return policy
+
+
 def test_an_adapter_loaded_for_inference_is_trained_when_it_is_continued(tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     adapted().save_pretrained(tmp_path / "sft")

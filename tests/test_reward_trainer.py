@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ def test_a_reward_adapter_of_another_base_is_named(base, reward_adapter, tmp_pat
     make_model(seed=1).save_pretrained(other)
     with pytest.raises(ValueError, match="trained on '.*tiny-llama', the actor's base is '.*another-llama'"):
         make_trainer(tmp_path, model=str(other), reward_funcs=str(folder))
+
+
+def test_biases_of_the_base_are_not_trained_for_a_reward(base, reward_adapter, tmp_path):
+    """Mounted, they would be the actor's and the reference's too."""
+    args = RewardConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="peft_config has bias='all', .*use bias='none'"):
+        RewardTrainer(str(base), args, peft_config=lora(bias="all"), train_dataset=pairs())
+    folder = tmp_path / "biased"
+    shutil.copytree(reward_adapter[0], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "lora_only"}))
+    with pytest.raises(ValueError, match="The adapter in .*biased has bias='lora_only'"):
+        make_trainer(tmp_path / "out", model=str(base), reward_funcs=str(folder))
 
 
 def test_another_chat_template_is_named(base, reward_adapter, tmp_path):
