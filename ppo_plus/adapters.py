@@ -18,6 +18,7 @@ from .lora import use_plain_lora
 from .rollout import readable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextlib.contextmanager
@@ -96,8 +97,14 @@ def check_base_is_frozen(policy: PeftModel) -> None:
 
 
 def check_own_weights(config: PeftConfig | None, whose: str) -> None:
-    """Refuse an adapter that comes with biases of the base, which then are no longer those of the other roles."""
-    bias = getattr(config, "bias", "none")
+    """Refuse an adapter that changes its base, which then is no longer that of the other roles."""
+    init, bias = str(getattr(config, "init_lora_weights", True)), getattr(config, "bias", "none")
+    if init.lower().startswith(CHANGES_THE_BASE):
+        raise ValueError(
+            f"{whose} has init_lora_weights={init!r}, which takes what the adapter starts with out of the base's own "
+            "weights. Actor, reference, critic and reward adapters share that base: leave init_lora_weights as it is "
+            "by default; save a trained adapter of that kind as plain LoRA (path_initial_model_for_weight_conversion)."
+        )
     if bias != "none":
         raise ValueError(
             f"{whose} has bias={bias!r}, which trains biases of the base itself. Actor, reference, critic and reward "

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from .adapters import check_base_is_frozen, mount, same_requires_grad, set_trained, weights_as
+from .adapters import check_base_is_frozen, check_own_weights, mount, same_requires_grad, set_trained, weights_as
 from .config import PPOConfig
 from .modeling import (
     CRITIC_ADAPTER,
@@ -85,6 +85,7 @@ def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) ->
         raise ValueError("This model has an adapter already: pass it without peft_config to go on training it.")
     if "default" not in model.peft_config:
         raise ValueError(f"The adapter to train must be named 'default'; this model has {list(model.peft_config)}.")
+    check_own_weights(model.peft_config["default"], "The adapter of model")
     if REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config["default"]))
         model.load_state_dict(weights_as(model, "default", REFERENCE_ADAPTER), strict=False)

@@ -449,6 +449,20 @@ CASES = {
         "peft_config has bias='lora_only', which trains biases of the base itself.*use bias='none'",
         peft_config=lora(bias="lora_only"),
     ),
+    "an adapter made of the base's weights": before_weights(
+        "peft_config has init_lora_weights='olora', which takes what the adapter starts with out of the base",
+        peft_config=lora(init_lora_weights="olora"),
+    ),
+    "an adapter to continue that was made of the base's weights": with_model(
+        "The adapter of model has init_lora_weights='pissa_niter_2'.*path_initial_model_for_weight_conversion",
+        model=lambda: get_peft_model(make_model(), lora(init_lora_weights="pissa_niter_2")),
+        peft_config=lambda: None,
+    ),
+    "an adapter to continue with biases of the base": with_model(
+        "The adapter of model has bias='all'",
+        model=lambda: get_peft_model(make_model(attention_bias=True), lora(bias="all")),
+        peft_config=lambda: None,
+    ),
     "an adapter whose base is trained": with_model(
         r"Weights of the adapter's base would be trained, 1 of them, the first base_model.*embed_tokens.weight.*"
         r"modules_to_save",

@@ -529,6 +529,9 @@ ADAPTERS = {
     "LoRA and embeddings": {"modules_to_save": ["embed_tokens"]},
     "LoRA and norms": {"modules_to_save": ["norm"]},
     "LoRA and single tokens": {"trainable_token_indices": [4, 9]},
+    "rank-stabilized LoRA": {"use_rslora": True},
+    "LoRA from a normal distribution": {"init_lora_weights": "gaussian"},
+    "LoRA from orthogonal vectors": {"init_lora_weights": "orthogonal"},
 }
 
 
@@ -540,7 +543,10 @@ def test_whatever_an_adapter_trains_the_reference_stays_where_it_was(tmp_path, o
         policy = moved_from_the_start(get_peft_model(policy, lora(**options)))
     plain_policy = copy.deepcopy(policy).eval()
     peft_config = None if continued else lora(**options)
-    trainer = make_trainer(tmp_path, model=policy, peft_config=peft_config, config={"max_steps": 4})
+    trainer = make_trainer(
+        tmp_path, model=policy, peft_config=peft_config, config={"max_steps": 4},
+        reward_funcs=lambda completion_ids, **_: [sum(ids) % 7 for ids in completion_ids],
+    )  # fmt: skip
     actor = trainer.model
     gathered = {id(p) for p in (*actor.actor_parameters(), *actor.value_head.parameters())}
     assert gathered == {id(p) for p in actor.parameters() if p.requires_grad}
@@ -560,7 +566,7 @@ def moved_from_the_start(policy):
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "default" in name.split("."):
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return policy
 
 

@@ -127,16 +127,20 @@ def test_a_reward_adapter_of_another_base_is_named(base, reward_adapter, tmp_pat
         make_trainer(tmp_path, model=str(other), reward_funcs=str(folder))
 
 
-def test_biases_of_the_base_are_not_trained_for_a_reward(base, reward_adapter, tmp_path):
-    """Mounted, they would be the actor's and the reference's too."""
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"bias": "all"}, "bias='all'"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'")],
+)
+def test_an_adapter_that_changes_its_base_is_no_reward_model(base, reward_adapter, tmp_path, options, says):
+    """Mounted, it would change the actor's and the reference's too."""
     args = RewardConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(ValueError, match="peft_config has bias='all', .*use bias='none'"):
-        RewardTrainer(str(base), args, peft_config=lora(bias="all"), train_dataset=pairs())
-    folder = tmp_path / "biased"
+    with pytest.raises(ValueError, match=f"peft_config has {says}"):
+        RewardTrainer(str(base), args, peft_config=lora(**options), train_dataset=pairs())
+    folder = tmp_path / "changed"
     shutil.copytree(reward_adapter[0], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "lora_only"}))
-    with pytest.raises(ValueError, match="The adapter in .*biased has bias='lora_only'"):
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **options}))
+    with pytest.raises(ValueError, match=f"The adapter in .*changed has {says}"):
         make_trainer(tmp_path / "out", model=str(base), reward_funcs=str(folder))
 
 
