@@ -63,6 +63,11 @@ def load_policy(
     if peft_config is None:
         if getattr(model, "is_quantized", False):
             raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
+                "train an adapter, or call model.requires_grad_(True) to train the whole."
+            )
         return model
     return _refusing_to_merge(get_peft_model(model, peft_config))
 

@@ -487,6 +487,11 @@ CASES = {
         "T5ForConditionalGeneration is an encoder-decoder; ppo_plus trains causal", model=t5
     ),
     "an encoder-decoder in full": with_model("is an encoder-decoder", model=t5, peft_config=lambda: None),
+    "a frozen model in full": with_model(
+        "All weights of the model are frozen, so nothing would be learned: pass peft_config",
+        model=lambda: make_model().requires_grad_(False),
+        peft_config=lambda: None,
+    ),
     "a model without a head": with_model(
         "LlamaModel has no language-model head", model=lambda: LlamaModel(make_model().config)
     ),

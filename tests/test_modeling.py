@@ -560,6 +560,19 @@ def test_whatever_an_adapter_trains_the_reference_stays_where_it_was(tmp_path, o
     assert gap_to_plain(trained, plain_policy, ragged_rows()) > 1e-3
 
 
+def test_full_fine_tuning_leaves_what_is_frozen_as_it_is(tmp_path):
+    model = make_model()
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    start = snapshot(model)
+    trainer = make_trainer(tmp_path, model=model, peft_config=None, config={"max_steps": 4})
+    assert trainer.model.lower_layers == 0  # the reference is another model
+    trainer.train()
+    now = snapshot(trainer.model.policy)
+    kept = {name for name in start if torch.equal(now[name], start[name])}
+    assert kept == {name for name in start if "embed_tokens" in name or ".layers.0." in name}
+
+
 def moved_from_the_start(policy):
     """As if it had been trained: every weight of the adapter is elsewhere."""
     torch.manual_seed(3)
