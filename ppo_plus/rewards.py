@@ -647,6 +647,9 @@ def build_rewards(
     rewards: list[Reward] = []
     for func, its_tokenizer in zip(funcs, own, strict=True):
         taken = ["default", REFERENCE_ADAPTER, CRITIC_ADAPTER, *(r.name for r in rewards)]
+        if isinstance(func, str | Path) and adapter_folder(str(func)) is not None:
+            # An adapter's weights are told from others by its name among the parts of theirs.
+            taken += {part for weight, _ in model.policy.named_parameters() for part in weight.split(".")}
         name = unique_name(reward_name(func), taken)
         rewards.append(_build_reward(func, its_tokenizer, name, model, tokenizer, options, timeout))
     return RewardSet(rewards, weights, on_error)

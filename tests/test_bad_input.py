@@ -728,14 +728,14 @@ def test_a_reward_of_none_leaves_the_response_out_of_learning(tmp_path):
     assert learned.tolist() == [True, False, True, True, False, True, True, True]
 
 
-@pytest.mark.parametrize("name", ["default", "ref"])
-def test_a_reward_adapter_in_a_folder_named_like_the_actors_adapter_is_not_mixed_up_with_it(name, tmp_path):
+@pytest.mark.parametrize("name", ["default", "ref", "model", "0", "lora_A"])
+def test_a_reward_adapter_in_a_folder_named_like_the_actors_adapter_or_a_module_is_not_mixed_up_with_it(name, tmp_path):
     settings = lora(task_type="SEQ_CLS", modules_to_save=["score"], init_lora_weights=False)
     get_peft_model(sentiment_head(), settings).save_pretrained(tmp_path / name)
     trainer, weights, _ = trained(tmp_path / "out", reward_funcs=str(tmp_path / name))
     assert trainer.collector.rewards.names == [f"{name}_2"]
     learned = [n for n, p in trainer.model.policy.named_parameters() if p.requires_grad]
-    assert learned and all(".default." in n for n in learned)
+    assert len(learned) == 28 and all(".default." in n for n in learned)
     assert weights.isfinite().all()
 
 
