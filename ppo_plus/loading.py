@@ -125,8 +125,7 @@ class CriticSource:
 def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSource:
     """The critic that a user asked for; passing a `value_model` selects it."""
     head, seed = (args.value_head, args.value_head_activation), position_seed(args.seed, "value head")
-    named = isinstance(value_model, str | Path)
-    adapter = adapter_folder(str(value_model)) if named else None
+    adapter = adapter_folder(value_model)
     if adapter is not None and args.critic != "adapter":
         raise ValueError(f"value_model={str(value_model)!r} is an adapter: set critic='adapter' to start from it.")
     if value_model is None or adapter is not None:
@@ -139,7 +138,7 @@ def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Criti
     if args.critic not in ("shared", "separate"):
         raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
     args.critic = "separate"
-    if named:
+    if isinstance(value_model, str | Path):
         value_model = AutoModelForSequenceClassification.from_pretrained(
             str(value_model), num_labels=1, dtype=torch.float32
         )
@@ -149,7 +148,7 @@ def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Criti
 def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | None, float]:
     funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     for func, weight in zip(funcs, args.reward_weights or [1.0] * len(funcs), strict=True):
-        if isinstance(func, str | Path) and (folder := adapter_folder(str(func))) is not None:
+        if (folder := adapter_folder(func)) is not None:
             return folder, weight
     return None, 1.0
 

@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -36,6 +37,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from .adapters import WEIGHTS_FILE
 from .data import is_conversational, left_pad, pad_id, right_pad, unpadded
 from .modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, at_last_token, place
 from .out_of_memory import in_chunks
@@ -647,7 +649,7 @@ def build_rewards(
     rewards: list[Reward] = []
     for func, its_tokenizer in zip(funcs, own, strict=True):
         taken = ["default", REFERENCE_ADAPTER, CRITIC_ADAPTER, *(r.name for r in rewards)]
-        if isinstance(func, str | Path) and adapter_folder(str(func)) is not None:
+        if adapter_folder(func) is not None:
             # An adapter's weights are told from others by its name among the parts of theirs.
             taken += {part for weight, _ in model.policy.named_parameters() for part in weight.split(".")}
         name = unique_name(reward_name(func), taken)
@@ -664,10 +666,10 @@ def _build_reward(
     options: dict[str, Any],
     timeout: float | None,
 ) -> Reward:
+    adapter = adapter_folder(func)
+    if adapter is not None:
+        return AdapterReward(adapter, model, tokenizer, name, **options)
     if isinstance(func, str | Path):
-        adapter = adapter_folder(str(func))
-        if adapter is not None:
-            return AdapterReward(adapter, model, tokenizer, name, **options)
         own = own or own_tokenizer(func)
         func = AutoModelForSequenceClassification.from_pretrained(
             str(func), num_labels=1, dtype="auto", trust_remote_code=False
@@ -716,22 +718,24 @@ def unique_name(name: str, taken: Sequence[str]) -> str:
     return name if name not in taken else next(n for n in numbered if n not in taken)
 
 
-def adapter_folder(path: str) -> Path | None:
-    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None if this is no adapter."""
-    local = Path(path)
-    if (local / "adapter_config.json").is_file():
-        if not any((local / f).is_file() for f in ("adapter_model.safetensors",)):
-            raise ValueError(f"{path} has an adapter_config.json but no adapter_model.safetensors: no weights.")
+def adapter_folder(model: Any) -> Path | None:
+    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name."""
+    if not isinstance(model, str | Path):
+        return None
+    local = Path(model)
+    if (local / CONFIG_NAME).is_file():
+        if not (local / WEIGHTS_FILE).is_file():
+            raise ValueError(f"{model} has an {CONFIG_NAME} but no {WEIGHTS_FILE}: no weights.")
         return local
     if local.exists():
         return None
     try:
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            found = hf_hub_download(path, file)
+        for file in (CONFIG_NAME, WEIGHTS_FILE):
+            found = hf_hub_download(str(model), file)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
         return None
     with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):
-        hf_hub_download(path, REWARD_FILE)  # an adapter that was trained elsewhere says nothing about itself
+        hf_hub_download(str(model), REWARD_FILE)  # an adapter that was trained elsewhere says nothing about itself
     return Path(found).parent
 
 
@@ -744,7 +748,7 @@ def check_same_base(path: Path, base: str) -> None:
         raise ValueError(
             f"The reward adapter in {path} was trained on {theirs!r}, the actor's base is {base!r}: its numbers mean "
             "nothing there. Train one on the actor's base (or, if this is the same base under another name, put that "
-            f"name into {REWARD_FILE} and adapter_config.json)."
+            f"name into {REWARD_FILE} and {CONFIG_NAME})."
         )
 
 

@@ -117,7 +117,7 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
     check_own_weights(peft_config, "peft_config")
     config = getattr(model, "config", None)
     for path in [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]:
-        folder = adapter_folder(str(path)) if isinstance(path, str | Path) else None
+        folder = adapter_folder(path)
         if folder is None:
             continue
         if config is None:
@@ -133,7 +133,7 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: 
     """Refuse rewards that could not be called, models that could not read, and lists of unequal length."""
     funcs, own = listed_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
-    if args.reward_baseline and not any(isinstance(f, str | Path) and adapter_folder(str(f)) for f in funcs):
+    if args.reward_baseline and not any(map(adapter_folder, funcs)):
         raise ValueError(
             "reward_baseline=True reads the scores of a reward adapter on the actor's backbone, and no reward function "
             "is one: pass the folder of one, or leave the option out."
@@ -141,7 +141,7 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: 
     for func, tokenizer in zip(funcs, own, strict=True):
         if not isinstance(func, str | Path | nn.Module):
             check_call(func, [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")])
-        elif tokenizer is None and (isinstance(func, nn.Module) or adapter_folder(str(func)) is None):
+        elif tokenizer is None and adapter_folder(func) is None:
             own_tokenizer(func)
 
 
