@@ -3,8 +3,8 @@
 PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` as four operations on whole activations, and keeps an
 fp32 copy of `x` for the backward pass where the adapter is fp32. A rank-16 update deserves neither: here it is added
 to the base layer's output by one fused product, in place where the base is a frozen `nn.Linear`, and the backward pass
-keeps `x` as it came. Weights, names and files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, merged, mixed
-batches) goes through PEFT's own code.
+keeps `x` as it came. Weights, names and files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, a bias, merged,
+mixed batches) goes through PEFT's own code.
 """
 
 from __future__ import annotations
@@ -127,9 +127,17 @@ def _low_rank(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
     if layer.disable_adapters:
         return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if any(name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity for name in names):
+    if not all(_is_two_matrices(layer, name) for name in names):
         return None
     return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
+
+
+def _is_two_matrices(layer: Any, name: str) -> bool:
+    return (
+        name not in layer.lora_variant
+        and type(layer.lora_dropout[name]) is nn.Identity
+        and getattr(layer.lora_B[name], "bias", None) is None
+    )
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

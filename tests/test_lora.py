@@ -116,7 +116,7 @@ def test_a_switched_off_adapter_is_the_base(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}])
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
 def test_what_is_not_plain_goes_through_peft(calls, options):
     model = peft_model(**options).train()
     ours = copy.deepcopy(model)

@@ -530,8 +530,10 @@ ADAPTERS = {
     "LoRA and norms": {"modules_to_save": ["norm"]},
     "LoRA and single tokens": {"trainable_token_indices": [4, 9]},
     "rank-stabilized LoRA": {"use_rslora": True},
+    "LoRA with biases of its own": {"lora_bias": True},
     "LoRA from a normal distribution": {"init_lora_weights": "gaussian"},
     "LoRA from orthogonal vectors": {"init_lora_weights": "orthogonal"},
+    "LoRA from minor components": {"init_lora_weights": "mica"},
 }
 
 
@@ -1046,14 +1048,15 @@ def test_logits_that_are_no_numbers_still_give_a_token():
 # --- reward adapters and refusals ---
 
 
-def reward_folder(folder):
+def reward_folder(folder, **options):
     torch.manual_seed(3)
     base = LlamaForSequenceClassification(
         make_model().config.__class__(**{**make_model().config.to_dict()}, num_labels=1)
     )
     base.model.load_state_dict(make_model().model.state_dict())
-    reward = get_peft_model(base, lora(task_type="SEQ_CLS", modules_to_save=["score"], target_modules=["q_proj"]))
-    moved(reward).save_pretrained(folder)
+    form = {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "target_modules": ["q_proj"]}
+    reward = get_peft_model(base, lora(**form | options))
+    moved_from_the_start(reward).save_pretrained(folder)
     return reward.eval()
 
 
@@ -1086,6 +1089,11 @@ def test_a_mounted_reward_model_scores_as_alone_and_leaves_the_trainable_set(tmp
     added = {n: v for n, v in after[0].items() if ".judge." in n}
     assert added and not any(added.values()) and not head.requires_grad
     assert after[1:] == before[1:]
+    check_scores_as_alone(actor, head, alone)
+    assert state_of(actor.policy) == after
+
+
+def check_scores_as_alone(actor, head, alone):
     texts = [prompt + response for prompt, response in ragged_rows()]
     width = max(map(len, texts))
     ids = torch.tensor([t + [PAD] * (width - len(t)) for t in texts])
@@ -1093,7 +1101,25 @@ def test_a_mounted_reward_model_scores_as_alone_and_leaves_the_trainable_set(tmp
         scores = actor.reward_scores("judge", head, ids, (ids != PAD).long(), PAD)
         for text, score in zip(texts, scores, strict=True):
             assert gap(alone(input_ids=torch.tensor([text])).logits[0, 0], score) < 1e-5
-    assert state_of(actor.policy) == after
+
+
+REWARD_ADAPTERS = {
+    "DoRA": {"use_dora": True},
+    "biases of its own": {"lora_bias": True},
+    "rank-stabilized": {"use_rslora": True},
+    "minor components": {"init_lora_weights": "mica"},
+    "ranks by layer": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 7}},
+    "one layer": {"layers_to_transform": [1]},
+    "single tokens": {"trainable_token_indices": [4, 9]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("options", REWARD_ADAPTERS.values(), ids=REWARD_ADAPTERS)
+def test_a_mounted_reward_model_of_any_form_scores_as_alone(tmp_path, options):
+    alone = reward_folder(tmp_path, **options)
+    actor = actor_critic(adapted(), kind="mlp")
+    check_scores_as_alone(actor, actor.mount_reward("judge", tmp_path), alone)
 
 
 def test_a_mounted_reward_model_is_not_written(tmp_path):
