@@ -343,13 +343,20 @@ class NumericsWatchCallback(PPOCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Look at the first ratio of a rollout, which only learning may move away from 1."""
-        error = (logs or {}).get("ppo/first_ratio_error", 0.0)
+        """Look at the first ratio of a rollout, which only learning may move away from 1, and at the gradient."""
+        logs = logs or {}
+        error = logs.get("ppo/first_ratio_error", 0.0)
         self._warn_if(
             "first ratio",
             error > 0.1,
             f"Before anything was learned from a rollout the ratio was off 1 by {error:.2f} on average: old and new "
             "log-probabilities do not come from the same computation. LoRA dropout does this, and very low precision.",
+        )
+        self._warn_if(
+            "no gradient",
+            logs.get("grad_norm") == 0 and state.global_step > args.critic_warmup_steps,
+            "The gradient of the actor is exactly 0, so nothing is learned: the weights that are trained take no part "
+            "in the forward pass (look at peft_config), or no answer of these steps has a reward.",
         )
 
     def _warn_if(self, kind: str, holds: bool, text: str) -> None:

@@ -537,6 +537,24 @@ def test_a_first_ratio_that_is_not_one_is_named(tmp_path):
         callback.on_log(None, None, None, logs={"ppo/first_ratio_error": 0.01})
 
 
+def test_an_actor_without_a_gradient_is_named(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=lora(lora_alpha=0), config={"max_steps": 2})
+    with pytest.warns(UserWarning, match="The gradient of the actor is exactly 0, so nothing is learned"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "warm_up"), [(8, 0), (0, 2)], ids=["an actor that learns", "the critic's first steps"]
+)
+def test_no_gradient_is_missed_where_none_is_due(tmp_path, alpha, warm_up):
+    config = {"max_steps": 2, "critic_warmup_steps": warm_up}
+    trainer = make_trainer(tmp_path, peft_config=lora(lora_alpha=alpha), config=config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert not [w for w in caught if "gradient of the actor" in str(w.message)]
+
+
 # Early stop on KL
 
 
