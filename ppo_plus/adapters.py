@@ -18,7 +18,12 @@ from .lora import use_plain_lora
 from .rollout import readable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
+REFUSED = {
+    "kasa_config": "which cuts the smallest singular values out of the base's own weights",
+    "layer_replication": "which makes another, deeper model of the base",
+    "alora_invocation_tokens": "so it speaks only after these tokens, which PeftModel's own forward alone looks for",
+}
 
 
 @contextlib.contextmanager
@@ -97,19 +102,23 @@ def check_base_is_frozen(policy: PeftModel) -> None:
 
 
 def check_own_weights(config: PeftConfig | None, whose: str) -> None:
-    """Refuse an adapter that changes its base, which then is no longer that of the other roles."""
-    init, bias = str(getattr(config, "init_lora_weights", True)), getattr(config, "bias", "none")
-    if init.lower().startswith(CHANGES_THE_BASE):
+    """Refuse an adapter that changes its base, which then is not that of the other roles, or that would not speak."""
+    init, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+    shared = "Actor, reference, critic and reward adapters share that base"
+    if isinstance(init, str) and init.lower() not in LEAVE_THE_BASE:
         raise ValueError(
-            f"{whose} has init_lora_weights={init!r}, which takes what the adapter starts with out of the base's own "
-            "weights. Actor, reference, critic and reward adapters share that base: leave init_lora_weights as it is "
-            "by default; save a trained adapter of that kind as plain LoRA (path_initial_model_for_weight_conversion)."
+            f"{whose} has init_lora_weights={init!r}, which is not known to leave the base's weights as they are, as "
+            f"the default and {', '.join(LEAVE_THE_BASE)} do. {shared}: choose one of these; save a trained adapter of "
+            "that kind as plain LoRA (path_initial_model_for_weight_conversion)."
         )
     if bias != "none":
         raise ValueError(
-            f"{whose} has bias={bias!r}, which trains biases of the base itself. Actor, reference, critic and reward "
-            "adapters share that base, and an adapter that is switched off would leave them changed: use bias='none'."
+            f"{whose} has bias={bias!r}, which trains biases of the base itself. {shared}, and an adapter that is "
+            "switched off would leave them changed: use bias='none'."
         )
+    for option, reason in REFUSED.items():
+        if getattr(config, option, None) is not None:
+            raise ValueError(f"{whose} has {option}, {reason}. {shared}: leave the option out.")
 
 
 def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = False) -> Tensor:

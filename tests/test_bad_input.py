@@ -29,7 +29,7 @@ from conftest import (
 from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import KasaConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -450,8 +450,20 @@ CASES = {
         peft_config=lora(bias="lora_only"),
     ),
     "an adapter made of the base's weights": before_weights(
-        "peft_config has init_lora_weights='olora', which takes what the adapter starts with out of the base",
+        "peft_config has init_lora_weights='olora', which is not known to leave the base's weights as they are",
         peft_config=lora(init_lora_weights="olora"),
+    ),
+    "an adapter that cuts something out of the base's weights": before_weights(
+        "peft_config has kasa_config, which cuts .* out of the base's own weights",
+        peft_config=lora(kasa_config=KasaConfig()),
+    ),
+    "an adapter for more layers than the base has": before_weights(
+        "peft_config has layer_replication, which makes another, deeper model",
+        peft_config=lora(layer_replication=[(0, 2), (1, 2)]),
+    ),
+    "an adapter that speaks only when it is called": before_weights(
+        "peft_config has alora_invocation_tokens, so it speaks only after these tokens",
+        peft_config=lora(alora_invocation_tokens=[5]),
     ),
     "an adapter to continue that was made of the base's weights": with_model(
         "The adapter of model has init_lora_weights='pissa_niter_2'.*path_initial_model_for_weight_conversion",

@@ -129,8 +129,10 @@ def test_a_reward_adapter_of_another_base_is_named(base, reward_adapter, tmp_pat
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"bias": "all"}, "bias='all'"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'")],
-)
+    [({"bias": "all"}, "bias='all'"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+     ({"kasa_config": {}}, "kasa_config"), ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+     ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens")],
+)  # fmt: skip
 def test_an_adapter_that_changes_its_base_is_no_reward_model(base, reward_adapter, tmp_path, options, says):
     """Mounted, it would change the actor's and the reference's too."""
     args = RewardConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
