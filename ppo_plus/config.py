@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -60,6 +60,7 @@ class RewardConfig(_Discreet, TRLRewardConfig):
         refuse_sharding(self)
         _settle_precision(self)
         super().__post_init__()
+        _settle_direction(self)
 
 
 @takes_derived_sizes
@@ -184,7 +185,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         self._settle_trl_fields()
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             _require(_is_dict(getattr(self, name)), self, name, "a dict, one as JSON text, or None")
+        self._settle_best_metric()
         super().__post_init__()
+        _settle_direction(self)
 
     @property
     def rollout_batch_size(self) -> int:
@@ -202,6 +205,11 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         if self.total_episodes is None or self.max_steps > 0:
             return self.max_steps
         return -(-self.total_episodes // (self.rollout_batch_size * self.world_size)) * self.steps_per_rollout
+
+    @property
+    def needs_best_metric(self) -> bool:
+        """Whether something is decided by `metric_for_best_model`."""
+        return self.load_best_model_at_end or self.save_strategy == "best" or _schedule_follows_metric(self)
 
     @property
     def prompt_options(self) -> dict[str, Any]:
@@ -303,6 +311,15 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             name = "cliprange_high" if self.dual_clip is None else "dual_clip"
             raise ValueError(f"PPOConfig: {name} has no effect with objective={self.objective!r}. Remove it.")
 
+    def _settle_best_metric(self) -> None:
+        if not self.needs_best_metric:
+            return
+        self.metric_for_best_model = self.metric_for_best_model or "eval_reward"
+        _require(
+            not self.metric_for_best_model.endswith("loss"), self, "metric_for_best_model",
+            "a metric of evaluations ('eval_reward', the default here, or 'eval_kl'), which have no loss",
+        )  # fmt: skip
+
     def _check_trainer_options(self) -> None:
         refused = {
             "auto_find_batch_size": "it would change the rollout size behind PPO's back; lower "
@@ -313,7 +330,11 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             "remove_unused_columns": "reward functions get every column of the dataset; drop columns of yours with "
             "dataset.remove_columns",
             "group_by_length": "micro-batches are already sorted by length",
+            "optim_target_modules": "GaLore and APOLLO would get the parameter groups of actor and critic, in which "
+            "they project no gradient",
         }
+        if self.optim in ("lomo", "adalomo"):
+            refused["optim"] = "it moves weights in the backward pass, where no step can be summed, clipped or skipped"
         for name, why in refused.items():
             if getattr(self, name, None):
                 raise ValueError(f"PPOConfig: {name}={getattr(self, name)!r} is not supported: {why}. Remove it.")
@@ -372,3 +393,14 @@ def _settle_precision(config: PPOConfig | RewardConfig) -> None:
         config.bf16 = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if config.bf16 and not torch.accelerator.is_available():
         config.use_cpu = True  # CPUs run bf16 too; Trainer wants to be told
+
+
+def _schedule_follows_metric(config: TrainingArguments) -> bool:
+    return config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+
+
+def _settle_direction(config: TrainingArguments) -> None:
+    # Left to themselves, these schedules take every metric for one that should fall.
+    if _schedule_follows_metric(config):
+        mode = "max" if config.greater_is_better else "min"
+        config.lr_scheduler_kwargs = {"mode": mode, **cast(dict, config.lr_scheduler_kwargs or {})}

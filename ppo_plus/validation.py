@@ -49,6 +49,8 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
             f"eval_strategy={args.eval_strategy.value!r} needs prompts to evaluate on: pass eval_dataset, or set "
             "eval_strategy='no'."
         )
+    if args.needs_best_metric and isinstance(eval_dataset, dict):
+        check_best_metric(cast(str, args.metric_for_best_model), list(eval_dataset))
     if args.n_gpu > 1:
         raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
     check_output_dir(cast(str, args.output_dir))
@@ -71,6 +73,15 @@ def check_dataset(name: str, dataset: Any, may_stream: bool) -> None:
             fixes[DatasetDict] = f" Choose one of its splits: {', '.join(f'[{split!r}]' for split in dataset)}."
         kind = type(dataset)
         raise ValueError(f"{name} must be a datasets.Dataset of prompts; got {kind.__name__}.{fixes.get(kind, '')}")
+
+
+def check_best_metric(metric: str, datasets: list[str]) -> None:
+    """Refuse a metric that none of several evaluation datasets reports."""
+    if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in datasets):
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is reported for none of the datasets in eval_dataset: there it is "
+            f"{' or '.join(repr(f'eval_{name}_reward') for name in datasets)}. Set one of these."
+        )
 
 
 def check_output_dir(output_dir: str | Path) -> None:

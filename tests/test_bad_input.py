@@ -334,6 +334,22 @@ CASES = {
     "k1 as a loss": config("kl_in='loss' .*gradient is zero in expectation.*kl_estimator='k3'", kl_in="loss"),
     "two stop tokens": config("exclude each other: keep one", stop_token="eos", stop_token_id=5),
     "auto_find_batch_size": config("auto_find_batch_size.*change the rollout size.*Remove", auto_find_batch_size=True),
+    "modules for GaLore": config(
+        "optim_target_modules=.* is not supported: GaLore and APOLLO", optim_target_modules=["q_proj"]
+    ),
+    "an optimizer inside the backward pass": config("optim=.*lomo.* is not supported: it moves weights", optim="lomo"),
+    "the loss as the best metric": config(
+        "metric_for_best_model must be a metric of evaluations .'eval_reward'.*no loss; got 'eval_loss'",
+        lr_scheduler_type="reduce_lr_on_plateau",
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="eval_loss",
+    ),
+    "a best metric of no evaluation dataset": before_weights(
+        "'eval_reward' is reported for none of the datasets.*'eval_short_reward' or 'eval_long_reward'",
+        args={"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2},
+        eval_dataset={"short": make_prompts(), "long": make_prompts()},
+    ),
     "label smoothing": config("label_smoothing_factor=0.1 is not supported: PPO has no", label_smoothing_factor=0.1),
     "NEFTune": config("neftune_noise_alpha=5 is not supported", neftune_noise_alpha=5),
     "remove_unused_columns": config("reward functions get every column", remove_unused_columns=True),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import as_text, count_e, make_prompts, make_trainer
+from conftest import as_text, count_e, make_config, make_prompts, make_trainer
 
-from ppo_plus import PPOCallback
+from ppo_plus import PPOCallback, RewardConfig
 
 
 def trained(tmp_path, steps=8, **overrides):
     config = {"max_steps": steps, "eval_win_rate": True, "kl_coef": 0.0, **overrides.pop("config", {})}
-    trainer = make_trainer(tmp_path, config=config, eval_dataset=make_prompts(6), **overrides)
+    trainer = make_trainer(tmp_path, config=config, **{"eval_dataset": make_prompts(6), **overrides})
     if steps:
         trainer.train()
     return trainer
@@ -80,6 +80,54 @@ def test_the_best_model_may_be_the_one_that_wins_most(tmp_path):
     trainer = trained(tmp_path, config=config)
     rates = [row["eval_win_rate"] for row in trainer.state.log_history if "eval_win_rate" in row]
     assert len(rates) == 2 and trainer.state.best_metric == max(rates)
+
+
+@pytest.mark.parametrize("name", [None, "some"], ids=["one dataset", "several"])
+def test_the_best_model_is_the_one_with_the_highest_reward_unless_another_metric_is_named(tmp_path, name):
+    config = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+              "load_best_model_at_end": True, "num_ppo_epochs": 1}  # fmt: skip
+    metric = "eval_reward" if name is None else f"eval_{name}_reward"
+    data = {}
+    if name is not None:
+        config["metric_for_best_model"] = metric
+        data["eval_dataset"] = {name: make_prompts(6), "other": make_prompts(4)}
+    falling = iter(range(1000, 0, -1))
+
+    def worse_and_worse(completions, **kwargs):
+        return [float(next(falling)) for _ in completions]
+
+    trainer = trained(tmp_path, steps=4, reward_funcs=worse_and_worse, config=config, **data)
+    rewards = [row[metric] for row in trainer.state.log_history if metric in row]
+    assert len(rewards) == 2 and rewards[0] > rewards[1]
+    assert trainer.state.best_metric == rewards[0] and trainer.state.best_model_checkpoint.endswith("-2")
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize("better", [1, -1], ids=["rising", "falling"])
+def test_a_schedule_that_follows_evaluations_takes_a_higher_reward_for_better(tmp_path, schedule, better):
+    score = iter(range(0, 10_000 * better, better))
+
+    def scores(completions, **kwargs):
+        return [float(next(score)) for _ in completions]
+
+    options = {"patience": 0, "factor": 0.5}
+    config = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "save_strategy": "no",
+              "lr_scheduler_type": schedule, "lr_scheduler_kwargs": options, "warmup_steps": 0}  # fmt: skip
+    trainer = trained(tmp_path, steps=6, reward_funcs=scores, config=config)
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert len(rates) == 6
+    assert rates[-1] >= rates[0] if better == 1 else rates[-1] < rates[0]
+
+
+def test_the_direction_of_such_a_schedule_can_be_set(tmp_path):
+    config = make_config(tmp_path, eval_strategy="steps", eval_steps=1, lr_scheduler_type="reduce_lr_on_plateau",
+                         metric_for_best_model="eval_kl", lr_scheduler_kwargs='{"mode": "min"}')  # fmt: skip
+    assert config.lr_scheduler_kwargs == {"mode": "min"}
+    assert make_config(tmp_path).lr_scheduler_kwargs is None
+    for metric, mode in (("eval_accuracy", "max"), (None, "min")):
+        config = RewardConfig(output_dir=str(tmp_path), report_to="none", eval_strategy="steps", eval_steps=1,
+                              lr_scheduler_type="greedy", metric_for_best_model=metric)  # fmt: skip
+        assert config.lr_scheduler_kwargs == {"mode": mode}
 
 
 def test_predict_returns_the_answers_in_order(tmp_path):
