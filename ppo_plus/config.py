@@ -186,6 +186,8 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             _require(_is_dict(getattr(self, name)), self, name, "a dict, one as JSON text, or None")
         self._settle_best_metric()
+        if self.train_sampling_strategy == "sequential":
+            self.shuffle_dataset = False
         super().__post_init__()
         _settle_direction(self)
 
@@ -210,6 +212,11 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     def needs_best_metric(self) -> bool:
         """Whether something is decided by `metric_for_best_model`."""
         return self.load_best_model_at_end or self.save_strategy == "best" or _schedule_follows_metric(self)
+
+    @property
+    def prompt_seed(self) -> int:
+        """Of the order of the prompts."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def prompt_options(self) -> dict[str, Any]:
@@ -330,9 +337,13 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             "remove_unused_columns": "reward functions get every column of the dataset; drop columns of yours with "
             "dataset.remove_columns",
             "group_by_length": "micro-batches are already sorted by length",
+            "fp16_full_eval": "an evaluation looks at the policy as training does",
+            "bf16_full_eval": "an evaluation looks at the policy as training does",
             "optim_target_modules": "GaLore and APOLLO would get the parameter groups of actor and critic, in which "
             "they project no gradient",
         }
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            refused["train_sampling_strategy"] = "micro-batches are already sorted by length"
         if self.optim in ("lomo", "adalomo"):
             refused["optim"] = "it moves weights in the backward pass, where no step can be summed, clipped or skipped"
         for name, why in refused.items():

@@ -79,10 +79,15 @@ def prompt_loader(dataset: Dataset | IterableDataset, args: PPOConfig, accelerat
     if isinstance(dataset, IterableDataset):
         stream = PromptStream(dataset, args.rollout_batch_size, **place)
         rollouts = -(-args.total_steps // args.steps_per_rollout)
-        sampler = PromptSampler(rollouts, 1, micro_batches, seed=args.seed, shuffle=False)
+        sampler = PromptSampler(rollouts, 1, micro_batches, seed=args.prompt_seed, shuffle=False)
         return PromptLoader(stream, batch_sampler=sampler, collate_fn=_only)  # type: ignore[arg-type]
     sampler = PromptSampler(
-        len(dataset), args.rollout_batch_size, micro_batches, seed=args.seed, shuffle=args.shuffle_dataset, **place
+        len(dataset),
+        args.rollout_batch_size,
+        micro_batches,
+        seed=args.prompt_seed,
+        shuffle=args.shuffle_dataset,
+        **place,
     )
     return PromptLoader(dataset, batch_sampler=sampler, collate_fn=list)
 

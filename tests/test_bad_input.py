@@ -350,6 +350,11 @@ CASES = {
         args={"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2},
         eval_dataset={"short": make_prompts(), "long": make_prompts()},
     ),
+    "prompts grouped by length": config(
+        "train_sampling_strategy='group_by_length' is not supported: micro-batches are already sorted",
+        train_sampling_strategy="group_by_length",
+    ),
+    "an evaluation of weights in fewer bits": config("bf16_full_eval=True is not supported", bf16_full_eval=True),
     "label smoothing": config("label_smoothing_factor=0.1 is not supported: PPO has no", label_smoothing_factor=0.1),
     "NEFTune": config("neftune_noise_alpha=5 is not supported", neftune_noise_alpha=5),
     "remove_unused_columns": config("reward functions get every column", remove_unused_columns=True),

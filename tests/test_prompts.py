@@ -76,6 +76,21 @@ def test_a_stream_trains_as_a_dataset_in_its_order_does(tmp_path):
     assert same(weights, streamed) and prompts == same_prompts
 
 
+def test_the_seed_of_the_data_orders_prompts_and_nothing_else(tmp_path):
+    seeded = {
+        name: run(tmp_path / name, make_prompts(20), save_strategy="no", **seeds)
+        for name, seeds in {"data": {"data_seed": 7}, "both": {"seed": 7}, "neither": {}}.items()
+    }
+    assert seeded["data"][1] == seeded["both"][1] != seeded["neither"][1]
+    assert not same(seeded["data"][0], seeded["both"][0])
+
+
+def test_a_sequential_order_is_the_datasets_own(tmp_path):
+    _, prompts = run(tmp_path, make_prompts(20), train_sampling_strategy="sequential", save_strategy="no")
+    assert prompts == run(tmp_path, make_prompts(20), shuffle_dataset=False, save_strategy="no")[1]
+    assert prompts != run(tmp_path, make_prompts(20), save_strategy="no")[1]
+
+
 def test_episodes_say_how_long_to_read(tmp_path):
     trainer = make_trainer(tmp_path, config={"max_steps": -1, "total_episodes": 20}, train_dataset=stream())
     trainer.train()

@@ -213,6 +213,7 @@ def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest
         ({"num_ppo_epochs": 1}, "num_ppo_epochs 2 there, 1 here"),
         ({"num_mini_batches": 1, "gradient_accumulation_steps": 4}, "num_mini_batches 2 there, 1 here"),
         ({"seed": 7}, "seed 42 there, 7 here"),
+        ({"data_seed": 7}, "data_seed None there, 7 here"),
         ({"response_length": 9}, "response_length 8 there, 9 here"),
     ],
 )
