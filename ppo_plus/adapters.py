@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from .rollout import readable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
+HEADS = ("score", "classifier")  # PEFT adds both to what an adapter of a sequence classifier saves
 REFUSED = {
     "kasa_config": "which cuts the smallest singular values out of the base's own weights",
     "layer_replication": "which makes another, deeper model of the base",
@@ -40,7 +43,8 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     try:
         for layer in layers:
             layer._active_adapter = layer._active_adapter if name is None else [name]
-            layer._disable_adapters = name is None
+            # A layer that trains single tokens knows of no adapter but those that do.
+            layer._disable_adapters = name is None or name not in getattr(layer, "trainable_tokens_delta", [name])
         yield
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
@@ -136,17 +140,36 @@ def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = Fals
     check_reward_adapter(directory, policy.config.get_text_config().hidden_size)
     weights, config = adapter_weights(directory), PeftConfig.from_pretrained(str(directory))
     head = next(weights.pop(key) for key in list(weights) if key.endswith("score.weight"))
-    config.modules_to_save, config.inference_mode, config.task_type = None, not trained, "CAUSAL_LM"
+    trained_whole = [module for module in config.modules_to_save or [] if module not in HEADS]
+    config.modules_to_save, config.inference_mode, config.task_type = trained_whole or None, not trained, "CAUSAL_LM"
     with same_requires_grad(policy):
         policy.add_adapter(name, config)
         use_plain_lora(policy)
+        use_own_tokens(policy)
         load_adapter(policy, name, weights, directory, "It was trained on another architecture.")
     set_trained(policy, name, trained)
     return head
 
 
+def use_own_tokens(policy: PeftModel) -> None:
+    """Let adapters that train single tokens stand beside others.
+
+    PEFT (0.21) looks for the tokens of every adapter that it saves or loads, and fails where that one trains none.
+    """
+    for wrapper in policy.modules():
+        if isinstance(wrapper, TrainableTokensWrapper):
+            for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
+                vars(wrapper)[method] = partial(_of_own_tokens, wrapper, method)
+
+
+def _of_own_tokens(wrapper: Any, method: str, adapter: str, *args: Any) -> dict:
+    own = adapter in wrapper.token_adapter.trainable_tokens_delta
+    return getattr(type(wrapper), method)(wrapper, adapter, *args) if own else {}
+
+
 def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path, fix: str) -> None:
-    """Put weights into an adapter; nothing missing, nothing left over."""
+    """Put weights into an adapter; nothing missing, nothing left over, and nothing into the base below it."""
+    check_leaves_the_base(policy, name, weights, directory)
     with fitting(f"The adapter in {directory}", fix):
         result = set_peft_model_state_dict(policy, weights, adapter_name=name)
     absent = [key for key in result.missing_keys if belongs_to(key, name)]
@@ -155,6 +178,18 @@ def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], direc
             f"The adapter in {directory} does not fit this model: missing {absent[:3]}, unexpected "
             f"{result.unexpected_keys[:3]}. {fix}"
         )
+
+
+def check_leaves_the_base(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path) -> None:
+    """Refuse weights of the base among those of an adapter (PEFT saves embeddings that were resized) unless equal."""
+    here = policy.state_dict()
+    for key, tensor in weights.items():
+        own = None if belongs_to(key, name) else here.get(key)
+        if own is not None and (own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype).cpu())):
+            raise ValueError(
+                f"The adapter in {directory} brings other weights than this base has at {key}, and every role shares "
+                "the base. Train it on this base, with save_embedding_layer=False where only PEFT saved them."
+            )
 
 
 def check_reward_adapter(directory: Path, hidden_size: int) -> None:

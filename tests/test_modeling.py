@@ -1112,14 +1112,61 @@ REWARD_ADAPTERS = {
     "one layer": {"layers_to_transform": [1]},
     "single tokens": {"trainable_token_indices": [4, 9]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "whole norms": {"modules_to_save": ["score", "norm"]},
+    "whole embeddings": {"modules_to_save": ["score", "embed_tokens"]},
 }
 
 
 @pytest.mark.parametrize("options", REWARD_ADAPTERS.values(), ids=REWARD_ADAPTERS)
-def test_a_mounted_reward_model_of_any_form_scores_as_alone(tmp_path, options):
-    alone = reward_folder(tmp_path, **options)
-    actor = actor_critic(adapted(), kind="mlp")
-    check_scores_as_alone(actor, actor.mount_reward("judge", tmp_path), alone)
+def test_a_mounted_reward_model_of_any_form_scores_as_alone_and_leaves_actor_and_reference(tmp_path, options):
+    alone, rows = reward_folder(tmp_path / "reward", **options), as_batch(ragged_rows())
+    actor = actor_critic(adapted(), kind="mlp").eval()
+
+    def say():
+        with torch.no_grad():
+            with actor.reference():
+                reference = actor(*rows).logprobs
+            return reference, actor(*rows).logprobs
+
+    before = say()
+    head = actor.mount_reward("judge", tmp_path / "reward")
+    check_scores_as_alone(actor, head, alone)
+    actor.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(make_model(), tmp_path / "saved").eval()
+    assert gap_to_plain(actor(*rows), again, ragged_rows()) < 1e-5
+    assert all(gap(a, b) < 1e-6 for a, b in zip(say(), before, strict=True))
+    assert gap(*before) > 1e-2
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_beside_an_actor_of_any_form_a_reward_model_scores_as_alone_and_both_are_saved(tmp_path, options):
+    alone = reward_folder(tmp_path / "reward")
+    policy = moved_from_the_start(get_peft_model(make_model(), lora(**options)))
+    actor, rows = actor_critic(policy, kind="mlp").eval(), as_batch(ragged_rows())
+    with torch.no_grad():
+        before = actor(*rows).logprobs
+        head = actor.mount_reward("judge", tmp_path / "reward")
+        check_scores_as_alone(actor, head, alone)
+        assert torch.equal(actor(*rows).logprobs, before)
+    actor.save_pretrained(tmp_path / "saved")
+    actor.policy.save_pretrained(tmp_path / "judge", selected_adapters=["judge"])
+    again = PeftModel.from_pretrained(make_model(), tmp_path / "saved").eval()
+    assert gap_to_plain(actor(*rows), again, ragged_rows()) < 1e-5
+    score = load_file(tmp_path / "judge" / "judge" / "adapter_model.safetensors")
+    assert len(score) == 4  # A and B of two layers
+    assert gap_to_plain(actor(*rows), make_model().eval(), ragged_rows()) > 1e-2
+
+
+def test_an_adapter_that_brings_weights_of_the_base_is_refused_unless_they_are_the_same(tmp_path):
+    reward_folder(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights, name = load_file(file), "base_model.model.model.embed_tokens.weight"
+    embeddings = make_model().model.embed_tokens.weight.detach()
+    save_file({**weights, name: embeddings}, file)
+    actor_critic(adapted(), kind="mlp").mount_reward("judge", tmp_path)
+    save_file({**weights, name: embeddings + 1}, file)
+    with pytest.raises(ValueError, match="brings other weights than this base has at .*embed_tokens.weight"):
+        actor_critic(adapted(), kind="mlp").mount_reward("judge", tmp_path)
 
 
 def test_a_mounted_reward_model_is_not_written(tmp_path):
