@@ -355,8 +355,8 @@ class NumericsWatchCallback(PPOCallback):
         self._warn_if(
             "no gradient",
             logs.get("grad_norm") == 0 and state.global_step > args.critic_warmup_steps,
-            "The gradient of the actor is exactly 0, so nothing is learned: the weights that are trained take no part "
-            "in the forward pass (look at peft_config), or no answer of these steps has a reward.",
+            "The gradient of the actor is exactly 0, so nothing is learned: all answers score alike (reward_std), none "
+            "has a score, or the weights that are trained take no part in the forward pass (look at peft_config).",
         )
 
     def _warn_if(self, kind: str, holds: bool, text: str) -> None:

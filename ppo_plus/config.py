@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -402,6 +403,12 @@ def _require(holds: bool, config: PPOConfig, name: str, what: str) -> None:
 def _settle_precision(config: PPOConfig | RewardConfig) -> None:
     if config.bf16 is None:
         config.bf16 = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if config.fp16 and (config.use_cpu or not torch.accelerator.is_available()):
+        warnings.warn(
+            "fp16=True does nothing on a CPU: weights are used in their own precision. Remove it; bf16=True is the "
+            "half precision that CPUs multiply in.",
+            stacklevel=4,
+        )
     if config.bf16 and not torch.accelerator.is_available():
         config.use_cpu = True  # CPUs run bf16 too; Trainer wants to be told
 

@@ -64,6 +64,16 @@ def test_the_defaults_are_those_that_are_documented():
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
+def test_a_half_precision_that_a_cpu_has_not_is_named(kind, recwarn):
+    given = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
+    with pytest.warns(UserWarning, match="fp16=True does nothing on a CPU"):
+        kind(**given, fp16=True, bf16=False)
+    recwarn.clear()
+    kind(**given, bf16=True)
+    assert not [w for w in recwarn if "fp16" in str(w.message)]
+
+
 def test_a_log_interval_that_is_set_stays():
     assert config(logging_steps=3).logging_steps == 3
 
