@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -135,9 +136,20 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
             options = {k: v for k, v in cast(dict, args.model_init_kwargs or {}).items() if k in REMOTE}
             config = AutoConfig.from_pretrained(model, **options)
         check_same_base(folder, config._name_or_path)
+        check_same_kind(folder, peft_config or getattr(model, "peft_config", {}).get("default"))
         check_reward_adapter(folder, config.get_text_config().hidden_size)
     if args.critic == "adapter" and peft_config is None and not hasattr(model, "peft_config"):
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
+
+
+def check_same_kind(folder: Path, actors: PeftConfig | None) -> None:
+    """Refuse a reward adapter of another kind than the actor's: PEFT puts but one kind on a base."""
+    theirs = PeftConfig.from_pretrained(str(folder)).peft_type
+    if actors is not None and actors.peft_type != theirs:
+        raise ValueError(
+            f"The reward adapter in {folder} is of kind {theirs.value}, the actor's of {actors.peft_type.value}, and "
+            "a base carries adapters of one kind only: train the actor with that kind, or the reward model with this."
+        )
 
 
 def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: list[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
-from peft import PeftModel
+from peft import IA3Config, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from ppo_plus import RewardConfig, RewardTrainer
@@ -144,6 +144,14 @@ def test_an_adapter_that_changes_its_base_is_no_reward_model(base, reward_adapte
     (folder / "adapter_config.json").write_text(json.dumps({**config, **options}))
     with pytest.raises(ValueError, match=f"The adapter in .*changed has {says}"):
         make_trainer(tmp_path / "out", model=str(base), reward_funcs=str(folder))
+
+
+@pytest.mark.parametrize("continued", [False, True], ids=["new", "continued"])
+def test_a_reward_adapter_of_another_kind_than_the_actors_is_refused(base, reward_adapter, tmp_path, continued):
+    kind = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model, peft_config = (get_peft_model(make_model(), kind), None) if continued else (str(base), kind)
+    with pytest.raises(ValueError, match="reward-adapter is of kind LORA, the actor's of IA3.*one kind only"):
+        make_trainer(tmp_path, model=model, peft_config=peft_config, reward_funcs=str(reward_adapter[0]))
 
 
 def test_another_chat_template_is_named(base, reward_adapter, tmp_path):
