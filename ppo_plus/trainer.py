@@ -71,6 +71,7 @@ from .validation import (
     check_arguments,
     check_enough_prompts,
     check_models,
+    check_optimizers,
     check_rewards,
     check_stop_token,
     model_name,
@@ -92,7 +93,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         processing_class: the policy's tokenizer; loaded by the model's name if not given.
         reward_processing_classes: tokenizers of reward models, in the order of `reward_funcs`.
         callbacks: `PPOCallback`s also get the events of rollouts.
-        optimizers: an optimizer and a schedule to use instead of those of `args`.
+        optimizers: there because Trainer and TRL have it. Only the default is taken, since adapter and value head do
+            not exist yet: `args` describe the optimizer, or set `trainer.optimizer` once the trainer is made.
         quantization_config: for a model loaded by name.
         peft_config: the adapter to train; without it, the whole model is trained.
         reward_model: another name for `reward_funcs`, as TRL's PPOTrainer had it.
@@ -131,6 +133,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     ) -> None:
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
+        check_optimizers(optimizers)
         if data_collator is not None:
             warnings.warn("data_collator is not used: a rollout pads its prompts itself. Leave it out.", stacklevel=2)
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
@@ -163,7 +166,6 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             eval_dataset=datasets.get("eval_dataset") or datasets or None,
             processing_class=tokenizer,
             callbacks=callbacks,
-            optimizers=optimizers,
         )
         actor_critic.place_others(args.device)
         self._choose_passes()

@@ -57,6 +57,17 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     check_output_dir(cast(str, args.output_dir))
 
 
+def check_optimizers(optimizers: tuple) -> None:
+    """Refuse an optimizer that cannot hold what is trained."""
+    given = [type(each).__name__ for each in optimizers if each is not None]
+    if given:
+        raise ValueError(
+            f"optimizers: the {' and the '.join(given)} came before adapter and value head, so they would not train "
+            "them. Leave the argument out: set optim, learning_rate, value_learning_rate and lr_scheduler_type in "
+            "PPOConfig, or trainer.optimizer once the trainer is made."
+        )
+
+
 def check_dataset(name: str, dataset: Any, may_stream: bool) -> None:
     """Refuse what is no dataset, and a stream where nothing says how much of it is used."""
     if isinstance(dataset, IterableDataset):

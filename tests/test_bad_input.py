@@ -466,6 +466,10 @@ CASES = {
     ),
     "prompt tuning": before_weights("PromptTuningConfig is prompt learning; .*LoraConfig", peft_config=PROMPT_TUNING),
     "prefix tuning": before_weights("PrefixTuningConfig is prompt learning; .*LoraConfig", peft_config=PREFIX_TUNING),
+    "an optimizer that was made before what is trained": before_weights(
+        r"optimizers: the SGD came before adapter and value head.*or trainer.optimizer once",
+        optimizers=(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), None),
+    ),
     "biases of the base": before_weights(
         "peft_config has bias='lora_only', which trains biases of the base itself.*use bias='none'",
         peft_config=lora(bias="lora_only"),

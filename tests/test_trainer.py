@@ -252,6 +252,18 @@ def test_actor_and_value_head_are_two_groups_of_the_optimizer(tmp_path):
     assert actor["eps"] == critic["eps"] == 1e-5
 
 
+def test_an_optimizer_of_ones_own_is_set_once_the_trainer_is_made(tmp_path):
+    trainer, _ = recorded(tmp_path, {"max_steps": 4})
+    before = weights_of(trainer)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.optimizer = mine = torch.optim.SGD(trained, lr=0.1)
+    trainer.train()
+    assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is mine
+    after = weights_of(trainer)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("value_head") for name in moved) and any("lora_" in name for name in moved)
+
+
 @pytest.mark.parametrize("still", ["learning_rate", "value_learning_rate"])
 def test_each_rate_moves_its_own_part(tmp_path, still):
     trainer, _ = recorded(tmp_path, {"max_steps": 4, still: 0.0})
