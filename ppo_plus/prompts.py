@@ -74,20 +74,15 @@ def prompt_loader(dataset: Dataset | IterableDataset, args: PPOConfig, accelerat
         args: sizes and seed.
         accelerator: knows this process's share.
     """
-    micro_batches = args.steps_per_rollout * args.gradient_accumulation_steps
+    seed, micro_batches = args.prompt_seed, args.steps_per_rollout * args.gradient_accumulation_steps
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     if isinstance(dataset, IterableDataset):
         stream = PromptStream(dataset, args.rollout_batch_size, **place)
         rollouts = -(-args.total_steps // args.steps_per_rollout)
-        sampler = PromptSampler(rollouts, 1, micro_batches, seed=args.prompt_seed, shuffle=False)
+        sampler = PromptSampler(rollouts, 1, micro_batches, seed=seed, shuffle=False)
         return PromptLoader(stream, batch_sampler=sampler, collate_fn=_only)  # type: ignore[arg-type]
     sampler = PromptSampler(
-        len(dataset),
-        args.rollout_batch_size,
-        micro_batches,
-        seed=args.prompt_seed,
-        shuffle=args.shuffle_dataset,
-        **place,
+        len(dataset), args.rollout_batch_size, micro_batches, seed=seed, shuffle=args.shuffle_dataset, **place
     )
     return PromptLoader(dataset, batch_sampler=sampler, collate_fn=list)
 

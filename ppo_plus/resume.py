@@ -141,15 +141,8 @@ class ResumeMixin(HubMixin, Trainer):
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint's steps to mean the same in this run."""
-        names = (
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "rollout_batch_size",
-            "response_length",
-            "critic",
-            "seed",
-            "data_seed",
-        )
+        sizes = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length")
+        names = (*sizes, "critic", "seed", "data_seed")
         return {
             **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
