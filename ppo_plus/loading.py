@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import check_base_is_frozen, check_own_weights, mount, same_requires_grad, set_trained, weights_as
 from .config import PPOConfig
@@ -23,7 +23,7 @@ from .modeling import (
     check_architecture,
     unwrapped,
 )
-from .rewards import adapter_folder
+from .rewards import adapter_folder, load_classifier
 from .rollout import isolated_rng, position_seed
 
 
@@ -139,9 +139,9 @@ def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Criti
         raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
     args.critic = "separate"
     if isinstance(value_model, str | Path):
-        value_model = AutoModelForSequenceClassification.from_pretrained(
-            str(value_model), num_labels=1, dtype=torch.float32
-        )
+        value_model, missing = load_classifier(str(value_model), torch.float32)
+        if "score.weight" in missing:  # of a language model; drawn at random it would be noise in every value
+            nn.init.zeros_(value_model.score.weight)
     return CriticSource(args.critic, None, 1.0, value_model, head, seed)
 
 

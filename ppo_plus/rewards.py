@@ -666,18 +666,38 @@ def _build_reward(
     options: dict[str, Any],
     timeout: float | None,
 ) -> Reward:
-    adapter = adapter_folder(func)
+    adapter, reward = adapter_folder(func), func
     if adapter is not None:
         return AdapterReward(adapter, model, tokenizer, name, **options)
     if isinstance(func, str | Path):
         own = own or own_tokenizer(func)
-        func = AutoModelForSequenceClassification.from_pretrained(
-            str(func), num_labels=1, dtype="auto", trust_remote_code=False
-        )
+        func, missing = load_classifier(str(func), dtype="auto")
+        if missing:
+            raise ValueError(
+                f"{str(reward)!r} is no trained reward model: its files lack {', '.join(missing[:3])}, which would be "
+                "drawn at random, and so would rewards. Pass what RewardTrainer wrote, or a classifier with one label."
+            )
     if isinstance(func, nn.Module):
         place(func, model.device)
         return ClassifierReward(func, own or own_tokenizer(func) or tokenizer, name, **options)
     return FunctionReward(func, name, timeout)
+
+
+def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier with one label, and the names of those of its weights that its files do not hold.
+
+    Raises:
+        ValueError: it was trained with another number of labels.
+    """
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=1, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    if info["mismatched_keys"]:
+        raise ValueError(
+            f"{name!r} was trained with more than one label, so its outputs are classes. A reward model or critic "
+            "gives one number: train one with num_labels=1."
+        )
+    return model, sorted(info["missing_keys"])
 
 
 def own_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:

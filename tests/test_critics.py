@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import classifier, lora, make_config, make_model, make_trainer
+from conftest import classifier, lora, make_config, make_model, make_tokenizer, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -127,6 +127,32 @@ def test_a_value_model_is_loaded_by_name(tmp_path, base, reward_adapter):
     trainer = trainer_with(tmp_path, base, reward_adapter, "shared", value_model=str(base))
     assert isinstance(trainer.model.value_model, LlamaForSequenceClassification)
     assert trainer.model.value_model.dtype == torch.float32
+    head = trainer.model.value_head.layers[0].weight
+    assert torch.equal(head, torch.zeros_like(head))  # the base is a language model, and has no score head
+    scored = classifier(base, seed=5)
+    scored.save_pretrained(tmp_path / "scored")
+    head = trainer_with(tmp_path, base, reward_adapter, "shared", value_model=tmp_path / "scored").model.value_head
+    assert torch.equal(head.layers[0].weight, scored.score.weight) and scored.score.weight.abs().min() > 0
+
+
+def saved_classifier(base, folder, labels):
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_without_a_trained_head_scores_nothing(tmp_path, base):
+    """Its head would be drawn at random, and transformers no more than mentions it."""
+    with pytest.raises(ValueError, match="tiny-llama' is no trained reward model: its files lack score.weight"):
+        make_trainer(tmp_path, reward_funcs=str(base))
+    make_trainer(tmp_path, reward_funcs=saved_classifier(base, tmp_path / "one", 1))
+
+
+def test_a_model_of_classes_is_neither_a_reward_nor_a_critic(tmp_path, base):
+    two = saved_classifier(base, tmp_path / "two", 2)
+    for role in ({"reward_funcs": two}, {"value_model": two}):
+        with pytest.raises(ValueError, match="two' was trained with more than one label"):
+            make_trainer(tmp_path, **role)
 
 
 # --- what learns ---

@@ -184,7 +184,9 @@ def model_as_critic(folder, cpu, base, adapter):
 @group("roles")
 def models_as_rewards(folder, cpu, base, adapter):
     """A classifier that was loaded on the CPU, and one by name."""
-    return trained(folder, cpu, reward_funcs=[classifier(base), str(base)])
+    classifier(base).save_pretrained(folder / "scorer")
+    make_tokenizer().save_pretrained(folder / "scorer")
+    return trained(folder, cpu, reward_funcs=[classifier(base), str(folder / "scorer")])
 
 
 @group("roles")
