@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import PeakMemory, lora, make_config, make_model, make_tokenizer, make_trainer
-from peft import PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -560,6 +560,26 @@ def test_whatever_an_adapter_trains_the_reference_stays_where_it_was(tmp_path, o
         trained = actor(*rows)
     assert gap_to_plain(reference, plain_policy, ragged_rows()) < 1e-5
     assert gap_to_plain(trained, plain_policy, ragged_rows()) > 1e-3
+
+
+DERIVING = {
+    "AdaLoRA": AdaLoraConfig(target_modules=["q_proj"], total_step=4),
+    "VeRA": VeraConfig(target_modules=["q_proj"]),
+    "VB-LoRA": VBLoRAConfig(target_modules=["q_proj"], r=4, vector_length=8, num_vectors=16),
+}
+
+
+@pytest.mark.parametrize("kind", DERIVING.values(), ids=DERIVING)
+def test_adapters_with_tensors_that_are_not_saved_resume_to_the_same_bits(tmp_path, kind):
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    ends = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(tmp_path, peft_config=copy.deepcopy(kind), config=config)
+        started = snapshot(trainer.model)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append(snapshot(trainer.model))
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert any(not torch.equal(started[name], ends[1][name]) for name in started if ".default" in name)
 
 
 def test_full_fine_tuning_leaves_what_is_frozen_as_it_is(tmp_path):
