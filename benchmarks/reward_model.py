@@ -2,20 +2,21 @@
 
     python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 300]
 
-SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyper-parameters of recipes/rm_then_ppo.yaml, the same LoRA
-and score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Three sides, each run in a fresh
+SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyper-parameters of recipes/rm_then_ppo.yaml, the same LoRA and
+score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Four sides, each run in a fresh
 process: `ours` and `trl` load the base as each does when it is given a name (as it was saved, bf16, and fp32; `--dtype`
-sets both), `ours_4bit` puts its linear layers into NF4. Calibration is of `sigmoid(chosen - rejected)` as the
-probability that the pair is in the right order (Bradley-Terry): both orders of each pair are judged, so that a base
-rate of one half is built in.
+sets both), `ours_4bit` and `trl_4bit` put its linear layers into the same NF4. Calibration is of `sigmoid(chosen -
+rejected)` as the probability that the pair is in the right order (Bradley-Terry): both orders of each pair are judged,
+so that a base rate of one half is built in.
 
-The last line is JSON: `ratio` is our mean accuracy over TRL's, `accuracy_difference` the mean over seeds with its
-standard error, both over the pairs of all seeds. Memory is of `ours_4bit` over TRL's: `memory_ratio` of the bytes of
-all tensors at the highest moment of the third optimizer step (what a GPU's allocator would report; the batch is the
-same for all), `memory_ratio_1.7b` the same on a base of SmolLM2-1.7B's shape with random weights, `weights_ratio` of
-the frozen weights alone (embeddings and norms are not quantized), `resident_ratio` of the resident memory of training
-above what the imports take, kernels and allocator included. By side the accuracy by seed, the expected calibration
-error (10 bins of equal width) and the reliability curve.
+The last line is JSON: `ratio` is our mean accuracy over TRL's, `accuracy_difference` that of a side less `trl`'s, and
+`accuracy_difference_4bit` of the two on NF4, each the mean with its standard error over the pairs of all seeds. Memory
+is of `ours_4bit` over TRL's: `memory_ratio` of the bytes of all tensors at the highest moment of the third optimizer
+step (what a GPU's allocator would report; the batch is the same for all), `memory_ratio_1.7b` the same on a base of
+SmolLM2-1.7B's shape with random weights, `weights_ratio` of the frozen weights alone (embeddings and norms are not
+quantized), `resident_ratio` of the resident memory of training above what the imports take, kernels and allocator
+included. By side the accuracy by seed, the expected calibration error (10 bins of equal width) and the reliability
+curve.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SIDES = ("ours", "trl", "ours_4bit")
+SIDES = ("ours", "trl", "ours_4bit", "trl_4bit")
 BINS = 10
 LARGER = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
@@ -154,10 +155,8 @@ def trainer_of(side: str, args: argparse.Namespace, folder: str, data: dict):
 
     import ppo_plus
 
-    config_class, trainer_class = (
-        (trl.RewardConfig, trl.RewardTrainer) if side == "trl" else (ppo_plus.RewardConfig, ppo_plus.RewardTrainer)
-    )
-    config = config_of(side, args.seed, folder, config_class)
+    library = trl if side.startswith("trl") else ppo_plus
+    config = config_of(side, args.seed, folder, library.RewardConfig)
     if args.dtype:
         config.model_init_kwargs = {"dtype": args.dtype}
     lora = LoraConfig(
@@ -167,8 +166,8 @@ def trainer_of(side: str, args: argparse.Namespace, folder: str, data: dict):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    return trainer_class(
-        args.model, config, peft_config=lora, quantization_config=nf4 if side == "ours_4bit" else None, **data
+    return library.RewardTrainer(
+        args.model, config, peft_config=lora, quantization_config=nf4 if side.endswith("4bit") else None, **data
     )
 
 
@@ -326,6 +325,7 @@ def main() -> None:
         },
         "memory_ratio_1.7b": larger["ours_4bit"]["tensor_peak_mb"] / larger["trl"]["tensor_peak_mb"],
         "accuracy_difference": {side: difference(runs[side], runs["trl"]) for side in SIDES if side != "trl"},
+        "accuracy_difference_4bit": difference(runs["ours_4bit"], runs["trl_4bit"]),
         "seeds": args.seeds, "pairs": args.pairs, "eval_pairs": args.eval_pairs, "dtype": args.dtype,
         **sides, "memory_1.7b": larger, **describe_machine(),
     }  # fmt: skip
