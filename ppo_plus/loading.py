@@ -23,7 +23,8 @@ from .modeling import (
     check_architecture,
     unwrapped,
 )
-from .rewards import adapter_folder, load_classifier
+from .rewards.adapters import adapter_folder
+from .rewards.classifiers import load_classifier
 from .rollout import isolated_rng, position_seed
 
 

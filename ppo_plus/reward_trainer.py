@@ -25,7 +25,7 @@ from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
 from .lora import use_plain_lora
 from .norms import use_lean_norms
-from .rewards import REWARD_FILE, template_hash
+from .rewards.adapters import REWARD_FILE, template_hash
 
 
 class RewardTrainer(HubMixin, TRLRewardTrainer):

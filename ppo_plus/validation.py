@@ -13,7 +13,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_own_weights, check_reward_adapter
 from .config import PPOConfig, refuse_sharding
-from .rewards import adapter_folder, check_call, check_same_base, check_weights, listed_rewards, own_tokenizer
+from .rewards.adapters import adapter_folder, check_same_base
+from .rewards.build import check_call, listed_rewards
+from .rewards.classifiers import own_tokenizer
+from .rewards.reward_set import check_weights
 
 REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
 

@@ -15,7 +15,8 @@ from peft import IA3Config, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.rewards import Completions, template_hash
+from ppo_plus.rewards import Completions
+from ppo_plus.rewards.adapters import template_hash
 
 
 def pairs(n=64, seed=0):

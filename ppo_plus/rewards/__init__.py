@@ -1,0 +1,24 @@
+"""A score per response: Python functions, sequence classifiers, and reward adapters on the actor's own backbone.
+
+The contract of a reward function is that of TRL's GRPO and RLOO trainers, and one thing more: it may return a list
+of numbers for a response, one per token, instead of one number. Those are paid at the tokens they belong to.
+"""
+
+from .adapters import AdapterReward
+from .build import build_rewards
+from .classifiers import ClassifierReward
+from .completions import Completions, Reward, Score
+from .functions import FunctionReward
+from .reward_set import RewardSet, Scores
+
+__all__ = [
+    "AdapterReward",
+    "ClassifierReward",
+    "Completions",
+    "FunctionReward",
+    "Reward",
+    "RewardSet",
+    "Score",
+    "Scores",
+    "build_rewards",
+]

@@ -1,0 +1,172 @@
+"""Reward adapters on the actor's own backbone, and what must be true of one before it is mounted there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..adapters import WEIGHTS_FILE
+from ..data import is_conversational, left_pad, pad_id, unpadded
+from ..modeling import ActorCritic, at_last_token
+from ..out_of_memory import in_chunks
+from ..rollout import readable
+from .completions import Completions, Score, checked
+from .reading import Reader, in_batches
+
+REWARD_FILE = "reward_model.json"
+
+
+class AdapterReward:
+    """A reward adapter mounted on the actor's backbone: a reward model for the memory of its LoRA weights."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: ActorCritic,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        batch_size: int,
+        chat_template_kwargs: dict[str, Any],
+    ) -> None:
+        self.info = reward_description(path)
+        check_same_template(path, self.info, tokenizer)
+        self.head = model.mount_reward(name, path)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+        self.read = Reader(tokenizer, name, model.context)
+        self._seen: dict[tuple[int, ...], Tensor] = {}  # of the last batch: scores at its tokens, by the tokens
+
+    def __call__(self, batch: Completions) -> Sequence[Score]:
+        """Score prompt and completion as the stand-alone reward model would.
+
+        Prompts that are token ids are read as they are, and so are the tokens that were sampled after them.
+        """
+        texts: list = self._texts(batch) if batch.prompt_ids is None else self._sequences(batch.prompt_ids, batch)
+        self._seen.clear()
+
+        def score(texts: list) -> Tensor:
+            inputs = self.read(texts, batch)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            scores = self._token_scores(ids, mask)
+            for row, at_tokens in zip(unpadded(ids, mask), scores, strict=True):
+                self._seen[self._before_eos(row)] = at_tokens
+            return at_last_token(scores, ids, pad_id(self.tokenizer))
+
+        scores, self.batch_size = in_batches(texts, self.batch_size, score)
+        return checked(scores, batch, self.name)
+
+    # The reward model was trained on texts that end in EOS.
+
+    def _texts(self, batch: Completions) -> list[str]:
+        texts, eos = batch.texts(self.tokenizer, self.chat_template_kwargs), cast(str, self.tokenizer.eos_token)
+        if is_conversational(batch.prompts[0]):
+            return texts
+        return [text if text.endswith(eos) else text + eos for text in texts]
+
+    def _sequences(self, prompt_ids: list[list[int]], batch: Completions) -> list[list[int]]:
+        eos = cast(int, self.tokenizer.eos_token_id)
+        sequences = [prompt + completion for prompt, completion in zip(prompt_ids, batch.completion_ids, strict=True)]
+        return [ids if ids[-1] == eos else [*ids, eos] for ids in sequences]
+
+    @torch.no_grad()
+    def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor]:
+        """Scores of each sequence as far as each of its tokens, but for an EOS at its end; float32, reward units.
+
+        Costs nothing where the last texts scored have just these tokens; others are read here.
+        """
+        ends = self.tokenizer.eos_token_id
+        keys = [tuple(s[:-1] if s[-1] == ends else s) for s in sequences]
+        missing = [key for key in keys if key not in self._seen]
+
+        def score_rows(rows: Tensor) -> None:
+            chosen = [missing[int(i)] for i in rows]
+            scores = self._token_scores(*left_pad(chosen, pad_id(self.tokenizer)))
+            self._seen.update((key, at_tokens[-len(key) :]) for key, at_tokens in zip(chosen, scores, strict=True))
+
+        order = torch.tensor([len(key) for key in missing], dtype=torch.int64).argsort(stable=True)
+        self.batch_size = in_chunks(order, self.batch_size, score_rows)
+        return [self._seen[key][: len(key)] for key in keys]
+
+    def _token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        device, lengths = self.model.device, attention_mask.sum(1).tolist()
+        inputs = input_ids.to(device), attention_mask.to(device)
+        return self.model.token_scores(self.name, self.head, *inputs, lengths).cpu()
+
+    def _before_eos(self, ids: list[int]) -> tuple[int, ...]:
+        # The last EOS and what a chat template puts behind it were not sampled, or end what was.
+        ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
+        return tuple(ids[: ends[-1]] if ends else ids)
+
+
+def adapter_folder(model: Any) -> Path | None:
+    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name."""
+    if not isinstance(model, str | Path):
+        return None
+    local = Path(model)
+    if (local / CONFIG_NAME).is_file():
+        if not (local / WEIGHTS_FILE).is_file():
+            raise ValueError(f"{model} has an {CONFIG_NAME} but no {WEIGHTS_FILE}: no weights.")
+        return local
+    if local.exists():
+        return None
+    try:
+        for file in (CONFIG_NAME, WEIGHTS_FILE):
+            found = hf_hub_download(str(model), file)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return None
+    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):
+        hf_hub_download(str(model), REWARD_FILE)  # an adapter that was trained elsewhere says nothing about itself
+    return Path(found).parent
+
+
+def check_same_base(path: Path, base: str) -> None:
+    """Refuse an adapter that was trained on another base than the actor's."""
+    config = PeftConfig.from_pretrained(str(path))
+    theirs = reward_description(path).get("base_model") or config.base_model_name_or_path or ""
+    names = [Path(name).name.lower().removesuffix("-bnb-4bit").removesuffix("-unsloth") for name in (theirs, base)]
+    if all(names) and names[0] != names[1]:
+        raise ValueError(
+            f"The reward adapter in {path} was trained on {theirs!r}, the actor's base is {base!r}: its numbers mean "
+            "nothing there. Train one on the actor's base (or, if this is the same base under another name, put that "
+            f"name into {REWARD_FILE} and {CONFIG_NAME})."
+        )
+
+
+def reward_description(path: Path) -> dict[str, Any]:
+    """What `RewardTrainer` wrote about a reward model; empty where it was trained by something else."""
+    file = path / REWARD_FILE
+    if not file.is_file():
+        return {}
+    with readable(file):
+        return cast(dict, json.loads(file.read_text()))
+
+
+def check_same_template(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name both sides where a reward adapter was trained with another chat template than the actor's."""
+    template = info.get("chat_template_sha256")
+    if "chat_template_sha256" in info and template != template_hash(tokenizer):
+        warnings.warn(
+            f"The reward adapter in {path} was trained with the chat template {str(template)[:12]}, the actor's "
+            f"tokenizer has {str(template_hash(tokenizer))[:12]}; conversations would be scored in another form.",
+            stacklevel=2,
+        )
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the chat template, or None where there is none."""
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()

@@ -1,0 +1,111 @@
+"""Sequence classifiers as rewards, with a tokenizer of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .completions import Completions, Score, checked
+from .reading import Reader, in_batches, most_tokens
+
+
+class ClassifierReward:
+    """A sequence classifier with one label and its own tokenizer.
+
+    An encoder (BERT, DeBERTa) whose tokenizer has no chat template reads question and answer as a pair of texts, the
+    way such reward models are trained. Every other classifier reads one text: through its own chat template where
+    prompts are messages. `Reader` says what happens to a text that is longer than the model reads.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        batch_size: int,
+        chat_template_kwargs: dict[str, Any],
+    ) -> None:
+        config = getattr(model, "config", None)
+        labels = getattr(config, "num_labels", 1)
+        if labels != 1:
+            raise ValueError(f"The reward model {name!r} has num_labels={labels}; a reward model needs num_labels=1.")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if config is not None:  # sequence classifiers read the score at the last token that is not padding
+            config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+        self.read = Reader(tokenizer, name, most_tokens(model, tokenizer))
+        self.reads_pairs = type(config) in MODEL_FOR_MASKED_LM_MAPPING and tokenizer.chat_template is None
+
+    def __call__(self, batch: Completions) -> Sequence[Score]:
+        """Score prompt and completion, rendered with this model's own template and tokenizer."""
+        texts = batch.pairs() if self.reads_pairs else batch.texts(self.tokenizer, self.chat_template_kwargs)
+        device = next(self.model.parameters()).device
+
+        def score(texts: list) -> Tensor:
+            inputs = self.read(texts, batch).to(device)
+            self._check_vocabulary(int(inputs["input_ids"].max()))
+            return self.model(**inputs).logits[:, 0].float()
+
+        scores, self.batch_size = in_batches(texts, self.batch_size, score)
+        return checked(scores, batch, self.name)
+
+    def _check_vocabulary(self, largest: int) -> None:
+        known = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if known is not None and largest >= known:
+            raise ValueError(
+                f"The reward model {self.name!r} has embeddings for {known} tokens, but its tokenizer gave the id "
+                f"{largest}. Pass the reward model's own tokenizer in reward_processing_classes."
+            )
+
+
+def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier with one label, and the names of those of its weights that its files do not hold.
+
+    Raises:
+        ValueError: it was trained with another number of labels.
+    """
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=1, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    if info["mismatched_keys"]:
+        raise ValueError(
+            f"{name!r} was trained with more than one label, so its outputs are classes. A reward model or critic "
+            "gives one number: train one with num_labels=1."
+        )
+    return model, sorted(info["missing_keys"])
+
+
+def own_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a reward model was saved with; None for an instance that does not say where it came from.
+
+    Raises:
+        ValueError: there is none, or it knows no text: for a folder that has only a model, transformers may make one
+            up that turns every text into unknown tokens.
+    """
+    named = isinstance(reward, str | Path)
+    source = str(reward) if named else getattr(getattr(reward, "config", None), "_name_or_path", "")
+    if not source:
+        return None
+    fix = "Pass the reward model's tokenizer in reward_processing_classes, or save it beside the model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The tokenizer of the reward model {source!r} cannot be loaded: {reason} {fix}.") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"The reward model {source!r} was saved without a tokenizer, so it could read no text. {fix}.")
+    return tokenizer

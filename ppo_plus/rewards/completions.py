@@ -1,0 +1,115 @@
+"""The contract: what is scored, and what a score may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..data import is_conversational
+
+
+@dataclass
+class Completions:
+    """What is scored: N prompts with their completions, and the other columns of the dataset.
+
+    Attributes:
+        prompts: text or messages, as in the dataset.
+        completions: text, or one assistant message in a list where the prompt is messages.
+        completion_ids: token ids, without padding.
+        columns: further columns of the dataset, by name.
+        context: `trainer_state`, `log_extra` and `log_metric`, handed to functions.
+        prompt_ids: token ids, where that is what the dataset gave; `prompts` are then their text.
+    """
+
+    prompts: list
+    completions: list
+    completion_ids: list[list[int]]
+    columns: dict[str, list] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+    prompt_ids: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> list[str]:
+        """Prompt and completion as one text, through the chat template where they are messages."""
+        return [
+            cast(str, tokenizer.apply_chat_template(prompt + completion, tokenize=False, **chat_template_kwargs))
+            if is_conversational(prompt)
+            else prompt + completion
+            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+        ]
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Question and answer as two texts; of a conversation, what was said before the answer, by lines."""
+        return [
+            ("\n".join(spoken(prompt)), "\n".join(spoken(completion)))
+            if is_conversational(prompt)
+            else (prompt, completion)
+            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+        ]
+
+
+def spoken(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The text of each message that has one; parts that are no text (images) are left out."""
+    contents = [message.get("content") or "" for message in messages]
+    parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
+    return [" ".join(part.get("text") or "" for part in message) for message in parts]
+
+
+# What a reward gives a response: a score, one number per token, or nothing.
+Score = float | list[float] | None
+
+
+class Reward(Protocol):
+    """Scores completions; `None` where a reward does not apply."""
+
+    name: str
+
+    def __call__(self, batch: Completions) -> Sequence[Score]:
+        """One score per completion, or a list of one per token of it; reward units."""
+        ...
+
+
+def checked(scores: Any, batch: Completions, name: str) -> list[Score]:
+    """Scores as a list of finite floats, lists of them, or None; anything else is named with its prompt."""
+    if isinstance(scores, Tensor):
+        scores = scores.tolist()
+    listed = hasattr(scores, "__len__") and getattr(scores, "ndim", 1) > 0
+    if not listed or isinstance(scores, str | bytes | Mapping | Set):
+        raise ValueError(
+            f"The reward function {name!r} returned {scores!r}; it must return a list with one number each."
+        )
+    if len(scores) != len(batch):
+        raise ValueError(f"The reward function {name!r} returned {len(scores)} rewards for {len(batch)} completions.")
+    result: list[Score] = []
+    for row, value in enumerate(scores):
+        per_token = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+        if per_token and len(value) != len(batch.completion_ids[row]):
+            raise ValueError(
+                f"The reward function {name!r} returned {len(value)} numbers for prompt {batch.prompts[row]!r}, whose "
+                f"completion has {len(batch.completion_ids[row])} tokens; return one number, or one per token of "
+                "completion_ids."
+            )
+        numbers = [_finite(v) for v in (value if per_token else [0.0 if value is None else value])]
+        if None in numbers:
+            raise ValueError(
+                f"The reward function {name!r} returned {value!r} for prompt {batch.prompts[row]!r} with completion "
+                f"{batch.completions[row]!r}; return a finite number, or None where the reward does not apply."
+            )
+        finite = cast(list[float], numbers)
+        result.append(None if value is None else finite if per_token else finite[0])
+    return result
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

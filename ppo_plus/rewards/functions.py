@@ -1,0 +1,145 @@
+"""Python functions as rewards, sync or async, with a limit to their time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from typing import Any, cast
+
+import torch
+
+from .completions import Completions, Score, checked
+
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+class FunctionReward:
+    """A Python function, sync or async: `f(prompts=, completions=, completion_ids=, **columns, ...) -> list`.
+
+    Args:
+        function: what to call.
+        name: what metrics and errors call it.
+        timeout: seconds that it may take; None waits for ever.
+    """
+
+    def __init__(self, function: Callable, name: str, timeout: float | None = None) -> None:
+        self.function, self.name, self.timeout = function, name, timeout
+
+    def __call__(self, batch: Completions) -> Sequence[Score]:
+        """Call the function; and wait for it if it is async."""
+        result = self.begin(batch)
+        if inspect.isawaitable(result):
+            (result,) = gathered([(self, result)], batch)
+        return self.finish(result, batch)
+
+    def begin(self, batch: Completions) -> Any:
+        """What the function returns: scores, or an awaitable of them where it is async."""
+        call = functools.partial(
+            self.function,
+            prompts=batch.prompts,
+            completions=batch.completions,
+            completion_ids=batch.completion_ids,
+            **{**batch.columns, **batch.context},
+        )
+        try:
+            return call() if self.timeout is None else within(self.timeout, call)
+        except Unanswered:
+            return self.too_late(batch)
+        except Exception as error:
+            return error
+
+    def finish(self, result: Any, batch: Completions) -> Sequence[Score]:
+        """The scores, checked; an error that the function raised is raised here, with its name."""
+        if isinstance(result, Exception):
+            result.add_note(f"This was raised by the reward function {self.name!r}, given {len(batch)} completions.")
+            raise result
+        return checked(result, batch, self.name)
+
+    def too_late(self, batch: Completions) -> TimeoutError:
+        """The error of a function that did not answer in time."""
+        prompts = ", ".join(repr(prompt)[:80] for prompt in batch.prompts[:3])
+        return TimeoutError(
+            f"The reward function {self.name!r} did not answer within reward_timeout={self.timeout} seconds; it was "
+            f"given {len(batch)} completions, of the prompts {prompts}{', ...' if len(batch) > 3 else ''}. Python "
+            "cannot stop a function, so it may go on in the background until the process ends."
+        )
+
+
+class Unanswered(Exception):
+    """A call that did not return in time."""
+
+
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """Call in a thread of its own, and leave it to itself after some seconds.
+
+    The thread is a daemon: one that never returns does not keep the process from ending.
+
+    Raises:
+        Unanswered: it did not return in time.
+    """
+    outcome: list[tuple[Any, BaseException | None]] = []
+    gradients = torch.is_grad_enabled()  # torch keeps this by thread
+
+    def run() -> None:
+        try:
+            with torch.set_grad_enabled(gradients):
+                outcome.append((call(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="reward function")
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise Unanswered
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def gathered(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) -> list[Any]:
+    """Await what async reward functions returned, all at once; errors stand in the place of results."""
+    answers: dict[int, Any] = {}
+
+    async def wait_for(index: int, reward: FunctionReward, awaitable: Any) -> None:
+        async def answer() -> Any:
+            return await awaitable
+
+        task = asyncio.ensure_future(answer())
+        done, _ = await asyncio.wait([task], timeout=reward.timeout)
+        task.cancel()
+        if done:
+            answers[index] = task.exception() or task.result()
+
+    async def wait_for_all() -> None:
+        await asyncio.gather(*(wait_for(index, *pair) for index, pair in enumerate(waiting)))
+
+    timeouts = [reward.timeout for reward, _ in waiting]
+    # An async function may block its loop, or not let itself be cancelled; a second more than all were given is enough
+    # to know, and the next rollout gets another loop.
+    longest = None if None in timeouts else max(cast(list[float], timeouts)) + 1.0
+    pending = asyncio.run_coroutine_threadsafe(wait_for_all(), event_loop())
+    if not wait([pending], longest).done:
+        event_loop.cache_clear()
+    return [answers.get(index, reward.too_late(batch)) for index, (reward, _) in enumerate(waiting)]
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all async reward functions, in a thread of its own: a notebook's own loop is running already.
+
+    It lives as long as the process, so that a client which a function opened in one rollout serves the next too.
+    """
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        with torch.no_grad():  # torch keeps this by thread, and rewards are never differentiated
+            loop.run_forever()
+
+    threading.Thread(target=run, daemon=True, name="async reward functions").start()
+    return loop

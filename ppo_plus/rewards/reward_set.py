@@ -1,0 +1,114 @@
+"""All rewards of a run: asked together, weighted, summed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import AdapterReward
+from .completions import Completions, Reward, Score
+from .functions import FunctionReward, gathered
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What all rewards of a run say of N completions of at most R tokens, in reward units.
+
+    Attributes:
+        by_function: `(N, F)` float32; the sum where a function scored tokens, NaN where it returned None.
+        per_token: the weighted sum of token-level rewards, `(N, R)` float32.
+        total: weighted sum over functions and tokens, `(N,)` float32; NaN for rows that no function scored.
+    """
+
+    by_function: Tensor
+    per_token: Tensor
+    total: Tensor
+
+
+class RewardSet:
+    """All rewards of a run, weighted.
+
+    Args:
+        rewards: at least one.
+        weights: one each; `None` means 1.
+        on_error: "raise", or "skip" to go on without a reward function that failed, as if it had returned None.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None, on_error: str = "raise") -> None:
+        check_weights(weights, len(rewards))
+        self.on_error = on_error
+        self.rewards = list(rewards)
+        self.weights = torch.tensor(list(weights) if weights is not None else [1.0] * len(rewards))
+
+    @property
+    def names(self) -> list[str]:
+        """Names for metrics, one per reward, distinct."""
+        return [reward.name for reward in self.rewards]
+
+    def __call__(self, batch: Completions) -> Scores:
+        """Score completions: functions in their order, then async ones, which run side by side."""
+        by_reward = self._all_scores(batch)
+        by_function = torch.tensor([[_sum(s) for s in scores] for scores in by_reward], dtype=torch.float32).T
+        per_token = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
+        for weight, scores in zip(self.weights, by_reward, strict=True):
+            for row, score in enumerate(scores):
+                if isinstance(score, list):
+                    per_token[row, : len(score)] += weight * torch.tensor(score)
+        unscored = by_function.isnan().all(1)
+        if unscored.any():
+            row = int(unscored.nonzero()[0])
+            warnings.warn(
+                f"Every reward function returned None for {int(unscored.sum())} of {len(batch)} responses, which "
+                f"are left out of learning; the first has prompt {batch.prompts[row]!r}.",
+                stacklevel=2,
+            )
+        total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
+        return Scores(by_function, per_token, total)
+
+    def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor] | None:
+        """The weighted sum of what reward adapters say of each sequence as far as each of its tokens.
+
+        None where there is no reward adapter. Other rewards can only be asked at the end.
+        """
+        adapters = [
+            (weight, r) for weight, r in zip(self.weights, self.rewards, strict=True) if isinstance(r, AdapterReward)
+        ]
+        by_adapter = [[weight * scores for scores in r.prefix_scores(sequences)] for weight, r in adapters]
+        return [sum(scores[1:], scores[0]) for scores in zip(*by_adapter, strict=True)] if adapters else None
+
+    def _all_scores(self, batch: Completions) -> list[Sequence[Score]]:
+        functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
+        begun = {reward.name: reward.begin(batch) for reward in functions}
+        waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
+        if waiting:  # together: what they wait for, they wait for at the same time
+            answers = gathered(waiting, batch)
+            begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
+        return [self._scores(reward, batch, begun) for reward in self.rewards]
+
+    def _scores(self, reward: Reward, batch: Completions, begun: dict[str, Any]) -> Sequence[Score]:
+        try:
+            return reward.finish(begun[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            warnings.warn(f"{reward.name!r} is left out of this rollout: {type(error).__name__}: {error}", stacklevel=3)
+            return [None] * len(batch)
+
+
+def _sum(score: Score) -> float:
+    if score is None:
+        return math.nan
+    return math.fsum(score) if isinstance(score, list) else score
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> None:
+    """Refuse weights that are not one per reward function."""
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {count} reward functions; give one each.")
