@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import make_prompts, make_trainer
 
-from ppo_plus import PPOCallback, PPOProgressCallback
+from ppo_plus import PPOCallback, PPOProgressCallback, progress
 from ppo_plus.collector import Tally, in_chunks
 
 PHASES = ["generating", "scoring", "log-probabilities", "reference", "learning"]
@@ -108,6 +108,36 @@ def test_it_is_trainers_own_bar_that_is_replaced_and_nobody_elses(tmp_path):
     trainer = make_trainer(tmp_path, config={"disable_tqdm": False}, callbacks=[mine])
     bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, transformers.ProgressCallback)]
     assert [type(bar) for bar in bars] == [Mine, PPOProgressCallback]
+
+
+def test_speed_is_over_the_whole_phase_and_the_bar_changes_no_more_often_than_it_may(monkeypatch):
+    now, texts = [100.0], []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    state = types.SimpleNamespace(global_step=0, max_steps=8, is_world_process_zero=False)
+    args = types.SimpleNamespace(num_mini_batches=2, steps_per_rollout=4)
+    callback = PPOProgressCallback()
+    callback.on_train_begin(args, state, None)
+    callback.training_bar = types.SimpleNamespace(
+        disable=False, mininterval=1.0, set_description_str=texts.append, update=lambda steps: None
+    )
+    for done, seconds in ((0, 0.0), (1, 0.6), (2, 0.6), (3, 0.6), (4, 0.1)):
+        now[0] += seconds
+        callback.on_rollout_progress(args, state, None, "generating", done, 4, 120 * done)
+    # 1 and 3 come less than a second after what is shown; the end is always shown.
+    assert texts == ["generating 0/4", "generating 2/4, 200 tokens/s", "generating 4/4, 253 tokens/s"]
+    mask = torch.ones(4, 400, dtype=torch.bool)
+    callback.on_rollout_end(args, state, None, types.SimpleNamespace(mask=mask), None, {})
+    texts.clear()
+    for seconds in (2.0, 6.0):
+        callback.on_step_begin(args, state, None)
+        now[0] += seconds
+        state.global_step += 1
+        callback.on_step_end(args, state, None)
+    # 1600 tokens are learned from in two steps: 800 in 2 seconds, then 1600 in 8.
+    assert texts == ["learning 0/4", "learning 1/4, 400 tokens/s", "learning 2/4, 200 tokens/s"]
+    callback.on_rollout_progress(args, state, None, "generating", 4, 4, 0)  # an evaluation in the midst of a rollout
+    callback.on_step_begin(args, state, None)
+    assert texts[-1] == "learning 2/4"
 
 
 def test_evaluation_is_shown_and_learning_goes_on_after_it(tmp_path, capsys):
