@@ -158,7 +158,8 @@ class Peaks:
     def __init__(self, cap: int) -> None:
         import torch
 
-        from ppo_plus.memory import CUDA_CONTEXT, GIB, Ledger
+        from ppo_plus.memory import Ledger
+        from ppo_plus.memory.planning import CUDA_CONTEXT, GIB
 
         self.cuda, self.ledger, self.phases = torch.cuda.is_available(), Ledger(), {}
         if self.cuda:

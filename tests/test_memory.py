@@ -22,9 +22,13 @@ from transformers import (
 )
 
 from ppo_plus import logits as logits_module
-from ppo_plus import memory, modeling
+from ppo_plus import modeling
 from ppo_plus.loading import CriticSource, build_actor_critic
-from ppo_plus.memory import GIB, DryRun, LayeredRun, Ledger, Setup, causal, fewer_layers, plan, predict
+from ppo_plus.memory import DryRun, Ledger, Setup, plan, planning
+from ppo_plus.memory.__main__ import main
+from ppo_plus.memory.dry_run import causal
+from ppo_plus.memory.layers import LayeredRun, fewer_layers, predict
+from ppo_plus.memory.planning import GIB, table
 
 SIZES = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
@@ -273,7 +277,7 @@ def test_a_critic_of_its_own_is_a_second_model_and_trained_whole(checkpointing):
 
 
 def test_the_proposal_fits_and_twice_as_much_would_not(monkeypatch):
-    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0)
+    monkeypatch.setattr(planning, "CUDA_CONTEXT", 0)
     found = plan(CONFIGS["llama"], setup(rollout_batch_size=16), 8 / 1024)
     generate, score, learn = found.phases
     assert found.fits and 1 < learn.rows < 8
@@ -286,7 +290,7 @@ def test_the_proposal_fits_and_twice_as_much_would_not(monkeypatch):
 
 
 def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "CUDA_CONTEXT", 0)
+    monkeypatch.setattr(planning, "CUDA_CONTEXT", 0)
     CONFIGS["llama"].save_pretrained(tmp_path)
     command = [
         "--model",
@@ -298,13 +302,13 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkey
         "--rollout-batch-size",
         "4",
     ]
-    assert memory.main([*command, "--vram", "0.002", "--quantization", "fp32"]) == 1
+    assert main([*command, "--vram", "0.002", "--quantization", "fp32"]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "quantization='nf4'" in out and "activation_checkpointing" in out
-    assert memory.main([*command, "--vram", "0.004", "--critic", "separate", "--value-model", str(tmp_path)]) == 1
+    assert main([*command, "--vram", "0.004", "--critic", "separate", "--value-model", str(tmp_path)]) == 1
     assert "critic='shared'" in capsys.readouterr().out
     command[1] = str(tmp_path / "config.json")  # the file serves as well as its folder
-    assert memory.main([*command, "--vram", "1", "--json", "--activation-checkpointing"]) == 0
+    assert main([*command, "--vram", "1", "--json", "--activation-checkpointing"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["setup"]["activation_checkpointing"] and found["sizes"]["num_mini_batches"] == 2
     assert found["phases"]["learn"]["rows"] == found["sizes"]["per_device_train_batch_size"] == 2
@@ -312,7 +316,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkey
 
 def test_the_table_ends_in_the_sizes():
     found = plan(CONFIGS["llama"], setup(rollout_batch_size=4), 1)
-    lines = memory.table(found).splitlines()
+    lines = table(found).splitlines()
     sizes = "per_device_train_batch_size=2, gradient_accumulation_steps=1, num_mini_batches=2"
     assert lines[-1].startswith(f"PPOConfig({sizes}")
     together = next(line for line in lines if line.startswith("together"))
@@ -339,7 +343,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path, capsys):
     T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=50).save_pretrained(tmp_path)
     for model in (str(tmp_path), str(tmp_path / "nothing")):
         with pytest.raises(SystemExit) as stop:
-            memory.main(["--model", model, "--vram", "8"])
+            main(["--model", model, "--vram", "8"])
         assert stop.value.code == 2
         assert "error:" in capsys.readouterr().err
 
