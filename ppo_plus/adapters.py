@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from .lora import use_plain_lora
 from .rollout import readable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward adapter, beside it
 LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
 HEADS = ("score", "classifier")  # PEFT adds both to what an adapter of a sequence classifier saves
 REFUSED = {
@@ -87,6 +90,46 @@ def weights_as(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
         ".".join(other if part == adapter else part for part in name.split(".")): tensor.detach().clone()
         for name, tensor in own.items()
     }
+
+
+def adapter_folder(model: Any) -> Path | None:
+    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name."""
+    if not isinstance(model, str | Path):
+        return None
+    local = Path(model)
+    if (local / CONFIG_NAME).is_file():
+        if not (local / WEIGHTS_FILE).is_file():
+            raise ValueError(f"{model} has an {CONFIG_NAME} but no {WEIGHTS_FILE}: no weights.")
+        return local
+    if local.exists():
+        return None
+    try:
+        for file in (CONFIG_NAME, WEIGHTS_FILE):
+            found = hf_hub_download(str(model), file)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return None
+    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):
+        hf_hub_download(str(model), REWARD_FILE)  # an adapter that was trained elsewhere says nothing about itself
+    return Path(found).parent
+
+
+def check_no_adapter(model: Any, fix: str) -> None:
+    """Refuse the name of an adapter, and a model into which transformers has put one: PEFT would put another over it.
+
+    Args:
+        model: a name or a model.
+        fix: what to pass instead, a sentence.
+
+    Raises:
+        ValueError: there is an adapter, and nothing of it would be left in the model that is trained.
+    """
+    if adapter_folder(model) is not None:
+        what = f"model={str(model)!r} is an adapter, and a new one would take its place"
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        what = "transformers has put an adapter into this model, frozen, and a new one would take its place"
+    else:
+        return
+    raise ValueError(f"{what}: what it has learned would be lost without a word. {fix}")
 
 
 def check_base_is_frozen(policy: PeftModel) -> None:

@@ -9,10 +9,20 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from .adapters import check_base_is_frozen, check_own_weights, mount, same_requires_grad, set_trained, weights_as
+from .adapters import (
+    adapter_folder,
+    check_base_is_frozen,
+    check_own_weights,
+    mount,
+    same_requires_grad,
+    set_trained,
+    weights_as,
+)
 from .config import PPOConfig
 from .modeling import (
     CRITIC_ADAPTER,
@@ -23,9 +33,37 @@ from .modeling import (
     check_architecture,
     unwrapped,
 )
-from .rewards.adapters import adapter_folder
 from .rewards.classifiers import load_classifier
 from .rollout import isolated_rng, position_seed
+
+
+def model_name(model: Any) -> str:
+    """Where a model came from."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        raise ValueError("This model does not say where it came from: pass its tokenizer as processing_class.")
+    return name
+
+
+def base_name(model: str) -> str:
+    """The name of the base where `model` is that of an adapter, else the name as it is."""
+    folder = adapter_folder(model)
+    if folder is None:
+        return model
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"model={model!r} is an adapter that does not say what its base is: put base_model_name_or_path into its "
+            f"{CONFIG_NAME}, or pass PeftModel.from_pretrained(base, name, is_trainable=True)."
+        )
+    return cast(str, base)
+
+
+def load_tokenizer(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model was saved with; of an adapter that was saved without one, its base's."""
+    name = model_name(model)
+    own = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(name if own else base_name(name), trust_remote_code=trust_remote_code)
 
 
 def load_policy(
@@ -37,6 +75,8 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """The policy from a name or a model: loaded, adapted, and with a frozen `ref` copy of an adapter it came with.
 
+    The name may be that of an adapter, which then is loaded onto its base.
+
     Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
     """
     if peft_config is not None and peft_config.is_prompt_learning:
@@ -45,14 +85,17 @@ def load_policy(
             "LoraConfig."
         )
     if isinstance(model, str):
+        folder = adapter_folder(model)
         kwargs = {
             "trust_remote_code": False,
-            "dtype": "auto" if peft_config is not None else torch.float32,
+            "dtype": "auto" if peft_config is not None or folder is not None else torch.float32,
             **(model_init_kwargs or {}),
         }
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(base_name(model), **kwargs)
+        if folder is not None:
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     elif quantization_config is not None or model_init_kwargs:
         raise ValueError(
             "quantization_config and model_init_kwargs apply to a model that is loaded by name; this model is "

@@ -20,12 +20,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import RewardTrainer as TRLRewardTrainer
 
-from .adapters import check_own_weights
+from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
 from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
 from .lora import use_plain_lora
 from .norms import use_lean_norms
-from .rewards.adapters import REWARD_FILE, template_hash
+from .rewards.adapters import template_hash
+
+STARTS = (
+    "Pass the name of its base for a new reward adapter; to start from the adapter's weights, merge them into the base "
+    "(merge_and_unload) and save that; to train the adapter further, pass "
+    "PeftModel.from_pretrained(base, name, is_trainable=True)."
+)
 
 
 class RewardTrainer(HubMixin, TRLRewardTrainer):
@@ -54,6 +60,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         args = args if args is not None else RewardConfig(output_dir="reward_model")
         refuse_sharding(args)
         check_own_weights(peft_config, "peft_config")
+        check_no_adapter(model, STARTS)
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = TaskType.SEQ_CLS

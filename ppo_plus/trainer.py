@@ -31,7 +31,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -56,7 +55,7 @@ from .config import PPOConfig
 from .data import Row, check_padding, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
 from .evaluation import EvaluationMixin, WinRate
 from .legacy import with_named_adapters
-from .loading import build_actor_critic, critic_source, load_policy
+from .loading import build_actor_critic, critic_source, load_policy, load_tokenizer
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
 from .out_of_memory import added_gradients, in_chunks, named_memory_error
@@ -74,7 +73,6 @@ from .validation import (
     check_optimizers,
     check_rewards,
     check_stop_token,
-    model_name,
     named_datasets,
 )
 
@@ -83,7 +81,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     """Proximal policy optimization (Schulman et al. 2017) of a language model against a reward.
 
     Args:
-        model: the policy: a name, a causal language model, or a `PeftModel` whose adapter is trained further.
+        model: the policy: the name of a causal language model, or such a model; or the name of an adapter, or a
+            `PeftModel`, whose adapter is trained further and is the reference as it came.
         reward_funcs: a reward function, a sequence classifier (instance or name), the folder of a reward adapter
             on the same base, or a list of these.
         args: hyper-parameters.
@@ -139,7 +138,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
         check_rewards(args, reward_funcs, reward_processing_classes, column_names(train_dataset))
         trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model_name(model), trust_remote_code=trusted)
+        tokenizer = processing_class or load_tokenizer(model, trusted)
         check_tokenizer(tokenizer)
         check_stop_token(args, tokenizer)
         check_models(model, ref_model, value_model, tokenizer)

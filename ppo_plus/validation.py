@@ -7,26 +7,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import check_own_weights, check_reward_adapter
+from .adapters import adapter_folder, check_no_adapter, check_own_weights, check_reward_adapter
 from .config import PPOConfig, refuse_sharding
-from .rewards.adapters import adapter_folder, check_same_base
+from .loading import base_name
+from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
 from .rewards.classifiers import own_tokenizer
 from .rewards.reward_set import check_weights
 
 REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
-
-
-def model_name(model: Any) -> str:
-    """Where a model came from."""
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    if not name:
-        raise ValueError("This model does not say where it came from: pass its tokenizer as processing_class.")
-    return name
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
@@ -140,7 +133,7 @@ def check_reads_tokens(name: str, model: Any, tokenizer: PreTrainedTokenizerBase
 
 def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: Any, value_model: Any) -> None:
     """Refuse adapters that train their base, or that were not trained as reward models of this base."""
-    check_own_weights(peft_config, "peft_config")
+    actors = actors_adapter(model, peft_config)
     config = getattr(model, "config", None)
     for path in [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]:
         folder = adapter_folder(path)
@@ -148,12 +141,31 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
             continue
         if config is None:
             options = {k: v for k, v in cast(dict, args.model_init_kwargs or {}).items() if k in REMOTE}
-            config = AutoConfig.from_pretrained(model, **options)
+            config = AutoConfig.from_pretrained(base_name(model), **options)
         check_same_base(folder, config._name_or_path)
-        check_same_kind(folder, peft_config or getattr(model, "peft_config", {}).get("default"))
+        check_same_kind(folder, actors)
         check_reward_adapter(folder, config.get_text_config().hidden_size)
-    if args.critic == "adapter" and peft_config is None and not hasattr(model, "peft_config"):
+    if args.critic == "adapter" and actors is None:
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
+
+
+def actors_adapter(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The configuration of the adapter that is trained: a new one, or the one that the model is or has; else None."""
+    folder = adapter_folder(model)
+    if folder is None or peft_config is not None:
+        check_no_adapter(
+            model,
+            "Leave peft_config out and pass the adapter, by its name or as PeftModel.from_pretrained(base, name, "
+            "is_trainable=True), to go on training it, with what it is now as the reference; or merge it into its base "
+            "(merge_and_unload), save that, and train a new one on it.",
+        )
+        check_own_weights(peft_config, "peft_config")
+        return peft_config or getattr(model, "peft_config", {}).get("default")
+    config = PeftConfig.from_pretrained(str(folder))
+    check_own_weights(config, f"The adapter in {folder}")
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(f"model={model!r} is an adapter for {config.task_type}; a policy needs one for CAUSAL_LM.")
+    return config
 
 
 def check_same_kind(folder: Path, actors: PeftConfig | None) -> None:

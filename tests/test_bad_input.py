@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from peft import KasaConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BitsAndBytesConfig,
@@ -92,6 +93,26 @@ def unfrozen_embeddings():
     model = get_peft_model(make_model(), lora())
     model.get_input_embeddings().requires_grad_(True)
     return model
+
+
+def adapter_as_model(says: str, *, new: bool = False, base: str | None = NO_WEIGHTS, **options) -> Case:
+    """The folder of an adapter as the policy, and perhaps a new one beside it."""
+
+    def act(tmp_path, _):
+        folder = tmp_path / "sft"
+        get_peft_model(make_model(), lora(**options)).save_pretrained(folder)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+        return make_trainer(tmp_path, model=str(folder), peft_config=lora() if new else None)
+
+    return Case(act, says, early=True)
+
+
+def adapter_inside(tmp_path, _):
+    make_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, lora()).save_pretrained(tmp_path / "sft")
+    return make_trainer(tmp_path, model=AutoModelForCausalLM.from_pretrained(tmp_path / "sft"))
 
 
 def with_model(says: str, *, error: type[Exception] = ValueError, args=None, **make: Callable) -> Case:
@@ -528,6 +549,13 @@ CASES = {
         "All weights of the model are frozen, so nothing would be learned: pass peft_config",
         model=lambda: make_model().requires_grad_(False),
         peft_config=lambda: None,
+    ),
+    "an adapter under a new one": adapter_as_model("sft' is an adapter.*lost.*Leave peft_config out", new=True),
+    "an adapter that trains its base": adapter_as_model("bias='all'", bias="all"),
+    "an adapter for another task": adapter_as_model("is an adapter for SEQ_CLS; a policy", task_type="SEQ_CLS"),
+    "an adapter of no base": adapter_as_model("does not say what its base is: put base_model_name", base=None),
+    "an adapter without its wrapper": Case(
+        adapter_inside, "transformers has put an adapter.*PeftModel.from_pretrained"
     ),
     "a model without a head": with_model(
         "LlamaModel has no language-model head", model=lambda: LlamaModel(make_model().config)

@@ -12,7 +12,7 @@ import torch
 from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import IA3Config, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.rewards import Completions
@@ -153,6 +153,17 @@ def test_a_reward_adapter_of_another_kind_than_the_actors_is_refused(base, rewar
     model, peft_config = (get_peft_model(make_model(), kind), None) if continued else (str(base), kind)
     with pytest.raises(ValueError, match="reward-adapter is of kind LORA, the actor's of IA3.*one kind only"):
         make_trainer(tmp_path, model=model, peft_config=peft_config, reward_funcs=str(reward_adapter[0]))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["name", "model"])
+def test_a_reward_model_is_not_put_over_an_adapter(base, tmp_path, inside):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora()).save_pretrained(tmp_path / "sft")
+    model = str(tmp_path / "sft")
+    if inside:
+        model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    says = "transformers has put an adapter into this model" if inside else "sft' is an adapter"
+    with pytest.raises(ValueError, match=f"{says}.*would be lost without a word. Pass the name of its base"):
+        RewardTrainer(model, RewardConfig(str(tmp_path)), peft_config=lora())
 
 
 def test_another_chat_template_is_named(base, reward_adapter, tmp_path):

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
 from ppo_plus.legacy import TRLFields
+from ppo_plus.loading import load_tokenizer
 
 # One step costs least like this: a rollout of 4 short responses, 4 steps each.
 QUICK = {"gradient_accumulation_steps": 1, "response_length": 6, "max_steps": 8, "temperature": 1.0}
@@ -1065,22 +1066,59 @@ def test_the_whole_model_is_trained_without_an_adapter(tmp_path):
     assert len(recorder.rollouts) == 2
 
 
-def test_an_adapter_is_continued_against_itself(tmp_path):
+def sft_adapter(base, folder, **tokenizer):
+    """An adapter on a saved base, far from it, in a folder with a tokenizer."""
     torch.manual_seed(0)
-    sft = get_peft_model(one_layer(), lora())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
     with torch.no_grad():
-        for name, parameter in sft.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    trainer, recorder = recorded(tmp_path, model=sft, peft_config=None)
+    model.save_pretrained(folder)
+    make_tokenizer(**tokenizer).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["PeftModel", "name"])
+def test_an_adapter_is_continued_against_itself(tmp_path, base, by_name):
+    sft = sft_adapter(base, tmp_path / "sft")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        start = sft(ids).logits
+    model, tokenizer = (str(tmp_path / "sft"), None) if by_name else (sft, make_tokenizer())
+    trainer, recorder = recorded(tmp_path / "out", model=model, peft_config=None, processing_class=tokenizer)
     trainer.train()
     first, second = (rollout for _, rollout in recorder.rollouts)
     assert torch.equal(first.logprobs, first.ref_logprobs)
     assert (second.logprobs - second.ref_logprobs).abs().max() > 1e-2
     assert all(".default." in n or n.startswith("value_head") for n in weights_of(trainer))
+    policy = trainer.model.eval().policy
+    with torch.no_grad(), trainer.model.reference():
+        assert torch.allclose(policy(ids).logits, start, atol=1e-6)
     trainer.save_model()
-    assert not (tmp_path / "ref").exists()
-    assert AutoPeftModelForCausalLM is not None
+    assert not (tmp_path / "out" / "ref").exists()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, policy(ids).logits, atol=1e-6)
+        assert (loaded(ids).logits - start).abs().max() > 1e-2
+
+
+def test_an_adapter_by_name_takes_what_a_model_by_name_takes(tmp_path, base):
+    sft_adapter(base, tmp_path / "sft")
+    loaded = {"dtype": "bfloat16"}
+    trainer = by_name(tmp_path, tmp_path / "sft", peft_config=None, config={**QUICK, "model_init_kwargs": loaded})
+    assert trainer.model.language_model.dtype == torch.bfloat16
+    assert {p.dtype for p in trainer.model.actor_parameters()} == {torch.float32}
+
+
+def test_the_tokenizer_of_an_adapter_is_its_own_or_that_of_its_base(tmp_path, base):
+    folder = tmp_path / "sft"
+    sft_adapter(base, folder, chat_template=CHAT_TEMPLATE)
+    assert load_tokenizer(str(folder), False).chat_template == CHAT_TEMPLATE
+    for file in folder.glob("*token*"):
+        file.unlink()
+    alone = load_tokenizer(str(folder), False)
+    assert alone.chat_template is None and alone("abc")["input_ids"] == make_tokenizer()("abc")["input_ids"]
 
 
 def test_training_can_go_on_with_a_second_call(tmp_path):

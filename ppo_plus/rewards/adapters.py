@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
@@ -11,22 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters import WEIGHTS_FILE
+from ..adapters import REWARD_FILE
 from ..data import is_conversational, left_pad, pad_id, unpadded
 from ..modeling import ActorCritic, at_last_token
 from ..out_of_memory import in_chunks
 from ..rollout import readable
 from .completions import Completions, Score, checked
 from .reading import Reader, in_batches
-
-REWARD_FILE = "reward_model.json"
 
 
 class AdapterReward:
@@ -110,27 +105,6 @@ class AdapterReward:
         # The last EOS and what a chat template puts behind it were not sampled, or end what was.
         ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
         return tuple(ids[: ends[-1]] if ends else ids)
-
-
-def adapter_folder(model: Any) -> Path | None:
-    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name."""
-    if not isinstance(model, str | Path):
-        return None
-    local = Path(model)
-    if (local / CONFIG_NAME).is_file():
-        if not (local / WEIGHTS_FILE).is_file():
-            raise ValueError(f"{model} has an {CONFIG_NAME} but no {WEIGHTS_FILE}: no weights.")
-        return local
-    if local.exists():
-        return None
-    try:
-        for file in (CONFIG_NAME, WEIGHTS_FILE):
-            found = hf_hub_download(str(model), file)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-        return None
-    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):
-        hf_hub_download(str(model), REWARD_FILE)  # an adapter that was trained elsewhere says nothing about itself
-    return Path(found).parent
 
 
 def check_same_base(path: Path, base: str) -> None:

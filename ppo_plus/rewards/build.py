@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..adapters import adapter_folder
 from ..modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, place
-from .adapters import AdapterReward, adapter_folder
+from .adapters import AdapterReward
 from .classifiers import ClassifierReward, load_classifier, own_tokenizer
 from .completions import Reward
 from .functions import REWARD_ARGUMENTS, FunctionReward
