@@ -6,13 +6,19 @@ import json
 import math
 import random
 import shutil
+import warnings
 
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import IA3Config, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForSequenceClassification,
+)
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.rewards import Completions
@@ -174,6 +180,38 @@ def test_another_chat_template_is_named(base, reward_adapter, tmp_path):
         make_trainer(
             tmp_path, model=str(base), reward_funcs=str(folder), processing_class=make_tokenizer(CHAT_TEMPLATE)
         )
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
+INT8 = {**NF4, "load_in_4bit": False, "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "says"),
+    [
+        (None, None, None),
+        (NF4, None, "that is nf4, the actor's is not quantized"),
+        (INT8, None, "that is int8, the actor's is not quantized"),
+        (None, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "that is not quantized, the actor's is nf4"),
+        (INT8, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "that is int8, the actor's is nf4"),
+        (NF4, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, None),
+        ("unknown", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, None),
+    ],
+    ids=["alike", "nf4", "int8", "actor nf4", "both, otherwise", "both", "trained elsewhere"],
+)
+def test_a_base_that_was_quantized_otherwise_is_named(base, reward_adapter, tmp_path, there, here, says):
+    folder = shutil.copytree(reward_adapter[0], tmp_path / "scorer")
+    info = json.loads((folder / "reward_model.json").read_text())
+    info.pop("quantization")
+    (folder / "reward_model.json").write_text(
+        json.dumps(info if there == "unknown" else {**info, "quantization": there})
+    )
+    quantization = None if here is None else BitsAndBytesConfig(**here)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, model=str(base), reward_funcs=str(folder), quantization_config=quantization)
+    named = [str(w.message) for w in caught if "was trained on a base" in str(w.message)]
+    assert len(named) == (says is not None) and all(says in message for message in named)
 
 
 def test_an_adapter_folder_without_weights_is_named(tmp_path, reward_adapter):

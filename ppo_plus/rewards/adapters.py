@@ -13,7 +13,8 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import REWARD_FILE
 from ..data import is_conversational, left_pad, pad_id, unpadded
@@ -39,6 +40,7 @@ class AdapterReward:
     ) -> None:
         self.info = reward_description(path)
         check_same_template(path, self.info, tokenizer)
+        check_same_precision(path, self.info, model.config)
         self.head = model.mount_reward(name, path)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
@@ -138,6 +140,28 @@ def check_same_template(path: Path, info: dict[str, Any], tokenizer: PreTrainedT
             f"tokenizer has {str(template_hash(tokenizer))[:12]}; conversations would be scored in another form.",
             stacklevel=2,
         )
+
+
+def check_same_precision(path: Path, info: dict[str, Any], config: PretrainedConfig) -> None:
+    """Name both sides where a reward adapter was trained on a base that is quantized otherwise than the actor's."""
+    given = getattr(config, "quantization_config", None)
+    here = quantization_name(given.to_dict() if isinstance(given, QuantizationConfigMixin) else given)
+    there = quantization_name(info.get("quantization"))
+    if "quantization" in info and here != there:
+        warnings.warn(
+            f"The reward adapter in {path} was trained on a base that is {there}, the actor's is {here}: its scores "
+            "are not those that it was trained and calibrated with. Load both bases the same way.",
+            stacklevel=2,
+        )
+
+
+def quantization_name(config: dict[str, Any] | None) -> str:
+    """What a quantization makes of the weights, in a word or two."""
+    if not config:
+        return "not quantized"
+    if config.get("load_in_4bit"):
+        return cast(str, config["bnb_4bit_quant_type"])
+    return "int8" if config.get("load_in_8bit") else str(config.get("quant_method"))
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
