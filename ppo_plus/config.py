@@ -87,7 +87,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
 
     # Sampling
     response_length: int = _field(53, "Longest response, in tokens.")
-    max_prompt_length: int | None = _field(None, "Keep only this many last tokens of a prompt; None keeps all.")
+    max_prompt_length: int | None = _field(
+        None, "Keep only so many last tokens of a prompt, after its BOS; None keeps all."
+    )
     temperature: float = _field(0.7, "Sampling temperature; divides the scored logits too.")
     top_p: float = _field(1.0, "Nucleus sampling; below 1 the sampled distribution is not the scored one.")
     top_k: int = _field(0, "Sample among the k likeliest tokens; 0 turns it off.")

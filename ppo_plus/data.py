@@ -71,7 +71,7 @@ def tokenize_prompts(
         dataset: has a column `prompt` (text or messages) or, as TRL 1.12 took it, `input_ids`. A stream is tokenized
             as it is read. A column `tools` goes to the chat template with messages.
         tokenizer: applied to text as it is; messages go through its chat template first.
-        max_prompt_length: keep only the last tokens of longer prompts.
+        max_prompt_length: keep only the last tokens of longer prompts, behind the BOS that they begin with.
         chat_template_kwargs: passed to `apply_chat_template`.
         name: how errors call the dataset.
 
@@ -95,11 +95,18 @@ def tokenize_prompts(
             ids = _given_ids(row, tokenizer, where)
         if not ids:
             raise ValueError(f"{where} has no tokens: the tokenizer drops every character of it. Filter such rows out.")
-        return {"input_ids": ids[-max_prompt_length:] if max_prompt_length else ids}
+        return {"input_ids": _shortened(ids, max_prompt_length, tokenizer.bos_token_id)}
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(encode, with_indices=True)
     return dataset.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
+
+
+def _shortened(ids: list[int], longest: int | None, bos: int | None) -> list[int]:
+    if longest is None or len(ids) <= longest:
+        return ids
+    first = ids[:1] if ids[0] == bos and longest > 1 else []
+    return first + ids[len(ids) - longest + len(first) :]
 
 
 def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where} is empty; drop such rows with dataset.filter.")
-        return tokenizer(prompt)["input_ids"]
+        return _without_end(tokenizer(prompt)["input_ids"], prompt, tokenizer)
     if not is_conversational(prompt):
         raise ValueError(
             f"{where} is {_short(prompt)}; a prompt is text, or a list of messages such as "
@@ -133,6 +140,15 @@ def encode_prompt(
         return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **kwargs)["input_ids"]
     except Exception as error:
         raise ValueError(f"{where}: the chat template does not take {_short(prompt)}: {error}") from error
+
+
+def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids without an EOS that the tokenizer put behind the text (`add_eos_token`): no answer could follow it."""
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        return ids
+    as_written = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ends = ids[-len(as_written) - 1 :] == [*as_written, tokenizer.eos_token_id]
+    return ids[:-1] if ends else ids
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from datasets import Dataset
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from ppo_plus.data import (
@@ -57,6 +58,24 @@ def test_text_is_tokenized_as_it_is(tokenizer):
     assert encode_prompt("a cab", tokenizer, {}) == [4, 30, 6, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        ("<bos> $A <eos>", "abc", [1, 4, 5, 6]),
+        ("$A <eos>", "abc", [4, 5, 6]),
+        ("<bos> $A <eos>", "abc<eos>", [1, 4, 5, 6, 2]),  # as written
+        ("<bos> $A", "abc<eos>", [1, 4, 5, 6, 2]),
+        ("<bos> $A", "abc", [1, 4, 5, 6]),
+    ],
+)
+def test_no_prompt_ends_in_an_eos_that_the_tokenizer_put_there(template, text, expected):
+    tokenizer = make_tokenizer()
+    tokens = [("<bos>", 1), ("<eos>", 2)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    assert (tokenizer(text)["input_ids"] == expected) == ("<eos>" not in template)  # it does put it there
+    assert encode_prompt(text, tokenizer, {}) == expected
+
+
 def test_messages_go_through_the_template_and_ask_for_an_answer(chat_tokenizer):
     expected = [*ids("<|user|>hi"), 2, *ids("<|assistant|>")]
     assert encode_prompt([USER], chat_tokenizer, {}) == expected
@@ -97,6 +116,15 @@ def test_ids_made_elsewhere_lose_their_padding_by_the_mask_and_not_by_the_id(tok
 def test_only_the_last_tokens_of_a_long_prompt_are_kept(tokenizer, longest, expected):
     rows = Dataset.from_dict({"prompt": ["abcde"]})
     assert tokenize_prompts(rows, tokenizer, max_prompt_length=longest)["input_ids"][:] == [ids(expected)]
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(6, "<bos>abcde"), (5, "<bos>bcde"), (2, "<bos>e"), (1, "e")])
+def test_the_bos_of_a_long_prompt_is_kept_before_its_last_tokens(tokenizer, longest, expected):
+    rows = Dataset.from_dict({"prompt": ["<bos>abcde"], "more": [1]})
+    made_elsewhere = Dataset.from_dict({"input_ids": [[1, *ids("abcde")]]})
+    for dataset in (rows, made_elsewhere):
+        (found,) = tokenize_prompts(dataset, tokenizer, max_prompt_length=longest)["input_ids"][:]
+        assert found == tokenizer(expected)["input_ids"] and len(found) == longest
 
 
 def test_the_row_of_a_mistake_is_named_with_its_dataset(tokenizer):
