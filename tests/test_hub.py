@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import yaml
 from conftest import make_model, make_tokenizer, make_trainer
 from hub_server import Hub
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 
 from ppo_plus import PPOTrainer
 from ppo_plus.card import curves_svg
-from ppo_plus.hub import without_tokens
+from ppo_plus.hub import HubMixin, without_tokens
 
 TESTS = Path(__file__).parent
 SECRET = "hf_thisisasecretthatmustnotbeseen"
@@ -64,6 +66,7 @@ torch.save(reward.model.eval()(**inputs).logits.detach(), "reward.pt")
 
 PULL = """
 import sys
+import types
 sys.path.insert(0, {tests!r})
 import torch
 from conftest import *
@@ -234,3 +237,84 @@ def test_the_hooks_take_what_trainer_passes(name):
     assert [*ours][: len(theirs)] == [*theirs]
     assert getattr(PPOTrainer, name) is not getattr(Trainer, name)
     assert PPOTrainer.push_to_hub is Trainer.push_to_hub
+
+
+class Job:
+    """An upload that is done when the test says so."""
+
+    def __init__(self, folder, path_in_repo):
+        self.what, self.ended = path_in_repo or Path(folder).name, False
+
+    def done(self):
+        return self.ended
+
+
+class Pusher(HubMixin):
+    """What `_push_from_checkpoint` needs of a trainer; uploads are kept and not made."""
+
+    def __init__(self, strategy="every_save", *, always=False, limit=None, main=True):
+        self.calls, self.jobs = [], []
+        self.args = types.SimpleNamespace(
+            hub_strategy=HubStrategy(strategy), hub_always_push=always, save_total_limit=limit, output_dir="out"
+        )
+        self.accelerator = types.SimpleNamespace(
+            is_main_process=main, wait_for_everyone=lambda: self.calls.append("wait")
+        )
+        self.state, self.control = types.SimpleNamespace(global_step=0), None
+        self.callback_handler = types.SimpleNamespace(on_push_begin=lambda *args: self.calls.append("begin"))
+        self.hub_model_id, self.push_in_progress = "me/model", None
+
+    def _save(self, directory):
+        self.calls.append("save")
+
+    def create_model_card(self, model_name):
+        self.calls.append(model_name)
+
+    def _finish_current_push(self):
+        self.calls.append("finish")
+
+    def _upload(self, folder, message, path_in_repo=None, ignore_patterns=None):
+        self.jobs.append(Job(folder, path_in_repo))
+        return self.jobs[-1]
+
+    def push(self):
+        self._push_from_checkpoint("out/checkpoint-2")
+        return [job.what for job in self.jobs]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "uploads"),
+    [
+        ("end", []),
+        ("every_save", ["out"]),
+        ("checkpoint", ["out", "last-checkpoint"]),
+        ("all_checkpoints", ["out", "checkpoint-2"]),
+    ],
+)
+def test_each_strategy_uploads_what_it_says(strategy, uploads):
+    pusher = Pusher(strategy)
+    assert pusher.push() == uploads
+    assert pusher.calls == ["wait", *(["begin", "save", "model"] if uploads else [])]
+
+
+def test_a_checkpoint_is_not_pushed_while_another_is_unless_asked_for():
+    pusher = Pusher()
+    assert pusher.push() == ["out"]
+    assert pusher.push() == ["out"]  # the first is under way
+    pusher.jobs[0].ended = True
+    assert pusher.push() == ["out", "out"]
+    always = Pusher(always=True)
+    always.push()
+    assert always.push() == ["out", "out"] and always.push_in_progress.jobs == always.jobs  # waited for at the end
+    for job in always.jobs:
+        job.ended = True
+    always.push()
+    assert always.push_in_progress.jobs == always.jobs[2:]
+
+
+def test_what_is_uploaded_is_not_deleted_meanwhile_and_one_process_pushes():
+    limited = Pusher(limit=1)
+    limited.push()
+    assert limited.calls[:2] == ["wait", "finish"]
+    other = Pusher(main=False)
+    assert other.push() == [] and other.calls == ["wait"]  # all wait until every process has written its share
