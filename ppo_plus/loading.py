@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -18,10 +19,12 @@ from .adapters import (
     adapter_folder,
     check_base_is_frozen,
     check_own_weights,
+    fitting,
     mount,
     same_requires_grad,
     set_trained,
     weights_as,
+    weights_file,
 )
 from .config import PPOConfig
 from .modeling import (
@@ -95,7 +98,7 @@ def load_policy(
             kwargs["quantization_config"] = quantization_config
         model = AutoModelForCausalLM.from_pretrained(base_name(model), **kwargs)
         if folder is not None:
-            model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            model = _adapted(model, folder)
     elif quantization_config is not None or model_init_kwargs:
         raise ValueError(
             "quantization_config and model_init_kwargs apply to a model that is loaded by name; this model is "
@@ -114,6 +117,20 @@ def load_policy(
             )
         return model
     return _refusing_to_merge(get_peft_model(model, peft_config))
+
+
+def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A base with the adapter in a folder, to be trained further."""
+    embeddings = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is embeddings)
+    with safe_open(weights_file(folder), framework="pt") as tensors:
+        saved = [tensors.get_slice(key).get_shape() for key in tensors.keys() if f".{name}." in f".{key}"]  # noqa: SIM118
+    # Whoever adds tokens resizes the base, and PEFT saves the embeddings with the adapter.
+    rows = max((shape[0] for shape in saved if shape[1:] == list(embeddings.weight.shape[1:])), default=0)
+    if rows > len(cast(Tensor, embeddings.weight)):
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    with fitting(f"The adapter in {folder}", "Is its base another one now than when it was trained?"):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
 
 
 def _refusing_to_merge(policy: PeftModel) -> PeftModel:

@@ -1111,6 +1111,42 @@ def test_an_adapter_by_name_takes_what_a_model_by_name_takes(tmp_path, base):
     assert {p.dtype for p in trainer.model.actor_parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [42, 43]}],
+    ids=["resized", "trained", "single tokens"],
+)
+def test_an_adapter_by_name_brings_the_tokens_that_were_added_for_it(tmp_path, base, options):
+    tokenizer, model = make_tokenizer(), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer.add_tokens(["<begin>", "<end>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    sft = get_peft_model(model, lora(**options))
+    with torch.no_grad():
+        for _, parameter in filter(lambda named: named[1].requires_grad, sft.named_parameters()):
+            parameter.normal_(std=0.1)
+    sft.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    ids = torch.tensor([[5, 42, 43, 8]])
+    trainer = by_name(tmp_path / "out", tmp_path / "sft", peft_config=None, train_dataset=begun_with("<begin>"))
+    with torch.no_grad():
+        assert torch.allclose(trainer.model.eval().policy(ids).logits, sft.eval()(ids).logits, atol=1e-6)
+    trainer.train()
+    assert logged(trainer, "kl")[0] == 0.0 and abs(logged(trainer, "kl")[1]) > 1e-3
+
+
+def begun_with(token):
+    return make_prompts().map(lambda row: {"prompt": token + row["prompt"]})
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_named(tmp_path, base):
+    folder = tmp_path / "sft"
+    get_peft_model(make_model(hidden_size=64), lora()).save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    with pytest.raises(ValueError, match=r"sft does not fit this model \(size mismatch .* Is its base another one now"):
+        by_name(tmp_path / "out", folder, peft_config=None)
+
+
 def test_the_tokenizer_of_an_adapter_is_its_own_or_that_of_its_base(tmp_path, base):
     folder = tmp_path / "sft"
     sft_adapter(base, folder, chat_template=CHAT_TEMPLATE)
