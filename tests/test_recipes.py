@@ -23,6 +23,8 @@ PPO = [*SMALL, "--total_episodes", "8", "--response_length", "6", "--max_prompt_
        "--dataloader_pin_memory", "False", "--disable_tqdm", "True", "--num_sample_generations", "0",
        "--eval_steps", "2", "--save_steps", "2"]  # fmt: skip
 
+COUNT_E = "def count_e(completions, **kwargs):\n    return [c.count('e') for c in completions]\n"
+
 
 def run(recipe, *arguments, monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
@@ -107,9 +109,7 @@ def test_tldr_trains_the_whole_policy(here, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_a_file_and_a_function_of_ones_own(here, monkeypatch, ending):
-    (here / "my_rewards.py").write_text(
-        "def count_e(completions, **kwargs):\n    return [c.count('e') for c in completions]\n"
-    )
+    (here / "my_rewards.py").write_text(COUNT_E)
     rows = Dataset.from_dict({"prompt": [f"tell me of {s}" for s in SUBJECTS]})
     getattr(rows, {"jsonl": "to_json"}.get(ending, f"to_{ending}"))(here / f"prompts.{ending}")
     run("ppo.py", *PPO, "--model_name_or_path", "base", "--dataset_name", f"prompts.{ending}", "--use_peft",
@@ -119,6 +119,21 @@ def test_a_file_and_a_function_of_ones_own(here, monkeypatch, ending):
     check_ppo(here / "ppo")
     config = json.loads((here / "ppo" / "adapter_config.json").read_text())
     assert config["r"] == 16 and config["base_model_name_or_path"] == "base"
+
+
+def test_a_second_round_goes_on_from_the_adapter_of_the_first(here, monkeypatch):
+    (here / "my_rewards.py").write_text(COUNT_E)
+    common = [*PPO, "--dataset_name", "texts/train.jsonl", "--num_mini_batches", "1", "--eval_strategy", "steps",
+              "--save_strategy", "steps", "--reward_funcs", "my_rewards:count_e", "--report_to", "none"]  # fmt: skip
+    run("ppo.py", *common, "--model_name_or_path", "base", "--use_peft", "--lora_target_modules", "all-linear",
+        "--output_dir", "first", "--seed", "1", monkeypatch=monkeypatch)  # fmt: skip
+    run("ppo.py", *common, "--model_name_or_path", "first", "--output_dir", "second", monkeypatch=monkeypatch)
+    check_ppo(here / "second")
+    first, second = (load_file(here / folder / "adapter_model.safetensors") for folder in ("first", "second"))
+    assert first.keys() == second.keys() and not all(torch.equal(first[name], second[name]) for name in first)
+    drawn = [name for name in first if "lora_A" in name]
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in drawn)  # and not drawn anew
+    assert json.loads((here / "second" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
 @pytest.mark.parametrize(
