@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .baseline import RewardBaseline
 from .metrics import Meter
@@ -205,14 +206,37 @@ def damage(directory: str | Path) -> str | None:
     return None
 
 
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder with their steps, the first one first; whatever has another name is none."""
+    named = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(output_dir).glob("*")]
+    return sorted((int(name[1]), path) for name, path in named if name and path.is_dir())
+
+
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint of a run that is whole, by its step; damaged newer ones are named in a warning."""
-    for directory in reversed(sort_checkpoints(str(output_dir))):
+    for _, directory in reversed(checkpoints(output_dir)):
         found = damage(directory)
         if found is None:
-            return directory
+            return str(directory)
         warnings.warn(f"{directory} is skipped: {found}. The checkpoint before it is used.", stacklevel=2)
     return None
+
+
+def checkpoints_beyond(output_dir: str | Path, step: int) -> list[Path]:
+    """Whole checkpoints of later steps than that: of another run, which had this folder before."""
+    return [path for at, path in checkpoints(output_dir) if at > step and damage(path) is None]
+
+
+def rotate(newest: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beside the one just written, and keep `limit`, that one and the best among them.
+
+    Those of later steps are another run's: they are left alone, and push out none of this one's.
+    """
+    own = [path for at, path in checkpoints(newest.parent) if at <= step]
+    kept = {newest} | ({Path(best)} if best else set())
+    surplus = len(own) - max(limit, len(kept)) if limit else 0
+    for directory in [path for path in own if path not in kept][: max(surplus, 0)]:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _describe(path: Path, flush: bool = False) -> list:

@@ -16,15 +16,18 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .callbacks import InterruptCallback, Interrupted
 from .checkpoint import (
     Progress,
+    checkpoints_beyond,
     damage,
     last_whole_checkpoint,
     load_progress,
+    rotate,
     save_progress,
     seal,
     weights_digest,
@@ -63,6 +66,7 @@ class ResumeMixin(HubMixin, Trainer):
                 warnings.warn(f"No whole checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=2)
         elif isinstance(resume_from_checkpoint, str) and (found := damage(resume_from_checkpoint)):
             raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {found}. Use the checkpoint before it.")
+        self._name_other_runs(resume_from_checkpoint or None)
         with self._interrupt:
             try:
                 output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -70,6 +74,18 @@ class ResumeMixin(HubMixin, Trainer):
                 return output
             except Interrupted:
                 return self._left_before_rollout(trial)
+
+    def _name_other_runs(self, resumed: str | None) -> None:
+        state = None if resumed is None else TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
+        begins = 0 if state is None else state.global_step
+        others = checkpoints_beyond(cast(str, self.args.output_dir), begins)
+        if others and self.is_world_process_zero():
+            warnings.warn(
+                f"{self.args.output_dir} has checkpoints of another run beyond step {begins}, where this one begins, "
+                f"up to {others[-1].name}. They are left as they are, and resume_from_checkpoint=True would take them "
+                "for this run's: choose another output_dir, or delete them.",
+                stacklevel=3,
+            )
 
     def _left_before_rollout(self, trial: Any) -> TrainOutput:
         step = self.state.global_step
@@ -123,7 +139,7 @@ class ResumeMixin(HubMixin, Trainer):
         if push:
             self._push_from_checkpoint(str(directory))  # on every process: they wait for each other in it
         if self.args.should_save:
-            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
+            rotate(directory, self.state.global_step, limit, self.state.best_model_checkpoint)
 
     def _highest(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())

@@ -8,6 +8,8 @@ import inspect
 import json
 import math
 import random
+import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -819,7 +821,33 @@ def test_the_best_adapter_and_value_head_are_restored(tmp_path, adapter):
 def test_only_so_many_checkpoints_are_kept(tmp_path, limit, kept):
     config = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": limit}
     recorded(tmp_path, config)[0].train()
-    assert {int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*")} == kept
+    assert steps_of_checkpoints(tmp_path) == kept
+
+
+def steps_of_checkpoints(folder):
+    return {int(found.name.split("-")[1]) for found in folder.glob("checkpoint-*")}
+
+
+def test_checkpoints_of_another_run_are_named_and_push_out_none_of_this_one(tmp_path):
+    config = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    recorded(tmp_path, config)[0].train()
+    assert steps_of_checkpoints(tmp_path) == {8}
+    (tmp_path / "checkpoint-3.bak").mkdir()  # a name of somebody else's, which is no checkpoint
+    again, _ = recorded(tmp_path, {**config, "max_steps": 5})
+    with pytest.warns(UserWarning, match="another run beyond step 0, where this one begins, up to checkpoint-8"):
+        again.train()
+    assert {folder.name for folder in tmp_path.glob("checkpoint-*")} == {
+        "checkpoint-3.bak", "checkpoint-5", "checkpoint-8",
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    resumed, _ = recorded(tmp_path, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*another run")
+        resumed.train(resume_from_checkpoint=True)  # from 5
+    earlier, _ = recorded(tmp_path, {**config, "save_total_limit": None})
+    shutil.copytree(tmp_path / "checkpoint-8", tmp_path / "checkpoint-9")
+    with pytest.warns(UserWarning, match="another run beyond step 8, where this one begins, up to checkpoint-9"):
+        earlier.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_a_model_saved_without_its_optimizer_is_not_resumed(tmp_path):
