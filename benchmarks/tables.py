@@ -71,13 +71,14 @@ def memory(r: dict) -> str:
 
 
 def reward_model(r: dict) -> str:
-    ours, nf4 = (
-        f"{r[side]['accuracy']:.3f} ({of['mean']:+.3f} ± {of['standard_error']:.3f})"
-        for side, of in r["accuracy_difference"].items()
-    )
+    def accuracies(ours: str, trls: str, apart: dict) -> str:
+        above = f"{apart['mean']:+.3f} ± {apart['standard_error']:.3f}"
+        return f"{r[ours]['accuracy']:.3f} ({above}), TRL's {r[trls]['accuracy']:.3f}"
+
     return (
-        f"accuracy over {len(r['seeds'])} seeds {ours}, on an NF4 base {nf4}, TRL's {r['trl']['accuracy']:.3f}; "
-        f"tensors of training on NF4 {r['memory_ratio']:.2f} of TRL's, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}**"
+        f"accuracy over {len(r['seeds'])} seeds {accuracies('ours', 'trl', r['accuracy_difference']['ours'])}; both on "
+        f"an NF4 base {accuracies('ours_4bit', 'trl_4bit', r['accuracy_difference_4bit'])}; tensors of training on NF4 "
+        f"{r['memory_ratio']:.2f} of TRL's as it comes, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}**"
     )
 
 
