@@ -97,6 +97,7 @@ def load_policy(
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         model = AutoModelForCausalLM.from_pretrained(base_name(model), **kwargs)
+        let_go_of_file(model)
         if folder is not None:
             model = _adapted(model, folder)
     elif quantization_config is not None or model_init_kwargs:
@@ -117,6 +118,15 @@ def load_policy(
             )
         return model
     return _refusing_to_merge(get_peft_model(model, peft_config))
+
+
+@torch.no_grad()
+def let_go_of_file(model: nn.Module) -> None:
+    """Copy what quantization has left as it was: on a CPU it is part of the file, which stays in memory for it."""
+    if getattr(model, "is_quantized", False):
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.is_floating_point():
+                tensor.data = tensor.data.clone()
 
 
 def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:

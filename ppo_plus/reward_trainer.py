@@ -23,6 +23,7 @@ from trl import RewardTrainer as TRLRewardTrainer
 from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
 from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
+from .loading import let_go_of_file
 from .lora import use_plain_lora
 from .norms import use_lean_norms
 from .rewards.adapters import template_hash
@@ -71,6 +72,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
             args.model_init_kwargs = {"dtype": "auto", **cast(dict, args.model_init_kwargs or {})}
         self._calibration: dict[str, Any] = {}
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        let_go_of_file(self.model)
         use_plain_lora(self.model)
         use_lean_norms(self.model)
         keep_head_precise(self.model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import lora, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.loading import load_policy
@@ -150,3 +152,31 @@ def test_gradients_after_an_evaluation_are_those_before_it(base):
     with torch.no_grad():
         policy.eval()(input_ids=ids)
     assert before.norm() > 0 and torch.equal(gradient(), before)
+
+
+def mapped(folder):
+    """Whether a file of that folder is in this process's memory."""
+    gc.collect()
+    return any(
+        str(folder) in line and "safetensors" in line for line in Path("/proc/self/maps").read_text().splitlines()
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is in memory")
+def test_a_quantized_base_does_not_hold_the_file_that_it_came_from(tmp_path, quantization):
+    folder = tmp_path / "base"
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization[0]())
+    assert mapped(folder)  # negative control: transformers' own loading does
+    expected = plain.get_input_embeddings().weight.detach().clone()
+    del plain
+    trainer = make_trainer(tmp_path, model=str(folder), quantization_config=quantization[0]())
+    assert not mapped(folder)
+    assert torch.equal(trainer.model.language_model.get_input_embeddings().weight, expected)
+    pairs = Dataset.from_dict({"chosen": ["he sees the sea"] * 4, "rejected": ["a bad plot"] * 4})
+    reward_trainer = RewardTrainer(
+        str(folder), RewardConfig(str(tmp_path / "reward"), use_cpu=True, report_to="none"), peft_config=lora(),
+        quantization_config=quantization[0](), train_dataset=pairs, processing_class=make_tokenizer(),
+    )  # fmt: skip
+    assert not mapped(folder) and reward_trainer.model.is_quantized
