@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -512,11 +511,3 @@ class TestInABrowser:
         write_page(tmp_path / REPORT, [{**example_run(), "rollouts": None}])
         (line,) = visit(tmp_path / REPORT, tmp_path, "--dump-dom")
         assert "TypeError" in line
-
-
-def test_the_template_is_packaged():
-    import tomllib
-
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "ppo_plus.report" in project["packages"]
-    assert "template.html" in project["package-data"]["ppo_plus.report"]
