@@ -88,7 +88,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     # Sampling
     response_length: int = _field(53, "Longest response, in tokens.")
     max_prompt_length: int | None = _field(
-        None, "Keep only so many last tokens of a prompt, after its BOS; None keeps all."
+        None, "Longest prompt, in tokens: of a longer one its BOS and its last tokens are kept; None keeps all."
     )
     temperature: float = _field(0.7, "Sampling temperature; divides the scored logits too.")
     top_p: float = _field(1.0, "Nucleus sampling; below 1 the sampled distribution is not the scored one.")

@@ -71,7 +71,7 @@ def tokenize_prompts(
         dataset: has a column `prompt` (text or messages) or, as TRL 1.12 took it, `input_ids`. A stream is tokenized
             as it is read. A column `tools` goes to the chat template with messages.
         tokenizer: applied to text as it is; messages go through its chat template first.
-        max_prompt_length: keep only the last tokens of longer prompts, behind the BOS that they begin with.
+        max_prompt_length: tokens that are kept of a longer prompt: the BOS that it begins with, and the last ones.
         chat_template_kwargs: passed to `apply_chat_template`.
         name: how errors call the dataset.
 

@@ -291,6 +291,19 @@ def test_an_old_head_gives_the_values_it_gave(tmp_path, form):
     assert (trainer.model.value_head(hidden) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("value_head", ["linear", "mlp"])
+def test_a_second_round_takes_the_head_of_the_first_along(tmp_path, base, value_head):
+    first = make_trainer(tmp_path, model=str(base), config={"max_steps": 4, "value_head": value_head})
+    first.train()
+    first.save_model()
+    second = make_trainer(tmp_path / "2", model=str(tmp_path), peft_config=None, config={"value_head": value_head})
+    before, after = first.model.value_head, second.model.value_head
+    hidden = torch.randn(2, 5, 32)
+    assert not after(hidden).any()  # begun anew
+    load_value_head(second.model, tmp_path)
+    assert after(hidden).any() and torch.equal(after(hidden), before(hidden))
+
+
 def test_a_head_that_is_not_there_or_does_not_fit_is_named(tmp_path):
     save_file(whole_model(tmp_path), tmp_path / "model.safetensors")
     trainer = make_trainer(tmp_path / "out")
