@@ -130,7 +130,7 @@ def decode_paths(trainer, size: dict) -> dict[str, Callable[[], int]]:
 
     def ours() -> int:
         attended = torch.ones_like(ids)
-        return model.generate(ids, attended, noise, stop_ids=[vocabulary], pad_token_id=0).tokens.numel()
+        return model.sample(ids, attended, noise, stop_ids=[vocabulary], pad_token_id=0).tokens.numel()
 
     def generate(**options) -> int:
         out = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling, **options)

@@ -113,7 +113,7 @@ def main() -> None:
     processors = LogitsProcessorList([EndAt(lengths.to(device), end)])
 
     def ours() -> Tensor:
-        return model.generate(ids, torch.ones_like(ids), noise, stop_ids=[end], pad_token_id=PAD).tokens
+        return model.sample(ids, torch.ones_like(ids), noise, stop_ids=[end], pad_token_id=PAD).tokens
 
     def plain() -> Tensor:
         return policy.generate(

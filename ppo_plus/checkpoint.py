@@ -112,12 +112,14 @@ def weights_digest(models: Iterable[nn.Module]) -> str:
     """A name for frozen weights, equal for equal models in any precision that holds their numbers.
 
     A few numbers of each tensor do: two models that differ in training or version differ in nearly all. Adapters
-    are left out, and so is what is packed (4 bits), which is not stored the same way everywhere.
+    are left out, and so is what is packed (bitsandbytes' 4 bits, torchao's tensors of several tensors), which is not
+    stored the same way everywhere.
     """
     digest = hashlib.sha256()
     for model in models:
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and parameter.is_floating_point() and "lora_" not in name:
+            packed = not parameter.is_floating_point() or hasattr(parameter, "__tensor_flatten__")
+            if not parameter.requires_grad and not packed and "lora_" not in name:
                 digest.update(parameter.detach().flatten()[:32].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 

@@ -279,7 +279,7 @@ class Collector:
         def decode_rows(chunk: Tensor) -> None:
             leave()
             input_ids, attention_mask = left_pad([prompts[int(i)] for i in chunk], pad_id(self.tokenizer))
-            out = self.model.generate(
+            out = self.model.sample(
                 input_ids.to(self.accelerator.device),
                 attention_mask.to(self.accelerator.device),
                 noise[chunk],

@@ -181,6 +181,25 @@ class ActorCritic(nn.Module):
         """The policy's generation defaults; never used for rollouts, and saved unchanged."""
         return self.language_model.generation_config
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """What TRL asks before a model generates, to turn it off: `generate` evaluates, where it does nothing."""
+        return False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Answers of the policy by its own `generate`, without dropout: to look at, as rollouts come from `sample`.
+
+        Args:
+            args: what `transformers.GenerationMixin.generate` takes.
+            kwargs: likewise, such as `**tokenizer(...)`, `max_new_tokens` and `do_sample`.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return self.policy.generate(*args, **kwargs)
+        finally:
+            self.train(training)
+
     def place_others(self, device: torch.device) -> None:
         """Move what Trainer does not: the reference, and what hangs on a policy that is placed already."""
         self.value_head.to(device)
@@ -379,7 +398,7 @@ class ActorCritic(nn.Module):
             with use_adapter(self.policy, REFERENCE_ADAPTER if frozen else None):
                 yield
 
-    def generate(
+    def sample(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,

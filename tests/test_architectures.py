@@ -111,7 +111,7 @@ def left_padded():
 def sampled(model):
     """Answers of unequal length to left-padded prompts: (input_ids, attention_mask, response mask, generation)."""
     ids, mask = left_padded()
-    out = model.generate(
+    out = model.sample(
         ids, mask, sampling_noise(0, len(ids), LENGTH), stop_ids=STOPS, pad_token_id=0, temperature=TEMPERATURE
     )
     real = response_mask(out.tokens, STOPS)

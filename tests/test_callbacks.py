@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, lora, make_config, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
+from trl.trainer.callbacks import LogCompletionsCallback
 
 from ppo_plus import (
     ActorCritic,
@@ -373,6 +374,22 @@ def test_callbacks_of_trainer_that_know_nothing_of_rollouts_are_left_alone(tmp_p
     plain = Plain()
     run(tmp_path, plain, rollouts=2)
     assert plain.steps == 2
+
+
+def test_trls_callback_that_generates_gets_answers_and_changes_nothing(tmp_path):
+    config = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4}
+    trainers = [make_trainer(tmp_path, config=config, eval_dataset=make_prompts(4)) for _ in range(2)]
+    log = LogCompletionsCallback(trainers[0], GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0))
+    trainers[0].add_callback(log)
+    for trainer in trainers:
+        trainer.train()
+    watched, plain = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    assert all(torch.equal(watched[name], weight) for name, weight in plain.items())
+    assert [step for step, _, _ in log.table] == ["4"] * 4 + ["8"] * 4
+    tokenizer, (_, prompt, completion) = make_tokenizer(), log.table[-1]
+    inputs = tokenizer(prompt, return_tensors="pt")
+    answer = trainers[0].model.generate(**inputs, generation_config=log.generation_config)[0]
+    assert tokenizer.decode(answer[inputs["input_ids"].shape[1] :], skip_special_tokens=True) == completion
 
 
 def test_every_event_can_be_overridden_with_keywords_alone():

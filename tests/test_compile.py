@@ -110,7 +110,7 @@ class TestCompiledLayers:
         ids = torch.tensor([[5, 6, 7]])
         noise = torch.rand(1, 6, dtype=torch.float64)
         with torch.no_grad():
-            trainer.model.generate(ids, torch.ones_like(ids), noise, stop_ids=[2], pad_token_id=0)
+            trainer.model.sample(ids, torch.ones_like(ids), noise, stop_ids=[2], pad_token_id=0)
             assert graphs() == 0
             trainer.model(ids, torch.ones_like(ids), 2)  # negative control
             assert graphs() > 0

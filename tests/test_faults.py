@@ -279,7 +279,7 @@ class RaiseInGeneration:
     def __init__(self, monkeypatch, rollout, number):
         from ppo_plus.modeling import ActorCritic
 
-        generate, self.calls = ActorCritic.generate, []
+        generate, self.calls = ActorCritic.sample, []
 
         def interrupted(model, *args, **kwargs):
             self.calls.append(len(self.calls))
@@ -287,7 +287,7 @@ class RaiseInGeneration:
                 signal.raise_signal(number)
             return generate(model, *args, **kwargs)
 
-        monkeypatch.setattr(ActorCritic, "generate", interrupted)
+        monkeypatch.setattr(ActorCritic, "sample", interrupted)
 
 
 def test_an_interrupt_while_generating_leaves_the_state_before_the_rollout(tmp_path, monkeypatch, whole_run):
@@ -572,7 +572,7 @@ def test_async_reward_functions_wait_at_the_same_time(timeout):
     assert rewards(batch).by_function.tolist() == [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
 
 
-@pytest.mark.parametrize(("phase", "tried"), [("generate", [8, 4, 2, 2]), ("forward", [4, 2, 2, 2])])
+@pytest.mark.parametrize(("phase", "tried"), [("sample", [8, 4, 2, 2]), ("forward", [4, 2, 2, 2])])
 def test_out_of_memory_in_a_rollout_halves_the_chunk_and_changes_nothing_else(tmp_path, monkeypatch, phase, tried):
     from ppo_plus.modeling import ActorCritic
 
@@ -604,7 +604,7 @@ def test_out_of_memory_with_a_single_row_is_an_error(tmp_path, monkeypatch):
     def no_card(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory (as if)")
 
-    monkeypatch.setattr(ActorCritic, "generate", no_card)
+    monkeypatch.setattr(ActorCritic, "sample", no_card)
     with pytest.warns(UserWarning, match="Out of memory"), pytest.raises(torch.OutOfMemoryError):
         make_trainer(tmp_path, config={"max_steps": 4}).train()
 

@@ -130,11 +130,11 @@ def test_a_step_of_decoding_waits_once_and_once_more_where_rows_leave(leaving):
     ids, noise = torch.randint(4, 30, (6, 5)), torch.rand(6, 9, dtype=torch.float64)
     options = {"pad_token_id": 0, "on_step": (alive := []).append}
     never = actor.num_embeddings
-    tokens = actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[never], **options).tokens
+    tokens = actor.sample(ids, torch.ones_like(ids), noise, stop_ids=[never], **options).tokens
     assert alive == [6] * 9
     stop, alive[:] = tokens[0, 3].item() if leaving else never, []
     with Operators() as operators:
-        actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[stop], **options)
+        actor.sample(ids, torch.ones_like(ids), noise, stop_ids=[stop], **options)
     left = sum(before > after > 0 for before, after in itertools.pairwise(alive))
     assert (left > 0) == leaving
     ours = [name for name, who in operators.found if who == "modeling._decode"]

@@ -837,12 +837,32 @@ def test_an_incomplete_model_is_refused(tmp_path, change, message):
     assert all(torch.equal(value, before[name]) for name, value in actor.state_dict().items())
 
 
-# --- generate ---
+# --- generate, as transformers has it ---
+
+
+@pytest.mark.parametrize("peft_config", [lora(lora_dropout=0.5), None], ids=["adapter", "in full"])
+def test_the_model_answers_as_what_it_saves_does(tmp_path, base, peft_config):
+    """Right after training: without dropout, and what was in training is so afterwards."""
+    trainer = make_trainer(tmp_path, model=str(base), peft_config=peft_config, config={"max_steps": 4})
+    trainer.train()
+    trainer.save_model()
+    inputs = make_tokenizer()(["the film", "a"], padding=True, return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+    trainer.model.train()
+    found = trainer.model.generate(**inputs, **options)
+    assert trainer.model.training and all(m.training for m in trainer.model.modules() if isinstance(m, nn.Dropout))
+    saved = make_model() if peft_config else AutoModelForCausalLM.from_pretrained(tmp_path)
+    policy = PeftModel.from_pretrained(saved, tmp_path) if peft_config else saved
+    assert torch.equal(found, policy.eval().generate(**inputs, **options))
+    assert not torch.equal(found, make_model().eval().generate(**inputs, **options))  # training has moved it
+
+
+# --- sample ---
 
 
 def answer(actor, prompts, noise, **options):
     options = {"stop_ids": [EOS], "pad_token_id": PAD, **options}
-    return actor.generate(*left_pad(prompts, PAD), noise, **options)
+    return actor.sample(*left_pad(prompts, PAD), noise, **options)
 
 
 def uniform(rows, length, seed=0):
@@ -1252,8 +1272,8 @@ def test_decoding_casts_to_bf16_what_autocast_is_for_and_no_more(dtype):
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
     actor = actor_critic(policy)
     ids, noise = torch.arange(4, 16).view(2, 6), torch.rand(2, 5, dtype=torch.float64)
-    plainly = actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[EOS], pad_token_id=PAD)
+    plainly = actor.sample(ids, torch.ones_like(ids), noise, stop_ids=[EOS], pad_token_id=PAD)
     with torch.autocast("cpu", torch.bfloat16):
-        found = actor.generate(ids, torch.ones_like(ids), noise, stop_ids=[EOS], pad_token_id=PAD)
+        found = actor.sample(ids, torch.ones_like(ids), noise, stop_ids=[EOS], pad_token_id=PAD)
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(found.logprobs, plainly.logprobs) == (dtype == torch.bfloat16)

@@ -246,6 +246,38 @@ def test_the_base_is_told_by_what_training_does_not_change(undisturbed, tmp_path
     )
 
 
+class Packed(torch.Tensor):
+    """A weight of several tensors, as torchao makes them: it has a dtype, and numbers only for who asks its way."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __tensor_flatten__(self):
+        return ["weight"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].weight)
+        raise NotImplementedError(func)
+
+
+def test_a_base_with_weights_of_several_tensors_has_a_name():
+    from ppo_plus.checkpoint import weights_digest
+
+    def digest(seed):
+        model = make_model(seed=seed).requires_grad_(False)
+        layer = model.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(Packed(layer.weight.detach()), requires_grad=False)
+        return weights_digest([model])
+
+    assert digest(0) == digest(0) != digest(1)
+
+
 def test_the_evaluation_cadence_does_not_alter_training(tmp_path, undisturbed):
     _, whole = undisturbed()
     config = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}

@@ -603,13 +603,13 @@ def test_what_decoding_computed_otherwise_is_weighed(tmp_path, cap):
     advantages = []
     for spoiled in (False, True):
         trainer, recorder = recorded(tmp_path, {"max_steps": 1, "importance_cap": cap})
-        generate = trainer.model.generate
+        generate = trainer.model.sample
 
         def other(*args, generate=generate, spoiled=spoiled, **kwargs):
             found = generate(*args, **kwargs)
             return type(found)(found.tokens, found.logprobs + off[: found.logprobs.shape[1]] * spoiled)
 
-        trainer.model.generate = other
+        trainer.model.sample = other
         trainer.train()
         advantages.append(recorder.rollouts[0][1].advantages)
     plain, weighed = advantages

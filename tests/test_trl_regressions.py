@@ -276,7 +276,7 @@ def decode_twice(tmp_path, *, checkpointing, leave_in_train_mode=False):
     trainer = make_trainer(tmp_path, config=config, callbacks=[recorder])
     if leave_in_train_mode:
         trainer.model.eval = lambda: trainer.model
-    generate = trainer.model.generate
+    generate = trainer.model.sample
 
     def spy(*args, **kwargs):
         generating.append(True)
@@ -285,7 +285,7 @@ def decode_twice(tmp_path, *, checkpointing, leave_in_train_mode=False):
         finally:
             generating.clear()
 
-    trainer.model.generate = spy
+    trainer.model.sample = spy
     trainer.model.language_model.model.embed_tokens.register_forward_pre_hook(
         lambda module, inputs: lengths.append(inputs[0].shape[1]) if generating else None
     )

@@ -94,7 +94,7 @@ class DryRun(Prediction):
         return found
 
     def _decoded(self, ids: Tensor, mask: Tensor, cache: Any) -> Any:
-        """The cache after one step of `ActorCritic.generate`."""
+        """The cache after one step of `ActorCritic.sample`."""
         model = self.actor.language_model
         with weights_at_rest(self.actor.policy), self._autocast():
             outputs = self.actor._hidden_states(ids, mask, past_key_values=cache, use_cache=True)
