@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 import demo_assets  # noqa: E402
+from rm_then_ppo import fast_precision  # noqa: E402
 
 
 def real_model() -> Path:
@@ -23,6 +25,17 @@ def real_model() -> Path:
         return demo_assets.load_smollm2()
     except demo_assets.AssetError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"), ({}, "float32")],
+)
+def test_precision_is_that_of_the_machine_and_not_of_the_moment(monkeypatch, able, dtype):
+    """Timed beside other work it came out as fp32 on a machine with AVX512-BF16, and the demo as another run."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert fast_precision() == {"bf16": dtype == "bfloat16", "model_init_kwargs": {"dtype": dtype}}
 
 
 @pytest.mark.real
