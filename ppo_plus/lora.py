@@ -72,7 +72,8 @@ class _LowRankLinear(torch.autograd.Function):
         result = product(flat, weight.t(), bias).addmm_(inner, low_b.t(), alpha=scaling)
         ctx.save_for_backward(flat, inner, weight, low_a, low_b)
         ctx.scaling, ctx.x_shape, ctx.adapter_dtype = scaling, x.shape, a.dtype
-        return result.view(*x.shape[:-1], -1)
+        # Not `view`: what a function made as a view may not be changed in place, as Gemma 3n does.
+        return torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import active_adapter, adapter_weights, belongs_to, fitting, load_adapter, mount, use_adapter
@@ -693,8 +693,11 @@ def check_head(model: PreTrainedModel) -> None:
     outputs = model.base_model(input_ids=ids, use_cache=True)
     found = logits_function(model)(outputs.last_hidden_state).float()
     model.train(training)
-    if outputs.get(cache_name) is None:
+    cache = outputs.get(cache_name)
+    if cache is None:
         raise ValueError(f"{name} gives no cache back, so every token would be answered from the start again. {OTHER}")
+    if type(cache).batch_select_indices is not Cache.batch_select_indices:
+        raise ValueError(f"{name} keeps states beside the layers of its cache, where rows cannot leave them. {OTHER}")
     scale = expected.abs().max().clamp(min=1e-6)
     if found.shape != expected.shape or not bool(((found - expected).abs().max() / scale) < 2e-2):
         raise ValueError(

@@ -23,6 +23,16 @@ ONLY_STATES = ("intermediate_size", "num_attention_heads", "num_key_value_heads"
 MAMBA = {"state_size": 4, "expand": 2, "conv_kernel": 3, "initializer_range": 0.1}
 HYBRID = {"mamba_n_groups": 1, "mamba_d_state": 4, "mamba_d_conv": 3, "mamba_d_head": 8, "mamba_chunk_size": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SLIDING, LINEAR = ({"layer_types": [first, "full_attention"]} for first in ("sliding_attention", "linear_attention"))
+LINEAR_HEADS = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}  # fmt: skip
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
 
 # Family: (class without "ForCausalLM", what differs from SIZES, what SIZES it does not know)
 FAMILIES = {
@@ -57,6 +67,64 @@ FAMILIES = {
     "Mamba 2": ("Mamba2", {**MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}, ONLY_STATES),
     "Bamba": ("Bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_expand": 2, **HYBRID}, ()),
     "Falcon-H1": ("FalconH1", {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, **HYBRID}, ()),
+    "Gemma 3n": (
+        "Gemma3n",
+        {"head_dim": 8, "num_hidden_layers": 4, "layer_types": [*SLIDING["layer_types"]] * 2, "num_kv_shared_layers": 2,
+         "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 8,
+         "vocab_size_per_layer_input": SIZES["vocab_size"], "laurel_rank": 4, "altup_num_inputs": 2, **WINDOW},
+        (),
+    ),
+    "Gemma 4": (
+        "Gemma4",
+        {"num_hidden_layers": 4, "layer_types": [*SLIDING["layer_types"]] * 2, "num_kv_shared_layers": 2,
+         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": SIZES["vocab_size"], **WINDOW},
+        (),
+    ),
+    "Qwen3.5": ("Qwen3_5", {"head_dim": 8, **LINEAR, **LINEAR_HEADS}, ()),
+    "DeepSeek V3": (
+        "DeepseekV3",
+        {"q_lora_rank": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+         "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_shared_experts": 1, **LATENT},
+        (),
+    ),
+    "gpt-oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING, **WINDOW}, ()),
+    "Granite 4": (
+        "GraniteMoeHybrid",
+        {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_expand": 2, "num_local_experts": 0,
+         "shared_intermediate_size": 48, **HYBRID},
+        (),
+    ),
+    "Gemma 3, with vision": (
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {"head_dim": 8, "query_pre_attn_scalar": 8, **SLIDING, **WINDOW}, "vision_config": VISION,
+         "mm_tokens_per_image": 4},
+        (),
+    ),
+    "Gemma 4, with vision": (
+        "Gemma4ForConditionalGeneration",
+        {"text_config": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": SIZES["vocab_size"], **SLIDING,
+                         **WINDOW},
+         "vision_config": {**VISION, "head_dim": 8, "num_key_value_heads": 2}, "audio_config": None},
+        (),
+    ),
+    "Qwen3.5, with vision": (
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": {"head_dim": 8, **LINEAR, **LINEAR_HEADS},
+         "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+                           "out_hidden_size": 32}},
+        (),
+    ),
+    "Mistral 3, with vision": (
+        "Mistral3ForConditionalGeneration",
+        {"text_config": {"model_type": "mistral", "head_dim": 8},
+         "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8}},
+        (),
+    ),
+    "SmolVLM": (
+        "SmolVLMForConditionalGeneration",
+        {"text_config": {"model_type": "llama"}, "vision_config": VISION, "scale_factor": 1},
+        (),
+    ),
     "LFM 2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_ff_dim": 48}, ()),
 }  # fmt: skip
 
@@ -78,10 +146,17 @@ def build(family: str):
 
 def make(name, differs, unknown=()):
     sizes = {key: value for key, value in SIZES.items() if key not in unknown}
-    known = {"Gemma3": "Gemma3TextConfig", "GPT2LMHeadModel": "GPT2Config"}
-    config = getattr(transformers, known.get(name, f"{name}Config"))(**{**sizes, **differs})
+    if "text_config" in differs:
+        sizes = {**differs, "text_config": {**sizes, **differs["text_config"]}}
+    else:
+        sizes = {**sizes, **differs}
+    text = {n: f"{n}TextConfig" for n in ("Gemma3", "Gemma3n", "Gemma4", "Qwen3_5")}
+    known = {"GPT2LMHeadModel": "GPT2Config", **text}
+    config = getattr(transformers, known.get(name, f"{name.removesuffix('ForConditionalGeneration')}Config"))(**sizes)
     torch.manual_seed(0)
-    return getattr(transformers, name if name.endswith("Model") else f"{name}ForCausalLM")(config).eval()
+    return getattr(transformers, name if name.endswith(("Model", "Generation")) else f"{name}ForCausalLM")(
+        config
+    ).eval()
 
 
 def spread_out(completion_ids, **kwargs):
@@ -90,7 +165,9 @@ def spread_out(completion_ids, **kwargs):
 
 
 def actor_critic(model) -> ActorCritic:
-    return ActorCritic(model, ValueHead(model.config.hidden_size), ref_model=copy.deepcopy(model)).eval()
+    return ActorCritic(
+        model, ValueHead(model.config.get_text_config().hidden_size), ref_model=copy.deepcopy(model)
+    ).eval()
 
 
 @torch.no_grad()
@@ -156,7 +233,7 @@ def test_a_rollout_is_learned_from_saved_and_loaded(family, tmp_path):
 
 
 def actor_critic_of(policy) -> ActorCritic:
-    return ActorCritic(policy, ValueHead(policy.config.hidden_size)).eval()
+    return ActorCritic(policy, ValueHead(policy.config.get_text_config().hidden_size)).eval()
 
 
 def test_rows_of_recurrent_states_leave_with_their_keys():
@@ -178,6 +255,8 @@ def test_rows_of_recurrent_states_leave_with_their_keys():
     ("name", "differs", "unknown", "message"),
     [
         ("Rwkv", {"attention_hidden_size": 32}, ONLY_STATES[1:], "has no cache that can be handed over"),
+        ("MiniMax", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4, **LINEAR}, (),
+         "keeps states beside the layers of its cache"),
         ("RecurrentGemma", {"head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]}, (),
          "gives no cache back"),
     ],
