@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,8 @@ from .rollout import readable
 WEIGHTS_FILE = "adapter_model.safetensors"
 REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward adapter, beside it
 LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
+PREFIX = "base_model.model."  # of the names in an adapter's file
+TEXT_ONLY, WHOLE = {r"^model\.language_model\.": "model."}, {r"^model\.": "model.language_model."}
 HEADS = ("score", "classifier")  # PEFT adds both to what an adapter of a sequence classifier saves
 REFUSED = {
     "kasa_config": "which cuts the smallest singular values out of the base's own weights",
@@ -181,7 +183,7 @@ def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = Fals
         the weight of its `score` head, `(1, H)`.
     """
     check_reward_adapter(directory, policy.config.get_text_config().hidden_size)
-    weights, config = adapter_weights(directory), PeftConfig.from_pretrained(str(directory))
+    weights, config = weights_for(policy, directory), PeftConfig.from_pretrained(str(directory))
     head = next(weights.pop(key) for key in list(weights) if key.endswith("score.weight"))
     trained_whole = [module for module in config.modules_to_save or [] if module not in HEADS]
     config.modules_to_save, config.inference_mode, config.task_type = trained_whole or None, not trained, "CAUSAL_LM"
@@ -215,12 +217,19 @@ def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], direc
     check_leaves_the_base(policy, name, weights, directory)
     with fitting(f"The adapter in {directory}", fix):
         result = set_peft_model_state_dict(policy, weights, adapter_name=name)
+    check_complete(policy, name, weights, result.unexpected_keys, directory, fix)
+
+
+def check_complete(
+    policy: PeftModel, name: str, weights: dict[str, Tensor], unexpected: Collection[str], directory: Path, fix: str
+) -> None:
+    """Refuse an adapter that lacks tensors, or has some that found no place."""
     # Of what would be saved: some kinds derive further tensors, which PEFT would name as missing.
     absent = sorted(get_peft_model_state_dict(policy, adapter_name=name).keys() - weights.keys())
-    if absent or result.unexpected_keys:
+    if absent or unexpected:
         raise ValueError(
             f"The adapter in {directory} does not fit this model: missing {absent[:3]}, unexpected "
-            f"{result.unexpected_keys[:3]}. {fix}"
+            f"{sorted(unexpected)[:3]}. {fix}"
         )
 
 
@@ -257,10 +266,41 @@ def weights_file(directory: Path) -> Path:
     return file
 
 
-def adapter_weights(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter on disk."""
+def adapter_weights(directory: Path, names: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter on disk, renamed as `key_mapping` of PEFT says."""
     with readable(weights_file(directory)):
-        return load_peft_weights(str(directory), device="cpu")
+        return load_peft_weights(str(directory), device="cpu", key_mapping=names)
+
+
+def weights_for(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter on disk under the names that they have in this model, without those that do nothing.
+
+    An adapter of all linear layers of a multimodal model has some in its tower, which text alone does not train.
+    """
+    names = names_for(model, directory)
+    weights = adapter_weights(directory, names)
+    if names != TEXT_ONLY:
+        return weights
+    here = [name for name, _ in model.named_modules()]
+    start = "" if any(name.startswith(PREFIX) for name in here) else PREFIX
+    modules = {start + name for name in here}
+    idle = {
+        key.partition(".lora_")[0] for key, tensor in weights.items()
+        if ".lora_B." in key and key.partition(".lora_")[0] not in modules and not tensor.any()
+    }  # fmt: skip
+    return {key: tensor for key, tensor in weights.items() if key.partition(".lora_")[0] not in idle}
+
+
+def names_for(model: nn.Module, directory: Path) -> dict[str, str] | None:
+    """How to rename the tensors of an adapter that was trained on this language model within a multimodal one, or out
+    of it; None where names are the same.
+
+    Of Qwen3.5, `AutoModelForCausalLM` makes the language model, `AutoModelForSequenceClassification` the whole.
+    """
+    whole = any(name.endswith("model.language_model") for name, _ in model.named_modules())
+    with readable(weights_file(directory)), safe_open(weights_file(directory), framework="pt") as tensors:
+        theirs = any(key.startswith(f"{PREFIX}model.language_model.") for key in tensors.keys())  # noqa: SIM118
+    return None if whole == theirs else WHOLE if whole else TEXT_ONLY
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
 from .legacy import TRLFields
+from .loading import language_model_class
 
 CURVES_FILE = "curves.svg"
 # Of Trainer's own settings, those that decide what was learned.
@@ -35,6 +36,7 @@ class Card:
         name: of the model.
         repo: where it is on the Hub, or its name.
         base: name or folder of the base model.
+        loader: the class of transformers that loads the base.
         adapter: whether it is an adapter on that base.
         dataset: name of the prompts' data set, if it has one.
         prompts: how many prompts there were; None for a stream.
@@ -49,6 +51,7 @@ class Card:
     name: str
     repo: str
     base: str
+    loader: str
     adapter: bool
     dataset: str | None
     prompts: int | None
@@ -110,14 +113,14 @@ class Card:
         if self.adapter:
             lines += [
                 "from peft import PeftModel",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-                f'base = AutoModelForCausalLM.from_pretrained("{shown(self.base)}")',
+                f"from transformers import {self.loader}, AutoTokenizer", "",
+                f'base = {self.loader}.from_pretrained("{shown(self.base)}")',
                 f'model = PeftModel.from_pretrained(base, "{self.repo}")',
             ]  # fmt: skip
         else:
             lines += [
-                "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-                f'model = AutoModelForCausalLM.from_pretrained("{self.repo}")',
+                f"from transformers import {self.loader}, AutoTokenizer", "",
+                f'model = {self.loader}.from_pretrained("{self.repo}")',
             ]  # fmt: skip
         lines += [f'tokenizer = AutoTokenizer.from_pretrained("{self.repo}")', "```", ""]
         return [*lines, "`value_head.safetensors` is the critic's head, which only further training needs.", ""]
@@ -228,6 +231,7 @@ class CardMixin:
             name=name,
             repo=self.hub_model_id or name,
             base=finetuned_from or model.language_model.config._name_or_path or "the base model",
+            loader=language_model_class(model.language_model.config).__name__,
             adapter=model.is_peft,
             dataset=data[0] if isinstance(data, list) else data,
             prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,

@@ -9,22 +9,33 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .adapters import (
     adapter_folder,
     check_base_is_frozen,
+    check_complete,
     check_own_weights,
     fitting,
     mount,
+    names_for,
     same_requires_grad,
     set_trained,
     weights_as,
-    weights_file,
+    weights_for,
 )
 from .config import PPOConfig
 from .modeling import (
@@ -38,6 +49,8 @@ from .modeling import (
 )
 from .rewards.classifiers import load_classifier
 from .rollout import isolated_rng, position_seed
+
+REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
 
 
 def model_name(model: Any) -> str:
@@ -69,6 +82,13 @@ def load_tokenizer(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(name if own else base_name(name), trust_remote_code=trust_remote_code)
 
 
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """What loads a language model by its name: of some multimodal families (Ministral 3, SmolVLM) another class."""
+    kind = type(config)
+    multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
 def load_policy(
     model: str | PreTrainedModel | PeftModel,
     *,
@@ -96,7 +116,9 @@ def load_policy(
         }
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        model = AutoModelForCausalLM.from_pretrained(base_name(model), **kwargs)
+        remote = {name: value for name, value in kwargs.items() if name in REMOTE}
+        auto = language_model_class(AutoConfig.from_pretrained(base_name(model), **remote))
+        model = auto.from_pretrained(base_name(model), **kwargs)
         let_go_of_file(model)
         if folder is not None:
             model = _adapted(model, folder)
@@ -131,16 +153,20 @@ def let_go_of_file(model: nn.Module) -> None:
 
 def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A base with the adapter in a folder, to be trained further."""
+    names, weights = names_for(base, folder), weights_for(base, folder)
     embeddings = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embeddings)
-    with safe_open(weights_file(folder), framework="pt") as tensors:
-        saved = [tensors.get_slice(key).get_shape() for key in tensors.keys() if f".{name}." in f".{key}"]  # noqa: SIM118
+    saved = [tensor.shape for key, tensor in weights.items() if f".{name}." in f".{key}"]
     # Whoever adds tokens resizes the base, and PEFT saves the embeddings with the adapter.
-    rows = max((shape[0] for shape in saved if shape[1:] == list(embeddings.weight.shape[1:])), default=0)
+    rows = max((shape[0] for shape in saved if shape[1:] == embeddings.weight.shape[1:]), default=0)
     if rows > len(cast(Tensor, embeddings.weight)):
         base.resize_token_embeddings(rows, mean_resizing=False)
-    with fitting(f"The adapter in {folder}", "Is its base another one now than when it was trained?"):
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    fix = "Is its base another one now than when it was trained?"
+    with fitting(f"The adapter in {folder}", fix):
+        policy = PeftModel.from_pretrained(base, str(folder), is_trainable=True, key_mapping=names)
+    lost = {key for key in weights if ".lora_" in key} - get_peft_model_state_dict(policy).keys()
+    check_complete(policy, "default", weights, lost, folder, fix)
+    return policy
 
 
 def _refusing_to_merge(policy: PeftModel) -> PeftModel:

@@ -16,17 +16,18 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
 from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
-from .loading import let_go_of_file
+from .loading import REMOTE, let_go_of_file
 from .lora import use_plain_lora
 from .norms import use_lean_norms
 from .rewards.adapters import template_hash
+from .rewards.classifiers import provide_classifier
 
 STARTS = (
     "Pass the name of its base for a new reward adapter; to start from the adapter's weights, merge them into the base "
@@ -70,6 +71,10 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         if peft_config is not None and isinstance(model, str):
             # Weights that are not trained stay as they were saved; TRL would load them in fp32.
             args.model_init_kwargs = {"dtype": "auto", **cast(dict, args.model_init_kwargs or {})}
+        if isinstance(model, str):
+            remote = {k: v for k, v in cast(dict, args.model_init_kwargs or {}).items() if k in REMOTE}
+            options = {"trust_remote_code": args.trust_remote_code, **remote}
+            provide_classifier(AutoConfig.from_pretrained(model, **options))
         self._calibration: dict[str, Any] = {}
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         let_go_of_file(self.model)

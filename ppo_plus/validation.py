@@ -13,13 +13,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import adapter_folder, check_no_adapter, check_own_weights, check_reward_adapter
 from .config import PPOConfig, refuse_sharding
-from .loading import base_name
+from .loading import REMOTE, base_name
 from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
 from .rewards.classifiers import own_tokenizer
 from .rewards.reward_set import check_weights
-
-REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:

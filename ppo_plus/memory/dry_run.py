@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from ..functional import token_logprobs
-from ..loading import CriticSource, build_actor_critic
+from ..loading import CriticSource, build_actor_critic, language_model_class
 from ..logits import logits_function, sample
 from ..lora import weights_at_rest
 from ..modeling import ActorCritic, unwrapped
+from ..rewards.classifiers import provide_classifier
 from .ledger import Ledger
 from .prediction import PARTS, Parts, Prediction, Setup
 from .quantized import quantize
@@ -121,7 +121,7 @@ class DryRun(Prediction):
 
 
 def _actor_critic(config: PretrainedConfig, setup: Setup, value_config: PretrainedConfig | None) -> ActorCritic:
-    base = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
+    base = language_model_class(config).from_config(config, dtype=setup.dtype)
     lora = LoraConfig(r=setup.lora_r, lora_alpha=2 * setup.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     policy = cast(PeftModel, get_peft_model(base, lora))
     if setup.reward == "adapter":
@@ -139,11 +139,12 @@ def _actor_critic(config: PretrainedConfig, setup: Setup, value_config: Pretrain
 
 def causal(config: PretrainedConfig) -> PreTrainedModel:
     """A causal language model with random weights."""
-    return AutoModelForCausalLM.from_config(config)
+    return language_model_class(config).from_config(config)
 
 
 def classifier(config: PretrainedConfig) -> PreTrainedModel:
     """A sequence classifier with one label, fp32, as PPOTrainer loads a critic by its name."""
+    provide_classifier(config)
     return AutoModelForSequenceClassification.from_config(_one_label(config), dtype=torch.float32)
 
 

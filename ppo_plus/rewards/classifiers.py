@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from .completions import Completions, Score, checked
 from .reading import Reader, in_batches, most_tokens
@@ -72,12 +78,33 @@ class ClassifierReward:
             )
 
 
+def provide_classifier(config: PreTrainedConfig) -> None:
+    """Let `AutoModelForSequenceClassification` know a family that transformers has no classifier for.
+
+    Half of its decoders have none (in 5.23: Gemma 4, Granite, LFM 2, Cohere). They get what most of the others have,
+    its generic classifier: a linear head `score` on the last hidden state of the last token.
+    """
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
+        return
+    backbone = cast(Any, MODEL_MAPPING[kind])
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+        return  # Mamba, whose states the generic classifier does not know
+    family = next(base for base in backbone.__mro__ if PreTrainedModel in base.__bases__)
+    # By its module transformers tells its own classes, and whether buffers that are in no file are to be filled.
+    names = {"config_class": kind, "base_model_prefix": family.base_model_prefix, "__module__": backbone.__module__}
+    name = kind.__name__.removesuffix("Config") + "ForSequenceClassification"
+    made = type(name, (GenericForSequenceClassification, family), names)
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)  # without, its own families are passed over
+
+
 def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, list[str]]:
     """A sequence classifier with one label, and the names of those of its weights that its files do not hold.
 
     Raises:
         ValueError: it was trained with another number of labels.
     """
+    provide_classifier(AutoConfig.from_pretrained(name, trust_remote_code=False))
     model, info = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=1, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
     )
