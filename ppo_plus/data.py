@@ -57,6 +57,16 @@ def column_names(dataset: Any) -> list[str]:
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
+def as_python(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """A dataset that gives text, numbers and lists, whatever format was set (`set_format("torch")`)."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"{name} has a transform (set_transform), which would be applied anew to what is made of its rows here. "
+            "Apply it once: dataset.map(...)."
+        )
+    return dataset.with_format(None)
+
+
 def tokenize_prompts(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,8 +86,9 @@ def tokenize_prompts(
         name: how errors call the dataset.
 
     Raises:
-        ValueError: no usable column, no rows, or a row that is not a prompt; the message names the row.
+        ValueError: no usable column, no rows, a transform, or a row that is not a prompt; the message names the row.
     """
+    dataset = as_python(dataset, name)
     columns, stream = column_names(dataset), isinstance(dataset, IterableDataset)
     if not columns or (not stream and len(dataset) == 0):
         raise ValueError(f"{name} is empty: it has no rows. Look at how it was loaded or filtered.")

@@ -104,6 +104,32 @@ def test_a_prompt_column_wins_over_ids_that_came_with_it(tokenizer):
     assert tokenize_prompts(rows, tokenizer)["input_ids"][:] == [[4, 5]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas"])
+def test_a_format_that_was_set_changes_nothing(tokenizer, form, stream):
+    """TRL's old scripts set "torch"; rows were tensors then, and the first rollout failed."""
+    given = Dataset.from_dict({"prompt": ["ab", "c"], "wanted": [1, 2], "parts": [[1], [2, 3]]})
+    plain = given.to_iterable_dataset() if stream else given
+    found = list(tokenize_prompts(plain.with_format(form), tokenizer))
+    assert found == [
+        {"prompt": "ab", "wanted": 1, "parts": [1], "input_ids": ids("ab")},
+        {"prompt": "c", "wanted": 2, "parts": [2, 3], "input_ids": ids("c")},
+    ]
+    assert all(type(row["parts"]) is type(row["input_ids"]) is list for row in found)
+
+
+def test_columns_that_a_format_hid_are_there(tokenizer):
+    given = Dataset.from_dict({"prompt": ["ab"], "wanted": [1]})
+    given.set_format("torch", columns=["prompt"])
+    assert tokenize_prompts(given, tokenizer)[0] == {"prompt": "ab", "wanted": 1, "input_ids": ids("ab")}
+
+
+def test_a_transform_is_refused(tokenizer):
+    given = Dataset.from_dict({"prompt": ["ab"]}).with_transform(lambda rows: rows)
+    with pytest.raises(ValueError, match=r"eval_dataset has a transform .* Apply it once: dataset.map"):
+        tokenize_prompts(given, tokenizer, name="eval_dataset")
+
+
 def test_ids_made_elsewhere_lose_their_padding_by_the_mask_and_not_by_the_id(tokenizer):
     # 0 is <pad> and 2 is <eos>: both stay where the mask says that they are real.
     rows = Dataset.from_dict(
