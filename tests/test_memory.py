@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PeakMemory, lora, make_model, make_trainer
 from peft import get_peft_model
+from test_architectures import build
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -337,6 +338,22 @@ def test_the_table_ends_in_the_sizes():
 def test_a_wrong_plan_is_refused(change, vram, message):
     with pytest.raises(ValueError, match=message):
         plan(CONFIGS["llama"], setup(**change), vram)
+
+
+def test_a_model_that_cannot_run_without_its_weights_is_named(tmp_path, capsys):
+    build("Qwen3-MoE").config.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(tmp_path), "--vram", "8", "--prompt-length", "4", "--response-length", "4"])
+    assert stop.value.code == 2
+    assert "error: The memory of a qwen3_moe cannot be planned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["Bamba", "Gemma 3, with vision", "Gemma 4", "GPT-2", "Qwen3.5", "SmolVLM"])
+def test_bases_of_other_kinds_are_planned_in_4_bits(family):
+    """Their linear layers are of other classes, hold weights the other way round, or are asked for them."""
+    config, sizes = build(family).config, {"prompt_length": 4, "response_length": 4}
+    four, half = (plan(config, setup(quantization=kind, **sizes), 8) for kind in ("nf4", "bf16"))
+    assert four.fits and 0 < four.phases[1].parts["weights"] < half.phases[1].parts["weights"]
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path, capsys):

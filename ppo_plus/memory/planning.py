@@ -66,6 +66,9 @@ def plan(config: PretrainedConfig, setup: Setup, vram: float, value_config: Pret
 
     Returns:
         a plan; where not even single rows fit, one of single rows whose `fits` is False.
+
+    Raises:
+        ValueError: sizes do not go together, or the model cannot run without its weights, as some with experts.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if vram * GIB <= CUDA_CONTEXT:
@@ -80,10 +83,17 @@ def plan(config: PretrainedConfig, setup: Setup, vram: float, value_config: Pret
             "critic='separate' and a model for the critic go together (value_config, --value-model): give both or none."
         )
     budget = int((vram * GIB - CUDA_CONTEXT) * (1 - ALLOCATOR_SHARE))
-    run, minibatch = predict(config, setup, value_config), setup.rollout_batch_size // setup.num_mini_batches
-    generate = largest(run.generate, setup.rollout_batch_size, budget)
-    score = largest(run.score, setup.rollout_batch_size, budget)
-    learn = largest(run.learn, minibatch, budget)
+    minibatch = setup.rollout_batch_size // setup.num_mini_batches
+    try:
+        run = predict(config, setup, value_config)
+        generate = largest(run.generate, setup.rollout_batch_size, budget)
+        score = largest(run.score, setup.rollout_batch_size, budget)
+        learn = largest(run.learn, minibatch, budget)
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"The memory of a {config.model_type} cannot be planned: it does not run without its weights "
+            f"({str(error).strip().splitlines()[0]}). Measure it: torch.cuda.max_memory_reserved() after two steps."
+        ) from error
     return Plan(run.parameters, (generate, score, learn), budget, setup, minibatch // learn.rows)
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..modeling import ActorCritic
 
@@ -24,9 +25,9 @@ class QuantizedLinear(nn.Module):
         n, self.kind, self.shape, device = weight.numel(), kind, weight.shape, weight.device
         blocks = -(-n // 64)
         buffers = {
-            "nf4": {"packed": (-(-n // 2), torch.uint8), "absmax": (blocks, torch.uint8),
+            "nf4": {"weight": (-(-n // 2), torch.uint8), "absmax": (blocks, torch.uint8),
                     "absmax2": (-(-blocks // 256), torch.float32), "codes": (16 + 256 + 1, torch.float32)},
-            "int8": {"packed": (n, torch.int8), "absmax": (weight.shape[0], torch.float32)},
+            "int8": {"weight": (n, torch.int8), "absmax": (weight.shape[0], torch.float32)},
         }[kind]  # fmt: skip
         for name, (size, dtype) in buffers.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype, device=device), persistent=False)
@@ -34,7 +35,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return cast(Tensor, _Dequantized.apply(x, self.packed, self.shape, self.bias, self.kind))
+        return cast(Tensor, _Dequantized.apply(x, self.weight, self.shape, self.bias, self.kind))
 
 
 class _Dequantized(torch.autograd.Function):
@@ -57,4 +58,6 @@ def quantize(actor: ActorCritic, kind: str) -> None:
     for layer in actor.modules():
         if isinstance(layer, LoraLayer):
             linear = layer.base_layer
-            layer.base_layer = QuantizedLinear(linear.weight, linear.bias, kind)
+            # GPT-2's layers hold their weights transposed; bitsandbytes turns them.
+            weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+            layer.base_layer = QuantizedLinear(weight, linear.bias, kind)
