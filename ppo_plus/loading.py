@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -50,7 +51,8 @@ from .modeling import (
 from .rewards.classifiers import load_classifier
 from .rollout import isolated_rng, position_seed
 
-REMOTE = ("revision", "trust_remote_code", "token", "subfolder")  # what finds a config, of what loads a model
+# What finds a config, of what loads a model.
+REMOTE = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "gguf_file")
 
 
 def model_name(model: Any) -> str:
@@ -80,6 +82,12 @@ def load_tokenizer(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBa
     name = model_name(model)
     own = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
     return AutoTokenizer.from_pretrained(name if own else base_name(name), trust_remote_code=trust_remote_code)
+
+
+def load_config(name: str, init_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration that a model will be loaded with, given what its `from_pretrained` gets."""
+    given = {key: value for key, value in init_kwargs.items() if key in REMOTE}
+    return init_kwargs.get("config") or AutoConfig.from_pretrained(name, **given)
 
 
 def language_model_class(config: PreTrainedConfig) -> Any:
@@ -116,8 +124,7 @@ def load_policy(
         }
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        remote = {name: value for name, value in kwargs.items() if name in REMOTE}
-        auto = language_model_class(AutoConfig.from_pretrained(base_name(model), **remote))
+        auto = language_model_class(load_config(base_name(model), kwargs))
         model = auto.from_pretrained(base_name(model), **kwargs)
         let_go_of_file(model)
         if folder is not None:

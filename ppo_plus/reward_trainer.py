@@ -16,14 +16,14 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
 from .config import RewardConfig, refuse_sharding
 from .hub import HubMixin, save_arguments
-from .loading import REMOTE, let_go_of_file
+from .loading import let_go_of_file, load_config
 from .lora import use_plain_lora
 from .norms import use_lean_norms
 from .rewards.adapters import template_hash
@@ -72,9 +72,8 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
             # Weights that are not trained stay as they were saved; TRL would load them in fp32.
             args.model_init_kwargs = {"dtype": "auto", **cast(dict, args.model_init_kwargs or {})}
         if isinstance(model, str):
-            remote = {k: v for k, v in cast(dict, args.model_init_kwargs or {}).items() if k in REMOTE}
-            options = {"trust_remote_code": args.trust_remote_code, **remote}
-            provide_classifier(AutoConfig.from_pretrained(model, **options))
+            options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
+            provide_classifier(load_config(model, options))
         self._calibration: dict[str, Any] = {}
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         let_go_of_file(self.model)

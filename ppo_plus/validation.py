@@ -9,11 +9,11 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig, TaskType
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import adapter_folder, check_no_adapter, check_own_weights, check_reward_adapter
 from .config import PPOConfig, refuse_sharding
-from .loading import REMOTE, base_name
+from .loading import base_name, load_config
 from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
 from .rewards.classifiers import own_tokenizer
@@ -138,8 +138,7 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
         if folder is None:
             continue
         if config is None:
-            options = {k: v for k, v in cast(dict, args.model_init_kwargs or {}).items() if k in REMOTE}
-            config = AutoConfig.from_pretrained(base_name(model), **options)
+            config = load_config(base_name(model), cast(dict, args.model_init_kwargs or {}))
         check_same_base(folder, config._name_or_path)
         check_same_kind(folder, actors)
         check_reward_adapter(folder, config.get_text_config().hidden_size)

@@ -166,3 +166,17 @@ def test_the_card_loads_a_multimodal_base_with_its_own_class(tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "ppo" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained(" in card and "AutoModelForCausalLM" not in card
+
+
+@pytest.mark.parametrize("family", ["Llama", "SmolVLM"])
+def test_what_finds_a_model_finds_its_configuration_too(tmp_path, family):
+    """Which class loads it is asked of the configuration first, wherever that is."""
+    model, tokenizer, inner = build(family), make_tokenizer(), {"subfolder": "inner"}
+    model.save_pretrained(tmp_path / "inner")
+    for options in (inner, {**inner, "config": model.config}):
+        config = {"model_init_kwargs": options}
+        trainer = make_trainer(tmp_path / "ppo", model=str(tmp_path), processing_class=tokenizer, config=config)
+        assert type(trainer.model.language_model) is type(model)
+    args = RewardConfig(str(tmp_path / "reward"), model_init_kwargs=inner, report_to="none", use_cpu=True)
+    reward = RewardTrainer(str(tmp_path), args, peft_config=lora(), train_dataset=PAIRS, processing_class=tokenizer)
+    assert reward.model.get_base_model().num_labels == 1
