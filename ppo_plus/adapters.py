@@ -281,13 +281,9 @@ def weights_for(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     weights = adapter_weights(directory, names)
     if names != TEXT_ONLY:
         return weights
-    here = [name for name, _ in model.named_modules()]
-    start = "" if any(name.startswith(PREFIX) for name in here) else PREFIX
-    modules = {start + name for name in here}
-    idle = {
-        key.partition(".lora_")[0] for key, tensor in weights.items()
-        if ".lora_B." in key and key.partition(".lora_")[0] not in modules and not tensor.any()
-    }  # fmt: skip
+    modules = {PREFIX + name for name in names_of_modules(model)}
+    learned_nothing = {key.partition(".lora_")[0] for key, b in weights.items() if ".lora_B." in key and not b.any()}
+    idle = learned_nothing - modules
     return {key: tensor for key, tensor in weights.items() if key.partition(".lora_")[0] not in idle}
 
 
@@ -297,10 +293,15 @@ def names_for(model: nn.Module, directory: Path) -> dict[str, str] | None:
 
     Of Qwen3.5, `AutoModelForCausalLM` makes the language model, `AutoModelForSequenceClassification` the whole.
     """
-    whole = any(name.endswith("model.language_model") for name, _ in model.named_modules())
+    whole = "model.language_model" in names_of_modules(model)
     with readable(weights_file(directory)), safe_open(weights_file(directory), framework="pt") as tensors:
         theirs = any(key.startswith(f"{PREFIX}model.language_model.") for key in tensors.keys())  # noqa: SIM118
     return None if whole == theirs else WHOLE if whole else TEXT_ONLY
+
+
+def names_of_modules(model: nn.Module) -> set[str]:
+    """As the base calls them, with adapters or without."""
+    return {name for name, _ in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules()}
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ class DemoArguments:
 
 
 def fast_precision() -> dict[str, Any]:
-    """bf16 on GPUs and CPUs that have instructions for it, which are twice as fast and more; fp32 elsewhere.
+    """bf16 on GPUs and CPUs that have instructions for it; fp32 elsewhere.
 
     Looked up, not timed: beside other work a measurement may come out either way, and the run be another one.
     """
