@@ -117,6 +117,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("vs_trl_bfloat16_no_amx", "the same on cores without AMX", against_trl),
     ("vs_trl_float32", "one update against TRL 1.12's PPO, SmolLM2-135M, fp32", against_trl),
     ("floor", "one update against its own arithmetic on the bare model", above_floor),
+    ("floor_no_amx", "that on cores without AMX", above_floor),
     ("uneven", "64 responses, 60 short and 4 long, against `generate`", uneven),
     ("scaling", "cost as the work grows", scaling),
     ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),

@@ -38,6 +38,10 @@ RESULTS = {
         "ratio": 1.5, "ratio_by_phase": {"generate": 1.25, "score": 2.0, "learn": 1.5},
         "update_seconds": {"total": 30.0}, "floor_seconds": {"total": 20.0}, **MACHINE,
     },
+    "floor_no_amx": {
+        "ratio": 1.25, "ratio_by_phase": {"generate": 1.0, "score": 1.5, "learn": 1.25},
+        "update_seconds": {"total": 50.0}, "floor_seconds": {"total": 40.0}, **MACHINE,
+    },
     "uneven": UNEVEN,
     "scaling": {"episodes": growth(0.9, 0), "response": growth(1.1, 0), "width": growth(0, 0.75)},
     "memory": {"ratio": 0.333},
@@ -84,6 +88,7 @@ def test_every_result_becomes_words(tmp_path):
         "**2.00×** as fast (7.0 s against 14.0 s; generate 2.0×, score 2.0×, learn 2.0×); 0.25 of the memory",
         "**1.00×** as fast (7.0 s against 7.0 s; generate 1.0×, score 1.0×, learn 1.0×); 0.50 of the memory",
         "**1.50×** the floor (30.0 s over 20.0 s; generate 1.25, score 2.00, learn 1.50)",
+        "**1.25×** the floor (50.0 s over 40.0 s; generate 1.00, score 1.50, learn 1.25)",
         "**2.35×** as fast (469 tokens/s against 200); learning **3.50×** as fast without padding "
         "as with it (80 % of the tokens), 1.25× where lengths are uniform (40 %)",
         "a token takes 0.90× the time with 4× the episodes, 1.10× with 4× the response length; a token and parameter "
@@ -98,7 +103,7 @@ def test_every_result_becomes_words(tmp_path):
         "VADER score of held-out answers, by seed: +0.25, +0.50",
     ]
     assert [where for _, _, where in rows] == [
-        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 2, *[""] * 7,
+        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 3, *[""] * 7,
         "A card, 2026-01-02",
     ]  # fmt: skip
 
