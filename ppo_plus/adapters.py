@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from .lora import use_plain_lora
 from .rollout import readable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward adapter, beside it
+REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward model, beside it
 LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
 PREFIX = "base_model.model."  # of the names in an adapter's file
 TEXT_ONLY, WHOLE = {r"^model\.language_model\.": "model."}, {r"^model\.": "model.language_model."}
@@ -110,9 +111,20 @@ def adapter_folder(model: Any) -> Path | None:
             found = hf_hub_download(str(model), file)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
         return None
-    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError):
-        hf_hub_download(str(model), REWARD_FILE)  # an adapter that was trained elsewhere says nothing about itself
+    reward_description(model)  # which is then in the same folder
     return Path(found).parent
+
+
+def reward_description(model: str | Path) -> dict[str, Any]:
+    """What `RewardTrainer` wrote about a reward model, downloaded if it is on the Hub; empty where it wrote nothing."""
+    file = Path(model) / REWARD_FILE
+    if not Path(model).exists():
+        with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+            file = Path(hf_hub_download(str(model), REWARD_FILE))
+    if not file.is_file():
+        return {}
+    with readable(file):
+        return cast(dict, json.loads(file.read_text()))
 
 
 def check_no_adapter(model: Any, fix: str) -> None:

@@ -118,6 +118,16 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         }
         return dict(self._calibration)
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Any:
+        if processing_class.eos_token is None:
+            if processing_class.sep_token is None:
+                raise ValueError(
+                    "The tokenizer has no EOS token, and texts without an end are not what a reward model can be asked "
+                    "about: pass RewardConfig(eos_token=...), or a processing_class that has one."
+                )
+            processing_class.eos_token = processing_class.sep_token  # so an encoder (BERT) ends a text
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save, measuring the calibration first where there are held-out pairs and it is out of date."""
         measured = self._calibration.get("step") == self.state.global_step

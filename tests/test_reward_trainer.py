@@ -13,11 +13,15 @@ import torch
 from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import IA3Config, PeftModel, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
     BitsAndBytesConfig,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from ppo_plus import RewardConfig, RewardTrainer
@@ -231,17 +235,70 @@ def classifier(labels=1):
     return LlamaForSequenceClassification(config)
 
 
-def test_a_sequence_classifier_with_its_own_tokenizer(tmp_path):
+@pytest.mark.parametrize("end", ["<eos>", None])
+def test_a_sequence_classifier_with_its_own_tokenizer(tmp_path, end):
     own = make_tokenizer(pad_token="<unk>")
+    own.eos_token = end
     model = classifier()
     trainer = make_trainer(tmp_path, reward_funcs=model, reward_processing_classes=own)
     reward = trainer.collector.rewards.rewards[0]
     found = reward(Completions(["ab", "abcdef"], ["c", "d"], [[1], [1]]))
     for text, score in zip(["abc", "abcdefd"], found, strict=True):
-        inputs = own(text, return_tensors="pt")
-        alone = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0, 0].item()
+        alone, otherwise = (
+            model(**own(text + last, return_tensors="pt", return_token_type_ids=False)).logits.item()
+            for last in ([end, ""] if end else ["", "<eos>"])
+        )
         assert score == pytest.approx(alone, abs=1e-5)
+        assert abs(score - otherwise) > 1e-3  # negative control
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def encoder_on_disk(folder):
+    """A BERT, whose tokenizer has no EOS and ends a text in a separator itself."""
+    backend = make_tokenizer().backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="<bos> $A <unk>", pair="<bos> $A <unk> $B <unk>", special_tokens=[("<bos>", 1), ("<unk>", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token="<bos>", sep_token="<unk>", unk_token="<unk>", pad_token="<pad>",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), initializer_range=0.5, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_model_trained_as_a_whole_is_read_as_it_was_trained(tmp_path, base, kind):
+    if kind == "encoder":
+        base = tmp_path / "encoder"
+        encoder_on_disk(base)
+    args = RewardConfig(
+        output_dir=str(tmp_path / "reward"), max_steps=1, per_device_train_batch_size=1, report_to="none",
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", bf16=False,
+    )  # fmt: skip
+    seen = []
+    one_pair = Dataset.from_dict({"chosen": ["why? so"], "rejected": ["why? no"]})
+    trainer = RewardTrainer(str(base), args, train_dataset=one_pair)
+    trainer.model.register_forward_pre_hook(lambda _, given, named: seen.append(named["input_ids"]), with_kwargs=True)
+    trainer.train()
+    trainer.save_model()
+    reward = make_trainer(tmp_path / "ppo", reward_funcs=str(tmp_path / "reward")).collector.rewards.rewards[0]
+    found = reward(Completions(["why? ", "why? "], ["so", "no"], [[1], [1]]))
+    assert found == pytest.approx(trainer.model.eval()(input_ids=seen[0]).logits[:, 0].tolist(), abs=1e-5)
+    (tmp_path / "reward" / "reward_model.json").unlink()  # control: of someone else's encoder, nothing is known
+    other = make_trainer(tmp_path / "ppo", reward_funcs=str(tmp_path / "reward")).collector.rewards.rewards[0]
+    apart = other(Completions(["why? ", "why? "], ["so", "no"], [[1], [1]]))
+    assert (found == apart) == (kind == "decoder")
+
+
+def test_a_tokenizer_that_cannot_end_a_text_is_named(tmp_path, base):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    args = RewardConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="The tokenizer has no EOS token.*eos_token"):
+        RewardTrainer(str(base), args, train_dataset=pairs(4), processing_class=tokenizer)
 
 
 def test_a_classifier_folder(tmp_path):

@@ -16,11 +16,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..adapters import REWARD_FILE
-from ..data import is_conversational, left_pad, pad_id, unpadded
+from ..adapters import REWARD_FILE, reward_description
+from ..data import left_pad, pad_id, unpadded
 from ..modeling import ActorCritic, at_last_token
 from ..out_of_memory import in_chunks
-from ..rollout import readable
 from .completions import Completions, Score, checked
 from .reading import Reader, in_batches
 
@@ -52,8 +51,13 @@ class AdapterReward:
 
         Prompts that are token ids are read as they are, and so are the tokens that were sampled after them.
         """
-        texts: list = self._texts(batch) if batch.prompt_ids is None else self._sequences(batch.prompt_ids, batch)
         self._seen.clear()
+        texts: list
+        if batch.prompt_ids is None:
+            # The reward model was trained on texts that end in EOS.
+            texts = batch.texts(self.tokenizer, self.chat_template_kwargs, cast(str, self.tokenizer.eos_token))
+        else:
+            texts = self._sequences(batch.prompt_ids, batch)
 
         def score(texts: list) -> Tensor:
             inputs = self.read(texts, batch)
@@ -65,14 +69,6 @@ class AdapterReward:
 
         scores, self.batch_size = in_batches(texts, self.batch_size, score)
         return checked(scores, batch, self.name)
-
-    # The reward model was trained on texts that end in EOS.
-
-    def _texts(self, batch: Completions) -> list[str]:
-        texts, eos = batch.texts(self.tokenizer, self.chat_template_kwargs), cast(str, self.tokenizer.eos_token)
-        if is_conversational(batch.prompts[0]):
-            return texts
-        return [text if text.endswith(eos) else text + eos for text in texts]
 
     def _sequences(self, prompt_ids: list[list[int]], batch: Completions) -> list[list[int]]:
         eos = cast(int, self.tokenizer.eos_token_id)
@@ -120,15 +116,6 @@ def check_same_base(path: Path, base: str) -> None:
             "nothing there. Train one on the actor's base (or, if this is the same base under another name, put that "
             f"name into {REWARD_FILE} and {CONFIG_NAME})."
         )
-
-
-def reward_description(path: Path) -> dict[str, Any]:
-    """What `RewardTrainer` wrote about a reward model; empty where it was trained by something else."""
-    file = path / REWARD_FILE
-    if not file.is_file():
-        return {}
-    with readable(file):
-        return cast(dict, json.loads(file.read_text()))
 
 
 def check_same_template(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

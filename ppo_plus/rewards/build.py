@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters import adapter_folder
+from ..adapters import adapter_folder, reward_description
 from ..modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, place
 from .adapters import AdapterReward
 from .classifiers import ClassifierReward, load_classifier, own_tokenizer
@@ -67,7 +67,10 @@ def _build_reward(
             )
     if isinstance(func, nn.Module):
         place(func, model.device)
-        return ClassifierReward(func, own or own_tokenizer(func) or tokenizer, name, **options)
+        source = reward if func is not reward else getattr(getattr(func, "config", None), "_name_or_path", "")
+        trained_here = bool(source and reward_description(source))
+        own = own or own_tokenizer(func) or tokenizer
+        return ClassifierReward(func, own, name, trained_on_one_text=trained_here, **options)
     return FunctionReward(func, name, timeout)
 
 

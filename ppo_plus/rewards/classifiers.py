@@ -30,8 +30,18 @@ class ClassifierReward:
     """A sequence classifier with one label and its own tokenizer.
 
     An encoder (BERT, DeBERTa) whose tokenizer has no chat template reads question and answer as a pair of texts, the
-    way such reward models are trained. Every other classifier reads one text: through its own chat template where
-    prompts are messages. `Reader` says what happens to a text that is longer than the model reads.
+    way such reward models are trained. Every other classifier reads one text, and so does an encoder that
+    `RewardTrainer` has trained: through its own chat template where prompts are messages, else with its EOS at the end,
+    with or without which the same text may get quite another score. `Reader` says what happens to a text that is longer
+    than the model reads.
+
+    Args:
+        model: with one label; on its device already.
+        tokenizer: of that model. One without `eos_token` leaves plain text as it is.
+        name: what metrics call it.
+        batch_size: texts per forward pass.
+        chat_template_kwargs: arguments of `apply_chat_template`.
+        trained_on_one_text: whether `RewardTrainer` has trained it: on texts with EOS, whatever the tokenizer adds.
     """
 
     def __init__(
@@ -42,6 +52,7 @@ class ClassifierReward:
         *,
         batch_size: int,
         chat_template_kwargs: dict[str, Any],
+        trained_on_one_text: bool = False,
     ) -> None:
         config = getattr(model, "config", None)
         labels = getattr(config, "num_labels", 1)
@@ -54,11 +65,15 @@ class ClassifierReward:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
         self.read = Reader(tokenizer, name, most_tokens(model, tokenizer))
-        self.reads_pairs = type(config) in MODEL_FOR_MASKED_LM_MAPPING and tokenizer.chat_template is None
+        pairs = type(config) in MODEL_FOR_MASKED_LM_MAPPING and tokenizer.chat_template is None
+        self.reads_pairs = pairs and not trained_on_one_text
+        adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
+        self.end = tokenizer.eos_token or "" if trained_on_one_text or not adds_eos else ""
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
         """Score prompt and completion, rendered with this model's own template and tokenizer."""
-        texts = batch.pairs() if self.reads_pairs else batch.texts(self.tokenizer, self.chat_template_kwargs)
+        one = (self.tokenizer, self.chat_template_kwargs, self.end)
+        texts = batch.pairs() if self.reads_pairs else batch.texts(*one)
         device = next(self.model.parameters()).device
 
         def score(texts: list) -> Tensor:

@@ -36,12 +36,14 @@ class Completions:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def texts(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> list[str]:
-        """Prompt and completion as one text, through the chat template where they are messages."""
+    def texts(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any], end: str = ""
+    ) -> list[str]:
+        """Prompt and completion as one text: messages through the chat template, plain text with this at its end."""
         return [
             cast(str, tokenizer.apply_chat_template(prompt + completion, tokenize=False, **chat_template_kwargs))
             if is_conversational(prompt)
-            else prompt + completion
+            else (prompt + completion).removesuffix(end) + end
             for prompt, completion in zip(self.prompts, self.completions, strict=True)
         ]
 
