@@ -16,12 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper
 
 from . import functional as F
 from .baseline import RewardBaseline
 from .config import PPOConfig
 from .data import Row, columns_of, is_conversational, left_pad, pad_id, unpadded
+from .logits import nucleus
 from .modeling import ActorCritic, Generation
 from .out_of_memory import in_chunks
 from .rewards import Completions, RewardSet
@@ -463,7 +464,7 @@ def truncation(args: PPOConfig) -> Callable[[Tensor], Tensor] | None:
     if args.top_k:
         warpers.append(TopKLogitsWarper(args.top_k))
     if args.top_p < 1:
-        warpers.append(TopPLogitsWarper(args.top_p))
+        warpers.append(lambda _, logits: nucleus(logits, args.top_p))  # TopPLogitsWarper, with deterministic sums
     if args.min_p:
         warpers.append(MinPLogitsWarper(args.min_p))
     if not warpers:

@@ -185,6 +185,17 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     return token.clamp(max=logits.shape[-1] - 1)
 
 
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits `(B, V)` of the fewest tokens that `top_p` of the probability falls to, -inf for the others.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
+    """
+    ascending, tokens = logits.sort(-1)
+    removed = _running_sums(ascending.softmax(-1)) <= 1 - top_p
+    removed[:, -1] = False
+    return logits.masked_fill(removed.scatter(-1, tokens, removed), -torch.inf)
+
+
 def _running_sums(weights: Tensor) -> Tensor:
     """Of each row `(B, n)`, from its first weight on, float64."""
     if not torch.are_deterministic_algorithms_enabled():

@@ -12,6 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+# What is not taken from torch's own allocator fails under other names.
+UNNAMED = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory did not suffice: torch's allocator, the driver, or cuBLAS."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in UNNAMED)
+
 
 def in_chunks(order: Tensor, size: int, run: Callable[[Tensor], None]) -> int:
     """Run over chunks of rows; where memory does not suffice, over smaller ones.
@@ -28,8 +36,8 @@ def in_chunks(order: Tensor, size: int, run: Callable[[Tensor], None]) -> int:
     while start < len(order):
         try:
             run(order[start : start + size])
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
         else:
             start += size
@@ -68,9 +76,10 @@ def named_memory_error() -> Iterator[None]:
     """Say what to change where several processes learn together, and one that split its work would lose the others."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        error.add_note(
-            "Learning on several processes cannot go on with fewer rows: lower per_device_train_batch_size and raise "
-            "gradient_accumulation_steps by the same factor, which changes nothing else."
-        )
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            error.add_note(
+                "Learning on several processes cannot go on with fewer rows: lower per_device_train_batch_size and "
+                "raise gradient_accumulation_steps by the same factor, which changes nothing else."
+            )
         raise

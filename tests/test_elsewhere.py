@@ -242,7 +242,7 @@ def best_of_all(folder, cpu, base, adapter):
 def full_determinism(folder, cpu, base, adapter):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     try:
-        return trained(folder, cpu, {"full_determinism": True}, model=model, reward_funcs=str(adapter))
+        return trained(folder, cpu, {"full_determinism": True, "top_p": 0.9}, model=model, reward_funcs=str(adapter))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -24,6 +25,7 @@ import ppo_plus.resume as resume_module
 import ppo_plus.trainer as trainer_module
 from ppo_plus import PPOCallback
 from ppo_plus.checkpoint import MANIFEST, damage, seal
+from ppo_plus.out_of_memory import in_chunks
 
 
 def steps(folder):
@@ -596,6 +598,38 @@ def test_out_of_memory_in_a_rollout_halves_the_chunk_and_changes_nothing_else(tm
     assert all(
         torch.allclose(a, b, atol=1e-4) for a, b in zip(weights(trainer).values(), weights(plain).values(), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "survived"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            True,
+        ),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_memory_runs_out_under_several_names(error, survived):
+    done = []
+
+    def run(rows):
+        if len(rows) > 2:
+            raise error
+        done.extend(rows.tolist())
+
+    if not survived:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            in_chunks(torch.arange(7), 4, run)
+        assert done == []
+        return
+    with pytest.warns(UserWarning, match="going on with 2 rows"):
+        assert in_chunks(torch.arange(7), 4, run) == 2
+    assert done == list(range(7))
 
 
 def test_out_of_memory_with_a_single_row_is_an_error(tmp_path, monkeypatch):

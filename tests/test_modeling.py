@@ -31,13 +31,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from ppo_plus import logits, modeling
 from ppo_plus.adapters import use_adapter
 from ppo_plus.collector import truncation
 from ppo_plus.data import left_pad
 from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
-from ppo_plus.logits import chunked_logprobs, head_is_frozen, logits_function, sample
+from ppo_plus.logits import chunked_logprobs, head_is_frozen, logits_function, nucleus, sample
 from ppo_plus.modeling import ActorCritic, ValueHead, place
 from ppo_plus.rollout import response_mask
 
@@ -1077,6 +1078,17 @@ def test_groups_of_tokens_draw_what_the_plain_running_sum_draws(vocabulary):
     near = ((edges - noise[:, None]).abs() < 1e-6).any(-1)  # there, fp32 may round to the neighbour
     assert near.sum() < 10
     assert torch.equal(sample(logits, noise)[~near], plain[~near])
+
+
+@pytest.mark.usefixtures("summing_up")
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_the_nucleus_is_that_of_transformers(top_p):
+    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2
+    logits[0, 10:] = LOG0
+    logits[1, 3] = 40.0  # all of the probability
+    found = nucleus(logits, top_p)
+    assert torch.equal(found, TopPLogitsWarper(top_p)(None, logits))
+    assert not torch.equal(found, nucleus(logits, 1 - top_p))
 
 
 @pytest.mark.usefixtures("summing_up")
