@@ -73,6 +73,7 @@ def our_trainer(model: str, dtype: str, updates: int, folder: str, callback, com
         gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
         num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
         save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True, torch_compile=compiled,
+        bf16=None if dtype == "bfloat16" else False,
     )  # fmt: skip
     return PPOTrainer(
         policy, reward_adapter(model, dtype, folder), config, train_dataset=prompts, processing_class=tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -189,6 +190,8 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             _require(_is_dict(getattr(self, name)), self, name, "a dict, one as JSON text, or None")
         self._settle_best_metric()
+        if self.full_determinism:  # cuBLAS may read it once, and the model is looked at before Trainer sets it
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         if self.train_sampling_strategy == "sequential":
             self.shuffle_dataset = False
         super().__post_init__()
@@ -404,7 +407,8 @@ def _require(holds: bool, config: PPOConfig, name: str, what: str) -> None:
 
 def _settle_precision(config: PPOConfig | RewardConfig) -> None:
     if config.bf16 is None:
-        config.bf16 = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.bf16 = not config.fp16 and native
     if config.fp16 and (config.use_cpu or not torch.accelerator.is_available()):
         warnings.warn(
             "fp16=True does nothing on a CPU: weights are used in their own precision. Remove it; bf16=True is the "

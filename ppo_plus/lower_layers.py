@@ -114,10 +114,17 @@ class LowerLayers:
             raise ValueError(f"going on from the hidden states of a layer gives other numbers, by {off:.1e}")
 
 
-def apart(found: Tensor, expected: Tensor, mask: Tensor) -> float:
-    """How far hidden states `(B, L, H)` of real tokens are off, over the largest; 0 within their dtype's rounding."""
+def apart(found: Tensor, expected: Tensor, mask: Tensor, half: float = 2e-2) -> float:
+    """How far hidden states `(B, L, H)` of real tokens are off, over the largest; 0 within their dtype's rounding.
+
+    Args:
+        found: what is looked at.
+        expected: what it should be.
+        mask: 1 for real tokens.
+        half: what counts as rounding in half precision.
+    """
     off = float((found - expected)[mask.bool()].abs().max() / expected[mask.bool()].abs().max())
-    return 0.0 if off < (1e-5 if expected.dtype == torch.float32 else 2e-2) else off
+    return 0.0 if off < (1e-5 if expected.dtype == torch.float32 else half) else off
 
 
 def entering(*args: Any, **kwargs: Any) -> Tensor:

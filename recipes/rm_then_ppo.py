@@ -55,6 +55,13 @@ class DemoArguments:
     reward: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of RewardConfig."})
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of PPOConfig."})
 
+    def __post_init__(self) -> None:
+        counts = ["num_pairs", "num_eval_pairs", "pair_tokens", "num_prompts", "num_eval_prompts", "prompt_tokens"]
+        for name in [*counts, "kl_horizon", *(["top_layers"] if self.top_layers is not None else [])]:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"--{name} must be a whole number, 1 or more; got {value!r}.")
+
 
 def fast_precision() -> dict[str, Any]:
     """bf16 on GPUs and CPUs that have instructions for it; fp32 elsewhere.
@@ -62,7 +69,7 @@ def fast_precision() -> dict[str, Any]:
     Looked up, not timed: beside other work a measurement may come out either way, and the run be another one.
     """
     if torch.accelerator.is_available():
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         bf16 = any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from typing import Any, cast
 
@@ -46,7 +47,8 @@ class FunctionReward:
             **{**batch.columns, **batch.context},
         )
         try:
-            return call() if self.timeout is None else within(self.timeout, call)
+            with without_autocast():
+                return call() if self.timeout is None else within(self.timeout, call)
         except Unanswered:
             return self.too_late(batch)
         except Exception as error:
@@ -67,6 +69,16 @@ class FunctionReward:
             f"given {len(batch)} completions, of the prompts {prompts}{', ...' if len(batch) > 3 else ''}. Python "
             "cannot stop a function, so it may go on in the background until the process ends."
         )
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Let code of users compute in the precision that they wrote; threads of their own do so anyway."""
+    accelerator = torch.accelerator.current_accelerator()
+    with contextlib.ExitStack() as off:
+        for kind in {"cpu"} if accelerator is None else {"cpu", accelerator.type}:
+            off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class Unanswered(Exception):
