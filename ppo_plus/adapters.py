@@ -57,10 +57,22 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """The adapters that speak now."""
+    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return [] if layer.disable_adapters else list(layer.active_adapters)
+
+
 def active_adapter(model: nn.Module) -> str | None:
     """The adapter that speaks now; None if none does."""
-    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
-    return None if layer.disable_adapters else layer.active_adapters[0]
+    return next(iter(active_adapters(model)), None)
+
+
+def scalings(model: nn.Module, adapter: str = "default") -> list[float]:
+    """By what an adapter's products are multiplied in its layers (LoRA's alpha over r), each number once."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    found = (getattr(layer, "scaling", {}) for layer in layers)
+    return sorted({float(by_name[adapter]) for by_name in found if adapter in by_name})
 
 
 @contextlib.contextmanager

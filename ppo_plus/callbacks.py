@@ -292,6 +292,28 @@ class InterruptCallback(TrainerCallback):
         self._before = {}
 
 
+class WishesCallback(TrainerCallback):
+    """Keeps what callbacks wished for during a rollout (`control.should_save` and the like) until the step after it.
+
+    A rollout comes before its first step begins, and there Trainer forgets what was wished for.
+    """
+
+    NAMES = ("should_save", "should_evaluate", "should_log")
+
+    def __init__(self) -> None:
+        self._wished: set[str] = set()
+
+    def note(self, control: TrainerControl) -> None:
+        """Remember what is wished for now."""
+        self._wished |= {name for name in self.NAMES if getattr(control, name)}
+
+    def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Wish for it again."""
+        for name in self._wished:
+            setattr(control, name, True)
+        self._wished.clear()
+
+
 class NumericsWatchCallback(PPOCallback):
     """Warns, once each and in words, of what usually means that a run is not doing what it seems to.
 

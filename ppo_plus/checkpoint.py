@@ -27,6 +27,7 @@ from .rollout import Rollout, readable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+WITHIN_ROLLOUT = ("temperature",)  # of what must be equal, what may change between two rollouts
 
 
 @dataclass
@@ -94,6 +95,7 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
         f"{name} {saved.get(name)} there, {value} here"
         for name, value in fingerprint.items()
         if saved.get(name) != value
+        and (name not in WITHIN_ROLLOUT or _rollout_file(directory, process_index).is_file())
     ]
     if differing:
         raise ValueError(
@@ -206,6 +208,19 @@ def damage(directory: str | Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
     return None
+
+
+def check_checkpoint(directory: str) -> None:
+    """Refuse to resume from what is no whole checkpoint."""
+    if not Path(directory).is_dir():
+        raise ValueError(f"resume_from_checkpoint={directory!r}: there is no such folder.")
+    if newest := last_whole_checkpoint(directory):
+        raise ValueError(
+            f"resume_from_checkpoint={directory!r} holds checkpoints and is none. Pass the newest whole one, {newest}, "
+            "or True with this output_dir."
+        )
+    if found := damage(directory):
+        raise ValueError(f"{directory} cannot be resumed: {found}. Use the checkpoint before it.")
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:

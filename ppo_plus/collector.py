@@ -55,6 +55,7 @@ class Samples:
         lower_states: as in `Rollout`; None where nobody is going to learn from these samples.
         prefix_scores: what the reward adapters say of the text before each token, `(N, R)` float32; None as above, and
             where nobody asks for it.
+        failed: names of reward functions that were left out because they failed.
     """
 
     input_ids: Tensor
@@ -74,6 +75,7 @@ class Samples:
     extra: dict[str, list] = field(default_factory=dict)
     lower_states: Tensor | None = None
     prefix_scores: Tensor | None = None
+    failed: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -160,7 +162,7 @@ class Collector:
         return Samples(
             input_ids, attention_mask, mask, stopped, logprobs, generation.logprobs, ref_logprobs, values, entropy,
             scores.by_function, scores.total, scores.per_token, completions, watch.seconds, extra, lower,
-            prefix_scores,
+            prefix_scores, scores.failed,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -233,7 +235,7 @@ class Collector:
         return replace(rollout, lower_states=lower)
 
     def metrics(self, samples: Samples) -> dict[str, float]:
-        """What there is to say about sampled responses, over all processes."""
+        """What there is to say about sampled responses, over all processes; NaN for the mean of no score."""
         lengths = samples.mask.sum(1).float()
         log_ratio = (samples.logprobs - samples.ref_logprobs) * samples.mask
         gap = (samples.logprobs - samples.sampled_logprobs).abs()
@@ -266,7 +268,8 @@ class Collector:
         """Mean and variance over what is not NaN, or over the mask; over all processes."""
         mask = ~values.isnan() if mask is None else mask
         mean, var = F.masked_moments(values.nan_to_num(), mask, reduce=self.reduce)
-        return mean.item(), var.item()
+        nothing = torch.nan if self.reduce(mask.sum()) == 0 else 0.0
+        return mean.item() + nothing, var.item() + nothing
 
     def _generate(
         self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None] = lambda: None
@@ -401,7 +404,13 @@ class Collector:
             for prompt, row, response in zip(prompts, rows, ids, strict=True)
         ]
         extra: dict[str, list] = {}
-        context = {**context, "log_extra": lambda name, values: extra.__setitem__(name, list(values))}
+
+        def log_extra(name: str, values: Any) -> None:
+            if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(rows):
+                raise ValueError(f"log_extra({name!r}, ...) takes a list with one value for each of {len(rows)} rows.")
+            extra[name] = list(values)
+
+        context = {**context, "log_extra": log_extra}
         return Completions(prompts, completions, ids, columns, context, prompt_ids), extra
 
 

@@ -332,6 +332,8 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             not self.metric_for_best_model.endswith("loss"), self, "metric_for_best_model",
             "a metric of evaluations ('eval_reward', the default here, or 'eval_kl'), which have no loss",
         )  # fmt: skip
+        if self.greater_is_better is None:  # Trainer takes every metric but a loss for one that should rise
+            self.greater_is_better = self.metric_for_best_model.rpartition("_")[2] != "kl"
 
     def _check_trainer_options(self) -> None:
         refused = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -100,8 +101,8 @@ def tokenize_prompts(
     def encode(row: Row, index: int) -> Row:
         where = f"{name}[{index}]"
         if "prompt" in row:
-            tools = {"tools": row["tools"]} if row.get("tools") else {}
-            ids = encode_prompt(row["prompt"], tokenizer, {**tools, **(chat_template_kwargs or {})}, where)
+            kwargs = {**tools_for(row.get("tools")), **(chat_template_kwargs or {})}
+            ids = encode_prompt(row["prompt"], tokenizer, kwargs, where)
         else:
             ids = _given_ids(row, tokenizer, where)
         if not ids:
@@ -111,6 +112,24 @@ def tokenize_prompts(
     if isinstance(dataset, IterableDataset):
         return dataset.map(encode, with_indices=True)
     return dataset.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
+
+
+def tools_for(tools: Any) -> dict[str, Any]:
+    """The argument `tools` of a chat template, of a row's column: a list, or one as JSON; empty where there are none.
+
+    Arrow gives each tool the keys of all of them, and None for those that it has not: they are left out.
+    """
+    try:
+        found = json.loads(tools) if isinstance(tools, str) and tools else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tools is {_short(tools)}; it must be a list of tools, or one as JSON ({error}).") from error
+    return {"tools": _without_none(found)} if found else {}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
 
 
 def _shortened(ids: list[int], longest: int | None, bos: int | None) -> list[int]:

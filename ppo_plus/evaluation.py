@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,16 +18,19 @@ from transformers.trainer_utils import PredictionOutput
 
 from .collector import Collector, Samples
 from .config import PPOConfig
-from .data import Row, tokenized
+from .data import Row, checked_prompts, tokenized
 from .metrics import Meter
+from .modeling import ActorCritic
 from .rewards import Completions
 from .rollout import isolated_rng
+from .validation import named_datasets
 
 
 class EvaluationMixin(Trainer):
     """Evaluation and prediction of `PPOTrainer`: prompts are answered as in a rollout, and nothing is learned."""
 
     args: PPOConfig
+    model: ActorCritic
     processing_class: PreTrainedTokenizerBase
     collector: Collector
     control: Any
@@ -36,15 +40,18 @@ class EvaluationMixin(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Answer the evaluation prompts and report reward, KL to the reference and lengths.
 
-        The same seed every time, so two evaluations differ by the policy alone; training does not notice.
+        The same seed every time, so two evaluations differ by the policy alone; training does not notice. Where a
+        reward function failed (`on_reward_error="skip"`) the reward is NaN: it is no best model's.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(dataset, str):  # one of several, as Trainer takes it
+            dataset = cast(dict, self.eval_dataset)[dataset]
         if dataset is None:
             raise ValueError("evaluate() needs prompts: pass eval_dataset here or to PPOTrainer.")
         if isinstance(dataset, dict):
@@ -53,7 +60,8 @@ class EvaluationMixin(Trainer):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         samples, metrics = self._evaluated(dataset, metric_key_prefix)
-        self.log(metrics)
+        self.log(logged := {name: value for name, value in metrics.items() if not math.isnan(value)})
+        metrics |= logged  # with the epoch
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics, samples=samples)
         return metrics
 
@@ -75,6 +83,8 @@ class EvaluationMixin(Trainer):
         meter = Meter()
         samples = cast(Samples, self.generate_completions(dataset, meter))
         metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
+        if self.collector.reduce(torch.tensor(float(len(samples.failed)))) > 0:
+            metrics["reward"] = metrics["reward_std"] = math.nan  # of the others alone it is another quantity
         if self.args.eval_win_rate:
             rows, share = self._evaluation_share(dataset)
             noise, seed = self._draw(share, ("evaluation",))
@@ -102,10 +112,12 @@ class EvaluationMixin(Trainer):
 
     def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
         """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
-        if "input_ids" not in prompts.column_names:
-            prompts = tokenized({"eval_dataset": prompts}, self.processing_class, **self.args.prompt_options)[
-                "eval_dataset"
-            ]
+        own = any(prompts is dataset for dataset in (self.train_dataset, *named_datasets(self.eval_dataset).values()))
+        if not own or "input_ids" not in prompts.column_names:
+            name, options = "the dataset to evaluate on", self.args.prompt_options
+            prompts = tokenized({name: prompts}, self.processing_class, **options)[name]
+            limits = (self.args.response_length, self.model.context, self.model.num_embeddings)
+            prompts = checked_prompts(prompts, *limits, name)
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         if len(prompts) < self.accelerator.num_processes:  # seen by all processes: none waits for another
             raise ValueError(

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .adapters import (
+    active_adapters,
     adapter_folder,
     check_base_is_frozen,
     check_complete,
@@ -103,10 +104,12 @@ def load_policy(
     peft_config: PeftConfig | None,
     quantization_config: Any = None,
     model_init_kwargs: dict[str, Any] | None = None,
+    frozen_dtype: torch.dtype | str = "auto",
 ) -> PreTrainedModel | PeftModel:
     """The policy from a name or a model: loaded, adapted, and with a frozen `ref` copy of an adapter it came with.
 
-    The name may be that of an adapter, which then is loaded onto its base.
+    The name may be that of an adapter, which then is loaded onto its base. A base under an adapter has `frozen_dtype`,
+    unless `model_init_kwargs` says otherwise.
 
     Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
     """
@@ -119,7 +122,7 @@ def load_policy(
         folder = adapter_folder(model)
         kwargs = {
             "trust_remote_code": False,
-            "dtype": "auto" if peft_config is not None or folder is not None else torch.float32,
+            "dtype": frozen_dtype if peft_config is not None or folder is not None else torch.float32,
             **(model_init_kwargs or {}),
         }
         if quantization_config is not None:
@@ -194,6 +197,12 @@ def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) ->
         raise ValueError("This model has an adapter already: pass it without peft_config to go on training it.")
     if "default" not in model.peft_config:
         raise ValueError(f"The adapter to train must be named 'default'; this model has {list(model.peft_config)}.")
+    if active_adapters(model) != ["default"]:
+        raise ValueError(
+            f"'default' is the adapter that is trained and saved, but {active_adapters(model)} would speak in this "
+            "model: call model.set_adapter('default') first (and model.base_model.enable_adapter_layers(), where they "
+            "are off). To train another adapter, load it under the name 'default'."
+        )
     check_own_weights(model.peft_config["default"], "The adapter of model")
     if REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config["default"]))
@@ -280,6 +289,9 @@ def build_actor_critic(
                 "model without its adapter, or a frozen copy, is the reference)")  # fmt: skip
     check_apart(policy, critic.model, "value_model", "actor and critic would overwrite each other: leave value_model "
                 "out (critic='detached' reads the actor's hidden states)")  # fmt: skip
+    if ref_model is not None and critic.model is not None:
+        check_apart(critic.model, ref_model, "ref_model", "the critic would be frozen with the reference: leave one of "
+                    "them out", of="value_model")  # fmt: skip
     for model in (policy, critic.model):
         if disable_dropout and model is not None:
             disable_base_dropout(model)
@@ -315,10 +327,10 @@ def score_weight(model: PreTrainedModel | PeftModel | None) -> Tensor | None:
     return cast(Tensor, weight.data.float())
 
 
-def check_apart(policy: nn.Module, other: nn.Module | None, name: str, why: str) -> None:
-    """Refuse a second model that shares trained weights with the policy."""
+def check_apart(policy: nn.Module, other: nn.Module | None, name: str, why: str, of: str = "model") -> None:
+    """Refuse a second model that shares trained weights with the policy, or with another that is trained."""
     if other is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, other.parameters())):
-        raise ValueError(f"model and {name} share their weights, so {why}, or load it a second time.")
+        raise ValueError(f"{of} and {name} share their weights, so {why}, or load it a second time.")
 
 
 def disable_base_dropout(model: nn.Module) -> None:

@@ -20,9 +20,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from .adapters import scalings
 from .callbacks import InterruptCallback, Interrupted
 from .checkpoint import (
+    WITHIN_ROLLOUT,
     Progress,
+    check_checkpoint,
     checkpoints_beyond,
     damage,
     last_whole_checkpoint,
@@ -51,21 +54,26 @@ class ResumeMixin(HubMixin, Trainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | Path | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Trainer's `train`; `resume_from_checkpoint=True` means the newest checkpoint that is whole.
 
         A damaged newer one is named and skipped. If there is none at all, training starts at the beginning, so that
-        a script that is restarted by a supervisor needs no case of its own for the first start.
+        a script that is restarted by a supervisor needs no case of its own for the first start; nor for the last:
+        a run that had ended ends at once.
         """
+        if isinstance(resume_from_checkpoint, Path):
+            resume_from_checkpoint = str(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(cast(str, self.args.output_dir))
             if resume_from_checkpoint is None:
                 warnings.warn(f"No whole checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=2)
-        elif isinstance(resume_from_checkpoint, str) and (found := damage(resume_from_checkpoint)):
-            raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {found}. Use the checkpoint before it.")
+        elif isinstance(resume_from_checkpoint, str):
+            check_checkpoint(resume_from_checkpoint)
+        if not resume_from_checkpoint:
+            self._progress = Progress(kl_coef=self.args.kl_coef, baseline=self._progress.baseline)
         self._name_other_runs(resume_from_checkpoint or None)
         with self._interrupt:
             try:
@@ -152,16 +160,21 @@ class ResumeMixin(HubMixin, Trainer):
         self.model.load_weights(resume_from_checkpoint)
         self._progress = progress
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy="best" this alone decides what is saved, and a signal asks for a checkpoint.
+        return super()._determine_best_metric(metrics, trial) or self._interrupt.stops_for is not None
+
     def _load_best_model(self) -> None:
         self.model.load_weights(self.state.best_model_checkpoint)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint's steps to mean the same in this run."""
         sizes = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length")
-        names = (*sizes, "critic", "seed", "data_seed")
+        names = (*sizes, "critic", "seed", "data_seed", *WITHIN_ROLLOUT)
         return {
             **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
             "num_prompts": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+            "adapter_scaling": scalings(self.model.policy),
             "base_weights": weights_digest(self.model.frozen_models),
         }

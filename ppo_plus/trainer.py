@@ -16,6 +16,7 @@ resume.py, evaluation in evaluation.py, the Hub in hub.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from .callbacks import (
     PPOCallback,
     RolloutSettings,
     SamplesTableCallback,
+    WishesCallback,
 )
 from .card import CardMixin
 from .checkpoint import (
@@ -69,6 +71,7 @@ from .validation import (
     check_adapters,
     check_arguments,
     check_enough_prompts,
+    check_metric_name,
     check_models,
     check_optimizers,
     check_rewards,
@@ -136,14 +139,15 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         if data_collator is not None:
             warnings.warn("data_collator is not used: a rollout pads its prompts itself. Leave it out.", stacklevel=2)
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
-        check_rewards(args, reward_funcs, reward_processing_classes, column_names(train_dataset))
+        datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        columns = {name: column_names(dataset) for name, dataset in datasets.items()}
+        check_rewards(args, reward_funcs, reward_processing_classes, columns)
         trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
         tokenizer = processing_class or load_tokenizer(model, trusted)
         check_tokenizer(tokenizer)
         check_stop_token(args, tokenizer)
         check_models(model, ref_model, value_model, tokenizer)
         check_adapters(args, model, peft_config, reward_funcs, value_model)
-        datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
         datasets = tokenized(datasets, tokenizer, **args.prompt_options)
         check_enough_prompts(args, datasets["train_dataset"])
         critic = critic_source(args, value_model, reward_funcs)
@@ -155,17 +159,16 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         limits = (args.response_length, actor_critic.context, actor_critic.num_embeddings)
         datasets = {name: checked_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
 
-        if isinstance(train_dataset, IterableDataset):
-            args.max_steps = args.total_steps  # Trainer wants to know how long a stream is trained on
-        super().__init__(
-            model=actor_critic,
-            args=args,
-            data_collator=list,
-            train_dataset=datasets.pop("train_dataset"),
-            eval_dataset=datasets.get("eval_dataset") or datasets or None,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        with max_steps_of(args):  # Trainer wants to know how long a stream is trained on
+            super().__init__(
+                model=actor_critic,
+                args=args,
+                data_collator=list,
+                train_dataset=datasets.pop("train_dataset"),
+                eval_dataset=datasets.get("eval_dataset") or datasets or None,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
         actor_critic.place_others(args.device)
         self._choose_passes()
         actor_critic.add_model_tags(self._tag_names)
@@ -202,6 +205,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     def _add_callbacks(self) -> None:
         self._interrupt = InterruptCallback(self._highest)
         self.add_callback(self._interrupt)
+        self._wishes = WishesCallback()
+        self.add_callback(self._wishes)
         self.add_callback(NumericsWatchCallback())
         show_phases(self)
         if self.args.num_sample_generations or self.args.log_completions:
@@ -219,16 +224,25 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: DataLoader) -> tuple:
         """Trainer's sizes, with `total_episodes` turned into steps."""
-        args.max_steps = args.total_steps
-        return super().set_initial_training_values(args, dataloader)
+        with max_steps_of(args):
+            return super().set_initial_training_values(args, dataloader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """The micro-batches of one optimizer step and their response tokens over all processes."""
+        if self.state.global_step >= self.state.max_steps:  # a finished run, resumed; Trainer would go on for a step
+            self.control.should_training_stop = True
+            return [], torch.zeros((), device=device)
         prompts = list(islice(epoch_iterator, num_batches))
         rollout_index, step = divmod(self.state.global_step, self.args.steps_per_rollout)
         if step == 0:
+            if not prompts[0]:
+                raise RuntimeError(
+                    "An epoch was ended inside a rollout (control.should_epoch_stop), and the next one's first prompts "
+                    "were passed over. End it at a step that is a multiple of num_ppo_epochs * num_mini_batches = "
+                    f"{self.args.steps_per_rollout}, or training as a whole: control.should_training_stop."
+                )
             self._progress.rollout = self._collect(prompts[0], rollout_index)
         rollout = self._progress.rollout
         if rollout is None:
@@ -285,8 +299,10 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         }
         self._fire("on_rollout_end", rollout=rollout, samples=samples, metrics=metrics)
         for name, value in metrics.items():
-            self._progress.meter.add(name, value)
+            if not math.isnan(value):  # of what nobody scored there is no mean
+                self._progress.meter.add(name, value)
         self._progress.kl_coef = settings.kl_coef
+        self._wishes.note(self.control)
         return rollout
 
     def _sample(
@@ -300,10 +316,12 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     ) -> Samples:
         noise, seed = self._draw(rows, position)
         meter = meter or self._progress.meter
-        context = {
-            "trainer_state": self.state,
-            "log_metric": lambda name, value: meter.add(name, float(value)),
-        }
+
+        def log_metric(name: str, value: Any) -> None:
+            check_metric_name(name)
+            meter.add(name, float(value))
+
+        context = {"trainer_state": self.state, "log_metric": log_metric}
         with isolated_rng(seed):
             return self.collector.sample(prompts, noise, context, leave or (lambda: None), cut)
 
@@ -486,6 +504,16 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         super().log(logs, start_time)
 
 
+@contextlib.contextmanager
+def max_steps_of(args: PPOConfig) -> Iterator[None]:
+    """`total_episodes` as steps inside the block; they stay a wish in episodes, for the next run of these arguments."""
+    given, args.max_steps = args.max_steps, args.total_steps
+    try:
+        yield
+    finally:
+        args.max_steps = given
+
+
 def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_config: Any) -> Any:
     """The policy that `args` describes; an adapter's first weights are drawn here, from the seed alone."""
     with isolated_rng(position_seed(args.seed, "adapter")):
@@ -494,6 +522,8 @@ def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_co
             peft_config=peft_config,
             quantization_config=quantization_config,
             model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
+            # What 4-bit layers give has their own dtype, and nothing is done in bf16 and fp16 at once.
+            frozen_dtype=torch.float16 if args.fp16 and args.device.type != "cpu" else "auto",
         )
 
 

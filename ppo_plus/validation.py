@@ -19,6 +19,9 @@ from .rewards.build import check_call, listed_rewards
 from .rewards.classifiers import own_tokenizer
 from .rewards.reward_set import check_weights
 
+OWN_METRICS = ("reward", "reward_std", "kl", "entropy", "num_tokens", "loss", "grad_norm", "learning_rate", "win_rate")
+OWN_GROUPS = ("rewards/", "completions/", "ppo/", "clip_ratio/", "critic/", "rollout/", "time/")
+
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
     """One evaluation dataset under its argument's name, several under their own."""
@@ -175,8 +178,16 @@ def check_same_kind(folder: Path, actors: PeftConfig | None) -> None:
         )
 
 
-def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: list[str]) -> None:
-    """Refuse rewards that could not be called, models that could not read, and lists of unequal length."""
+def check_metric_name(name: str) -> None:
+    """Refuse to log something else under the name of a metric of the trainer's own."""
+    if name in OWN_METRICS or name.startswith(OWN_GROUPS):
+        raise ValueError(f"log_metric({name!r}, ...): that is a metric of PPOTrainer's own. Choose another name.")
+
+
+def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: dict[str, list[str]]) -> None:
+    """Refuse rewards that could not be called with the columns of a dataset, models that could not read, and lists of
+    unequal length.
+    """
     funcs, own = listed_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
     if args.reward_baseline and not any(map(adapter_folder, funcs)):
@@ -186,7 +197,8 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: 
         )
     for func, tokenizer in zip(funcs, own, strict=True):
         if not isinstance(func, str | Path | nn.Module):
-            check_call(func, [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")])
+            for name, found in columns.items():
+                check_call(func, [c for c in found if c not in ("prompt", "input_ids", "attention_mask")], name)
         elif tokenizer is None and adapter_folder(func) is None:
             own_tokenizer(func)
 

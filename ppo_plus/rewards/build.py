@@ -66,6 +66,12 @@ def _build_reward(
                 "drawn at random, and so would rewards. Pass what RewardTrainer wrote, or a classifier with one label."
             )
     if isinstance(func, nn.Module):
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        if func is reward and not trained.isdisjoint(map(id, func.parameters())):
+            raise ValueError(
+                f"The reward model {name!r} shares weights with the policy or its critic, which train them: it would "
+                "freeze them, and change with them. Load it a second time, or pass its name."
+            )
         place(func, model.device)
         source = reward if func is not reward else getattr(getattr(func, "config", None), "_name_or_path", "")
         trained_here = bool(source and reward_description(source))
@@ -91,12 +97,12 @@ def listed_rewards(reward_funcs: Any, tokenizers: Any) -> tuple[list, list]:
     return funcs, own
 
 
-def check_call(function: Callable, columns: Sequence[str]) -> None:
-    """Refuse a reward function that could not be called with these columns of the dataset."""
+def check_call(function: Callable, columns: Sequence[str], dataset: str = "train_dataset") -> None:
+    """Refuse a reward function that could not be called with these columns of a dataset."""
     name, taken = reward_name(function), [c for c in columns if c in REWARD_ARGUMENTS]
     if taken:
         raise ValueError(
-            f"train_dataset has a column {taken[0]!r}, but reward functions get something else by that name: use "
+            f"{dataset} has a column {taken[0]!r}, but reward functions get something else by that name: use "
             f"dataset.rename_column({taken[0]!r}, '...')."
         )
     try:
@@ -108,7 +114,7 @@ def check_call(function: Callable, columns: Sequence[str]) -> None:
     except TypeError as error:
         raise ValueError(
             f"The reward function {name!r} cannot be called: {error}. It gets {', '.join(REWARD_ARGUMENTS)} and the "
-            f"further columns that train_dataset has, {list(columns)}; end its signature in **kwargs."
+            f"further columns that {dataset} has, {list(columns)}; end its signature in **kwargs."
         ) from error
 
 

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import is_conversational
+from ..data import is_conversational, tools_for
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -39,22 +42,50 @@ class Completions:
     def texts(
         self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any], end: str = ""
     ) -> list[str]:
-        """Prompt and completion as one text: messages through the chat template, plain text with this at its end."""
+        """Prompt and completion as one text: messages through the chat template, plain text with this at its end.
+
+        The template gets the column `tools`, if there is one, as it did for the policy.
+        """
         return [
-            cast(str, tokenizer.apply_chat_template(prompt + completion, tokenize=False, **chat_template_kwargs))
+            cast(
+                str,
+                tokenizer.apply_chat_template(
+                    conversation(prompt, completion), tokenize=False, **{**tools_for(tools), **chat_template_kwargs}
+                ),
+            )
             if is_conversational(prompt)
             else (prompt + completion).removesuffix(end) + end
-            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+            for prompt, completion, tools in zip(
+                self.prompts, self.completions, self.columns.get("tools", [None] * len(self)), strict=True
+            )
         ]
 
     def pairs(self) -> list[tuple[str, str]]:
         """Question and answer as two texts; of a conversation, what was said before the answer, by lines."""
         return [
-            ("\n".join(spoken(prompt)), "\n".join(spoken(completion)))
-            if is_conversational(prompt)
-            else (prompt, completion)
-            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+            ("\n".join(spoken(messages[:-1])), "\n".join(spoken(messages[-1:])))
+            for messages in (
+                conversation(prompt, completion)
+                if is_conversational(prompt)
+                else [{"content": prompt}, {"content": completion}]
+                for prompt, completion in zip(self.prompts, self.completions, strict=True)
+            )
         ]
+
+
+def conversation(prompt: list, completion: list) -> list:
+    """Prompt and completion as messages: an assistant's message that the prompt begins and the completion ends is one.
+
+    Args:
+        prompt: messages.
+        completion: one message of an assistant.
+    """
+    begun, (ended,) = prompt[-1], completion
+    if begun["role"] != "assistant":
+        return prompt + completion
+    first, rest = begun.get("content") or "", ended["content"]
+    whole = first + rest if isinstance(first, str) else [*first, {"type": "text", "text": rest}]
+    return [*prompt[:-1], {**begun, "content": whole}]
 
 
 def spoken(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -114,4 +145,4 @@ def _finite(value: Any) -> float | None:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # of NaN, too

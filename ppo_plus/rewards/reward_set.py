@@ -25,11 +25,13 @@ class Scores:
         by_function: `(N, F)` float32; the sum where a function scored tokens, NaN where it returned None.
         per_token: the weighted sum of token-level rewards, `(N, R)` float32.
         total: weighted sum over functions and tokens, `(N,)` float32; NaN for rows that no function scored.
+        failed: names of functions that were left out because they failed.
     """
 
     by_function: Tensor
     per_token: Tensor
     total: Tensor
+    failed: tuple[str, ...] = ()
 
 
 class RewardSet:
@@ -54,6 +56,7 @@ class RewardSet:
 
     def __call__(self, batch: Completions) -> Scores:
         """Score completions: functions in their order, then async ones, which run side by side."""
+        self._failed: list[str] = []
         by_reward = self._all_scores(batch)
         by_function = torch.tensor([[_sum(s) for s in scores] for scores in by_reward], dtype=torch.float32).T
         per_token = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
@@ -70,7 +73,7 @@ class RewardSet:
                 stacklevel=2,
             )
         total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
-        return Scores(by_function, per_token, total)
+        return Scores(by_function, per_token, total, tuple(self._failed))
 
     def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor] | None:
         """The weighted sum of what reward adapters say of each sequence as far as each of its tokens.
@@ -99,6 +102,7 @@ class RewardSet:
             if self.on_error == "raise":
                 raise
             warnings.warn(f"{reward.name!r} is left out of this rollout: {type(error).__name__}: {error}", stacklevel=3)
+            self._failed.append(reward.name)
             return [None] * len(batch)
 
 
