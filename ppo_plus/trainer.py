@@ -347,6 +347,12 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
     # Learning
 
+    def _prepare_input(self, data: Any) -> Any:
+        # From pageable memory each copy would wait for all that a GPU has still to do.
+        if isinstance(data, Tensor) and self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
+            return data.pin_memory().to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

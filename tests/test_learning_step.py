@@ -122,6 +122,27 @@ def test_with_padding_sdpa_of_transformers_asks_once_per_forward_whether_there_i
     assert len(found) <= 4
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+def test_copies_to_a_gpu_do_not_wait_where_memory_may_be_pinned(tmp_path, monkeypatch, pinned):
+    trainer, rollout = learning(tmp_path)
+    trainer.args.dataloader_pin_memory = pinned
+    batch, copies, locked = rollout.take(torch.arange(4)), [], set()
+
+    def pin_memory(tensor):
+        locked.add(id(tensor))
+        return tensor
+
+    def to(tensor, device, non_blocking=False):
+        copies.append((id(tensor) in locked, str(device), non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    trainer._prepare_inputs(batch)
+    assert copies == [(pinned, "cuda", pinned)] * sum(isinstance(value, torch.Tensor) for value in batch.values())
+
+
 @pytest.mark.parametrize("leaving", [False, True])
 def test_a_step_of_decoding_waits_once_and_once_more_where_rows_leave(leaving):
     """For how many rows go on; then for which."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -18,9 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .. import logits
 from ..functional import token_logprobs
 from ..loading import CriticSource, build_actor_critic, language_model_class
-from ..logits import logits_function, sample
 from ..lora import weights_at_rest
 from ..modeling import ActorCritic, unwrapped
 from ..rewards.classifiers import provide_classifier
@@ -60,7 +62,8 @@ class DryRun(Prediction):
     def stretches(self, work: str, rows: int) -> list[Parts]:
         """See `Prediction`; the same work has the same stretches whatever the number of layers."""
         self.actor.train(work == "learn")
-        with self._fake, self.ledger, contextlib.nullcontext() if work == "learn" else torch.no_grad():
+        gradients = contextlib.nullcontext() if work == "learn" else torch.no_grad()
+        with self._fake, self.ledger, gradients, logits_in_one_piece():
             self.ledger.restart()
             return getattr(self, f"_{work}")(rows)
 
@@ -98,9 +101,9 @@ class DryRun(Prediction):
         model = self.actor.language_model
         with weights_at_rest(self.actor.policy), self._autocast():
             outputs = self.actor._hidden_states(ids, mask, past_key_values=cache, use_cache=True)
-            logits = logits_function(model)(outputs.last_hidden_state[:, -1]).float() / 0.7
-            token = sample(logits, torch.empty(len(ids), dtype=torch.float64))
-            token_logprobs(logits, token)
+            scaled = logits.logits_function(model)(outputs.last_hidden_state[:, -1]).float() / 0.7
+            token = logits.sample(scaled, torch.empty(len(ids), dtype=torch.float64))
+            token_logprobs(scaled, token)
             return outputs.past_key_values
 
     def _tokens(self, rows: int, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -118,6 +121,16 @@ class DryRun(Prediction):
             parts["activations"] -= parts["kv_cache"]
             found.append(parts)
         return found
+
+
+@contextlib.contextmanager
+def logits_in_one_piece() -> Iterator[None]:
+    """Inside, the logits of a chunk are worked on as on a card, and not in slices for the caches of a CPU."""
+    slices, logits.SLICE_ELEMENTS = logits.SLICE_ELEMENTS, sys.maxsize
+    try:
+        yield
+    finally:
+        logits.SLICE_ELEMENTS = slices
 
 
 def _actor_critic(config: PretrainedConfig, setup: Setup, value_config: PretrainedConfig | None) -> ActorCritic:
