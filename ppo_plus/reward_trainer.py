@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +18,10 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
@@ -53,7 +57,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: RewardConfig | None = None,
         *,
         peft_config: PeftConfig | None = None,
@@ -61,6 +65,12 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
     ) -> None:
         args = args if args is not None else RewardConfig(output_dir="reward_model")
         refuse_sharding(args)
+        if peft_config is not None and not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                f"peft_config must be a PeftConfig; got {type(peft_config).__name__}. Pass LoraConfig(...), of a dict "
+                "LoraConfig(**options)."
+            )
+        model = str(model) if isinstance(model, Path) else model
         check_own_weights(peft_config, "peft_config")
         check_no_adapter(model, STARTS)
         if peft_config is not None:
@@ -81,32 +91,46 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         use_lean_norms(self.model)
         keep_head_precise(self.model)
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's `train`, which makes other weights of those that were calibrated."""
+        self._calibration = {}
+        output = super().train(*args, **kwargs)
+        if self.args.load_best_model_at_end:  # in the place of the last, under the last one's step
+            self._calibration = {}
+        return output
+
     @torch.no_grad()
-    def calibrate(self, dataset: Dataset | None = None) -> dict[str, float]:
+    def calibrate(self, dataset: Dataset | dict[str, Dataset] | None = None) -> dict[str, float]:
         """Accuracy and the mean and standard deviation of rewards on held-out pairs; saved with the model.
 
         Args:
-            dataset: preference pairs; `eval_dataset` by default.
+            dataset: preference pairs, or a dict of them, which are taken together; `eval_dataset` by default.
 
         Returns:
             `accuracy` (share of pairs in the right order), `reward_mean` and `reward_std` (reward units, over
             chosen and rejected), `pairs`, and the `step` of training at which they were measured.
+
+        Raises:
+            ValueError: there are no pairs.
         """
-        pairs: Any = dataset
-        if dataset is not None:
-            pairs = cast(Any, self._prepare_dataset(dataset, self.processing_class, self.args, "calibration"))
         chosen, rejected = [], []
         training = self.model.training
         self.model.eval()
-        for batch in self.get_eval_dataloader(pairs):
-            batch = self._prepare_inputs(batch)
-            batch.pop("margin", None)
-            with self.accelerator.autocast():
-                scores = self.model(**batch, use_cache=False).logits.squeeze(-1).float()
-            first, second = cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T
-            chosen.append(first)
-            rejected.append(second)
+        for loader in self._held_out(dataset):
+            for batch in loader:
+                batch = self._prepare_inputs(batch)
+                batch.pop("margin", None)
+                with self.accelerator.autocast():
+                    scores = self.model(**batch, use_cache=False).logits.squeeze(-1).float()
+                first, second = cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T
+                chosen.append(first)
+                rejected.append(second)
         self.model.train(training)
+        if not chosen:
+            raise ValueError(
+                f"There is no pair to calibrate on: the dataset is empty, or max_length={self.args.max_length} or "
+                "dataloader_drop_last leaves nothing of it. Pass more pairs, or raise max_length."
+            )
         first, second = torch.cat(chosen), torch.cat(rejected)
         both = torch.cat([first, second])
         self._calibration = {
@@ -117,6 +141,37 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
             "step": self.state.global_step,
         }
         return dict(self._calibration)
+
+    def _held_out(self, dataset: Any) -> Iterator[DataLoader]:
+        if dataset is None:
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
+            yield from map(self.get_eval_dataloader, names)
+            return
+        for name, part in (dataset if isinstance(dataset, dict) else {"calibration": dataset}).items():
+            # As for a test: those for evaluation are kept, under one name, where workers are persistent.
+            yield self.get_test_dataloader(
+                cast(Any, self._prepare_dataset(part, self.processing_class, self.args, name))
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's; pairs that were put into `train_dataset` later are tokenized first."""
+        self.train_dataset = self._tokenized(self.train_dataset, "train")
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Trainer's; pairs that were put into `eval_dataset` later are tokenized first."""
+        own = eval_dataset is self.eval_dataset  # as `evaluate` passes it
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._tokenized(part, name) for name, part in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = self._tokenized(self.eval_dataset, "eval")
+        return super().get_eval_dataloader(None if own else eval_dataset)
+
+    def _tokenized(self, dataset: Any, name: str) -> Any:
+        columns = getattr(dataset, "column_names", None) or ()
+        if "chosen" not in columns or "chosen_ids" in columns:
+            return dataset
+        return self._prepare_dataset(dataset, self.processing_class, self.args, name)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Any:
         if processing_class.eos_token is None:
@@ -132,7 +187,11 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         """Save, measuring the calibration first where there are held-out pairs and it is out of date."""
         measured = self._calibration.get("step") == self.state.global_step
         if not _internal_call and self.eval_dataset is not None and not measured:
-            self.calibrate()
+            try:
+                self.calibrate()
+            except ValueError as error:
+                self._calibration = {}
+                warnings.warn(f"The reward model is saved without a calibration. {error}", stacklevel=2)
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -39,6 +39,10 @@ class PromptArguments:
     )
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which the KL coefficient adapts."})
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_funcs, str):  # of a YAML file
+            self.reward_funcs = [self.reward_funcs]
+
 
 def main() -> None:
     data, args, model = TrlParser((PromptArguments, PPOConfig, ModelConfig)).parse_args_and_config()

@@ -29,6 +29,8 @@ def train_and_eval_rows(
     name: str, config: str | None, train_split: str, test_split: str | None, eval_rows: int
 ) -> tuple[Dataset, Dataset | None]:
     """Rows to train on and rows to evaluate on: a split of their own, or the last `eval_rows` of the training rows."""
+    if type(eval_rows) is not int or eval_rows < 0:
+        raise SystemExit(f"--eval_rows must be a whole number, 0 or more; got {eval_rows!r}.")
     rows = load_rows(name, train_split, config)
     if test_split is not None:
         if Path(name).suffix in READERS:

@@ -97,6 +97,18 @@ def test_predicted_activations_are_within_3_percent_of_a_real_pass(name, checkpo
         assert working(getattr(dry, phase)(rows)) == pytest.approx(measured(actor, phase, rows), rel=0.03)
 
 
+@pytest.mark.parametrize("phase", ["learn", "score"])
+def test_logits_are_planned_as_a_card_works_on_them(monkeypatch, phase):
+    dry, actor = DryRun(CONFIGS["llama"], setup()), real_actor(CONFIGS["llama"])
+    monkeypatch.setattr(logits_module, "SLICE_ELEMENTS", 2 * actor.num_embeddings)
+    sliced = measured(actor, phase, 6)  # on a CPU, two tokens at a time
+    predicted = working(getattr(dry, phase)(6))
+    assert logits_module.SLICE_ELEMENTS == 2 * actor.num_embeddings
+    monkeypatch.undo()
+    assert predicted == pytest.approx(measured(actor, phase, 6), rel=0.03)
+    assert predicted > 1.05 * sliced
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_critic_with_an_adapter_of_its_own_is_a_second_pass(checkpointing):
     actor = real_actor(CONFIGS["llama"], checkpointing, critic="adapter")
@@ -313,6 +325,16 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkey
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["setup"]["activation_checkpointing"] and found["sizes"]["num_mini_batches"] == 2
     assert found["phases"]["learn"]["rows"] == found["sizes"]["per_device_train_batch_size"] == 2
+
+
+@pytest.mark.parametrize("size", ["inf", "-inf", "nan", "1e300", "much"])
+def test_a_card_has_a_size(tmp_path, capsys, size):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(tmp_path), "--prompt-length", "4", "--response-length", "4", f"--vram={size}"])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: argument --vram: {size!r} is no size of a card: give a number of GiB, as 24")
 
 
 def test_the_table_ends_in_the_sizes():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -73,6 +75,18 @@ class Page(HTMLParser):
             self.scripts[-1] += data
 
 
+def page_with(data):
+    return f'<script type="application/json" id="data">{data}</script>'
+
+
+# What is no JSON, or is none of a run.
+NO_RUNS = (
+    "{", "[" * 100_000, "null", "[]", "3", "{}", '{"format":"1","runs":[]}', '{"format":1,"runs":1}',
+    '{"format":1,"runs":[1]}', '{"format":1,"runs":[{}]}', '{"format":1,"runs":[{"settings":{},"curves":[]}]}',
+    "9" * 5000,
+)  # fmt: skip
+
+
 class TestPage:
     def test_hostile_text_stays_text(self, tmp_path):
         run = example_run()
@@ -111,9 +125,15 @@ class TestPage:
         assert [file.name for file in tmp_path.iterdir()] == [REPORT]
         assert (tmp_path / REPORT).read_text() == "before"
 
-    @pytest.mark.parametrize("text", ["", "<html></html>", '<script type="application/json" id="data">{</script>'])
+    def test_nothing_is_left_aside_where_the_page_cannot_be(self, tmp_path):
+        (tmp_path / REPORT).mkdir()
+        with pytest.raises(IsADirectoryError):
+            write_page(tmp_path / REPORT, [example_run()])
+        assert [file.name for file in tmp_path.iterdir()] == [REPORT]
+
+    @pytest.mark.parametrize("text", ["", "<html></html>", "\udcff", *map(page_with, NO_RUNS)])
     def test_another_page_is_named(self, tmp_path, text):
-        (tmp_path / REPORT).write_text(text)
+        (tmp_path / REPORT).write_text(text, errors="surrogateescape")
         with pytest.raises(ValueError, match=r"report\.html is not the report of one run"):
             read_run(tmp_path / REPORT)
 
@@ -231,6 +251,67 @@ class TestRun:
         run = read_run(tmp_path / REPORT)
         assert run["curves"]["reward"][0][0] < 4  # curves come from the checkpoint
         assert [view["step"] for view in run["rollouts"]] == [4]
+
+    def test_a_page_that_cannot_be_written_does_not_end_the_run(self, tmp_path):
+        class Blocked(PPOCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step in (4, 16):
+                    (tmp_path / REPORT).unlink()
+                    (tmp_path / REPORT).mkdir()
+                if state.global_step == 12:
+                    (tmp_path / REPORT).rmdir()
+
+        config = {"max_steps": 20, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+        with pytest.warns(UserWarning) as caught:
+            trainer = trained(tmp_path, config, callbacks=[Blocked()])
+        said = [str(w.message) for w in caught if "could not be written" in str(w.message)]
+        assert len(said) == 2  # whenever it begins, and not with each page
+        assert all(f"The run report {tmp_path / REPORT} could not be written" in message for message in said)
+        assert trainer.state.global_step == 20
+
+    def test_the_next_page_has_what_was_not_written(self, tmp_path, monkeypatch):
+        full, whole = iter([True] * 3), Path.write_bytes
+
+        def write_bytes(self, data):
+            if REPORT in self.name and next(full, False):
+                whole(self, data[:100])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return whole(self, data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.warns(UserWarning, match="could not be written.*No space left.*next page has everything in it"):
+            trained(tmp_path, {"max_steps": 8, "save_strategy": "steps", "save_steps": 1})
+        assert next(full, None) is None
+        run = read_run(tmp_path / REPORT)
+        assert [view["step"] for view in run["rollouts"]] == [0, 4] and run["curves"]["reward"][0][0] == 1
+        assert not list(tmp_path.glob(f".{REPORT}*"))
+
+    def test_what_is_no_failure_to_write_is_not_hidden(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(callback, "write_page", lambda path, runs: runs[1])
+        with pytest.raises(IndexError):
+            trained(tmp_path, {"max_steps": 1})
+
+    @pytest.mark.parametrize("text", [page_with(data) for data in NO_RUNS])
+    def test_a_page_of_another_form_does_not_stop_a_resumed_run(self, tmp_path, text):
+        (tmp_path / REPORT).write_text(text)
+        report = callback.RunReportCallback(lambda prompts: None, make_prompts(1))
+        trainer = make_trainer(tmp_path)
+        trainer.state.global_step = 4
+        with pytest.warns(UserWarning, match="report starts anew at step 4"):
+            report.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        assert report.run["answers"] == []
+
+    def test_a_page_that_cannot_be_read_does_not_stop_a_resumed_run(self, tmp_path, monkeypatch):
+        def read_text(self, **kwargs):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        write_page(tmp_path / REPORT, [example_run()])
+        monkeypatch.setattr(Path, "read_text", read_text)
+        report = callback.RunReportCallback(lambda prompts: None, make_prompts(1))
+        trainer = make_trainer(tmp_path)
+        trainer.state.global_step = 4
+        with pytest.warns(UserWarning, match="report starts anew at step 4.*Permission denied"):
+            report.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
     def test_only_the_first_process_writes(self, tmp_path):
         class Second(PPOCallback):
@@ -383,6 +464,37 @@ class TestComparison:
         with pytest.raises(SystemExit):
             main([str(tmp_path)])
         assert f"{tmp_path / REPORT} does not exist" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("data", NO_RUNS)
+    def test_a_damaged_report_is_named(self, tmp_path, capsys, data):
+        (tmp_path / REPORT).write_text(page_with(data))
+        assert f"{tmp_path / REPORT} is not the report of one run" in self.refused(capsys, tmp_path)
+
+    @pytest.mark.parametrize("taken", ["folder", "folder/below"])
+    def test_an_output_that_cannot_be_written_is_named(self, tmp_path, capsys, taken):
+        write_page(tmp_path / "run" / REPORT, [example_run()])
+        (tmp_path / "folder").mkdir() if taken == "folder" else (tmp_path / "folder").write_text("a file")
+        said = self.refused(capsys, tmp_path / "run", "--output", tmp_path / taken)
+        assert f"--output {tmp_path / taken} " in said
+        assert ("is a folder: name a file, as" in said) == (taken == "folder")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
+
+    def test_a_full_disk_is_named(self, tmp_path, capsys, monkeypatch):
+        def write_bytes(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        write_page(tmp_path / REPORT, [example_run()])
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        assert "cannot be written ([Errno 28] No space left" in self.refused(capsys, tmp_path, "--output", "c.html")
+
+    def refused(self, capsys, *arguments):
+        """The one line that a command ends in."""
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        assert stop.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("python -m ppo_plus.report: error: ")
+        return line
 
     def test_as_a_command(self, tmp_path):
         write_page(tmp_path / REPORT, [example_run()])

@@ -8,20 +8,27 @@ from pathlib import Path
 
 from .page import REPORT, read_run, write_page
 
+COMPARISON = "report_comparison.html"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare runs in one page."""
     parser = argparse.ArgumentParser(prog="python -m ppo_plus.report", description="Compare runs in one page.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"output folders, each with a {REPORT}")
-    parser.add_argument("--output", type=Path, default=Path("report_comparison.html"), help="the page to write")
+    parser.add_argument("--output", type=Path, default=Path(COMPARISON), help="the page to write")
     args = parser.parse_args(arguments)
     runs = []
     for folder in args.folders:
         try:
             runs.append({**read_run(folder / REPORT if folder.is_dir() else folder), "name": str(folder)})
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             parser.error(str(error))
-    write_page(args.output, runs)
+    try:
+        if args.output.is_dir():
+            parser.error(f"--output {args.output} is a folder: name a file, as {args.output / COMPARISON}.")
+        write_page(args.output, runs)
+    except OSError as error:
+        parser.error(f"--output {args.output} cannot be written ({error}): name another file.")
     print(f"{len(runs)} runs: {args.output}")
 
 

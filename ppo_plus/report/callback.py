@@ -37,7 +37,8 @@ class RunReportCallback(PPOCallback):
     """Keeps `report.html` in the output folder up to date: curves, answers to fixed prompts, tokens of rollouts.
 
     The page is written at each evaluation, checkpoint and at the end; at a log only if pages have taken no more than
-    2% of the time. Process 0 writes it and answers the prompts, so on several processes the others wait for that.
+    2% of the time. Process 0 writes it and answers the prompts, so on several processes the others wait for that. A
+    page that cannot be written does not end the run: that is said once, and tried again.
 
     Args:
         answer: answers prompts and scores the answers, `PPOTrainer.answer_alone`; training must not notice.
@@ -48,6 +49,7 @@ class RunReportCallback(PPOCallback):
         self.answer, self.prompts = answer, prompts
         self.run: dict[str, Any] | None = None
         self._written, self._took = -math.inf, 0.0
+        self._failing = False
         self._learning: list[float] = []
         self._tokens = 0
         self._began = 0.0
@@ -64,7 +66,7 @@ class RunReportCallback(PPOCallback):
                 before = read_run(page)
                 # What was collected at this very step or later will be collected again.
                 self.run = {kind: [e for e in before[kind] if e["step"] < state.global_step] for kind in self.run}
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 warnings.warn(f"The report starts anew at step {state.global_step}: {error}", stacklevel=2)
         self.run["name"] = Path(str(args.output_dir)).resolve().name
         base = model.language_model
@@ -73,7 +75,7 @@ class RunReportCallback(PPOCallback):
             **{name: getattr(args, name) for name in SETTINGS},
         }
         self.run["settings"] = {name: value for name, value in settings.items() if value is not None}
-        self._tokens, self._learning = 0, []
+        self._tokens, self._learning, self._failing = 0, [], False
 
     def on_rollout_end(
         self, args: PPOConfig, state: TrainerState, control: Any, rollout: Rollout, samples: Samples,
@@ -129,6 +131,17 @@ class RunReportCallback(PPOCallback):
         started = time.perf_counter()
         history = curves([*state.log_history, *self.run["speed"]])
         run = {**self.run, "step": state.global_step, "max_steps": state.max_steps, "curves": history}
-        write_page(Path(str(args.output_dir)) / REPORT, [run])
+        page = Path(str(args.output_dir)) / REPORT
+        try:
+            write_page(page, [run])
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                warnings.warn(
+                    f"The run report {page} could not be written ({error}): the curves, answers and tokens since the "
+                    "last page are in none. Training goes on and tries again; the next page has everything in it.",
+                    stacklevel=2,
+                )
+            self._failing = True
         self._written = time.perf_counter()
         self._took = self._written - started

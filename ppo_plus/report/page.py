@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("template.html")
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 FORMAT_VERSION = 1
+PARTS = {"settings": dict, "curves": dict, "answers": list, "rollouts": list}  # what the page needs of a run
 
 
 def embedded(data: Any) -> str:
@@ -47,8 +49,12 @@ def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     before, after = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes((before + data + after).encode("utf-8", "replace"))
-    aside.replace(path)
+    try:
+        aside.write_bytes((before + data + after).encode("utf-8", "replace"))
+        aside.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # it is not there any more, unless something went wrong
+            aside.unlink()
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -59,13 +65,18 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist. PPOTrainer writes it as it trains, unless run_report=False.")
-    found = DATA.search(path.read_text(encoding="utf-8"))
     try:
+        found = DATA.search(path.read_text(encoding="utf-8"))
         data = json.loads(found[1]) if found else {}
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no UTF-8, or no JSON
         data = {}
-    if data.get("format", 0) > FORMAT_VERSION:
-        raise ValueError(f"{path} was written by a newer ppo_plus (format {data['format']}). Upgrade ppo_plus.")
-    if len(data.get("runs", [])) != 1:
-        raise ValueError(f"{path} is not the report of one run: give the output folder of a PPOTrainer.")
-    return data["runs"][0]
+    version, runs = (data.get("format"), data.get("runs")) if isinstance(data, dict) else (None, None)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(f"{path} was written by a newer ppo_plus (format {version}). Upgrade ppo_plus.")
+    if not isinstance(runs, list) or len(runs) != 1 or not _is_run(runs[0]):
+        raise ValueError(f"{path} is not the report of one run, or damaged: give the output folder of a PPOTrainer.")
+    return runs[0]
+
+
+def _is_run(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(data.get(name), kind) for name, kind in PARTS.items())
