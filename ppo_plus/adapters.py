@@ -18,7 +18,9 @@ from peft.utils import CONFIG_NAME, get_peft_model_state_dict, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
+from .checkpoint import checkpoints
 from .lora import use_plain_lora
 from .rollout import readable
 
@@ -117,6 +119,11 @@ def adapter_folder(model: Any) -> Path | None:
             raise ValueError(f"{model} has an {CONFIG_NAME} but no {WEIGHTS_FILE}: no weights.")
         return local
     if local.exists():
+        if (saved := checkpoints(local)) and not (local / MODEL_CONFIG).is_file():
+            raise ValueError(
+                f"{model} holds checkpoints and no model: training has not ended, or save_model() was not called. Pass "
+                f"one of its checkpoints, the newest is {saved[-1][1]}, or call trainer.save_model()."
+            )
         return None
     try:
         for file in (CONFIG_NAME, WEIGHTS_FILE):
@@ -176,6 +183,11 @@ def check_base_is_frozen(policy: PeftModel) -> None:
 
 def check_own_weights(config: PeftConfig | None, whose: str) -> None:
     """Refuse an adapter that changes its base, which then is not that of the other roles, or that would not speak."""
+    if not isinstance(config, PeftConfig | None):
+        raise TypeError(
+            f"{whose} must be a PeftConfig; got {type(config).__name__}. Pass LoraConfig(...), of a dict "
+            "LoraConfig(**options)."
+        )
     init, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
     shared = "Actor, reference, critic and reward adapters share that base"
     if isinstance(init, str) and init.lower() not in LEAVE_THE_BASE:

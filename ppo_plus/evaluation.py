@@ -114,10 +114,7 @@ class EvaluationMixin(Trainer):
         """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
         own = any(prompts is dataset for dataset in (self.train_dataset, *named_datasets(self.eval_dataset).values()))
         if not own or "input_ids" not in prompts.column_names:
-            name, options = "the dataset to evaluate on", self.args.prompt_options
-            prompts = tokenized({name: prompts}, self.processing_class, **options)[name]
-            limits = (self.args.response_length, self.model.context, self.model.num_embeddings)
-            prompts = checked_prompts(prompts, *limits, name)
+            prompts = self._as_prompts(prompts, "the dataset to evaluate on")
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         if len(prompts) < self.accelerator.num_processes:  # seen by all processes: none waits for another
             raise ValueError(
@@ -125,6 +122,11 @@ class EvaluationMixin(Trainer):
                 f"are {len(prompts)}. Add prompts, or start fewer processes."
             )
         return [prompts[i] for i in share], share
+
+    def _as_prompts(self, dataset: Any, name: str) -> Any:
+        dataset = tokenized({name: dataset}, self.processing_class, **self.args.prompt_options)[name]
+        limits = (self.args.response_length, self.model.context, self.model.num_embeddings)
+        return checked_prompts(dataset, *limits, name)
 
     def answer_alone(self, prompts: Dataset) -> Samples:
         """Answer and score tokenized prompts on this process, all of them; the others are not asked."""

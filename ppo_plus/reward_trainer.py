@@ -65,11 +65,6 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
     ) -> None:
         args = args if args is not None else RewardConfig(output_dir="reward_model")
         refuse_sharding(args)
-        if peft_config is not None and not isinstance(peft_config, PeftConfig):
-            raise TypeError(
-                f"peft_config must be a PeftConfig; got {type(peft_config).__name__}. Pass LoraConfig(...), of a dict "
-                "LoraConfig(**options)."
-            )
         model = str(model) if isinstance(model, Path) else model
         check_own_weights(peft_config, "peft_config")
         check_no_adapter(model, STARTS)

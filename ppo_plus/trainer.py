@@ -116,7 +116,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: PPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -133,6 +133,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         value_model: str | Path | PreTrainedModel | PeftModel | None = None,
         data_collator: Any = None,
     ) -> None:
+        model = str(model) if isinstance(model, Path) else model
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
         check_optimizers(optimizers)
@@ -219,7 +220,13 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     # Serving minibatches
 
     def get_train_dataloader(self) -> DataLoader:
-        """Prompts for each rollout; as long as training has micro-batches, so Trainer's arithmetic holds."""
+        """Prompts for each rollout; as long as training has micro-batches, so Trainer's arithmetic holds.
+
+        Prompts that were put into `train_dataset` later are tokenized first.
+        """
+        if "input_ids" not in column_names(self.train_dataset):
+            self.train_dataset = self._as_prompts(self.train_dataset, "train_dataset")
+            check_enough_prompts(self.args, self.train_dataset)
         return prompt_loader(self.train_dataset, self.args, self.accelerator)
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: DataLoader) -> tuple:

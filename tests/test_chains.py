@@ -95,6 +95,41 @@ def test_full_determinism_reaches_cublas_before_a_model_does(tmp_path, monkeypat
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 
+def test_a_path_is_a_name(tmp_path, base):
+    by_path = make_trainer(tmp_path, model=Path(base), config=SHORT)
+    by_name = make_trainer(tmp_path, model=str(base), config=SHORT)
+    by_path.train()
+    assert largest_gap(trained_weights(by_path), trained_weights(by_name)) > 0  # control
+    by_name.train()
+    assert largest_gap(trained_weights(by_path), trained_weights(by_name)) == 0
+
+
+def test_options_of_an_adapter_are_no_adapter(tmp_path, base):
+    with pytest.raises(TypeError, match="peft_config must be a PeftConfig; got dict. Pass LoraConfig"):
+        make_trainer(tmp_path, model=str(base), peft_config={"r": 4})
+
+
+def test_a_folder_with_checkpoints_alone_is_no_model(tmp_path):
+    for step in (4, 12):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run holds checkpoints and no model.*newest is .*checkpoint-12"):
+        make_trainer(tmp_path, reward_funcs=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="run holds checkpoints and no model"):
+        make_trainer(tmp_path, model=tmp_path / "run")
+
+
+def test_prompts_that_come_later_are_tokenized_and_checked(tmp_path):
+    expected = make_trainer(tmp_path, config=SHORT)
+    expected.train()
+    trainer = make_trainer(tmp_path, config=SHORT, train_dataset=make_prompts().select(range(8)))
+    trainer.train_dataset = make_prompts()
+    trainer.train()
+    assert largest_gap(trained_weights(trainer), trained_weights(expected)) == 0
+    trainer.train_dataset = Dataset.from_dict({"prompt": ["a" * 200] * 16})
+    with pytest.raises(ValueError, match=r"train_dataset\[0\] has 200 tokens"):
+        trainer.train()
+
+
 # Runs begun again
 
 

@@ -103,7 +103,7 @@ def test_logits_are_planned_as_a_card_works_on_them(monkeypatch, phase):
     monkeypatch.setattr(logits_module, "SLICE_ELEMENTS", 2 * actor.num_embeddings)
     sliced = measured(actor, phase, 6)  # on a CPU, two tokens at a time
     predicted = working(getattr(dry, phase)(6))
-    assert logits_module.SLICE_ELEMENTS == 2 * actor.num_embeddings
+    assert 2 * actor.num_embeddings == logits_module.SLICE_ELEMENTS
     monkeypatch.undo()
     assert predicted == pytest.approx(measured(actor, phase, 6), rel=0.03)
     assert predicted > 1.05 * sliced
