@@ -1081,14 +1081,15 @@ def test_groups_of_tokens_draw_what_the_plain_running_sum_draws(vocabulary):
 
 
 @pytest.mark.usefixtures("summing_up")
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [1e-20, 0.01, 0.3, 0.5, 0.9, 0.999])
 def test_the_nucleus_is_that_of_transformers(top_p):
     logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2
     logits[0, 10:] = LOG0
     logits[1, 3] = 40.0  # all of the probability
+    logits[2], logits[2, 5:9] = LOG0, 0.0  # a quarter each
     found = nucleus(logits, top_p)
     assert torch.equal(found, TopPLogitsWarper(top_p)(None, logits))
-    assert not torch.equal(found, nucleus(logits, 1 - top_p))
+    assert not torch.equal(found, nucleus(logits, 0.7 if top_p < 0.7 else 0.2))
 
 
 @pytest.mark.usefixtures("summing_up")

@@ -350,17 +350,17 @@ def test_compiled_layers_keep_their_padding(tmp_path):
     assert set(count.seen) == {inputs[0][:, 1:].numel()}
 
 
-def test_numbers_that_differ_keep_a_model_padded(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_differ_keep_a_model_padded(monkeypatch, dtype):
     def leaking(*args, **kwargs):  # rows see each other
         out, weights = attention(*args, **kwargs)
         return out.cumsum(1), weights
 
     attention = packing.AttentionInterface._global_mapping[PACKED]
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, PACKED, leaking)
-    actor = actor_critic(adapted())
-    assert actor._packable == []
+    assert actor_critic(adapted().to(dtype))._packable == []
     monkeypatch.undo()
-    assert len(actor_critic(adapted())._packable) == 1
+    assert len(actor_critic(adapted().to(dtype))._packable) == 1
 
 
 def test_a_model_with_dropout_that_is_in_training_is_packed_too():
