@@ -160,6 +160,20 @@ class ResumeMixin(HubMixin, Trainer):
         self.model.load_weights(resume_from_checkpoint)
         self._progress = progress
 
+    def _load_callback_state(self) -> None:
+        """Trainer's; each callback keeps its place, for scores go through them in their order."""
+        handler = self.callback_handler
+        before = list(handler.callbacks)
+        super()._load_callback_state()
+        restored = [callback for callback in handler.callbacks if callback not in before]
+        for place, callback in enumerate(before):
+            if callback not in handler.callbacks:
+                found = next(other for other in restored if type(other) is type(callback))
+                restored.remove(found)
+                before[place] = found
+                _say_what_is_restored(callback, found)
+        handler.callbacks = before
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With save_strategy="best" this alone decides what is saved, and a signal asks for a checkpoint.
         return super()._determine_best_metric(metrics, trial) or self._interrupt.stops_for is not None
@@ -178,3 +192,13 @@ class ResumeMixin(HubMixin, Trainer):
             "adapter_scaling": scalings(self.model.policy),
             "base_weights": weights_digest(self.model.frozen_models),
         }
+
+
+def _say_what_is_restored(given: Any, restored: Any) -> None:
+    here, there = given.state()["args"], restored.state()["args"]
+    if here != there:
+        warnings.warn(
+            f"{type(given).__name__} goes on with the options of the checkpoint, {there}, and not with {here}. To "
+            "change them, set restore_callback_states_from_checkpoint=False: then it starts anew.",
+            stacklevel=2,
+        )

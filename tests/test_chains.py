@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
-from ppo_plus import PPOCallback, PPOConfig
+from ppo_plus import AdaptiveKLCallback, PPOCallback, PPOConfig, RewardNormalizationCallback
 from ppo_plus.adapters import scalings
 from ppo_plus.loading import load_policy
 from ppo_plus.rewards import Completions, FunctionReward
@@ -215,6 +216,50 @@ def test_what_would_make_another_policy_of_a_checkpoint_is_refused(saved, tmp_pa
 def test_scalings_are_each_numbers_once():
     config = lora(rank_pattern={"q_proj": 2})
     assert scalings(get_peft_model(make_model(), config)) == [2.0, 4.0]
+
+
+class Halves(PPOCallback):
+    """Not the same before and after a normalization."""
+
+    def on_scores(self, args, state, control, scores, **kwargs):
+        scores.copy_(scores.clamp(max=0.5) / 2)
+
+
+@pytest.mark.parametrize("first", [RewardNormalizationCallback, Halves])
+def test_callbacks_keep_their_order_when_a_run_is_resumed(tmp_path, first):
+    def run(folder, first=first, **resume):
+        both = [RewardNormalizationCallback(decay=0.5), Halves()]
+        callbacks = sorted(both, key=lambda callback: not isinstance(callback, first))
+        trainer = make_trainer(tmp_path / folder, config={**SAVING, "max_steps": 12}, callbacks=callbacks)
+        trainer.train(**resume)
+        return trained_weights(trainer)
+
+    whole = run("whole")
+    copied((tmp_path / "whole", None), tmp_path / "resumed", 3)
+    assert largest_gap(run("resumed", resume_from_checkpoint=True), whole) == 0
+    other = RewardNormalizationCallback if first is Halves else Halves
+    assert largest_gap(run("other", other), whole) > 0  # control
+
+
+def test_options_of_a_callback_that_a_checkpoint_overrules_are_named(tmp_path):
+    def run(target):
+        callbacks = [AdaptiveKLCallback(target=target, horizon=100)]
+        trainer = make_trainer(tmp_path, config={**SAVING, "max_steps": 8}, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=(tmp_path / "checkpoint-3").is_dir())
+        return next(c for c in trainer.callback_handler.callbacks if isinstance(c, AdaptiveKLCallback)).target
+
+    assert run(6.0) == 6.0
+    for step in range(4, 9):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on with the options")
+        assert run(6.0) == 6.0
+    for step in range(4, 9):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    with pytest.warns(
+        UserWarning, match="AdaptiveKLCallback goes on with the options of the checkpoint, .*6.0.*not wit"
+    ):
+        assert run(9.0) == 6.0
 
 
 @pytest.mark.parametrize("stream", [False, True])
