@@ -327,14 +327,18 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkey
     assert found["phases"]["learn"]["rows"] == found["sizes"]["per_device_train_batch_size"] == 2
 
 
-@pytest.mark.parametrize("size", ["inf", "-inf", "nan", "1e300", "much"])
+@pytest.mark.parametrize("size", ["inf", "nan", "1e300", "much"])
 def test_a_card_has_a_size(tmp_path, capsys, size):
     CONFIGS["llama"].save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["--model", str(tmp_path), "--prompt-length", "4", "--response-length", "4", f"--vram={size}"])
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith(f"error: argument --vram: {size!r} is no size of a card: give a number of GiB, as 24")
+    assert last.endswith(
+        "error: argument --vram: invalid float value: 'much'"
+        if size == "much"
+        else f"error: vram={float(size)} is no size of a card: give a number of GiB, as 24."
+    )
 
 
 def test_the_table_ends_in_the_sizes():
@@ -355,6 +359,8 @@ def test_the_table_ends_in_the_sizes():
         ({"response_length": 300}, 8, "324 tokens are more than this model's context of 256"),
         ({"critic": "separate"}, 8, "critic='separate' and a model for the critic go together"),
         ({}, 0.25, "vram=0.25 GiB is not more than a CUDA context takes"),
+        ({}, float("inf"), "vram=inf is no size of a card"),
+        ({}, float("nan"), "vram=nan is no size of a card"),
     ],
 )
 def test_a_wrong_plan_is_refused(change, vram, message):

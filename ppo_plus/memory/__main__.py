@@ -5,32 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from typing import get_args, get_type_hints
 
 from transformers import AutoConfig
 
-from .planning import GIB, as_dict, plan, table
+from .planning import as_dict, plan, table
 from .prediction import Setup
 
 _HINTS = get_type_hints(Setup)
-
-
-def _gib(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number * GIB):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of a card: give a number of GiB, as 24")
-    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns 0 where the plan fits, else 1."""
     parser = argparse.ArgumentParser(prog="python -m ppo_plus.memory", description="Predict the memory of a PPO run.")
     parser.add_argument("--model", required=True, help="a name on the Hub, a folder, or a config.json")
-    parser.add_argument("--vram", type=_gib, required=True, help="memory of the card, GiB")
+    parser.add_argument("--vram", type=float, required=True, help="memory of the card, GiB")
     parser.add_argument("--value-model", help="of the critic, with --critic separate; given as --model is")
     parser.add_argument("--json", action="store_true", help="print JSON, bytes, in place of the table")
     for field in dataclasses.fields(Setup):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,8 @@ def plan(config: PretrainedConfig, setup: Setup, vram: float, value_config: Pret
         ValueError: sizes do not go together, or the model cannot run without its weights, as some with experts.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not math.isfinite(vram * GIB):
+        raise ValueError(f"vram={vram} is no size of a card: give a number of GiB, as 24.")
     if vram * GIB <= CUDA_CONTEXT:
         raise ValueError(f"vram={vram} GiB is not more than a CUDA context takes ({CUDA_CONTEXT / GIB} GiB).")
     if context is not None and setup.prompt_length + setup.response_length > context:
