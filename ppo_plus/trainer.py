@@ -356,7 +356,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         # From pageable memory each copy would wait for all that a GPU has still to do.
-        if isinstance(data, Tensor) and self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
+        gpu = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
+        if gpu and isinstance(data, Tensor) and data.device.type == "cpu":
             return data.pin_memory().to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 

@@ -139,7 +139,10 @@ def test_copies_to_a_gpu_do_not_wait_where_memory_may_be_pinned(tmp_path, monkey
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    batch["there"] = torch.empty(2, device="meta")  # not on the CPU: it cannot be pinned
     trainer._prepare_inputs(batch)
+    assert copies.pop() == (False, "cuda", False)
+    del batch["there"]
     assert copies == [(pinned, "cuda", pinned)] * sum(isinstance(value, torch.Tensor) for value in batch.values())
 
 
