@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper
@@ -263,6 +264,10 @@ class Collector:
         if self.accelerator.num_processes == 1:
             return tensor
         return cast(Tensor, self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")).to(tensor.device)
+
+    def union(self, names: list[str]) -> list[str]:
+        """The names that any process has, sorted."""
+        return sorted({*names} if self.accelerator.num_processes == 1 else {*gather_object(names)})
 
     def moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
         """Mean and variance over what is not NaN, or over the mask; over all processes."""

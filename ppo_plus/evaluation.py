@@ -82,7 +82,7 @@ class EvaluationMixin(Trainer):
     def _evaluated(self, dataset: Dataset, prefix: str) -> tuple[Samples, dict[str, float]]:
         meter = Meter()
         samples = cast(Samples, self.generate_completions(dataset, meter))
-        metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce)}
+        metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce, self.collector.union)}
         if self.collector.reduce(torch.tensor(float(len(samples.failed)))) > 0:
             metrics["reward"] = metrics["reward_std"] = math.nan  # of the others alone it is another quantity
         if self.args.eval_win_rate:

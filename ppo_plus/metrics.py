@@ -25,13 +25,21 @@ class Meter:
         pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).detach() for x in (total, count)])
         self._sums[name] = self._sums[name].to(device) + pair if name in self._sums else pair
 
-    def flush(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
-        """The means since the last flush, over all processes if `reduce` sums over them."""
-        if not self._sums:
+    def flush(
+        self, reduce: Callable[[Tensor], Tensor] = lambda x: x, union: Callable[[list[str]], list[str]] = sorted
+    ) -> dict[str, float]:
+        """The means since the last flush.
+
+        Args:
+            reduce: sums over processes, for means over all of them.
+            union: the names of all processes, in one order; what one has observed, another may not have.
+        """
+        names = union(list(self._sums))
+        if not names:
             return {}
-        names = sorted(self._sums)
-        device = max((self._sums[n].device for n in names), key=lambda d: d.type != "cpu")
-        sums = reduce(torch.stack([self._sums[n].to(device) for n in names])).tolist()
+        device = max((pair.device for pair in self._sums.values()), key=lambda d: d.type != "cpu", default="cpu")
+        nothing = torch.zeros(2, dtype=torch.float64)
+        sums = reduce(torch.stack([self._sums.get(name, nothing).to(device) for name in names])).tolist()
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
 

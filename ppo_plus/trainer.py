@@ -514,7 +514,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with what was measured since the last one."""
         if "loss" in logs:
-            logs = {**logs, **self._progress.meter.flush(self.collector.reduce)}
+            logs = {**logs, **self._progress.meter.flush(self.collector.reduce, self.collector.union)}
         super().log(logs, start_time)
 
 

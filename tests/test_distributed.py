@@ -139,6 +139,26 @@ def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
     assert found["skipped"] == [1.0] and math.isfinite(found["norm"])
 
 
+LOGS_ALONE = """
+from ppo_plus import PPOCallback
+
+class Log(PPOCallback):
+    def on_rollout_end(self, args, state, control, **kwargs):  # what `log_metric` does, with names of their own
+        rank = trainer.accelerator.process_index
+        for name, value in ({"both": 1.0} if rank == 0 else {"alone": 3.0, "both": 4.0}).items():
+            trainer._progress.meter.add(name, value)
+
+trainer.add_callback(Log())
+"""
+
+
+@pytest.mark.slow
+def test_a_metric_that_one_process_has_is_logged(tmp_path):
+    """A reward function may have something to say of rows that only one process got."""
+    log = launch(tmp_path / "alone", steps=1, prepare=LOGS_ALONE)["log"]
+    assert (log[0]["alone"], log[0]["both"]) == (3.0, 2.5)
+
+
 SIGNAL_TO_ONE = """
 import signal
 from ppo_plus import PPOCallback
