@@ -6,6 +6,7 @@ callbacks when it resumes: constructor arguments must be JSON, and nobody may ho
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -226,6 +228,12 @@ class Interrupted(Exception):
     """A signal came while a rollout was being generated; training is left as it was before that rollout."""
 
 
+def _leave_processes() -> None:
+    # Threads of a process group that nobody leaves may abort the interpreter at its end, and that is its exit status.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class InterruptCallback(TrainerCallback):
     """SIGTERM or SIGINT once: finish the optimizer step, write a checkpoint, and end as the signal would have.
 
@@ -257,6 +265,7 @@ class InterruptCallback(TrainerCallback):
         self._put_back()
         number = self.received or self.stops_for
         if number is not None:
+            atexit.register(_leave_processes)
             signal.raise_signal(number)  # what was put off happens now, with the conventional exit status
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -208,6 +208,29 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number
         assert (resumed["sum"], resumed["norm"]) == (whole["sum"], whole["norm"])
 
 
+LEAVES = """
+import atexit, signal, torch
+from ppo_plus.callbacks import InterruptCallback
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+atexit.register(lambda: print("at the end:", torch.distributed.is_initialized()))
+try:
+    with InterruptCallback():
+        if {interrupted}:
+            signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("caught:", torch.distributed.is_initialized())
+"""
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_an_interrupted_process_leaves_its_group_at_its_end(interrupted):
+    """And no sooner: who catches the interrupt may go on. Else the group's threads may end it with another status."""
+    script = [sys.executable, "-c", LEAVES.format(interrupted=interrupted)]
+    done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.splitlines() == (["caught: True", "at the end: False"] if interrupted else ["at the end: True"])
+
+
 EVALUATE = """
 trainer.args.eval_win_rate = True
 trainer.eval_dataset = trainer.train_dataset.select(range(5))
