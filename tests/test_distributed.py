@@ -212,6 +212,7 @@ LEAVES = """
 import atexit, signal, torch
 from ppo_plus.callbacks import InterruptCallback
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 atexit.register(lambda: print("at the end:", torch.distributed.is_initialized()))
 try:
