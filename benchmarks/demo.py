@@ -1,9 +1,9 @@
 """Runs the demo recipe with several seeds and writes its figures, with machine and versions, to results/demo.json.
 
-    python benchmarks/demo.py [--seeds 0 1 2] [--top-layers 10] [--output out/demo] [--keep]
+    python benchmarks/demo.py [--seeds 0 1 2] [--top-layers 10 | --load-in-4bit] [--output out/demo] [--keep]
 
 The last line is one JSON object; `ratio` is the smallest rise of the independent judge's mean over the seeds. With LoRA
-on the top layers alone the figures go to results/demo_top_layers.json.
+on the top layers alone the figures go to results/demo_top_layers.json, with the backbone in NF4 to demo_4bit.json.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ from pathlib import Path
 from measuring import ROOT, report
 
 
-def run(seed: int, top_layers: int | None, folder: Path, keep: bool) -> dict:
+def run(seed: int, flags: list[str], folder: Path, keep: bool) -> dict:
     if keep and (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
     command = [sys.executable, "recipes/rm_then_ppo.py", "--config", "recipes/rm_then_ppo.yaml"]
-    command += [] if top_layers is None else ["--top_layers", str(top_layers)]
-    subprocess.run(
-        [*command, "--seed", str(seed), "--output_dir", str(folder)], check=True, cwd=ROOT, stdout=sys.stderr
-    )
+    command += [*flags, "--seed", str(seed), "--output_dir", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
     return json.loads((folder / "result.json").read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--top-layers", type=int, help="layers with LoRA; all by default")
+    variant = parser.add_mutually_exclusive_group()
+    variant.add_argument("--top-layers", type=int, help="layers with LoRA; all by default")
+    variant.add_argument("--load-in-4bit", action="store_true", help="the backbone in NF4")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "demo")
     parser.add_argument("--keep", action="store_true", help="do not run again the seeds that are in --output")
     args = parser.parse_args()
-    name = "seed" if args.top_layers is None else f"top{args.top_layers}-"
-    runs = [run(seed, args.top_layers, args.output / f"{name}{seed}", args.keep) for seed in args.seeds]
-    rises = [r["after"]["vader"] - r["before"]["vader"] for r in runs]
-    result = {"ratio": min(rises), "vader_rises": rises, "runs": runs}
-    if args.top_layers is None:
-        report("demo", result)
+    result: dict = {}
+    if args.top_layers is not None:
+        file, name, flags = "demo_top_layers", f"top{args.top_layers}-", ["--top_layers", str(args.top_layers)]
+        result["top_layers"] = args.top_layers
+    elif args.load_in_4bit:
+        file, name, flags = "demo_4bit", "4bit-", ["--load_in_4bit"]
     else:
-        report("demo_top_layers", {**result, "top_layers": args.top_layers})
+        file, name, flags = "demo", "seed", []
+    runs = [run(seed, flags, args.output / f"{name}{seed}", args.keep) for seed in args.seeds]
+    rises = [r["after"]["vader"] - r["before"]["vader"] for r in runs]
+    report(file, {"ratio": min(rises), "vader_rises": rises, "runs": runs, **result})
 
 
 if __name__ == "__main__":

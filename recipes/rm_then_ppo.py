@@ -1,11 +1,11 @@
 """Reward model, then PPO, on a real language model and real reviews, on one machine without a GPU or with one.
 
-    python recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml [--seed 1] [--output_dir out/seed1]
+    python recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml [--seed 1] [--load_in_4bit] [--output_dir out/seed1]
 
 1. SmolLM2-135M-Instruct and the reviews come out of pinned packages (demo_assets.py).
 2. A reward model is trained with the pairwise loss on Rotten Tomatoes: positive over negative, cut to equal length.
 3. PPO trains a LoRA adapter to continue openings of IMDB reviews; actor, critic, reference and reward model share
-   one backbone in memory, and the KL coefficient adapts.
+   one backbone in memory, in 4 bits if you like, and the KL coefficient adapts.
 4. Held-out prompts are answered before and after by the same seeds, and judged by VADER, which took no part.
 
 Left out on purpose: supervised fine-tuning on reviews first (the reference already writes them) and EOS (answers
@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from demo_assets import distinct_n, judge, load_smollm2, movie_reviews, preference_pairs, prompts, repetition, splits
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from trl import TrlParser
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
@@ -41,6 +41,7 @@ class DemoArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A model of your own; SmolLM2 if not given."}
     )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the backbone in NF4, with double quantization."})
     num_pairs: int = field(default=640, metadata={"help": "Preference pairs to train the reward model on."})
     num_eval_pairs: int = field(default=200, metadata={"help": "Held-out pairs to measure its accuracy on."})
     pair_tokens: int = field(default=48, metadata={"help": "Longest piece of a pair, in tokens."})
@@ -76,6 +77,16 @@ def fast_precision() -> dict[str, Any]:
     return {"bf16": bf16, "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"}}
 
 
+def nf4() -> BitsAndBytesConfig:
+    """4 bits per weight of the linear layers (QLoRA, arXiv 2305.14314), computed with in the precision of the run."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=fast_precision()["model_init_kwargs"]["dtype"],
+    )
+
+
 def lora(model: str | None = None, top_layers: int | None = None) -> LoraConfig:
     """An adapter on all layers, or on the top ones of a model whose linear layers have Llama's names."""
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -100,6 +111,7 @@ def train_reward_model(
         model,
         RewardConfig(output_dir=str(folder), seed=args.seed, report_to="none", **(fast_precision() | args.reward)),
         peft_config=lora(),
+        quantization_config=nf4() if args.load_in_4bit else None,
         train_dataset=preference_pairs(train, tokenizer, args.num_pairs, args.pair_tokens, args.seed),
         eval_dataset=preference_pairs(held_out, tokenizer, args.num_eval_pairs, args.pair_tokens, args.seed),
         processing_class=tokenizer,
@@ -124,6 +136,7 @@ def build_ppo_trainer(
         eval_dataset=prompts(held_out, tokenizer, args.num_eval_prompts, args.prompt_tokens, args.seed),
         processing_class=tokenizer,
         peft_config=lora(model, args.top_layers),
+        quantization_config=nf4() if args.load_in_4bit else None,
         callbacks=[AdaptiveKLCallback(target=args.kl_target, horizon=args.kl_horizon)],
     )
 
@@ -171,6 +184,7 @@ def main() -> None:
     result = {
         "model": Path(model).name,
         "seed": args.seed,
+        "load_in_4bit": args.load_in_4bit,
         "reward_model_accuracy": info["accuracy"],
         "before": before,
         "after": after,

@@ -40,9 +40,10 @@ def test_precision_is_that_of_the_machine_and_not_of_the_moment(monkeypatch, abl
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_reward_model_then_ppo_on_the_real_model(tmp_path):
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_reward_model_then_ppo_on_the_real_model(tmp_path, load_in_4bit):
     base = real_model()
-    config = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text())
+    config = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text()) | {"load_in_4bit": load_in_4bit}
     config |= {"num_pairs": 16, "num_eval_pairs": 8, "num_prompts": 16, "num_eval_prompts": 4}
     config["ppo"] |= {"total_episodes": 16, "per_device_train_batch_size": 4, "response_length": 8}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
@@ -55,6 +56,10 @@ def test_reward_model_then_ppo_on_the_real_model(tmp_path):
     assert "Held-out reward" in done.stdout.splitlines()[-1]
 
     result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["load_in_4bit"] == load_in_4bit
+    info = json.loads((tmp_path / "out" / "reward_model" / "reward_model.json").read_text())
+    assert (info["quantization"] is not None) == load_in_4bit
+    assert "was trained on a base" not in done.stderr  # PPO's warning where the actor's is held otherwise
     assert result["before"]["kl"] == pytest.approx(0, abs=0.05)  # bf16 where the machine prefers it
     assert result["after"]["kl"] != result["before"]["kl"]
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
