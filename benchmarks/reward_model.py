@@ -1,6 +1,6 @@
 """A reward model by ppo_plus and by the installed TRL on the same pairs and seeds: accuracy, calibration, memory.
 
-    python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 300]
+    python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 300] [--keep out/reward_model]
 
 SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyper-parameters of recipes/rm_then_ppo.yaml, the same LoRA and
 score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Four sides, each run in a fresh
@@ -225,6 +225,10 @@ def run(side: str, args: argparse.Namespace) -> dict:
 
 
 def child(side: str, seed: int, args: argparse.Namespace) -> dict:
+    what = (Path(args.model).name, args.dtype, args.pairs, args.eval_pairs, args.tokens, side, seed)
+    kept = args.keep and args.keep / f"{'-'.join(map(str, what))}.json"
+    if kept and kept.is_file():
+        return json.loads(kept.read_text())
     command = [sys.executable, __file__, "--child", side, "--seed", str(seed), "--model", args.model]
     for name in ("pairs", "eval_pairs", "tokens", "dtype"):
         if getattr(args, name) is not None:
@@ -234,6 +238,9 @@ def child(side: str, seed: int, args: argparse.Namespace) -> dict:
     result = json.loads(done.stdout.splitlines()[-1])
     shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}
     print(f"{side}, seed {seed}: {shown}", file=sys.stderr, flush=True)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(result))
     return result
 
 
@@ -298,6 +305,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "reward_model.json")
+    parser.add_argument("--keep", type=Path, help="a folder for the figures of each run; one that is there is kept")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()

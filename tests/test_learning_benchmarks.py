@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import reward_model
 from reward_model import reliability
 from verifiable import EXAMPLES, HIGHEST, LOWEST, SIDES, Checker, run, sums
 
@@ -36,6 +38,23 @@ class TestReliability:
 
     def test_extreme_gaps(self):
         assert reliability([1000.0, -1000.0])[0] == pytest.approx(0.5)
+
+
+def test_a_run_that_was_kept_is_not_repeated(tmp_path, monkeypatch):
+    runs = []
+
+    def process(command, **kwargs):
+        runs.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=f'{{"accuracy": {len(runs) / 4}}}\n')
+
+    monkeypatch.setattr(reward_model.subprocess, "run", process)
+    given = {"model": "base", "dtype": None, "pairs": 8, "eval_pairs": 4, "tokens": 16, "keep": tmp_path / "kept"}
+    args, more = argparse.Namespace(**given), argparse.Namespace(**given | {"pairs": 9})
+    asked = [("ours", 0, args), ("ours", 0, args), ("ours", 1, args), ("trl", 0, args), ("ours", 0, more)]
+    assert [reward_model.child(*each)["accuracy"] for each in asked] == [0.25, 0.25, 0.5, 0.75, 1.0]
+    assert reward_model.child("ours", 1, args) == {"accuracy": 0.5}
+    reward_model.child("ours", 0, argparse.Namespace(**given | {"keep": None}))
+    assert len(runs) == 5
 
 
 class TestSums:
