@@ -271,11 +271,31 @@ def signal_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", *ran])
 
 
+def recipes_table(results: Path = RESULTS) -> str:
+    """What the recipes' files train on a model and data of the registry, in Markdown; empty where they were not run."""
+    file = results / "recipes.json"
+    if not file.is_file():
+        return ""
+    r = json.loads(file.read_text())
+    lines = ["| file | here | figures | minutes |", "|---|---|---|---|"]
+    for run in r["runs"].values():
+        if "accuracy" in run:
+            found = f"{run['accuracy']:.2f} of {run['pairs']} held-out pairs in the right order"
+        else:
+            before, after = run["before"], run["after"]
+            found = f"held-out reward {before['reward']:.2f} → {after['reward']:.2f} at {after['kl']:.1f} nats"
+        file_name = f"[{run['config']}]({run['config']})" if run["config"] else "none"
+        lines.append(f"| {file_name} | {run['what']} | {found} | {run['minutes']:.1f} |")
+    link = "[recipes.json](../benchmarks/results/recipes.json), by `benchmarks/recipes.py`"
+    return "\n".join([*lines, "", f"{link}, seed {r['seed']}; {machine(r)}."])
+
+
 # Text, name of the table in it, and what makes the table.
 PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "performance", performance_table),
     ("README.md", "learning", learning_table),
     ("README.md", "demo", demo_table),
+    ("recipes/README.md", "recipes", recipes_table),
     ("docs/algorithm.md", "defaults", defaults_table),
     ("docs/algorithm.md", "signal", signal_table),
 ]

@@ -16,7 +16,11 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, LlamaForSequenceClassification
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import recipes
+
 RECIPES = Path(__file__).parents[1] / "recipes"
+WITH_ADAPTERS = ("reward_model_7b_qlora", "ppo_7b_qlora", "ppo_qwen_deberta")
 SUBJECTS = ["rain", "bread", "a train", "the sea", "my cat", "chess", "snow", "a violin"]
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--eval_rows", "4"]
 PPO = [*SMALL, "--total_episodes", "8", "--response_length", "6", "--max_prompt_length", "40", "--use_cpu", "True",
@@ -150,6 +154,35 @@ def test_what_cannot_be_found_is_named(here, monkeypatch, arguments, message):
     Dataset.from_dict({"prompt": ["one", "two"]}).to_json(here / "few.jsonl")
     with pytest.raises(SystemExit, match=message):
         run("ppo.py", "--model_name_or_path", "base", "--output_dir", "out", *arguments, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("name", recipes.RUNS)
+def test_the_benchmark_asks_the_scripts_for_what_they_take(tmp_path, monkeypatch, name):
+    """Each change is an argument that the script has, and its value arrives; what the file says beside it stays."""
+    monkeypatch.chdir(RECIPES.parent)
+    monkeypatch.syspath_prepend(str(RECIPES))
+    run_here = recipes.RUNS[name]
+    words = recipes.command(name, {"smollm2": "base", "encoder": "other"}, tmp_path, 7, bf16=False)
+    module = runpy.run_path(str(RECIPES / run_here.script))
+    own = module["PromptArguments" if run_here.reward else "PairArguments"]
+    config = module["PPOConfig" if run_here.reward else "RewardConfig"]
+    parsed = module["TrlParser"]((own, config, module["ModelConfig"])).parse_args_and_config(args=words[1:])
+    found = {key: value for part in parsed for key, value in vars(part).items()}
+    wanted = recipes.ALWAYS | run_here.changes | {"seed": 7, "output_dir": str(tmp_path / name)}
+    assert {key: found[key] for key in wanted} == wanted | {"report_to": []}
+    assert found["model_name_or_path"] == ("other" if name == "encoder" else "base")
+    assert found["load_in_4bit"] == ("7b_qlora" in name) and found["use_peft"] == (name in WITH_ADAPTERS)
+    if run_here.reward:
+        assert found["reward_funcs"] == [str(tmp_path / run_here.reward)]
+        assert found["kl_target"] == (None if name == "ppo_tldr" else 6.0) and found["temperature"] == 0.7
+
+
+def test_the_benchmark_runs_what_another_run_needs_first():
+    assert recipes.needed(["ppo_tldr"]) == ["classifier", "ppo_tldr"]
+    assert recipes.needed(list(recipes.RUNS)) == list(recipes.RUNS)
+    for name in recipes.RUNS:
+        order = recipes.needed([name])
+        assert order[-1] == name and order[:-1] == [r for r in [recipes.RUNS[name].reward] if r]
 
 
 def launch(folder, recipe, *arguments):

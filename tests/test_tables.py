@@ -173,6 +173,24 @@ def test_the_demo_in_words(tmp_path):
     assert lines[-1].endswith("2026-01-02.")
 
 
+def test_recipes_in_words(tmp_path):
+    assert tables.recipes_table(tmp_path) == ""
+    runs = {
+        "one": {"config": "a.yaml", "what": "an adapter", "accuracy": 0.755, "pairs": 200, "minutes": 2.26},
+        "two": {
+            "config": None, "what": "a policy", "minutes": 3,
+            "before": {"reward": -0.5, "kl": 0.0}, "after": {"reward": 1.25, "kl": 6.04},
+        },
+    }  # fmt: skip
+    (tmp_path / "recipes.json").write_text(json.dumps({"runs": runs, "seed": 4, "date": "2026-01-02"}))
+    lines = tables.recipes_table(tmp_path).splitlines()
+    assert lines[2:4] == [
+        "| [a.yaml](a.yaml) | an adapter | 0.76 of 200 held-out pairs in the right order | 2.3 |",
+        "| none | a policy | held-out reward -0.50 → 1.25 at 6.0 nats | 3.0 |",
+    ]
+    assert lines[-1].endswith("seed 4; 2026-01-02.")
+
+
 def test_defaults_in_words(tmp_path):
     assert tables.defaults_table(tmp_path) == ""
     names = ("reward", "kl", "vader", "reward_at_equal_kl", "explained_variance")
