@@ -272,6 +272,11 @@ class InterruptCallback(TrainerCallback):
         """Note the step that is resumed from: of it there is a checkpoint."""
         self.began_at = state.global_step
 
+    @property
+    def came(self) -> bool:
+        """Whether a signal ends the run."""
+        return self.received is not None or self.stops_for is not None
+
     def leave(self) -> None:
         """Raise `Interrupted`, if a signal came."""
         if self.received is not None:

@@ -213,9 +213,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         if self.args.num_sample_generations or self.args.log_completions:
             self.add_callback(SamplesTableCallback(lambda: self.callback_handler.callbacks))
         if self.args.run_report:
-            self.add_callback(
-                RunReportCallback(self.answer_alone, fixed_prompts(self.train_dataset, self.eval_dataset))
-            )
+            prompts = fixed_prompts(self.train_dataset, self.eval_dataset)
+            self.add_callback(RunReportCallback(self.answer_alone, prompts, lambda: self._interrupt.came))
 
     # Serving minibatches
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -233,6 +234,30 @@ class TestRun:
             run.pop("name"), run.pop("speed")
         assert [at["step"] for at in parts["answers"]] == [0, 4, 8, 12]
         assert parts == whole
+
+    @pytest.mark.parametrize("event", ["on_step_begin", "on_rollout_begin"])
+    @pytest.mark.parametrize("comes", [True, False])
+    def test_a_signal_does_not_wait_for_the_last_answers(self, tmp_path, event, comes):
+        """Whoever sends it may have the process killed seconds later; a resumed run answers at its own end."""
+        config = {"max_steps": 12, "save_strategy": "steps", "save_steps": 12}
+
+        def at_step_4(self, args, state, control, **kwargs):
+            if comes and state.global_step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+        received = []
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+        try:
+            trained(tmp_path, config, callbacks=[type("Interrupt", (PPOCallback,), {event: at_step_4})()])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert len(received) == comes
+        run = read_run(tmp_path / REPORT)
+        ends = {"on_step_begin": 5, "on_rollout_begin": 4}[event] if comes else 12
+        assert run["step"] == ends
+        answered = [at["step"] for at in run["answers"]]
+        # At step 4 there is a rollout, and the prompts are answered after it where it is made.
+        assert answered == ([0, 4, 8, 12] if not comes else [0, 4] if event == "on_step_begin" else [0])
 
     def test_a_new_run_in_the_same_folder_starts_anew(self, tmp_path):
         trained(tmp_path, {"max_steps": 8})

@@ -43,10 +43,16 @@ class RunReportCallback(PPOCallback):
     Args:
         answer: answers prompts and scores the answers, `PPOTrainer.answer_alone`; training must not notice.
         prompts: the fixed prompts, a few rows of a tokenized dataset.
+        interrupted: whether a signal ends the run, which then does not wait for the last answers.
     """
 
-    def __init__(self, answer: Callable[[Dataset], Samples], prompts: Dataset) -> None:
-        self.answer, self.prompts = answer, prompts
+    def __init__(
+        self,
+        answer: Callable[[Dataset], Samples],
+        prompts: Dataset,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.answer, self.prompts, self.interrupted = answer, prompts, interrupted
         self.run: dict[str, Any] | None = None
         self._written, self._took = -math.inf, 0.0
         self._failing = False
@@ -121,7 +127,7 @@ class RunReportCallback(PPOCallback):
 
     def on_train_end(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Answer the fixed prompts for the last time and write the page."""
-        if self.run is not None:
+        if self.run is not None and not self.interrupted():
             self.run["answers"].append(answers(self.answer(self.prompts), state.global_step))
         self._write(args, state)
 
