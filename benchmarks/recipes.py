@@ -84,7 +84,7 @@ RUNS = {
     ),
     "classifier": Run(
         "reward_model.py", "smollm2", "all of SmolLM2-135M, as reward model",
-        changes=ON_PAIRS | {"learning_rate": 2e-5},
+        changes=ON_PAIRS | {"learning_rate": 1e-4},
     ),
     "ppo_tldr": Run(
         "ppo.py", "smollm2", "all of SmolLM2-135M against that classifier", "ppo_tldr.yaml", "classifier",

@@ -105,7 +105,7 @@ def demo(r: dict) -> str:
     return f"VADER score of held-out answers, by seed: {rises}"
 
 
-def demo_top_layers(r: dict) -> str:
+def demo_ends(r: dict) -> str:
     ends = [f"{run['after']['reward']:.2f} at {run['after']['kl']:.1f} nats" for run in r["runs"]]
     minutes = statistics.fmean(run["minutes"] for run in r["runs"])
     return f"held-out reward by seed {', '.join(ends)}; {demo(r)}; {minutes:.1f} minutes"
@@ -129,7 +129,8 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("mixed_adapters_float32", "all roles scored in one mixed pass, fp32", mixed),
     ("kill", "killed at random moments and resumed", kill),
     ("demo", "reward model and PPO on real text", demo),
-    ("demo_top_layers", "the same, LoRA on the top third of the layers alone", demo_top_layers),
+    ("demo_4bit", "the same, the backbone of all roles in NF4", demo_ends),
+    ("demo_top_layers", "the same, LoRA on the top third of the layers alone", demo_ends),
 ]
 
 
@@ -192,19 +193,20 @@ def learning_table(results: Path = RESULTS) -> str:
 
 
 def demo_table(results: Path = RESULTS) -> str:
-    """The demo before and after, a row per seed, in Markdown; empty where it was not run."""
-    file = results / "demo.json"
-    if not file.is_file():
+    """The demo before and after, a row per base and seed, in Markdown; empty where it was not run."""
+    files = {"as it comes": results / "demo.json", "in NF4": results / "demo_4bit.json"}
+    found = {base: json.loads(file.read_text()) for base, file in files.items() if file.is_file()}
+    if not found:
         return ""
-    r = json.loads(file.read_text())
-    titles = ("seed", "reward-model accuracy", "reward", "VADER (took no part in training)", "KL, nats", "distinct-2",
-              "minutes")  # fmt: skip
+    titles = ("backbone", "seed", "reward-model accuracy", "reward", "VADER (took no part in training)", "KL, nats",
+              "distinct-2", "minutes")  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for run in r["runs"]:
+    for base, run in ((base, run) for base, r in found.items() for run in r["runs"]):
         rises = [f"{run['before'][name]:.2f} → {run['after'][name]:.2f}" for name in ("reward", "vader", "distinct_2")]
-        cells = [str(run["seed"]), f"{run['reward_model_accuracy']:.2f}", *rises[:2], f"{run['after']['kl']:.1f}"]
+        cells = [base, str(run["seed"]), f"{run['reward_model_accuracy']:.2f}", *rises[:2], f"{run['after']['kl']:.1f}"]
         lines.append("| " + " | ".join([*cells, rises[2], f"{run['minutes']:.1f}"]) + " |")
-    return "\n".join([*lines, "", f"[demo.json](benchmarks/results/demo.json), by `benchmarks/demo.py`; {machine(r)}."])
+    ran = (f"[{files[b].name}](benchmarks/results/{files[b].name}): {machine(r)}" for b, r in found.items())
+    return "\n".join([*lines, "", f"By `benchmarks/demo.py`. {'; '.join(ran)}."])
 
 
 def headline(r: dict) -> str:

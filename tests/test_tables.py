@@ -58,6 +58,9 @@ RESULTS = {
     "mixed_adapters_float32": {"ratio": 1.25},
     "kill": {"kills": 50, "identical": 49},
     "demo": {"vader_rises": [0.25, 0.5], **MACHINE, "machine": {"gpu": "A card"}},
+    "demo_4bit": {
+        "vader_rises": [0.5], "runs": [{"after": {"reward": 1.25, "kl": 6.0}, "minutes": 8}],
+    },
 }  # fmt: skip
 
 
@@ -101,10 +104,11 @@ def test_every_result_becomes_words(tmp_path):
         "1.25× the time of a pass for each role",
         "50 kills, 49 ended in the same bits",
         "VADER score of held-out answers, by seed: +0.25, +0.50",
+        "held-out reward by seed 1.25 at 6.0 nats; VADER score of held-out answers, by seed: +0.50; 8.0 minutes",
     ]
     assert [where for _, _, where in rows] == [
         *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 3, *[""] * 7,
-        "A card, 2026-01-02",
+        "A card, 2026-01-02", "",
     ]  # fmt: skip
 
 
@@ -169,8 +173,14 @@ def test_the_demo_in_words(tmp_path):
     assert tables.demo_table(tmp_path) == ""
     (tmp_path / "demo.json").write_text(json.dumps({"runs": [run], "date": "2026-01-02"}))
     lines = tables.demo_table(tmp_path).splitlines()
-    assert lines[2] == "| 3 | 0.80 | 0.50 → 1.50 | 0.05 → 0.15 | 6.8 | 0.50 → 0.50 | 4.0 |"
+    assert lines[2] == "| as it comes | 3 | 0.80 | 0.50 → 1.50 | 0.05 → 0.15 | 6.8 | 0.50 → 0.50 | 4.0 |"
     assert lines[-1].endswith("2026-01-02.")
+    other = run | {"seed": 5, "after": figures(1.25, 6)}
+    (tmp_path / "demo_4bit.json").write_text(json.dumps({"runs": [other], "date": "2026-01-03"}))
+    assert tables.demo_table(tmp_path).splitlines()[:3] == lines[:3]
+    lines = tables.demo_table(tmp_path).splitlines()
+    assert lines[3] == "| in NF4 | 5 | 0.80 | 0.50 → 1.25 | 0.05 → 0.12 | 6.0 | 0.50 → 0.50 | 4.0 |"
+    assert lines[-1].endswith("2026-01-02; [demo_4bit.json](benchmarks/results/demo_4bit.json): 2026-01-03.")
 
 
 def test_recipes_in_words(tmp_path):
@@ -238,10 +248,11 @@ def test_a_figure_written_by_hand_is_found(tmp_path):
         f"benchmarks/results/{name}.json"
         for name in (
             "learning", "learning_trl_lam_0.8", "ablations", "ablations_gae_lambda", "gradient_signal",
-            "gradient_signal_trained", *(row[0] for row in tables.ROWS),
+            "gradient_signal_trained", "recipes", *(row[0] for row in tables.ROWS),
         )
     ]  # fmt: skip
-    for file in ["README.md", "docs/algorithm.md", "benchmarks/tables.py", *results]:
+    texts = {place for place, _, _ in tables.PLACES}
+    for file in [*texts, "benchmarks/tables.py", *results]:
         if (ROOT / file).is_file():
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_bytes((ROOT / file).read_bytes())
