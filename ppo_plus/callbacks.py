@@ -225,7 +225,7 @@ class EarlyStoppingOnKLCallback(PPOCallback, ExportableState):
 
 
 class Interrupted(Exception):
-    """A signal came while a rollout was being generated; training is left as it was before that rollout."""
+    """A signal came while a rollout or an evaluation was generated; training is left as it was before that."""
 
 
 def _leave_processes() -> None:
@@ -238,8 +238,8 @@ class InterruptCallback(TrainerCallback):
     """SIGTERM or SIGINT once: finish the optimizer step, write a checkpoint, and end as the signal would have.
 
     A second one ends the process at once. A step is finished rather than a micro-batch, because only between steps
-    is the state one that a run can resume from to the same bits. Generating is not waited for: a resumed run
-    generates the same once more. Signals are listened to inside the `with` block.
+    is the state one that a run can resume from to the same bits. Generating is not waited for, of a rollout or of an
+    evaluation: a resumed run generates the same once more. Signals are listened to inside the `with` block.
 
     Processes that train together stop together, after the same step, whichever of them the signal reached. One that
     only heard of it has not received it: a launcher that sends it to one after the other sends it once to each.
@@ -264,6 +264,7 @@ class InterruptCallback(TrainerCallback):
     def __exit__(self, *error: Any) -> None:
         self._put_back()
         number = self.received or self.stops_for
+        self.received = self.stops_for = None
         if number is not None:
             atexit.register(_leave_processes)
             signal.raise_signal(number)  # what was put off happens now, with the conventional exit status

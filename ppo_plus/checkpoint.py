@@ -39,6 +39,7 @@ class Progress:
         rollout: the one that is being learned from; None before the first.
         num_tokens: prompt and response tokens of all rollouts so far, over all processes.
         skipped: steps in a row that were skipped for gradients that are not finite.
+        evaluation_due: whether the evaluation after the last step has not been made to its end.
         baseline: what rollouts so far say of the next one's returns.
         meter: measurements since the last log.
     """
@@ -47,6 +48,7 @@ class Progress:
     rollout: Rollout | None = None
     num_tokens: int = 0
     skipped: int = 0
+    evaluation_due: bool = False
     baseline: RewardBaseline = field(default_factory=RewardBaseline)
     meter: Meter = field(default_factory=Meter)
 
@@ -62,6 +64,7 @@ def save_progress(
         "kl_coef": progress.kl_coef,
         "num_tokens": progress.num_tokens,
         "skipped": progress.skipped,
+        "evaluation_due": progress.evaluation_due,
         "baseline": asdict(progress.baseline),
         "meter": progress.meter.state_dict(),
     }
@@ -103,6 +106,7 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             "values, or start a new run from its adapter."
         )
     progress = Progress(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"], skipped=state["skipped"])
+    progress.evaluation_due = state.get("evaluation_due", False)
     progress.baseline = RewardBaseline(**state.get("baseline", {}))
     progress.meter.load_state_dict(state["meter"])
     if _rollout_file(directory, process_index).is_file():

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PredictionOutput
 
+from .checkpoint import Progress
 from .collector import Collector, Samples
 from .config import PPOConfig
 from .data import Row, checked_prompts, tokenized
@@ -34,7 +35,9 @@ class EvaluationMixin(Trainer):
     processing_class: PreTrainedTokenizerBase
     collector: Collector
     control: Any
+    _progress: Progress
     _win_rate: WinRate
+    _leave: Any
     _sample: Any
     _draw: Any
 
@@ -108,7 +111,8 @@ class EvaluationMixin(Trainer):
             return None
         if not isinstance(prompts, Dataset):
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
-        return self._sample(*self._evaluation_share(prompts), ("evaluation",), meter or Meter())
+        leave = self._leave if self._progress.evaluation_due else None
+        return self._sample(*self._evaluation_share(prompts), ("evaluation",), meter or Meter(), leave)
 
     def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
         """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""

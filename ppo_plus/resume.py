@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -81,7 +82,7 @@ class ResumeMixin(HubMixin, Trainer):
                 self._interrupt.agree()  # none leaves before the others have saved
                 return output
             except Interrupted:
-                return self._left_before_rollout(trial)
+                return self._left_between_steps(trial)
 
     def _name_other_runs(self, resumed: str | None) -> None:
         state = None if resumed is None else TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
@@ -95,13 +96,33 @@ class ResumeMixin(HubMixin, Trainer):
                 stacklevel=3,
             )
 
-    def _left_before_rollout(self, trial: Any) -> TrainOutput:
+    def _left_between_steps(self, trial: Any) -> TrainOutput:
         step = self.state.global_step
         saved = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if step > self._interrupt.began_at and damage(saved):
             self._save_checkpoint(self.model_wrapped, trial)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(step, math.nan, {})
+
+    @property
+    def _leave(self) -> Callable[[], None] | None:
+        """What gives up generating when a signal came; on several processes nothing, for the others would wait."""
+        return self._interrupt.leave if self.accelerator.num_processes == 1 else None
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler:  # eval_on_start
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._progress.evaluation_due = True  # until it is made: a signal does not wait for it
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._progress.evaluation_due = False
+        return metrics
+
+    def _make_due_evaluation(self) -> None:
+        """Evaluate as Trainer would have after the last step before a checkpoint, had no signal come."""
+        metrics = self._evaluate(None, None)
+        saved = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._determine_best_metric(metrics, None) and saved.is_dir():
+            self.state.best_model_checkpoint = str(saved)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

@@ -237,7 +237,10 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """The micro-batches of one optimizer step and their response tokens over all processes."""
-        if self.state.global_step >= self.state.max_steps:  # a finished run, resumed; Trainer would go on for a step
+        if due := self._progress.evaluation_due:
+            self._make_due_evaluation()
+        finished = self.state.global_step >= self.state.max_steps
+        if finished or (due and self.control.should_training_stop):  # resumed; Trainer would go on for a step
             self.control.should_training_stop = True
             return [], torch.zeros((), device=device)
         prompts = list(islice(epoch_iterator, num_batches))
@@ -286,10 +289,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self._fire("on_rollout_begin", settings=settings)
         first = self.accelerator.process_index * len(prompts)
         rows = range(first, first + len(prompts))
-        alone = self.accelerator.num_processes == 1  # else one would leave and the others wait for it
-        leave = self._interrupt.leave if alone else None
         cut = partial(self._first_pass, rollout_index)
-        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=leave, cut=cut)
+        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=self._leave, cut=cut)
         watch = Stopwatch()
         scores = samples.scores.clone()
         self._fire("on_scores", scores=scores, token_rewards=samples.token_rewards)

@@ -40,6 +40,7 @@ SIGNATURES = {
     "log": ["logs", "start_time"],
     "predict": ["test_dataset", "ignore_keys", "metric_key_prefix"],
     "_determine_best_metric": ["metrics", "trial"],
+    "_evaluate": ["trial", "ignore_keys_for_eval", "skip_scheduler"],
     "_prepare_input": ["data"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_push_from_checkpoint": ["checkpoint_folder"],

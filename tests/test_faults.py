@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer
-from transformers import TrainerCallback
+from conftest import make_prompts, make_trainer
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import ppo_plus.resume as resume_module
 import ppo_plus.trainer as trainer_module
@@ -327,6 +327,121 @@ def test_an_interrupt_while_generating_writes_nothing_that_is_there_already(tmp_
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert steps(tmp_path) == [4][:rollout]  # nothing was learned before the first rollout
+
+
+def evaluating(folder, **config):
+    """A run with an evaluation of four decode batches after each step; the whole one is compared with others of it."""
+    defaults = {"eval_strategy": "steps", "eval_steps": 1, "generation_batch_size": 2, "save_strategy": "no"}
+    callbacks = [EarlyStoppingCallback(config.pop("patience"))] if "patience" in config else []
+    reward = {"reward_funcs": config.pop("reward")} if "reward" in config else {}
+    data = {"eval_dataset": make_prompts(8), "callbacks": callbacks, **reward}
+    return make_trainer(folder, config={"max_steps": 6, **defaults, **config}, **data)
+
+
+def interrupt_the_evaluation(trainer, monkeypatch, step):
+    """Sends a signal while the second decode batch of the evaluation after a step runs; returns the batches there."""
+    from ppo_plus.modeling import ActorCritic
+
+    generate, calls = ActorCritic.sample, []
+
+    def interrupted(model, *args, **kwargs):
+        if trainer._progress.evaluation_due and trainer.state.global_step == step:
+            calls.append(step)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(ActorCritic, "sample", interrupted)
+    return calls
+
+
+def constant(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.1}}
+BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+GIVEN_UP = {
+    "inside a rollout": (2, {}),
+    "between rollouts": (4, {}),
+    "after the last step": (6, {}),
+    "a schedule that reads it": (2, PLATEAU),
+    "at the end of an epoch": (8, {"eval_strategy": "epoch", "max_steps": 12}),
+    "of the best model": (3, BEST),
+    "of the best model alone": (1, BEST | {"save_strategy": "best"}),
+    "of the best model, last": (6, BEST | {"learning_rate": 0.03}),
+    "that ends the run": (2, {**BEST, "patience": 1, "reward": constant}),
+}
+
+
+# Trainer itself makes the last one, which it finds in the checkpoint's control.
+SPOILED = [name for name, (step, config) in GIVEN_UP.items() if step < config.get("max_steps", 6)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "spoil"), [*((name, False) for name in GIVEN_UP), *((name, True) for name in SPOILED)]
+)
+def test_an_evaluation_that_a_signal_ended_is_made_by_the_resumed_run(tmp_path, monkeypatch, setting, spoil):
+    """To the same bits, history and best model; negative control: a checkpoint that does not say that it is due."""
+    step, config = GIVEN_UP[setting]
+    whole = evaluating(tmp_path / "whole", **config)
+    whole.train()
+    trainer = evaluating(tmp_path / "parts", **config)
+    with monkeypatch.context() as patch:
+        batches = interrupt_the_evaluation(trainer, patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert len(batches) == 2 and trainer.state.global_step == step  # two of four, and no step more
+    checkpoint = tmp_path / "parts" / f"checkpoint-{step}"
+    assert damage(checkpoint) is None
+    if spoil:
+        file = checkpoint / "ppo_state_0.json"
+        file.write_text(file.read_text().replace('"evaluation_due": true', '"evaluation_due": false'))
+        seal(checkpoint)
+
+    resumed = evaluating(tmp_path / "parts", **config)
+    resumed.train(resume_from_checkpoint=True)
+
+    def kept(state):
+        rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "train_"))} for row in state.log_history]
+        best = Path(state.best_model_checkpoint or "").name
+        return [row for row in rows if row.keys() - {"epoch", "step", "total_flos"}], best, state.global_step
+
+    assert (kept(resumed.state) == kept(whole.state)) == (not spoil)
+    if not spoil:
+        assert equal(weights(resumed), weights(whole))
+        assert not resumed._progress.evaluation_due
+
+
+def test_a_signal_in_a_step_does_not_begin_the_evaluation_after_it(tmp_path, monkeypatch):
+    whole = evaluating(tmp_path / "whole")
+    whole.train()
+    trainer = evaluating(tmp_path / "parts")
+    trainer.add_callback(RaiseAt(2, signal.SIGINT))
+    with monkeypatch.context() as patch:
+        batches = interrupt_the_evaluation(trainer, patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert batches == [] and steps(tmp_path / "parts") == [3]
+    resumed = evaluating(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed), weights(whole))
+    rows = [[row for row in t.state.log_history if "eval_reward" in row] for t in (resumed, whole)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5, 6]
+    assert [row["eval_reward"] for row in rows[0]] == [row["eval_reward"] for row in rows[1]]
+
+
+def test_evaluations_of_ones_own_are_not_given_up(tmp_path, monkeypatch):
+    """A signal belongs to the run that it ended; who catches the interrupt may evaluate."""
+    trainer = evaluating(tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_the_evaluation(trainer, patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    whole = evaluating(tmp_path / "whole")
+    whole.train()
+    (expected,) = (row for row in whole.state.log_history if "eval_reward" in row and row["step"] == 2)
+    assert trainer.evaluate()["eval_reward"] == expected["eval_reward"]
 
 
 @pytest.mark.parametrize(("number", "phase"), [(signal.SIGTERM, "generating"), (signal.SIGINT, "learning")])
