@@ -292,12 +292,34 @@ def recipes_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", f"{link}, seed {r['seed']}; {machine(r)}."])
 
 
+def memory_table(results: Path = RESULTS) -> str:
+    """Memory in use beside TRL's, in Markdown, with ours over theirs; of what was measured."""
+    files = {name: results / f"{name}.json" for name in ("memory", "reward_model")}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    lines = ["| what | ppo_plus | TRL as it comes | TRL on NF4 |", "|---|---|---|---|"]
+
+    def row(what: str, ours: float, *theirs: float) -> None:
+        cells = [f"{ours:,.0f} MB", *(f"{their:,.0f} MB ({ours / their:.2f})" for their in theirs)]
+        lines.append(f"| {what} | {' | '.join([*cells, *[''] * (3 - len(cells))])} |")
+
+    if r := found.get("memory"):
+        row("two rollouts with their updates in fp32, resident", r["ours"]["peak_mb"], r["trl"]["peak_mb"])
+    if r := found.get("reward_model"):
+        for shape, sides in (("135M", r), ("1.7B's shape", r["memory_1.7b"])):
+            for what, name in (("tensors", "tensor_peak_mb"), ("resident", "resident_peak_mb")):
+                each = (sides[side][name] for side in ("ours_4bit", "trl", "trl_4bit"))
+                row(f"a reward model on NF4, {shape}, {what}", *each)
+    ran = (f"[{name}.json](../benchmarks/results/{name}.json): {machine(r)}." for name, r in found.items())
+    return "\n".join([*lines, "", " ".join(ran)]) if found else ""
+
+
 # Text, name of the table in it, and what makes the table.
 PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "performance", performance_table),
     ("README.md", "learning", learning_table),
     ("README.md", "demo", demo_table),
     ("recipes/README.md", "recipes", recipes_table),
+    ("docs/memory.md", "memory", memory_table),
     ("docs/algorithm.md", "defaults", defaults_table),
     ("docs/algorithm.md", "signal", signal_table),
 ]

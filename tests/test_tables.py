@@ -201,6 +201,30 @@ def test_recipes_in_words(tmp_path):
     assert lines[-1].endswith("seed 4; 2026-01-02.")
 
 
+def test_memory_in_words(tmp_path):
+    assert tables.memory_table(tmp_path) == ""
+    update = {"ours": {"peak_mb": 1000}, "trl": {"peak_mb": 4000}, "date": "2026-01-02"}
+    (tmp_path / "memory.json").write_text(json.dumps(update))
+    first = "| two rollouts with their updates in fp32, resident | 1,000 MB | 4,000 MB (0.25) |  |"
+    assert tables.memory_table(tmp_path).splitlines()[2] == first
+
+    def sides(scale: float) -> dict:
+        used = {"ours_4bit": 1, "trl": 4, "trl_4bit": 2}
+        return {k: {"tensor_peak_mb": v * scale, "resident_peak_mb": 10 * v * scale} for k, v in used.items()}
+
+    scores = {**sides(100), "memory_1.7b": sides(1000), "date": "2026-01-03"}
+    (tmp_path / "reward_model.json").write_text(json.dumps(scores))
+    lines = tables.memory_table(tmp_path).splitlines()
+    assert lines[2:7] == [
+        first,
+        "| a reward model on NF4, 135M, tensors | 100 MB | 400 MB (0.25) | 200 MB (0.50) |",
+        "| a reward model on NF4, 135M, resident | 1,000 MB | 4,000 MB (0.25) | 2,000 MB (0.50) |",
+        "| a reward model on NF4, 1.7B's shape, tensors | 1,000 MB | 4,000 MB (0.25) | 2,000 MB (0.50) |",
+        "| a reward model on NF4, 1.7B's shape, resident | 10,000 MB | 40,000 MB (0.25) | 20,000 MB (0.50) |",
+    ]
+    assert "2026-01-02. " in lines[-1] and lines[-1].endswith("2026-01-03.")
+
+
 def test_defaults_in_words(tmp_path):
     assert tables.defaults_table(tmp_path) == ""
     names = ("reward", "kl", "vader", "reward_at_equal_kl", "explained_variance")
