@@ -188,6 +188,8 @@ def check_own_weights(config: PeftConfig | None, whose: str) -> None:
             f"{whose} must be a PeftConfig; got {type(config).__name__}. Pass LoraConfig(...), of a dict "
             "LoraConfig(**options)."
         )
+    if isinstance(saved := getattr(config, "modules_to_save", None), str):
+        raise ValueError(f"{whose} has modules_to_save={saved!r}, which must be a list: write [{saved!r}].")
     init, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
     shared = "Actor, reference, critic and reward adapters share that base"
     if isinstance(init, str) and init.lower() not in LEAVE_THE_BASE:

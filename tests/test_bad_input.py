@@ -495,6 +495,10 @@ CASES = {
         "peft_config has bias='lora_only', which trains biases of the base itself.*use bias='none'",
         peft_config=lora(bias="lora_only"),
     ),
+    "modules to save that are one text": before_weights(
+        r"peft_config has modules_to_save='score', which must be a list: write \['score'\]",
+        peft_config=lora(modules_to_save="score"),
+    ),
     "an adapter made of the base's weights": before_weights(
         "peft_config has init_lora_weights='olora', which is not known to leave the base's weights as they are",
         peft_config=lora(init_lora_weights="olora"),

@@ -504,6 +504,18 @@ class TestComparison:
         assert ("is a folder: name a file, as" in said) == (taken == "folder")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
 
+    @pytest.mark.parametrize("output", [REPORT, f"../run/{REPORT}"])
+    def test_a_comparison_does_not_take_the_place_of_a_report(self, tmp_path, capsys, monkeypatch, output):
+        run = tmp_path / "run"
+        run.mkdir()
+        write_page(run / REPORT, [example_run()])
+        before = (run / REPORT).read_bytes()
+        monkeypatch.chdir(run)
+        assert "which would be lost: name another file" in self.refused(capsys, run, "--output", output)
+        assert (run / REPORT).read_bytes() == before
+        main([str(run), "--output", "other.html"])
+        assert (run / "other.html").is_file()
+
     def test_a_full_disk_is_named(self, tmp_path, capsys, monkeypatch):
         def write_bytes(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -19,8 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     runs = []
     for folder in args.folders:
+        page = folder / REPORT if folder.is_dir() else folder
+        if page.resolve() == args.output.resolve():
+            parser.error(f"--output {args.output} is the report of {folder}, which would be lost: name another file.")
         try:
-            runs.append({**read_run(folder / REPORT if folder.is_dir() else folder), "name": str(folder)})
+            runs.append({**read_run(page), "name": str(folder)})
         except (ValueError, OSError) as error:
             parser.error(str(error))
     try:
