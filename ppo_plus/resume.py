@@ -110,11 +110,9 @@ class ResumeMixin(HubMixin, Trainer):
         return self._interrupt.leave if self.accelerator.num_processes == 1 else None
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        if skip_scheduler:  # eval_on_start
-            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        self._progress.evaluation_due = True  # until it is made: a signal does not wait for it
+        due, self._progress.evaluation_due = self._progress.evaluation_due, True  # until it is made, or a signal comes
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        self._progress.evaluation_due = False
+        self._progress.evaluation_due = due and skip_scheduler  # that of eval_on_start is another one
         return metrics
 
     def _make_due_evaluation(self) -> None:

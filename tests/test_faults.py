@@ -431,6 +431,30 @@ def test_a_signal_in_a_step_does_not_begin_the_evaluation_after_it(tmp_path, mon
     assert [row["eval_reward"] for row in rows[0]] == [row["eval_reward"] for row in rows[1]]
 
 
+def test_the_evaluation_on_start_is_given_up_and_is_not_the_one_that_is_due(tmp_path, monkeypatch):
+    def run(folder, stop_at=None, resume=None, **config):
+        trainer = evaluating(folder, eval_on_start=True, **PLATEAU, **config)
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(KeyboardInterrupt) if stop_at is not None else contextlib.nullcontext(),
+        ):
+            batches = [] if stop_at is None else interrupt_the_evaluation(trainer, patch, stop_at)
+            trainer.train(resume_from_checkpoint=resume)
+        return trainer, batches
+
+    whole, _ = run(tmp_path / "whole")
+    _, batches = run(tmp_path / "parts", stop_at=0)
+    assert len(batches) == 2 and steps(tmp_path / "parts") == []  # nothing was learned
+    run(tmp_path / "parts", stop_at=2)
+    assert steps(tmp_path / "parts") == [2]
+    _, batches = run(tmp_path / "parts", stop_at=2, resume=True)  # on start again, and the one that is due still is
+    assert (
+        len(batches) == 2 and steps(tmp_path / "parts") == [2] and damage(tmp_path / "parts" / "checkpoint-2") is None
+    )
+    resumed, _ = run(tmp_path / "parts", resume=True)
+    assert equal(weights(resumed), weights(whole))  # its schedule has read what was due
+
+
 def test_evaluations_of_ones_own_are_not_given_up(tmp_path, monkeypatch):
     """A signal belongs to the run that it ended; who catches the interrupt may evaluate."""
     trainer = evaluating(tmp_path)
