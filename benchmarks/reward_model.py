@@ -14,9 +14,9 @@ The last line is JSON: `ratio` is our mean accuracy over TRL's, `accuracy_differ
 is of `ours_4bit` over TRL's: `memory_ratio` of the bytes of all tensors at the highest moment of the third optimizer
 step (what a GPU's allocator would report; the batch is the same for all), `memory_ratio_1.7b` the same on a base of
 SmolLM2-1.7B's shape with random weights, `weights_ratio` of the frozen weights alone (embeddings and norms are not
-quantized), `resident_ratio` of the resident memory of training above what the imports take, kernels and allocator
-included. By side the accuracy by seed, the expected calibration error (10 bins of equal width) and the reliability
-curve.
+quantized), `resident_ratio` and `resident_ratio_1.7b` of the resident memory of training above what the imports take,
+kernels and allocator included. By side the accuracy by seed, the expected calibration error (10 bins of equal width)
+and the reliability curve.
 """
 
 from __future__ import annotations
@@ -260,24 +260,20 @@ def memory_of_larger(args: argparse.Namespace) -> dict[str, dict]:
     """Memory by side of three steps on the larger base; random weights have no accuracy worth a word."""
     names = ("tensor_peak_mb", "resident_peak_mb", "base_weights_mb")
     with tempfile.TemporaryDirectory() as folder:
-        given = {**vars(args), "model": larger_base(args.model, folder), "pairs": 24, "eval_pairs": 2}
+        # A name of its own, by which the figures of its runs are kept and found.
+        model = larger_base(args.model, str(Path(folder) / "SmolLM2-1.7B-shape"))
+        given = {**vars(args), "model": model, "pairs": 24, "eval_pairs": 2}
         runs = {side: child(side, 0, argparse.Namespace(**given)) for side in SIDES}
     return {side: {name: run[name] for name in names} for side, run in runs.items()}
 
 
 def summary(runs: list[dict]) -> dict:
-    """Of one side: means over seeds, and the reliability of all seeds' pairs together."""
+    """Of one side: means over seeds (of the seconds the median), and the reliability of all seeds' pairs together."""
     error, curve = reliability([gap for run in runs for gap in run["gaps"]])
-    names = (
-        "accuracy",
-        "expected_calibration_error",
-        "tensor_peak_mb",
-        "resident_peak_mb",
-        "base_weights_mb",
-        "seconds",
-    )
+    names = ("accuracy", "expected_calibration_error", "tensor_peak_mb", "resident_peak_mb", "base_weights_mb")
     return {
         **{name: statistics.fmean(run[name] for run in runs) for name in names},
+        "seconds": statistics.median(run["seconds"] for run in runs),
         "accuracy_by_seed": [run["accuracy"] for run in runs],
         "pooled_calibration_error": error,
         "reliability": curve,
@@ -331,7 +327,10 @@ def main() -> None:
                 ("resident_ratio", "resident_peak_mb"),
             )
         },
-        "memory_ratio_1.7b": larger["ours_4bit"]["tensor_peak_mb"] / larger["trl"]["tensor_peak_mb"],
+        **{
+            f"{name}_1.7b": larger["ours_4bit"][of] / larger["trl"][of]
+            for name, of in (("memory_ratio", "tensor_peak_mb"), ("resident_ratio", "resident_peak_mb"))
+        },
         "accuracy_difference": {side: difference(runs[side], runs["trl"]) for side in SIDES if side != "trl"},
         "accuracy_difference_4bit": difference(runs["ours_4bit"], runs["trl_4bit"]),
         "seeds": args.seeds, "pairs": args.pairs, "eval_pairs": args.eval_pairs, "dtype": args.dtype,

@@ -78,7 +78,8 @@ def reward_model(r: dict) -> str:
     return (
         f"accuracy over {len(r['seeds'])} seeds {accuracies('ours', 'trl', r['accuracy_difference']['ours'])}; both on "
         f"an NF4 base {accuracies('ours_4bit', 'trl_4bit', r['accuracy_difference_4bit'])}; tensors of training on NF4 "
-        f"{r['memory_ratio']:.2f} of TRL's as it comes, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}**"
+        f"{r['memory_ratio']:.2f} of TRL's as it comes, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}** "
+        f"(resident {r['resident_ratio_1.7b']:.2f})"
     )
 
 

@@ -49,7 +49,7 @@ RESULTS = {
         "ours": {"accuracy": 0.75}, "trl": {"accuracy": 0.74}, "ours_4bit": {"accuracy": 0.7},
         "trl_4bit": {"accuracy": 0.71}, "accuracy_difference": {"ours": {"mean": 0.01, "standard_error": 0.002}},
         "accuracy_difference_4bit": {"mean": -0.01, "standard_error": 0.0125},
-        "seeds": [0, 2], "memory_ratio": 0.3, "memory_ratio_1.7b": 0.2,
+        "seeds": [0, 2], "memory_ratio": 0.3, "memory_ratio_1.7b": 0.2, "resident_ratio_1.7b": 0.25,
     },
     "verifiable": {
         "ppo": {"before": 0.25, "after": 0.5}, "grpo": {"after": 0.4}, "rloo": {"after": 0.3}, "tokens": 2000,
@@ -98,7 +98,7 @@ def test_every_result_becomes_words(tmp_path):
         "0.75× at 4× the width",
         "**0.33** of TRL's peak",
         "accuracy over 2 seeds 0.750 (+0.010 ± 0.002), TRL's 0.740; both on an NF4 base 0.700 (-0.010 ± 0.013), TRL's "
-        "0.710; tensors of training on NF4 0.30 of TRL's as it comes, at 1.7B's shape **0.20**",
+        "0.710; tensors of training on NF4 0.30 of TRL's as it comes, at 1.7B's shape **0.20** (resident 0.25)",
         "right answers to held-out sums: 0.25 before, after 2000 tokens PPO 0.50, GRPO 0.40, RLOO 0.30",
         "1.50× the time of a pass for each role",
         "1.25× the time of a pass for each role",
