@@ -33,6 +33,10 @@ from .rollout import RightAligned, Rollout, response_mask
 Cut = Callable[[Tensor], list[Tensor]]
 
 
+def go_on() -> None:
+    """Give up nothing."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """Scored responses, before they become a rollout. Tensors are on the CPU; shapes as in `Rollout`.
@@ -118,7 +122,7 @@ class Collector:
         rows: Sequence[Row],
         noise: Tensor,
         context: dict[str, Any],
-        leave: Callable[[], None] = lambda: None,
+        leave: Callable[[], None] = go_on,
         cut: Cut | None = None,
     ) -> Samples:
         """Answer prompts, score the answers, and look at them with actor, critic and reference.
@@ -167,11 +171,11 @@ class Collector:
         )  # fmt: skip
 
     @torch.no_grad()
-    def answer_as_reference(self, rows: Sequence[Row], noise: Tensor) -> Completions:
+    def answer_as_reference(self, rows: Sequence[Row], noise: Tensor, leave: Callable[[], None] = go_on) -> Completions:
         """What the reference answers to prompts that `sample` takes, with the same noise."""
         self.model.eval()
         with self.accelerator.autocast(), self.model.reference():
-            tokens = self._generate([row["input_ids"] for row in rows], noise).tokens
+            tokens = self._generate([row["input_ids"] for row in rows], noise, leave).tokens
         return self._completions(rows, tokens, response_mask(tokens, self.stop_ids), {})[0]
 
     def rollout(
@@ -276,9 +280,7 @@ class Collector:
         nothing = torch.nan if self.reduce(mask.sum()) == 0 else 0.0
         return mean.item() + nothing, var.item() + nothing
 
-    def _generate(
-        self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None] = lambda: None
-    ) -> Generation:
+    def _generate(self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None]) -> Generation:
         (rows, length), padding = noise.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)

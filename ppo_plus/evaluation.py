@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from .checkpoint import Progress
-from .collector import Collector, Samples
+from .collector import Collector, Samples, go_on
 from .config import PPOConfig
 from .data import Row, checked_prompts, tokenized
 from .metrics import Meter
@@ -57,16 +57,19 @@ class EvaluationMixin(Trainer):
             dataset = cast(dict, self.eval_dataset)[dataset]
         if dataset is None:
             raise ValueError("evaluate() needs prompts: pass eval_dataset here or to PPOTrainer.")
+        parts = {metric_key_prefix: dataset}
         if isinstance(dataset, dict):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        samples, metrics = self._evaluated(dataset, metric_key_prefix)
-        self.log(logged := {name: value for name, value in metrics.items() if not math.isnan(value)})
-        metrics |= logged  # with the epoch
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics, samples=samples)
-        return metrics
+            parts = {f"{metric_key_prefix}_{name}": part for name, part in dataset.items()}
+        # All are answered before one is reported: a signal in between leaves nothing to be reported twice.
+        evaluated = [self._evaluated(part, prefix) for prefix, part in parts.items()]
+        everything: dict[str, float] = {}
+        for samples, metrics in evaluated:
+            self.log(logged := {name: value for name, value in metrics.items() if not math.isnan(value)})
+            everything |= metrics | logged  # with the epoch
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics | logged, samples=samples
+            )
+        return everything
 
     def predict(
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -91,7 +94,9 @@ class EvaluationMixin(Trainer):
         if self.args.eval_win_rate:
             rows, share = self._evaluation_share(dataset)
             noise, seed = self._draw(share, ("evaluation",))
-            metrics["win_rate"] = self._win_rate(samples, rows, noise, seed, dataset._fingerprint, self.state)
+            metrics["win_rate"] = self._win_rate(
+                samples, rows, noise, seed, dataset._fingerprint, self.state, self._leave_evaluation
+            )
         return samples, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples | None:
@@ -111,8 +116,13 @@ class EvaluationMixin(Trainer):
             return None
         if not isinstance(prompts, Dataset):
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
-        leave = self._leave if self._progress.evaluation_due else None
-        return self._sample(*self._evaluation_share(prompts), ("evaluation",), meter or Meter(), leave)
+        position = ("evaluation",)
+        return self._sample(*self._evaluation_share(prompts), position, meter or Meter(), self._leave_evaluation)
+
+    @property
+    def _leave_evaluation(self) -> Callable[[], None]:
+        """What gives up an evaluation of the run when a signal came; one that the user asks for is made to its end."""
+        return self._leave if self._progress.evaluation_due else go_on
 
     def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
         """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
@@ -153,7 +163,14 @@ class WinRate:
 
     @torch.no_grad()
     def __call__(
-        self, samples: Samples, rows: Sequence[Row], noise: Tensor, seed: int, dataset: str, trainer_state: Any
+        self,
+        samples: Samples,
+        rows: Sequence[Row],
+        noise: Tensor,
+        seed: int,
+        dataset: str,
+        trainer_state: Any,
+        leave: Callable[[], None] = go_on,
     ) -> float:
         """Share of prompts that the policy wins, over all processes; a tie is half a win.
 
@@ -164,11 +181,12 @@ class WinRate:
             seed: of what reward functions draw.
             dataset: what tells the rows from others.
             trainer_state: handed to reward functions; what they log of the reference is dropped.
+            leave: as of `Collector.sample`.
         """
         collector = self.collector
         with isolated_rng(seed):
             if dataset not in self.answers:
-                self.answers[dataset] = collector.answer_as_reference(rows, noise)
+                self.answers[dataset] = collector.answer_as_reference(rows, noise, leave)
             context = {"trainer_state": trainer_state, "log_metric": _drop, "log_extra": _drop}
             with collector.accelerator.autocast():
                 theirs = collector.rewards(replace(self.answers[dataset], context=context)).total

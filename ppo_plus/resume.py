@@ -37,7 +37,7 @@ from .checkpoint import (
     weights_digest,
     write_whole,
 )
-from .collector import Collector
+from .collector import Collector, go_on
 from .config import PPOConfig
 from .hub import HubMixin, save_arguments
 from .modeling import ActorCritic
@@ -105,9 +105,9 @@ class ResumeMixin(HubMixin, Trainer):
         return TrainOutput(step, math.nan, {})
 
     @property
-    def _leave(self) -> Callable[[], None] | None:
+    def _leave(self) -> Callable[[], None]:
         """What gives up generating when a signal came; on several processes nothing, for the others would wait."""
-        return self._interrupt.leave if self.accelerator.num_processes == 1 else None
+        return self._interrupt.leave if self.accelerator.num_processes == 1 else go_on
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         due, self._progress.evaluation_due = self._progress.evaluation_due, True  # until it is made, or a signal comes

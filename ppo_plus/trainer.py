@@ -52,7 +52,7 @@ from .checkpoint import (
     Progress,
     last_whole_checkpoint,
 )
-from .collector import Collector, Cut, Samples, Stopwatch
+from .collector import Collector, Cut, Samples, Stopwatch, go_on
 from .config import PPOConfig
 from .data import Row, check_padding, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
 from .evaluation import EvaluationMixin, WinRate
@@ -318,7 +318,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         rows: range,
         position: tuple,
         meter: Meter | None = None,
-        leave: Callable[[], None] | None = None,
+        leave: Callable[[], None] = go_on,
         cut: Cut | None = None,
     ) -> Samples:
         noise, seed = self._draw(rows, position)
@@ -330,7 +330,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
         context = {"trainer_state": self.state, "log_metric": log_metric}
         with isolated_rng(seed):
-            return self.collector.sample(prompts, noise, context, leave or (lambda: None), cut)
+            return self.collector.sample(prompts, noise, context, leave, cut)
 
     def _draw(self, rows: range, position: tuple) -> tuple[Tensor, int]:
         # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.

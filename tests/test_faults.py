@@ -334,12 +334,14 @@ def evaluating(folder, **config):
     defaults = {"eval_strategy": "steps", "eval_steps": 1, "generation_batch_size": 2, "save_strategy": "no"}
     callbacks = [EarlyStoppingCallback(config.pop("patience"))] if "patience" in config else []
     reward = {"reward_funcs": config.pop("reward")} if "reward" in config else {}
-    data = {"eval_dataset": make_prompts(8), "callbacks": callbacks, **reward}
+    prompts = make_prompts(8)
+    prompts = {"first": prompts, "second": prompts} if config.pop("of_two", False) else prompts
+    data = {"eval_dataset": prompts, "callbacks": callbacks, **reward}
     return make_trainer(folder, config={"max_steps": 6, **defaults, **config}, **data)
 
 
-def interrupt_the_evaluation(trainer, monkeypatch, step):
-    """Sends a signal while the second decode batch of the evaluation after a step runs; returns the batches there."""
+def interrupt_the_evaluation(trainer, monkeypatch, step, batch=2):
+    """Sends a signal while that decode batch of the evaluation after a step runs; returns the batches there."""
     from ppo_plus.modeling import ActorCritic
 
     generate, calls = ActorCritic.sample, []
@@ -347,7 +349,7 @@ def interrupt_the_evaluation(trainer, monkeypatch, step):
     def interrupted(model, *args, **kwargs):
         if trainer._progress.evaluation_due and trainer.state.global_step == step:
             calls.append(step)
-            if len(calls) == 2:
+            if len(calls) == batch:
                 signal.raise_signal(signal.SIGINT)
         return generate(model, *args, **kwargs)
 
@@ -371,7 +373,12 @@ GIVEN_UP = {
     "of the best model alone": (1, BEST | {"save_strategy": "best"}),
     "of the best model, last": (6, BEST | {"learning_rate": 0.03}),
     "that ends the run": (2, {**BEST, "patience": 1, "reward": constant}),
-}
+    "of the second of two sets": (
+        2, {**BEST, "metric_for_best_model": "first_reward", "patience": 2, "reward": constant, "of_two": True}
+    ),
+    "of the reference's answers": (1, {"eval_win_rate": True}),
+}  # fmt: skip
+LATER = {"of the second of two sets": 6, "of the reference's answers": 6}  # decode batches; the second elsewhere
 
 
 # Trainer itself makes the last one, which it finds in the checkpoint's control.
@@ -387,11 +394,12 @@ def test_an_evaluation_that_a_signal_ended_is_made_by_the_resumed_run(tmp_path, 
     whole = evaluating(tmp_path / "whole", **config)
     whole.train()
     trainer = evaluating(tmp_path / "parts", **config)
+    last = LATER.get(setting, 2)
     with monkeypatch.context() as patch:
-        batches = interrupt_the_evaluation(trainer, patch, step)
+        batches = interrupt_the_evaluation(trainer, patch, step, last)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    assert len(batches) == 2 and trainer.state.global_step == step  # two of four, and no step more
+    assert len(batches) == last and trainer.state.global_step == step  # not all of them, and no step more
     checkpoint = tmp_path / "parts" / f"checkpoint-{step}"
     assert damage(checkpoint) is None
     if spoil:
