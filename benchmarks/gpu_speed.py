@@ -30,7 +30,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import RESULTS, ROOT, PhaseClock, by_phase, medians, peak_mb, report, seconds, word_tokenizer
+from measuring import (
+    RESULTS,
+    ROOT,
+    PhaseClock,
+    answer_continuously,
+    by_phase,
+    medians,
+    peak_mb,
+    report,
+    seconds,
+    word_tokenizer,
+)
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
@@ -137,22 +148,13 @@ def decode_paths(trainer, size: dict) -> dict[str, Callable[[], int]]:
         return out[:, ids.shape[1] :].numel()
 
     def continuous() -> int:
-        from transformers import GenerationConfig
-
-        language_model = trainer.model.language_model
-        before = language_model.config._attn_implementation
-        try:
-            out = language_model.generate_batch(ids.tolist(), generation_config=GenerationConfig(**sampling))
-        finally:
-            language_model.set_attn_implementation(before)
-        return sum(len(answer.generated_tokens) for answer in out.values())
+        return sum(map(len, answer_continuously(model.language_model, ids.tolist(), [response] * rows)))
 
     return {
         "ours": ours,
         "generate": generate,
         "generate, static cache": lambda: generate(cache_implementation="static"),
-        # On a CPU its cache takes what memory there is.
-        **({"generate_batch": continuous} if CUDA else {}),
+        "generate_batch": continuous,
     }
 
 

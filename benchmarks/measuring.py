@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from machine import describe_machine, smollm2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ppo_plus import PPOCallback
 
@@ -54,6 +63,50 @@ def peak_mb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def answer_continuously(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], lengths: Sequence[int], do_sample: bool = True
+) -> list[list[int]]:
+    """Answers of these lengths by transformers' continuous batching (`generate_batch`), in the order of the prompts.
+
+    Its manager is kept for the next call with this model, and with it what it has compiled and captured.
+    """
+    config = ContinuousBatchingConfig()
+    if model.device.type == "cpu":  # where it would take what memory there is
+        page = 256  # tokens, its default
+        pages = (math.ceil((len(p) + length) / page) for p, length in zip(prompts, lengths, strict=True))
+        config.num_blocks, config.max_batch_tokens = sum(pages) + 1, 1024
+    generation = GenerationConfig(do_sample=do_sample, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=-1)
+    found: dict[str, list[int]] = {}
+    with (
+        attention_of(model, "sdpa"),  # it asks for a kernel that it knows, and takes the paged form of it
+        model.continuous_batching_context_manager(
+            generation_config=generation, continuous_batching_config=config, persistent_manager=True
+        ) as manager,
+    ):
+        names = [
+            manager.add_request(list(prompt), max_new_tokens=length)
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        while len(found) < len(names):
+            result = manager.get_result(timeout=1)
+            if result is None and not manager.is_running():
+                raise RuntimeError("continuous batching ended before its answers did")
+            if result is not None and result.is_finished():
+                found[result.request_id] = result.generated_tokens
+    return [found[name] for name in names]
+
+
+@contextlib.contextmanager
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """That implementation of attention inside the block, and whatever was set before after it."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 class PhaseClock(PPOCallback):

@@ -37,14 +37,15 @@ def above_floor(r: dict) -> str:
 
 
 def uneven(r: dict) -> str:
-    ours, theirs = r["ours_tokens_per_second"], r["generate_tokens_per_second"]
+    ours, theirs, batched = (r[f"{side}_tokens_per_second"] for side in ("ours", "generate", "generate_batch"))
     few, uniform = r["passes"]["few_long"], r["passes"]["uniform"]
     passes = (
         f"learning **{few['learn']:.2f}×** as fast without padding as with it "
         f"({few['padding'] * 100:.0f} % of the tokens), "
         f"{uniform['learn']:.2f}× where lengths are uniform ({uniform['padding'] * 100:.0f} %)"
     )
-    return f"**{r['ratio']:.2f}×** as fast ({ours:.0f} tokens/s against {theirs:.0f}); {passes}"
+    speeds = f"{ours:.0f} tokens/s against {theirs:.0f}; {batched:.0f} by continuous batching, `generate_batch`"
+    return f"**{r['ratio']:.2f}×** as fast ({speeds}); {passes}"
 
 
 def scaling(r: dict) -> str:

@@ -1,11 +1,13 @@
-"""Responses of very uneven length: rollouts against plain `generate`, and learning with and without padding.
+"""Responses of very uneven length: rollouts against transformers' own, and learning with and without padding.
 
     python benchmarks/uneven.py [--repeats 3] [--dtype bfloat16|float32]
 
-Both decode the same 64 prompts as one batch, with the same model (SmolLM2-135M, LoRA on) and the same lengths: 60
+All decode the same 64 prompts as one batch, with the same model (SmolLM2-135M, LoRA on) and the same lengths: 60
 responses of 8 to 16 tokens and 4 of 256. A length is forced by forcing the last id of the vocabulary, which is never
 sampled otherwise and ends a response: on our side by the noise that decides each token, in `generate` by a logits
-processor. The last line is JSON: `ratio` is the seconds of `generate` over ours, of medians of interleaved repeats.
+processor; continuous batching (`generate_batch`) is told the length of each. The last line is JSON: `ratio` is the
+seconds of `generate` over ours, `ratio_to_generate_batch` those of continuous batching over ours, of medians of
+interleaved repeats.
 
 `passes` is about what comes after: in minibatches of 16, each one micro-batch, the responses are scored (a forward
 pass) and learned from (forward and backward), as the trainer does it, without padding, and with the same padded passes
@@ -21,7 +23,7 @@ from functools import partial
 
 import torch
 from against_trl import lora
-from measuring import benchmark_parser, chosen_model, medians, report
+from measuring import answer_continuously, benchmark_parser, chosen_model, medians, report
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
@@ -121,13 +123,18 @@ def main() -> None:
             top_k=0, top_p=1.0, temperature=1.0, logits_processor=processors, eos_token_id=end, pad_token_id=PAD,
         )[:, PROMPT:]  # fmt: skip
 
+    def continuous() -> list[list[int]]:
+        return answer_continuously(model.language_model, ids.tolist(), lengths.tolist())
+
     for side in (ours, plain):
         found = response_mask(side(), [end]).sum(1).cpu()
         assert torch.equal(found, lengths), f"{side.__name__} made responses of {found.tolist()} tokens"
-    spent = medians({"ours": ours, "generate": plain}, args.repeats)
+    assert [len(answer) for answer in continuous()] == lengths.tolist()
+    spent = medians({"ours": ours, "generate": plain, "generate_batch": continuous}, args.repeats)
     tokens = int(lengths.sum())
     result = {
         "ratio": spent["generate"] / spent["ours"],
+        "ratio_to_generate_batch": spent["generate_batch"] / spent["ours"],
         "dtype": args.dtype,
         "responses": len(lengths),
         "tokens": tokens,

@@ -64,7 +64,7 @@ def main() -> None:
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
     trainer.save_model()
-    if held_out is not None:
+    if held_out is not None and args.eval_strategy == "no":  # else Trainer has made the last one too
         trainer.evaluate()
     trainer.save_state()
     if args.push_to_hub:

@@ -59,7 +59,8 @@ def check_ppo(folder, adapter=True):
     """What a run must leave: plain weights, a value head that learned, evaluations, a checkpoint to resume from."""
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] > 0
-    assert any("eval_reward" in row for row in state["log_history"])
+    evaluated = [row["step"] for row in state["log_history"] if "eval_reward" in row]
+    assert evaluated.count(state["max_steps"]) == 1  # the last step, and once
     saved = {f.name for f in folder.iterdir()}
     assert ("adapter_model.safetensors" in saved) == adapter and ("model.safetensors" in saved) == (not adapter)
     assert any(t.abs().sum() > 0 for t in load_file(folder / "value_head.safetensors").values())

@@ -17,7 +17,8 @@ import tables  # noqa: E402
 SIDE = {"generate_seconds": 1.0, "score_seconds": 2.0, "learn_seconds": 4.0, "total_seconds": 7.0}
 MACHINE = {"machine": {"cpu_cores": 2, "cpu_capability": "AVX512", "gpu": None}, "date": "2026-01-02"}
 UNEVEN = {
-    "ratio": 2.345, "ours_tokens_per_second": 469.0, "generate_tokens_per_second": 200.0, **MACHINE,
+    "ratio": 2.345, "ours_tokens_per_second": 469.0, "generate_tokens_per_second": 200.0,
+    "generate_batch_tokens_per_second": 300.0, **MACHINE,
     "passes": {"few_long": {"padding": 0.8, "learn": 3.5}, "uniform": {"padding": 0.4, "learn": 1.25}},
 }  # fmt: skip
 
@@ -92,7 +93,8 @@ def test_every_result_becomes_words(tmp_path):
         "**1.00×** as fast (7.0 s against 7.0 s; generate 1.0×, score 1.0×, learn 1.0×); 0.50 of the memory",
         "**1.50×** the floor (30.0 s over 20.0 s; generate 1.25, score 2.00, learn 1.50)",
         "**1.25×** the floor (50.0 s over 40.0 s; generate 1.00, score 1.50, learn 1.25)",
-        "**2.35×** as fast (469 tokens/s against 200); learning **3.50×** as fast without padding "
+        "**2.35×** as fast (469 tokens/s against 200; 300 by continuous batching, `generate_batch`); "
+        "learning **3.50×** as fast without padding "
         "as with it (80 % of the tokens), 1.25× where lengths are uniform (40 %)",
         "a token takes 0.90× the time with 4× the episodes, 1.10× with 4× the response length; a token and parameter "
         "0.75× at 4× the width",
