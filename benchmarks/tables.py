@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +275,10 @@ def signal_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", *ran])
 
 
+def listed(numbers: Iterable[float], digits: int = 1) -> str:
+    return ", ".join(f"{number:.{digits}f}" for number in numbers)
+
+
 def recipes_table(results: Path = RESULTS) -> str:
     """What the recipes' files train on a model and data of the registry, in Markdown; empty where they were not run."""
     file = results / "recipes.json"
@@ -283,15 +287,17 @@ def recipes_table(results: Path = RESULTS) -> str:
     r = json.loads(file.read_text())
     lines = ["| file | here | figures | minutes |", "|---|---|---|---|"]
     for run in r["runs"].values():
-        if "accuracy" in run:
-            found = f"{run['accuracy']:.2f} of {run['pairs']} held-out pairs in the right order"
+        by_seed = run["by_seed"]
+        if "accuracy" in by_seed[0]:
+            right = listed((one["accuracy"] for one in by_seed), 2)
+            found = f"{right} of {by_seed[0]['pairs']} held-out pairs in the right order"
         else:
-            before, after = run["before"], run["after"]
-            found = f"held-out reward {before['reward']:.2f} → {after['reward']:.2f} at {after['kl']:.1f} nats"
+            rises = (f"{one['before']['reward']:.2f} → {one['after']['reward']:.2f}" for one in by_seed)
+            found = f"held-out reward {', '.join(rises)} at {listed(one['after']['kl'] for one in by_seed)} nats"
         file_name = f"[{run['config']}]({run['config']})" if run["config"] else "none"
-        lines.append(f"| {file_name} | {run['what']} | {found} | {run['minutes']:.1f} |")
+        lines.append(f"| {file_name} | {run['what']} | {found} | {listed(one['minutes'] for one in by_seed)} |")
     link = "[recipes.json](../benchmarks/results/recipes.json), by `benchmarks/recipes.py`"
-    return "\n".join([*lines, "", f"{link}, seed {r['seed']}; {machine(r)}."])
+    return "\n".join([*lines, "", f"{link}, seeds {', '.join(map(str, r['seeds']))}; {machine(r)}."])
 
 
 def memory_table(results: Path = RESULTS) -> str:

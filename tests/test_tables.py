@@ -188,19 +188,27 @@ def test_the_demo_in_words(tmp_path):
 def test_recipes_in_words(tmp_path):
     assert tables.recipes_table(tmp_path) == ""
     runs = {
-        "one": {"config": "a.yaml", "what": "an adapter", "accuracy": 0.755, "pairs": 200, "minutes": 2.26},
+        "one": {
+            "config": "a.yaml", "what": "an adapter",
+            "by_seed": [
+                {"accuracy": 0.755, "pairs": 200, "minutes": 2.26}, {"accuracy": 0.8, "pairs": 200, "minutes": 12},
+            ],
+        },
         "two": {
-            "config": None, "what": "a policy", "minutes": 3,
-            "before": {"reward": -0.5, "kl": 0.0}, "after": {"reward": 1.25, "kl": 6.04},
+            "config": None, "what": "a policy",
+            "by_seed": [
+                {"before": {"reward": -0.5}, "after": {"reward": 1.25, "kl": 6.04}, "minutes": 3},
+                {"before": {"reward": 0}, "after": {"reward": 0.5, "kl": 5}, "minutes": 4},
+            ],
         },
     }  # fmt: skip
-    (tmp_path / "recipes.json").write_text(json.dumps({"runs": runs, "seed": 4, "date": "2026-01-02"}))
+    (tmp_path / "recipes.json").write_text(json.dumps({"runs": runs, "seeds": [4, 6], "date": "2026-01-02"}))
     lines = tables.recipes_table(tmp_path).splitlines()
     assert lines[2:4] == [
-        "| [a.yaml](a.yaml) | an adapter | 0.76 of 200 held-out pairs in the right order | 2.3 |",
-        "| none | a policy | held-out reward -0.50 → 1.25 at 6.0 nats | 3.0 |",
+        "| [a.yaml](a.yaml) | an adapter | 0.76, 0.80 of 200 held-out pairs in the right order | 2.3, 12.0 |",
+        "| none | a policy | held-out reward -0.50 → 1.25, 0.00 → 0.50 at 6.0, 5.0 nats | 3.0, 4.0 |",
     ]
-    assert lines[-1].endswith("seed 4; 2026-01-02.")
+    assert lines[-1].endswith("seeds 4, 6; 2026-01-02.")
 
 
 def test_memory_in_words(tmp_path):
