@@ -70,13 +70,12 @@ def answer_continuously(
 ) -> list[list[int]]:
     """Answers of these lengths by transformers' continuous batching (`generate_batch`), in the order of the prompts.
 
-    Its manager is kept for the next call with this model, and with it what it has compiled and captured.
+    Its manager is kept for the next call with this model, and with it what it has compiled and captured. Its cache has
+    room for these answers; left to itself it takes most of the memory that is free.
     """
-    config = ContinuousBatchingConfig()
-    if model.device.type == "cpu":  # where it would take what memory there is
-        page = 256  # tokens, its default
-        pages = (math.ceil((len(p) + length) / page) for p, length in zip(prompts, lengths, strict=True))
-        config.num_blocks, config.max_batch_tokens = sum(pages) + 1, 1024
+    block = 256  # tokens, its default
+    blocks = sum(math.ceil((len(p) + length) / block) for p, length in zip(prompts, lengths, strict=True))
+    config = ContinuousBatchingConfig(num_blocks=blocks + 1, max_batch_tokens=max(map(len, prompts)) * len(prompts))
     generation = GenerationConfig(do_sample=do_sample, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=-1)
     found: dict[str, list[int]] = {}
     with (
