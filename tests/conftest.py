@@ -74,6 +74,11 @@ def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
     return model
 
 
+def close(actual: torch.Tensor, expected, atol: float = 1e-5) -> None:
+    """Assert that a tensor has these numbers, of its own dtype."""
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=1e-5, atol=atol)
+
+
 def make_prompts(n: int = 16) -> Dataset:
     """Prompts of uneven length, with a column that reward functions see."""
     texts = [("the film was " + "very " * (i % 4))[: 6 + i % 9] for i in range(n)]

@@ -8,16 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import close
 from torch import tensor
 
 from ppo_plus import functional as pf
 
 NAN, INF, LOG2 = float("nan"), float("inf"), math.log(2)
-
-
-def close(actual, expected, atol=1e-5):
-    expected = torch.as_tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=atol)
 
 
 def differ(a, b, by=1e-2):

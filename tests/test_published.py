@@ -10,6 +10,7 @@ import statistics
 
 import pytest
 import torch
+from conftest import close
 from torch import tensor
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -17,10 +18,6 @@ from ppo_plus import functional as pf
 from ppo_plus.rollout import response_mask
 
 SEEDS = range(3)
-
-
-def close(actual, expected, atol=1e-5):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=1e-5, atol=atol)
 
 
 def normal(*shape, seed=0):
