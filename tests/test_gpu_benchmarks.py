@@ -42,6 +42,7 @@ def tiny_run(script, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_decode_path_runs():
     """One that fails on a card is reported as an error, and is no comparison."""
     paths = tiny_run("gpu_speed.py", "--precisions", "bf16")["tiny"]["bf16"]["decode"]
