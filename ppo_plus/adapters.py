@@ -143,7 +143,7 @@ def reward_description(model: str | Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     with readable(file):
-        return cast(dict, json.loads(file.read_text()))
+        return cast(dict, json.loads(file.read_text(encoding="utf-8")))
 
 
 def check_no_adapter(model: Any, fix: str) -> None:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from .rollout import Rollout
 
 
+# A service manager on Windows ends a process by SIGBREAK, which other systems do not have.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
+
+
 @dataclass
 class RolloutSettings:
     """What a callback may set before a rollout.
@@ -258,7 +262,7 @@ class InterruptCallback(TrainerCallback):
     def __enter__(self) -> InterruptCallback:
         self.received = self.stops_for = None
         if threading.current_thread() is threading.main_thread():  # only there can one listen to signals
-            self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {s: signal.signal(s, self._receive) for s in SIGNALS}
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -461,9 +465,13 @@ def as_text(prompt: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: control characters, and what turns the direction of writing, as
-    their escapes.
+    """Text that a terminal shows and does not obey.
+
+    Control characters, what turns the direction of writing, and what the encoding of stdout lacks become escapes.
     """
+    # A log or pipe on Windows is in a code page, and a character that it lacks would end training.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     turning = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
     return "".join(
         c.encode("unicode_escape").decode()

@@ -6,6 +6,7 @@ renamed after everything else has reached the disk. The checkpoint before is del
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,9 @@ from .rollout import Rollout, readable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# How a system says that a file or folder cannot be flushed: Windows opens no folders and flushes no descriptor that
+# only reads; some network file systems flush no folders. A disk that is full or broken says something else.
+CANNOT_FLUSH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
 WITHIN_ROLLOUT = ("temperature",)  # of what must be equal, what may change between two rollouts
 
 
@@ -68,7 +72,7 @@ def save_progress(
         "baseline": asdict(progress.baseline),
         "meter": progress.meter.state_dict(),
     }
-    _state_file(directory, process_index).write_text(json.dumps(state, indent=2))
+    _state_file(directory, process_index).write_text(json.dumps(state, indent=2), encoding="utf-8")
     if inside_rollout and progress.rollout is not None:
         progress.rollout.save(_rollout_file(directory, process_index))
 
@@ -87,7 +91,7 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             "by another number of processes, or not by ppo_plus."
         )
     with readable(file):
-        state = json.loads(file.read_text())
+        state = json.loads(file.read_text(encoding="utf-8"))
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"{directory} was written by a newer ppo_plus (format {state['format_version']}, this one reads "
@@ -191,7 +195,7 @@ def seal(directory: str | Path) -> None:
     aside = directory / f".{MANIFEST}"
     others = [p for p in sorted(directory.rglob("*")) if p.is_file() and p not in (directory / MANIFEST, aside)]
     files = {path.relative_to(directory).as_posix(): _describe(path, flush=True) for path in others}
-    aside.write_text(json.dumps(files, indent=1))
+    aside.write_text(json.dumps(files, indent=1), encoding="utf-8")
     _flush(aside)
     aside.replace(directory / MANIFEST)
     _flush(directory)
@@ -202,7 +206,7 @@ def damage(directory: str | Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is whole."""
     directory = Path(directory)
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             if _describe(directory / name) != expected:
                 return f"{name} is not as it was written"
@@ -268,8 +272,15 @@ def _describe(path: Path, flush: bool = False) -> list:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Write a file, or the names in a folder, from the system's cache to the disk, where the system can do that."""
+    descriptor = None
     try:
+        # Windows flushes only what is open for writing.
+        descriptor = os.open(path, os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY)
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)

@@ -65,7 +65,7 @@ def save_arguments(args: TrainingArguments, directory: str | Path) -> None:
     """Write the arguments as JSON, readable and without tokens."""
     values = args.to_sanitized_dict() | {k: v for k, v in args.to_dict().items() if isinstance(v, dict)}
     text = json.dumps(without_tokens(values), indent=2, default=str)
-    (Path(directory) / ARGUMENTS_FILE).write_text(text)
+    (Path(directory) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
 
 
 def without_tokens(values: Any) -> Any:

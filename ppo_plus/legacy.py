@@ -192,7 +192,7 @@ def shards(file: Path) -> list[Path]:
         return [file]
     if not index.is_file():
         return []
-    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     with_head = {weight_map[key] for key in TO_OURS if key in weight_map}
     return sorted(file.with_name(name) for name in with_head)
 

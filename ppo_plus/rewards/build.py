@@ -123,7 +123,7 @@ def reward_name(func: Any) -> str:
     if isinstance(func, nn.Module):
         func = getattr(getattr(func, "config", None), "_name_or_path", "") or type(func).__name__
     if isinstance(func, str | Path):
-        return Path(str(func).rstrip("/")).name
+        return Path(func).name
     return getattr(func, "__name__", type(func).__name__)
 
 
