@@ -21,8 +21,9 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from . import functional as F
 from .baseline import RewardBaseline
+from .chat import find_generation_opening, find_opening_ids, is_conversational, merge_template_kwargs
 from .config import PPOConfig
-from .data import Row, columns_of, is_conversational, left_pad, pad_id, unpadded
+from .data import Row, columns_of, left_pad, pad_id, unpadded
 from .logits import nucleus
 from .modeling import ActorCritic, Generation
 from .out_of_memory import in_chunks
@@ -418,7 +419,19 @@ class Collector:
             extra[name] = list(values)
 
         context = {**context, "log_extra": log_extra}
-        return Completions(prompts, completions, ids, columns, context, prompt_ids), extra
+        openings = [self._find_opening(row) for row in rows]
+        opening_ids = [
+            find_opening_ids(row["input_ids"], opening, self.tokenizer)
+            for row, opening in zip(rows, openings, strict=True)
+        ]
+        return Completions(prompts, completions, ids, columns, context, prompt_ids, openings, opening_ids), extra
+
+    def _find_opening(self, row: Row) -> str:
+        prompt = row.get("prompt")
+        if not is_conversational(prompt) or prompt[-1]["role"] == "assistant":  # type: ignore[index]
+            return ""
+        kwargs = merge_template_kwargs(cast(dict, self.args.chat_template_kwargs), row)
+        return find_generation_opening(cast(list, prompt), self.tokenizer, kwargs)
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from .chat import (
+    PROBE,
+    as_json_features,
+    check_messages,
+    drop_null_keys,
+    fit_content,
+    is_conversational,
+    merge_template_kwargs,
+    render_chat,
+    shorten,
+    struct_columns,
+)
 
 Row = dict[str, Any]
-
-
-def is_conversational(prompt: object) -> bool:
-    """Whether a prompt is a list of messages with a role each."""
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -80,56 +89,134 @@ def tokenize_prompts(
 
     Args:
         dataset: has a column `prompt` (text or messages) or, as TRL 1.12 took it, `input_ids`. A stream is tokenized
-            as it is read. A column `tools` goes to the chat template with messages.
+            as it is read. The columns `tools` and `chat_template_kwargs` go to the chat template with messages.
         tokenizer: applied to text as it is; messages go through its chat template first.
         max_prompt_length: tokens that are kept of a longer prompt: the BOS that it begins with, and the last ones.
-        chat_template_kwargs: passed to `apply_chat_template`.
+        chat_template_kwargs: passed to `apply_chat_template`; those of a row's own column come before them.
         name: how errors call the dataset.
 
     Raises:
         ValueError: no usable column, no rows, a transform, or a row that is not a prompt; the message names the row.
     """
     dataset = as_python(dataset, name)
-    columns, stream = column_names(dataset), isinstance(dataset, IterableDataset)
-    if not columns or (not stream and len(dataset) == 0):
-        raise ValueError(f"{name} is empty: it has no rows. Look at how it was loaded or filtered.")
-    if "prompt" not in columns and "input_ids" not in columns:
-        raise ValueError(
-            f"{name} has no column 'prompt' (it has {columns}). Rename yours: dataset.rename_column('...', 'prompt')."
-        )
+    check_prompt_columns(dataset, name)
+    structs = struct_columns(dataset.features, column_names(dataset))
+    warn = WarnOnce()
 
     def encode(row: Row, index: int) -> Row:
         where = f"{name}[{index}]"
+        changed = {column: drop_null_keys(row[column]) for column in structs if column in row}
+        row = {**row, **changed}
         if "prompt" in row:
-            kwargs = {**tools_for(row.get("tools")), **(chat_template_kwargs or {})}
-            ids = encode_prompt(row["prompt"], tokenizer, kwargs, where)
+            prompt, conversational = row["prompt"], is_conversational(row["prompt"])
+            kwargs = merge_template_kwargs(chat_template_kwargs, row, where) if conversational else {}
+            ids = encode_prompt(prompt, tokenizer, kwargs, where)
+            warn_of_prompt(prompt, where, tokenizer, kwargs, warn)
         else:
             ids = _given_ids(row, tokenizer, where)
+            if [tokenizer.bos_token_id] * 2 == ids[:2]:
+                warn(
+                    "BOS", f"{where} begins with two BOS tokens: tokenize rendered text with add_special_tokens=False."
+                )
         if not ids:
             raise ValueError(f"{where} has no tokens: the tokenizer drops every character of it. Filter such rows out.")
-        return {"input_ids": _shortened(ids, max_prompt_length, tokenizer.bos_token_id)}
+        return {**changed, "input_ids": _shortened(ids, max_prompt_length, tokenizer.bos_token_id)}
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(encode, with_indices=True)
-    return dataset.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
+    features = Features({**as_json_features(dataset.features, structs), "input_ids": List(Value("int64"))})
+    return dataset.map(
+        encode, with_indices=True, features=features, desc=f"Tokenizing {name}", load_from_cache_file=False
+    )
 
 
-def tools_for(tools: Any) -> dict[str, Any]:
-    """The argument `tools` of a chat template, of a row's column: a list, or one as JSON; empty where there are none.
+class WarnOnce:
+    """Warns of each kind of row once, with the place of the first such row."""
 
-    Arrow gives each tool the keys of all of them, and None for those that it has not: they are left out.
-    """
-    try:
-        found = json.loads(tools) if isinstance(tools, str) and tools else tools
-    except json.JSONDecodeError as error:
-        raise ValueError(f"tools is {_short(tools)}; it must be a list of tools, or one as JSON ({error}).") from error
-    return {"tools": _without_none(found)} if found else {}
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+
+    def is_first(self, kind: str) -> bool:
+        """Whether nothing was asked of this kind before."""
+        known = kind in self._kinds
+        self._kinds.add(kind)
+        return not known
+
+    def __call__(self, kind: str, sentence: str) -> None:
+        """Warn, unless a row of this kind was named before."""
+        if self.is_first(kind):
+            warnings.warn(sentence, stacklevel=2)
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(part) for key, part in value.items() if part is not None}
-    return [_without_none(part) for part in value] if isinstance(value, list) else value
+def warn_of_prompt(
+    prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], warn: WarnOnce
+) -> None:
+    """Warn of a prompt that looks finished, is a conversation written as text, or gets no generation prompt."""
+    if isinstance(prompt, str):
+        if _is_written_conversation(prompt):
+            warn(
+                "written",
+                f"{where} is a conversation written as text, which is tokenized as plain text and not by the chat "
+                "template. Parse it first: dataset.map(lambda row: {'prompt': json.loads(row['prompt'])}).",
+            )
+    elif prompt[-1]["role"] == "assistant":
+        warn(
+            "finished",
+            f"{where} ends in an assistant's message, {shorten(prompt[-1].get('content'))}, which each response "
+            "continues. If it is finished, drop it: dataset.map(lambda row: {'prompt': row['prompt'][:-1]}).",
+        )
+    elif warn.is_first("generation prompt") and (header := _missing_header(prompt, tokenizer, kwargs)):
+        warn(
+            "header",
+            f"{where} gets no generation prompt from the chat template, which begins an assistant's message with "
+            f"{header!r}: responses would begin without it. Add {{% if add_generation_prompt %}} to the template.",
+        )
+
+
+def _is_written_conversation(text: str) -> bool:
+    if not text.lstrip().startswith("[") or "role" not in text:
+        return False
+    for parse in (json.loads, ast.literal_eval):  # JSON, or Python's repr as a CSV holds it
+        try:
+            return is_conversational(parse(text.strip()))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return False
+
+
+def _missing_header(messages: Any, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
+    asked = render_chat(messages, tokenizer, {"add_generation_prompt": True, **kwargs})
+    answered = render_chat([*messages, {"role": "assistant", "content": PROBE}], tokenizer, kwargs)
+    header, printed, _ = answered.rpartition(PROBE)
+    follows = bool(printed) and asked == render_chat(messages, tokenizer, kwargs) and header.startswith(asked)
+    return header[len(asked) :].strip() if follows else ""
+
+
+def check_prompt_columns(dataset: Any, name: str) -> None:
+    """Refuse a dataset without rows or without prompts, and name the call that makes the column."""
+    columns = column_names(dataset)
+    if not columns or (not isinstance(dataset, IterableDataset) and len(dataset) == 0):
+        raise ValueError(f"{name} is empty: it has no rows. Look at how it was loaded or filtered.")
+    if "prompt" in columns or "input_ids" in columns:
+        return
+    fix = "Rename yours: dataset.rename_column('...', 'prompt')."
+    if "messages" in columns:
+        messages = next(iter(dataset))["messages"]
+        finished = is_conversational(messages) and messages[-1]["role"] == "assistant"
+        fix = "Rename it: dataset.rename_column('messages', 'prompt')."
+        if finished:
+            fix = (
+                f"{name}[0] ends in the assistant's answer, so take what comes before it: "
+                "dataset.map(lambda row: {'prompt': row['messages'][:-1]})."
+            )
+    elif "conversations" in columns:
+        fix = (
+            "Turn 'conversations' into messages first, dataset.map(trl.maybe_convert_to_chatml), then take "
+            "what comes before the answer: dataset.map(lambda row: {'prompt': row['messages'][:-1]})."
+        )
+    elif {"chosen", "rejected"} <= set(columns):
+        fix = "Take what both answers share: dataset.map(trl.extract_prompt)."
+    raise ValueError(f"{name} has no column 'prompt' (it has {columns}). {fix}")
 
 
 def _shortened(ids: list[int], longest: int | None, bos: int | None) -> list[int]:
@@ -151,25 +238,68 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where} is empty; drop such rows with dataset.filter.")
-        return _without_end(tokenizer(prompt)["input_ids"], prompt, tokenizer)
+        return _without_end(tokenize_text(prompt, tokenizer), prompt, tokenizer)
     if not is_conversational(prompt):
         raise ValueError(
-            f"{where} is {_short(prompt)}; a prompt is text, or a list of messages such as "
+            f"{where} is {shorten(prompt)}; a prompt is text, or a list of messages such as "
             "[{'role': 'user', 'content': '...'}]."
         )
-    check_messages(prompt, where)  # type: ignore[arg-type]
+    messages = cast(list, prompt)
+    # An assistant's last message is a reply begun, to be continued rather than answered.
+    last = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
+    return tokenize_chat(messages, tokenizer, {last: True, **chat_template_kwargs}, where)
+
+
+def tokenize_chat(
+    messages: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], where: str
+) -> list[int]:
+    """Render messages by the chat template and return their token ids; an error names the row.
+
+    Args:
+        messages: without the keys that Arrow filled in.
+        tokenizer: whose template reads them.
+        kwargs: arguments of the template.
+        where: the row, for errors.
+    """
+    check_messages(messages, where)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{where} is a conversation, but the tokenizer {tokenizer.name_or_path!r} has no chat template. "
             "Set processing_class.chat_template, or pass prompts as text."
         )
-    # An assistant's last message is a reply begun, to be continued rather than answered.
-    last = "continue_final_message" if prompt[-1]["role"] == "assistant" else "add_generation_prompt"  # type: ignore[index]
-    kwargs = {last: True, **chat_template_kwargs}
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+        fitted = fit_content(messages, tokenizer)
+        return tokenizer.apply_chat_template(fitted, tokenize=True, return_dict=True, **kwargs)["input_ids"]
     except Exception as error:
-        raise ValueError(f"{where}: the chat template does not take {_short(prompt)}: {error}") from error
+        raise ValueError(f"{where}: the chat template does not take {shorten(messages)}: {error}") from error
+
+
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize text with the tokenizer's special tokens; a BOS that the text begins with is not added again."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[1:] if starts_twice(ids, text, tokenizer) else ids
+
+
+def starts_twice(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer added the special token (BOS, CLS) with which the text begins already."""
+    if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in tokenizer.all_special_ids:
+        return False
+    as_written = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[: len(as_written)] != as_written and ids[1 : len(as_written) + 1] == as_written
+
+
+def drop_doubled_start(
+    inputs: BatchEncoding, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> BatchEncoding:
+    """Return right-padded inputs, `(B, T)` int64 each, without a BOS that the tokenizer added to one in the text."""
+    for row, text in enumerate(texts):
+        length = int(inputs["attention_mask"][row].sum())
+        if starts_twice(inputs["input_ids"][row, :length].tolist(), text, tokenizer):
+            for name, tensor in inputs.items():
+                padding = pad_id(tokenizer) if name == "input_ids" else 0
+                tensor[row, :length] = torch.cat([tensor[row, 1:length], tensor.new_tensor([padding])])
+    longest = int(inputs["attention_mask"].sum(1).max())
+    return BatchEncoding({name: tensor[:, :longest] for name, tensor in inputs.items()})
 
 
 def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -181,20 +311,10 @@ def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) 
     return ids[:-1] if ends else ids
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Refuse what a chat template would render as the word None, or as nothing."""
-    for index, message in enumerate(messages):
-        role, content = message["role"], message.get("content")
-        if not isinstance(role, str) or not role:
-            raise ValueError(f"{where}: message {index} has the role {role!r}; it must be text such as 'user'.")
-        if not isinstance(content, str | list) and not message.get("tool_calls"):
-            raise ValueError(f"{where}: message {index} has the content {_short(content)}; it must be text.")
-
-
 def _given_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
     ids = row["input_ids"]
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"{where}: input_ids is {_short(ids)}; it must be a non-empty list of token ids.")
+        raise ValueError(f"{where}: input_ids is {shorten(ids)}; it must be a non-empty list of token ids.")
     if "attention_mask" in row:
         mask = row["attention_mask"]
         if len(mask) != len(ids) or not any(mask):
@@ -210,11 +330,6 @@ def _given_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list
             "the tokenizer that is passed as processing_class."
         )
     return ids
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def checked_prompts(dataset: Any, response_length: int, context: int | None, embeddings: int, name: str) -> Any:

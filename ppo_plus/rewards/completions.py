@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import is_conversational, tools_for
+from ..chat import fit_content, is_conversational, merge_template_kwargs
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -27,6 +27,9 @@ class Completions:
         columns: further columns of the dataset, by name.
         context: `trainer_state`, `log_extra` and `log_metric`, handed to functions.
         prompt_ids: token ids, where that is what the dataset gave; `prompts` are then their text.
+        openings: what the generation prompt began of each answer (`<think>`), "" for nothing. The policy's prompt ends
+            in it, and `completions` do not contain it.
+        opening_ids: its token ids, the last of the prompt's.
     """
 
     prompts: list
@@ -35,6 +38,8 @@ class Completions:
     columns: dict[str, list] = field(default_factory=dict)
     context: dict[str, Any] = field(default_factory=dict)
     prompt_ids: list[list[int]] | None = None
+    openings: list[str] | None = None
+    opening_ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -44,21 +49,23 @@ class Completions:
     ) -> list[str]:
         """Prompt and completion as one text: messages through the chat template, plain text with this at its end.
 
-        The template gets the column `tools`, if there is one, as it did for the policy.
+        The template gets the columns `tools` and `chat_template_kwargs`, where there are any, as it did for the policy.
         """
         return [
             cast(
                 str,
                 tokenizer.apply_chat_template(
-                    conversation(prompt, completion), tokenize=False, **{**tools_for(tools), **chat_template_kwargs}
+                    fit_content(conversation(prompt, completion), tokenizer),
+                    **{**merge_template_kwargs(chat_template_kwargs, self._template_row(row)), "tokenize": False},
                 ),
             )
             if is_conversational(prompt)
             else (prompt + completion).removesuffix(end) + end
-            for prompt, completion, tools in zip(
-                self.prompts, self.completions, self.columns.get("tools", [None] * len(self)), strict=True
-            )
+            for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True))
         ]
+
+    def _template_row(self, row: int) -> dict[str, Any]:
+        return {name: self.columns[name][row] for name in ("tools", "chat_template_kwargs") if name in self.columns}
 
     def pairs(self) -> list[tuple[str, str]]:
         """Question and answer as two texts; of a conversation, what was said before the answer, by lines."""

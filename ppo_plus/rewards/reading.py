@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from ..data import is_conversational, pad_id, right_pad
+from ..chat import is_conversational
+from ..data import drop_doubled_start, pad_id, right_pad
 from ..out_of_memory import in_chunks
 from .completions import Completions
 
@@ -46,6 +47,8 @@ class Reader:
             inputs = BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask})
         else:
             inputs = self.tokenizer(**options)
+            if not pairs and options["add_special_tokens"]:
+                inputs = drop_doubled_start(inputs, texts, self.tokenizer)
         tokens = inputs["input_ids"].shape[1]
         if self.longest is None or tokens <= self.longest:
             return inputs
