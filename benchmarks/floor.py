@@ -27,6 +27,8 @@ from measuring import PhaseClock, benchmark_parser, by_phase, chosen_model, repo
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
+from ppo_plus.backbone import backbone_interface
+
 ATTENTION = ("eager", "sdpa")
 CHUNK = 256  # tokens
 
@@ -42,9 +44,10 @@ class Floor:
     @torch.no_grad()
     def generate(self) -> None:
         cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + RESPONSE)
+        past = {backbone_interface(self.model).cache_name: cache}
         step = self.ids[:, :PROMPT]
         for _ in range(RESPONSE):
-            out = self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=step, use_cache=True, logits_to_keep=1, **past)
             step = out.logits.argmax(-1)
 
     @torch.no_grad()

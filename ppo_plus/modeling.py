@@ -10,7 +10,6 @@ Notation: B rows, P prompt tokens (left-padded), R response tokens (right-padded
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import active_adapter, adapter_weights, belongs_to, fitting, load_adapter, mount, use_adapter
 from .attention import SDPA, choose_attention
+from .backbone import OTHER, backbone_interface, cache_of, check_decoding, is_recurrent
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import autocast_dtype, use_plain_lora, weights_at_rest
@@ -39,7 +39,6 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL = "value_model"
 REFERENCE_ADAPTER, CRITIC_ADAPTER = "ref", "critic"
 Critic = Literal["shared", "detached", "adapter", "separate"]
-OTHER = "Choose another model; most decoders of transformers work."
 
 
 class ValueHead(nn.Module):
@@ -446,13 +445,12 @@ class ActorCritic(nn.Module):
         logprobs = torch.zeros(rows, length, device=device)
         stop = torch.tensor(list(stop_ids), device=device)
         head, noise = logits_function(self._active), noise.to(device)
-        cache_name = cache_argument(self._active)
         alive, cache, step_ids = torch.arange(rows, device=device), None, input_ids
         for t in range(length):
             if on_step is not None:
                 on_step(len(alive))
-            outputs = self._hidden_states(step_ids, mask, WHOLE, use_cache=True, **{cache_name: cache})
-            cache = outputs.get(cache_name)
+            outputs = self._hidden_states(step_ids, mask, use_cache=True, cache=cache)
+            cache = cache_of(outputs)
             logits = head(outputs.last_hidden_state[:, -1]).float()
             logits = logits if temperature == 1 else logits / temperature
             token = sample(logits if warp is None else warp(logits), noise[alive, t])
@@ -549,21 +547,23 @@ class ActorCritic(nn.Module):
         return cast(Tensor, self._hidden_states(input_ids, attention_mask, packing).last_hidden_state)
 
     def _hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | Whole = WHOLE, **cache: Any
-    ) -> Any:
-        backbone = self._active.base_model
+        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | Whole = WHOLE, *, use_cache: bool = False,
+        cache: Cache | None = None,
+    ) -> Any:  # fmt: skip
+        backbone, interface = self._active.base_model, backbone_interface(self._active)
         if self._active in self._fused_attention:
             choose_attention(backbone, input_ids.shape[1], attention_mask.shape[1], packing is not WHOLE)
-        parameters = inspect.signature(backbone.forward).parameters
-        kwargs: dict[str, Any] = {"use_cache": False, **cache}
-        if "position_ids" in parameters:
+        kwargs: dict[str, Any] = {"use_cache": use_cache}
+        if interface.takes_positions:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = packing.pack(positions[:, -input_ids.shape[1] :])
         input_ids = packing.pack(input_ids)
         if packing is not WHOLE:
             attention_mask = torch.ones_like(input_ids)
-        if "cache_params" in parameters:  # recurrent through and through: what is past is in the state
-            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        if cache is not None:
+            kwargs[cast(str, interface.cache_name)] = cache
+            if is_recurrent(cache):
+                attention_mask = attention_mask[:, -input_ids.shape[1] :]
         with packed_as(packing):
             return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
@@ -657,23 +657,6 @@ def select_rows(cache: Any, rows: Tensor) -> None:
     cache.reorder_cache(rows)
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """What the backbone calls its cache, as argument and as output.
-
-    Raises:
-        ValueError: it takes none, or no attention mask.
-    """
-    parameters = inspect.signature(model.base_model.forward).parameters
-    name = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
-    if name is None or "attention_mask" not in parameters:
-        lacks = "cache that can be handed over" if name is None else "attention mask"
-        raise ValueError(
-            f"{type(model).__name__} has no {lacks}, so prompts of unequal length could not be answered side by side. "
-            + OTHER
-        )
-    return name
-
-
 def check_architecture(model: PreTrainedModel) -> None:
     """Refuse what is no causal language model."""
     name = type(model).__name__
@@ -687,17 +670,15 @@ def check_architecture(model: PreTrainedModel) -> None:
 def check_head(model: PreTrainedModel) -> None:
     """Refuse an architecture whose logits are not its head applied to the backbone's last hidden states."""
     check_architecture(model)
-    cache_name, name, training = cache_argument(model), type(model).__name__, model.training
+    check_decoding(model)
+    name, training = type(model).__name__, model.training
     model.eval()
     ids = torch.arange(1, 4, device=model.device)[None]
     expected = model(input_ids=ids, use_cache=False).logits.float()
     outputs = model.base_model(input_ids=ids, use_cache=True)
     found = logits_function(model)(outputs.last_hidden_state).float()
     model.train(training)
-    cache = outputs.get(cache_name)
-    if cache is None:
-        raise ValueError(f"{name} gives no cache back, so every token would be answered from the start again. {OTHER}")
-    if type(cache).batch_select_indices is not Cache.batch_select_indices:
+    if type(cache_of(outputs)).batch_select_indices is not Cache.batch_select_indices:  # type: ignore[union-attr]
         raise ValueError(f"{name} keeps states beside the layers of its cache, where rows cannot leave them. {OTHER}")
     scale = expected.abs().max().clamp(min=1e-6)
     if found.shape != expected.shape or not bool(((found - expected).abs().max() / scale) < 2e-2):

@@ -13,6 +13,7 @@ from conftest import lora, make_model, make_trainer
 from peft import PeftModel
 
 from ppo_plus import ActorCritic, ValueHead
+from ppo_plus.backbone import cache_of
 from ppo_plus.modeling import select_rows
 from ppo_plus.rollout import response_mask, sampling_noise
 
@@ -241,7 +242,7 @@ def test_rows_of_recurrent_states_leave_with_their_keys():
     model = build("Falcon-H1")
     ids, mask = left_padded()
     with torch.no_grad():
-        cache = model.model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_of(model.model(input_ids=ids, attention_mask=mask, use_cache=True))
     whole = copy.deepcopy(cache)
     select_rows(cache, torch.tensor([3, 1]))
     for layer, before in zip(cache.layers, whole.layers, strict=True):
@@ -254,7 +255,7 @@ def test_rows_of_recurrent_states_leave_with_their_keys():
 @pytest.mark.parametrize(
     ("name", "differs", "unknown", "message"),
     [
-        ("Rwkv", {"attention_hidden_size": 32}, ONLY_STATES[1:], "has no cache that can be handed over"),
+        ("Rwkv", {"attention_hidden_size": 32}, ONLY_STATES[1:], "gives no cache back"),
         ("MiniMax", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4, **LINEAR}, (),
          "keeps states beside the layers of its cache"),
         ("RecurrentGemma", {"head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]}, (),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_text, count_e, make_config, make_prompts, make_trainer
+from transformers import Cache
 
 from ppo_plus import PPOCallback, RewardConfig
 
@@ -23,7 +24,7 @@ def decodes(trainer, run) -> int:
     seen = []
     hook = trainer.model.language_model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])) if kwargs["use_cache"]
-        and kwargs.get("past_key_values") is None else None, with_kwargs=True)  # fmt: skip
+        and not any(isinstance(value, Cache) for value in kwargs.values()) else None, with_kwargs=True)  # fmt: skip
     run()
     hook.remove()
     return sum(seen)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .. import logits
+from ..backbone import cache_of
 from ..functional import token_logprobs
 from ..loading import CriticSource, build_actor_critic, language_model_class
 from ..lora import weights_at_rest
@@ -74,7 +75,7 @@ class DryRun(Prediction):
         """The last token, with all before it in the cache."""
         ids, mask = self._tokens(rows, self.setup.prompt_length + self.setup.response_length - 1)
         with self._autocast():
-            cache = self.actor._hidden_states(ids, mask, use_cache=True).past_key_values
+            cache = cache_of(self.actor._hidden_states(ids, mask, use_cache=True))
         ids, mask = ids[:, :1], torch.cat([mask, mask[:, :1]], 1)
         self.ledger.restart()
         cache = self._decoded(ids, mask, cache)
@@ -100,11 +101,11 @@ class DryRun(Prediction):
         """The cache after one step of `ActorCritic.sample`."""
         model = self.actor.language_model
         with weights_at_rest(self.actor.policy), self._autocast():
-            outputs = self.actor._hidden_states(ids, mask, past_key_values=cache, use_cache=True)
+            outputs = self.actor._hidden_states(ids, mask, use_cache=True, cache=cache)
             scaled = logits.logits_function(model)(outputs.last_hidden_state[:, -1]).float() / 0.7
             token = logits.sample(scaled, torch.empty(len(ids), dtype=torch.float64))
             token_logprobs(scaled, token)
-            return outputs.past_key_values
+            return cache_of(outputs)
 
     def _tokens(self, rows: int, length: int | None = None) -> tuple[Tensor, Tensor]:
         length = length or self.setup.prompt_length + self.setup.response_length

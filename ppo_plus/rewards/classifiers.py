@@ -16,12 +16,14 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from ..backbone import CACHE_NAMES, is_recurrent
 from .completions import Completions, Score, checked
 from .reading import Reader, in_batches, most_tokens
 
@@ -96,14 +98,15 @@ class ClassifierReward:
 def provide_classifier(config: PreTrainedConfig) -> None:
     """Let `AutoModelForSequenceClassification` know a family that transformers has no classifier for.
 
-    Half of its decoders have none (in 5.23: Gemma 4, Granite, LFM 2, Cohere). They get what most of the others have,
+    Half of its decoders have none (in 5.24: Gemma 4, Granite, LFM 2, Cohere). They get what most of the others have,
     its generic classifier: a linear head `score` on the last hidden state of the last token.
     """
     kind = type(config)
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
         return
     backbone = cast(Any, MODEL_MAPPING[kind])
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+    has_cache = not {*CACHE_NAMES}.isdisjoint(inspect.signature(backbone.forward).parameters)
+    if not has_cache or is_recurrent(DynamicCache(config=config.get_text_config())):
         return  # Mamba, whose states the generic classifier does not know
     family = next(base for base in backbone.__mro__ if PreTrainedModel in base.__bases__)
     # By its module transformers tells its own classes, and whether buffers that are in no file are to be filled.
