@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from .config import PPOConfig
-from .functional import band_kl_coef, ema, proportional_kl_coef
+from .config import PPOConfig, is_number
+from .functional import MAX_KL_ERROR, band_kl_coef, ema, proportional_kl_coef
 from .trackers import send_table
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class PPOCallback(TrainerCallback):
 
     All events also get `model`, `processing_class` and further keyword arguments: end the signature in `**kwargs`.
     """
+
+    def check_arguments(self, args: PPOConfig) -> None:
+        """Raise a ValueError where the callback cannot work with these arguments; called before weights are loaded."""
 
     def on_rollout_begin(
         self, args: PPOConfig, state: TrainerState, control: TrainerControl, settings: RolloutSettings, **kwargs: Any
@@ -97,15 +100,31 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
     def __init__(
         self, target: float = 6.0, horizon: int = 10_000, band: tuple[float, float] | list[float] | None = None
     ) -> None:
-        if target <= 0 or horizon <= 0:
-            raise ValueError(f"AdaptiveKLCallback: target={target} and horizon={horizon} must be above 0.")
-        if band is not None and not 0 <= band[0] < band[1]:
+        if not (is_number(target) and is_number(horizon) and target > 0 and horizon > 0):
+            raise ValueError(f"AdaptiveKLCallback: target={target!r} and horizon={horizon!r} must be above 0.")
+        if band is not None and not (len(band) == 2 and all(map(is_number, band)) and 0 <= band[0] < band[1]):
             raise ValueError(f"AdaptiveKLCallback: band={band} must be (low, high) with 0 <= low < high.")
         self.target, self.horizon, self.band = target, horizon, None if band is None else tuple(band)
         self.kl_coef: float | None = None
 
+    def check_arguments(self, args: PPOConfig) -> None:
+        """Refuse a coefficient that stays 0, and a horizon so short that one rollout could turn its sign."""
+        if args.kl_coef == 0:
+            raise ValueError(
+                "AdaptiveKLCallback multiplies the KL coefficient, which stays 0 where kl_coef=0: set kl_coef above 0 "
+                "(0.05 is the default), or leave the callback out."
+            )
+        episodes = args.rollout_batch_size * args.world_size
+        if self.band is None and MAX_KL_ERROR * episodes >= self.horizon:
+            raise ValueError(
+                f"AdaptiveKLCallback: horizon={self.horizon} episodes is too short for rollouts of {episodes}, each of "
+                f"which may change the coefficient by {MAX_KL_ERROR * episodes / self.horizon:.0%}: set horizon above "
+                f"{MAX_KL_ERROR * episodes:g}."
+            )
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start over when training does; a resumed run goes on from the coefficient in its checkpoint."""
+        self.check_arguments(args)
         if state.global_step == 0:
             self.kl_coef = None
 
@@ -149,8 +168,10 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
     """
 
     def __init__(self, decay: float = 0.9, clip: float | None = 5.0) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"RewardNormalizationCallback: decay={decay} must be at least 0 and below 1.")
+        if not (is_number(decay) and 0 <= decay < 1):
+            raise ValueError(f"RewardNormalizationCallback: decay={decay!r} must be at least 0 and below 1.")
+        if clip is not None and not (is_number(clip) and clip > 0):
+            raise ValueError(f"RewardNormalizationCallback: clip={clip!r} must be a number above 0, or None.")
         self.decay, self.clip = decay, clip
         self.mean: float | None = None
         self.var: float | None = None
@@ -194,9 +215,9 @@ class EarlyStoppingOnKLCallback(PPOCallback, ExportableState):
     """
 
     def __init__(self, max_kl: float = 30.0, patience: int = 1) -> None:
-        if max_kl <= 0 or patience < 1:
+        if not (is_number(max_kl) and is_number(patience) and max_kl > 0 and patience >= 1):
             raise ValueError(
-                f"EarlyStoppingOnKLCallback: max_kl={max_kl} must be above 0, patience={patience} 1 or more."
+                f"EarlyStoppingOnKLCallback: max_kl={max_kl!r} must be above 0, patience={patience!r} 1 or more."
             )
         self.max_kl, self.patience, self.above = max_kl, patience, 0
 

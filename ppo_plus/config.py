@@ -61,6 +61,7 @@ class RewardConfig(_Discreet, TRLRewardConfig):
     def __post_init__(self) -> None:
         refuse_sharding(self)
         _settle_precision(self)
+        _check_length(self)
         super().__post_init__()
         _settle_direction(self)
 
@@ -184,6 +185,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         self._check_choices()
         self._check_combinations()
         self._check_trainer_options()
+        _check_length(self)
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
         self._settle_trl_fields()
@@ -261,16 +263,16 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         rates = ("learning_rate", "value_learning_rate", "critic_learning_rate", "adam_epsilon")
         not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", *rates)
         for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
-            _require(_is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
+            _require(is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
         for name in (
             "cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty", "importance_cap",
         ):  # fmt: skip
-            _require(getattr(self, name) is None or _is_number(getattr(self, name)), self, name, "a number or None")
+            _require(getattr(self, name) is None or is_number(getattr(self, name)), self, name, "a number or None")
         for name in ("reward_timeout", "logging_steps"):
             value = getattr(self, name)
-            _require(value is None or (_is_number(value) and value > 0), self, name, "a number above 0, or None")
+            _require(value is None or (is_number(value) and value > 0), self, name, "a number above 0, or None")
         weights = self.reward_weights
-        numbers = isinstance(weights, list | tuple) and all(map(_is_number, weights))
+        numbers = isinstance(weights, list | tuple) and all(map(is_number, weights))
         _require(weights is None or numbers, self, "reward_weights", "a list of numbers, or None")
         for name in not_negative:
             _require(getattr(self, name) >= 0, self, name, "0 or more")
@@ -398,13 +400,26 @@ def _is_dict(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and neither text nor a truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(holds: bool, config: PPOConfig, name: str, what: str) -> None:
     if not holds:
         raise ValueError(f"PPOConfig: {name} must be {what}; got {getattr(config, name)!r}.")
+
+
+def _check_length(config: Any) -> None:
+    """Refuse a length of training that is none, or that Trainer would take for another one."""
+    name, steps, epochs = type(config).__name__, config.max_steps, config.num_train_epochs
+    if not _is_int(steps) or steps == 0:
+        raise ValueError(f"{name}: max_steps must be 1 or more, or -1 (num_train_epochs decides); got {steps!r}.")
+    decides = steps < 0 and getattr(config, "total_episodes", None) is None
+    if not is_number(epochs) or (decides and epochs <= 0):
+        raise ValueError(
+            f"{name}: num_train_epochs must be a number above 0; got {epochs!r}. To train nothing, do not call train()."
+        )
 
 
 def _settle_precision(config: PPOConfig | RewardConfig) -> None:

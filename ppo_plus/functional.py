@@ -25,6 +25,8 @@ Reduce = Callable[[Tensor], Tensor]
 
 Average = TypeVar("Average", float, Tensor)
 
+MAX_KL_ERROR = 0.2  # bound on the relative error in the proportional controller of the KL coefficient
+
 
 # --- statistics over real tokens ---
 
@@ -460,7 +462,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce:
 
 
 def proportional_kl_coef(
-    kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int, max_error: float = 0.2
+    kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int, max_error: float = MAX_KL_ERROR
 ) -> float:
     """Proportional controller of the KL coefficient in log space (Ziegler et al. 2019, section 2.2).
 

@@ -70,6 +70,8 @@ from .rollout import Rollout, isolated_rng, micro_batch_rows, minibatch_rows, po
 from .validation import (
     check_adapters,
     check_arguments,
+    check_callbacks,
+    check_effects,
     check_enough_prompts,
     check_metric_name,
     check_models,
@@ -137,6 +139,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
         check_optimizers(optimizers)
+        check_callbacks(args, callbacks)
         if data_collator is not None:
             warnings.warn("data_collator is not used: a rollout pads its prompts itself. Leave it out.", stacklevel=2)
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
@@ -151,6 +154,7 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_adapters(args, model, peft_config, reward_funcs, value_model)
         datasets = tokenized(datasets, tokenizer, **args.prompt_options)
         check_enough_prompts(args, datasets["train_dataset"])
+        check_effects(args, datasets["train_dataset"], evaluates=eval_dataset is not None)
         critic = critic_source(args, value_model, reward_funcs)
         policy = loaded_policy(model, args, quantization_config, peft_config)
         actor_critic = build_actor_critic(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import adapter_folder, check_no_adapter, check_own_weights, check_reward_adapter
+from .callbacks import PPOCallback
 from .config import PPOConfig, refuse_sharding
 from .loading import base_name, load_config
 from .rewards.adapters import check_same_base
@@ -211,6 +214,39 @@ def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Non
             f"stop_token_id={stop}, but the vocabulary has {len(tokenizer)} tokens, so it would never be seen. Choose "
             "an id below, or leave it out: responses end at EOS."
         )
+
+
+def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, evaluates: bool) -> None:
+    """Warn of options that leave no trace in this run.
+
+    Args:
+        args: of the run.
+        train_dataset: its prompts.
+        evaluates: whether there are prompts to evaluate on.
+    """
+    steps = args.total_steps
+    if steps <= 0:
+        rollouts = len(train_dataset) // (args.rollout_batch_size * args.world_size)
+        steps = math.ceil(args.num_train_epochs * rollouts * args.steps_per_rollout)
+    if args.critic_warmup_steps >= steps:
+        warnings.warn(
+            f"critic_warmup_steps={args.critic_warmup_steps} covers all {steps} optimizer steps of training, so only "
+            "the critic is trained and the policy stays as it is. Lower it, or train longer.",
+            stacklevel=4,
+        )
+    if args.eval_win_rate and not evaluates:
+        warnings.warn(
+            "eval_win_rate=True is measured in evaluations, and this run has no prompts for one: pass eval_dataset, or "
+            "call evaluate(prompts).",
+            stacklevel=4,
+        )
+
+
+def check_callbacks(args: PPOConfig, callbacks: Any) -> None:
+    """Refuse callbacks that could not work with these arguments."""
+    for callback in callbacks or []:
+        if isinstance(callback, PPOCallback):
+            callback.check_arguments(args)
 
 
 def check_enough_prompts(args: PPOConfig, dataset: Dataset | IterableDataset) -> None:
