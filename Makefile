@@ -5,6 +5,7 @@
 #   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory)
 #   make lint     ruff and mypy
 #   make format   ruff rewrites what lint would complain about
+#   make findings runs what findings/ states about other libraries and says what no longer holds (needs the network)
 #   make clean    removes caches and build leftovers; .venv and results stay
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The demo's model and reviews, so that no test needs the network. Where this fails, the demo says what to do.
 FETCH := import sys; sys.path.insert(0, "recipes"); import demo_assets as d; [d.fetch(p) for p in d.OWN]
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format findings install clean
 
 demo: install
 	$(PY) recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml $(ARGS)
@@ -37,6 +38,13 @@ lint: install
 format: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Each installs what it needs in a folder of its own; the output of one that no longer holds is shown.
+findings:
+	@status=0; for finding in findings/*.sh; do \
+	    if output=$$(bash "$$finding" 2>&1); then echo "holds             $$finding"; \
+	    else status=1; echo "holds no longer   $$finding"; echo "$$output" | tail -n 15; fi; \
+	done; exit $$status
 
 install: $(STAMP)
 
