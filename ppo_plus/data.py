@@ -46,12 +46,26 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def check_padding(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """Pad with EOS where the padding token was added to the tokenizer alone; who is padding is known by length."""
-    if pad_id(tokenizer) >= embeddings:
+def check_embedded(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, *, with_eos: bool = True) -> None:
+    """Refuse an EOS that the model does not embed; pad with EOS in the place of a padding token that it does not.
+
+    Args:
+        tokenizer: its padding token may be changed.
+        num_embeddings: of the model.
+        with_eos: False where another EOS will take the place of the tokenizer's.
+    """
+    fix = "call model.resize_token_embeddings(len(tokenizer)) and pass the model"
+    ends = tokenizer.eos_token_id
+    if with_eos and ends is not None and ends >= num_embeddings:
+        raise ValueError(
+            f"The EOS token {tokenizer.eos_token!r} (id {ends}) has no embedding in the model ({num_embeddings} "
+            "tokens): no response could end in it and no reward model read it. "
+            f"Set processing_class.eos_token, or {fix}."
+        )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_embeddings:
         warnings.warn(
-            f"The padding token {tokenizer.pad_token!r} has no embedding in the model ({embeddings} tokens): EOS pads "
-            "in its place, which changes no result.",
+            f"The padding token {tokenizer.pad_token!r} has no embedding in the model ({num_embeddings} tokens): EOS "
+            "pads in its place, which changes no result.",
             stacklevel=3,
         )
         tokenizer.pad_token = tokenizer.eos_token

@@ -91,6 +91,18 @@ def load_config(name: str, init_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     return init_kwargs.get("config") or AutoConfig.from_pretrained(name, **given)
 
 
+def count_embeddings(model: Any, init_kwargs: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model embeds: of an instance as it is, of a name by its configuration.
+
+    None for an adapter's name, whose files may hold embeddings of their own, and where the configuration has no size.
+    """
+    if not isinstance(model, str):
+        return len(model.get_input_embeddings().weight)
+    if adapter_folder(model) is not None:
+        return None
+    return getattr(load_config(model, init_kwargs).get_text_config(), "vocab_size", None)
+
+
 def language_model_class(config: PreTrainedConfig) -> Any:
     """What loads a language model by its name: of some multimodal families (Ministral 3, SmolVLM) another class."""
     kind = type(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +20,19 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
 from .config import RewardConfig, refuse_sharding
+from .data import check_embedded
 from .hub import HubMixin, save_arguments
-from .loading import let_go_of_file, load_config
+from .loading import count_embeddings, let_go_of_file, load_config
 from .lora import use_plain_lora
 from .norms import use_lean_norms
+from .preferences import tokenize_pairs
 from .rewards.adapters import template_hash
 from .rewards.classifiers import provide_classifier
 
@@ -80,6 +83,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
             options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
             provide_classifier(load_config(model, options))
         self._calibration: dict[str, Any] = {}
+        kwargs["processing_class"] = tokenizer_with_embeddings(model, args, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         let_go_of_file(self.model)
         use_plain_lora(self.model)
@@ -102,8 +106,9 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
             dataset: preference pairs, or a dict of them, which are taken together; `eval_dataset` by default.
 
         Returns:
-            `accuracy` (share of pairs in the right order), `reward_mean` and `reward_std` (reward units, over
-            chosen and rejected), `pairs`, and the `step` of training at which they were measured.
+            `accuracy` (share in the right order of the pairs whose scores differ; NaN for none), `reward_mean` and
+            `reward_std` (reward units, over chosen and rejected), `pairs`, `ties` (pairs of equal scores, where there
+            are any), and the `step` of training at which they were measured.
 
         Raises:
             ValueError: there are no pairs.
@@ -128,11 +133,13 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
             )
         first, second = torch.cat(chosen), torch.cat(rejected)
         both = torch.cat([first, second])
+        decided = first != second
         self._calibration = {
-            "accuracy": (first > second).float().mean().item(),
+            "accuracy": (first > second)[decided].float().mean().item(),
             "reward_mean": both.mean().item(),
             "reward_std": both.std(unbiased=False).item(),
             "pairs": len(first),
+            **({} if decided.all() else {"ties": int((~decided).sum())}),
             "step": self.state.global_step,
         }
         return dict(self._calibration)
@@ -176,7 +183,34 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
                     "about: pass RewardConfig(eos_token=...), or a processing_class that has one."
                 )
             processing_class.eos_token = processing_class.sep_token  # so an encoder (BERT) ends a text
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return tokenize_pairs(
+            dataset,
+            processing_class,
+            max_length=args.max_length,
+            num_proc=args.dataset_num_proc,
+            name={"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, dataset_name),
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute TRL's loss, and log the accuracy over the pairs whose two scores differ."""
+        mode = "train" if self.model.training else "eval"
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        chosen, rejected = outputs.logits.detach().squeeze(-1).chunk(2)
+        counts = torch.stack([(chosen > rejected).sum(), (chosen != rejected).sum()]).view(1, 2)
+        right, decided = cast(Tensor, self.accelerator.gather_for_metrics(counts)).sum(0).tolist()
+        logged = self._metrics[mode]["accuracy"]
+        logged.pop()  # TRL counts a tie as a mistake
+        if decided:
+            logged.append(right / decided)
+        elif not logged:
+            del self._metrics[mode]["accuracy"]
+        return (loss, outputs) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save, measuring the calibration first where there are held-out pairs and it is out of date."""
@@ -204,8 +238,38 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
             "base_model": config._name_or_path,
             "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
             "chat_template_sha256": template_hash(self.processing_class),
-            **self._calibration,
+            **{name: value for name, value in self._calibration.items() if not math.isnan(value)},  # JSON has none
         }
+
+
+def tokenizer_with_embeddings(
+    model: str | PreTrainedModel | PeftModel, args: RewardConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer (loaded by the model's name for None) with EOS and padding that the model can embed.
+
+    Raises:
+        ValueError: its EOS, or the padding token of the arguments, has no embedding.
+    """
+    options = cast(dict, args.model_init_kwargs or {})
+    if tokenizer is None:
+        name = model if isinstance(model, str) else cast(str, model.config._name_or_path)
+        options = {"trust_remote_code": args.trust_remote_code, "revision": options.get("revision")} | options
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+        )
+    adds_tokens = args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2"))
+    num_embeddings = count_embeddings(model, options)
+    if adds_tokens or num_embeddings is None:  # TRL resizes the model to the tokens that the template brings
+        return tokenizer
+    for field in ("eos_token", "pad_token"):
+        token = getattr(args, field)
+        if token is not None and cast(int, tokenizer.convert_tokens_to_ids(token)) >= num_embeddings:
+            raise ValueError(
+                f"RewardConfig({field}={token!r}): that token has no embedding in the model ({num_embeddings} tokens). "
+                "Choose another, or call model.resize_token_embeddings(len(tokenizer)) and pass the model."
+            )
+    check_embedded(tokenizer, num_embeddings, with_eos=args.eos_token is None)
+    return tokenizer
 
 
 def keep_head_precise(model: nn.Module) -> None:

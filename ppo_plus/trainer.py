@@ -54,10 +54,10 @@ from .checkpoint import (
 )
 from .collector import Collector, Cut, Samples, Stopwatch, go_on
 from .config import PPOConfig
-from .data import Row, check_padding, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
+from .data import Row, check_embedded, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
 from .evaluation import EvaluationMixin, WinRate
 from .legacy import with_named_adapters
-from .loading import build_actor_critic, critic_source, load_policy, load_tokenizer
+from .loading import build_actor_critic, count_embeddings, critic_source, load_policy, load_tokenizer
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
 from .out_of_memory import added_gradients, in_chunks, named_memory_error
@@ -155,12 +155,14 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         datasets = tokenized(datasets, tokenizer, **args.prompt_options)
         check_enough_prompts(args, datasets["train_dataset"])
         check_effects(args, datasets["train_dataset"], evaluates=eval_dataset is not None)
+        if (embedded := count_embeddings(model, cast(dict, args.model_init_kwargs or {}))) is not None:
+            check_embedded(tokenizer, embedded)
         critic = critic_source(args, value_model, reward_funcs)
         policy = loaded_policy(model, args, quantization_config, peft_config)
         actor_critic = build_actor_critic(
             policy, critic=critic, ref_model=ref_model, disable_dropout=args.disable_dropout
         )
-        check_padding(tokenizer, actor_critic.num_embeddings)
+        check_embedded(tokenizer, actor_critic.num_embeddings)
         limits = (args.response_length, actor_critic.context, actor_critic.num_embeddings)
         datasets = {name: checked_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
 
