@@ -39,15 +39,15 @@ def drop_null_keys(value: Any) -> Any:
     """Drop the keys whose value is None at every depth; None inside a list stays.
 
     In an Arrow struct column each value has the keys of all rows, and None for the keys that its row lacks. (TRL's
-    `remove_none_values` does the same.) The message key `content` stays: chat templates (DeepSeek) test whether it is
-    None beside `tool_calls`.
+    `remove_none_values` does the same.) A message keeps its keys `role` and `content`: chat templates (DeepSeek) test
+    whether the content is None beside `tool_calls`.
     """
     if isinstance(value, Mapping):
         is_message = "role" in value
         return {
             key: drop_null_keys(part)
             for key, part in value.items()
-            if part is not None or (is_message and key == "content")
+            if part is not None or (is_message and key in ("role", "content"))
         }
     return [drop_null_keys(part) for part in value] if isinstance(value, list) else value
 

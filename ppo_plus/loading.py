@@ -110,6 +110,15 @@ def language_model_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
+def check_adapter_kind(peft_config: PeftConfig | None) -> None:
+    """Refuse prompt learning, which adds virtual tokens in front of the prompt and changes nothing in the model."""
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
+            "LoraConfig."
+        )
+
+
 def load_policy(
     model: str | PreTrainedModel | PeftModel,
     *,
@@ -125,11 +134,7 @@ def load_policy(
 
     Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
     """
-    if peft_config is not None and peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
-            "LoraConfig."
-        )
+    check_adapter_kind(peft_config)
     if isinstance(model, str):
         folder = adapter_folder(model)
         kwargs = {

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import adapter_folder, check_no_adapter, check_own_weights, check_reward_adapter
 from .callbacks import PPOCallback
 from .config import PPOConfig, refuse_sharding
-from .loading import base_name, load_config
+from .loading import base_name, check_adapter_kind, load_config
 from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
 from .rewards.classifiers import own_tokenizer
@@ -137,6 +137,7 @@ def check_reads_tokens(name: str, model: Any, tokenizer: PreTrainedTokenizerBase
 
 def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: Any, value_model: Any) -> None:
     """Refuse adapters that train their base, or that were not trained as reward models of this base."""
+    check_adapter_kind(peft_config)
     actors = actors_adapter(model, peft_config)
     config = getattr(model, "config", None)
     for path in [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]:
