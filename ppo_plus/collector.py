@@ -401,15 +401,15 @@ class Collector:
     ) -> tuple[Completions, dict[str, list]]:
         ids = [row[keep].tolist() for row, keep in zip(tokens, attended, strict=True)]
         columns, prompt_ids = columns_of(rows), None
-        prompts = columns.pop("prompt", None)
+        prompts, skip = columns.pop("prompt", None), self.args.skip_special_tokens
         if prompts is None:
             prompt_ids = [row["input_ids"] for row in rows]
             prompts = self.tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
         completions = [
-            [{"role": "assistant", "content": decode(self.tokenizer, response)}]
+            [{"role": "assistant", "content": decode(self.tokenizer, response, skip)}]
             if is_conversational(prompt)
-            else continuation(self.tokenizer, row["input_ids"], response)
-            for prompt, row, response in zip(prompts, rows, ids, strict=True)
+            else continuation(self.tokenizer, row["input_ids"], response, skip)
+            for prompt, row, response in zip(prompts, rows, map(self._strip_eos, ids), strict=True)
         ]
         extra: dict[str, list] = {}
 
@@ -426,6 +426,15 @@ class Collector:
         ]
         return Completions(prompts, completions, ids, columns, context, prompt_ids, openings, opening_ids), extra
 
+    def _strip_eos(self, response: list[int]) -> list[int]:
+        """Drop the EOS that ended a response, where special tokens are kept: a chat template writes its own."""
+        if self.args.skip_special_tokens:
+            return response
+        asked_for = self.args.stop_token_id
+        kept = {*asked_for} if isinstance(asked_for, list | tuple) else {asked_for}
+        ends = {*self.stop_ids} - kept | {self.tokenizer.eos_token_id}
+        return response[:-1] if response and response[-1] in ends else response
+
     def _find_opening(self, row: Row) -> str:
         prompt = row.get("prompt")
         if not is_conversational(prompt) or prompt[-1]["role"] == "assistant":  # type: ignore[index]
@@ -434,15 +443,17 @@ class Collector:
         return find_generation_opening(cast(list, prompt), self.tokenizer, kwargs)
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
-    """Text of a response that continues a prompt; some tokenizers drop a leading space when it is decoded alone."""
-    before, whole = decode(tokenizer, prompt), decode(tokenizer, prompt + response)
-    return whole[len(before) :] if whole.startswith(before) else decode(tokenizer, response)
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int], skip_special_tokens: bool = True
+) -> str:
+    """Decode a response that continues a prompt; some tokenizers drop a leading space when it is decoded alone."""
+    before, whole = (decode(tokenizer, ids, skip_special_tokens) for ids in (prompt, prompt + response))
+    return whole[len(before) :] if whole.startswith(before) else decode(tokenizer, response, skip_special_tokens)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Text of one sequence of token ids, without special tokens."""
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = True) -> str:
+    """Decode one sequence of token ids, with or without its special tokens."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 class Tally:

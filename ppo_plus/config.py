@@ -143,6 +143,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     disable_dropout: bool = _field(True, "Zero the base model's dropout; LoRA's own lora_dropout stays.")
     cache_lower_layers: bool = _field(True, "Run the layers below all adapters once per rollout, if there are any.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of apply_chat_template.")
+    skip_special_tokens: bool = _field(
+        True, "Leave special tokens out of completions; False keeps those that rewards look for (not the final EOS)."
+    )
     shuffle_dataset: bool = _field(True, "Draw prompts in a new order each epoch; a stream keeps its own.")
 
     # When something goes wrong
@@ -306,8 +309,8 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             "on_save_error": ("raise", "skip"),
         }
         switches = (
-            "include_eos", "whiten_rewards", "disable_dropout", "cache_lower_layers", "shuffle_dataset",
-            "log_completions", "run_report", "eval_win_rate", "bf16", "logging_nan_inf_filter",
+            "include_eos", "skip_special_tokens", "whiten_rewards", "disable_dropout", "cache_lower_layers",
+            "shuffle_dataset", "log_completions", "run_report", "eval_win_rate", "bf16", "logging_nan_inf_filter",
             "restore_callback_states_from_checkpoint",
         )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
