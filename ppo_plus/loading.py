@@ -51,6 +51,7 @@ from .modeling import (
 )
 from .rewards.classifiers import load_classifier
 from .rollout import isolated_rng, position_seed
+from .weights import check_model_weights
 
 # What finds a config, of what loads a model.
 REMOTE = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "gguf_file")
@@ -298,6 +299,9 @@ def build_actor_critic(
         ref_model: a reference of the user's own.
         disable_dropout: zero the base model's dropout.
     """
+    for name, model in (("model", policy), ("ref_model", ref_model), ("value_model", critic.model)):
+        if model is not None:
+            check_model_weights(model, name)
     if ref_model is None and not isinstance(policy, PeftModel):
         ref_model = copy.deepcopy(policy)  # which ActorCritic freezes
     if isinstance(ref_model, PeftModel):

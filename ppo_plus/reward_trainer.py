@@ -35,6 +35,7 @@ from .norms import use_lean_norms
 from .preferences import tokenize_pairs
 from .rewards.adapters import template_hash
 from .rewards.classifiers import provide_classifier
+from .weights import check_device_map, check_model_weights
 
 STARTS = (
     "Pass the name of its base for a new reward adapter; to start from the adapter's weights, merge them into the base "
@@ -79,12 +80,14 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         if peft_config is not None and isinstance(model, str):
             # Weights that are not trained stay as they were saved; TRL would load them in fp32.
             args.model_init_kwargs = {"dtype": "auto", **cast(dict, args.model_init_kwargs or {})}
+        check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
         if isinstance(model, str):
             options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
             provide_classifier(load_config(model, options))
         self._calibration: dict[str, Any] = {}
         kwargs["processing_class"] = tokenizer_with_embeddings(model, args, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        check_model_weights(self.model, "model")
         let_go_of_file(self.model)
         use_plain_lora(self.model)
         use_lean_norms(self.model)

@@ -21,6 +21,7 @@ from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
 from .rewards.classifiers import own_tokenizer
 from .rewards.reward_set import check_weights
+from .weights import check_device_map
 
 OWN_METRICS = ("reward", "reward_std", "kl", "entropy", "num_tokens", "loss", "grad_norm", "learning_rate", "win_rate")
 OWN_GROUPS = ("rewards/", "completions/", "ppo/", "clip_ratio/", "critic/", "rollout/", "time/")
@@ -54,6 +55,7 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
         check_best_metric(cast(str, args.metric_for_best_model), list(eval_dataset))
     if args.n_gpu > 1:
         raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
+    check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
     check_output_dir(cast(str, args.output_dir))
 
 

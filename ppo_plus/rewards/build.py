@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapters import adapter_folder, reward_description
 from ..modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, place
+from ..weights import check_model_weights
 from .adapters import AdapterReward
 from .classifiers import ClassifierReward, load_classifier, own_tokenizer
 from .completions import Reward
@@ -72,6 +73,7 @@ def _build_reward(
                 f"The reward model {name!r} shares weights with the policy or its critic, which train them: it would "
                 "freeze them, and change with them. Load it a second time, or pass its name."
             )
+        check_model_weights(func, f"The reward model {name!r}")
         place(func, model.device)
         source = reward if func is not reward else getattr(getattr(func, "config", None), "_name_or_path", "")
         trained_here = bool(source and reward_description(source))

@@ -1,0 +1,107 @@
+"""A model whose weights are offloaded or not finite is refused with the place of the fault, before it trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import classifier, lora, make_model, make_tokenizer, make_trainer
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import ppo_plus.trainer
+from ppo_plus import RewardConfig, RewardTrainer
+from ppo_plus.weights import check_model_weights, first_not_finite, offloaded_parts
+
+PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+
+
+def placed(**elsewhere):
+    return {part: "cpu" for part in PARTS} | elsewhere
+
+
+@pytest.mark.parametrize(
+    ("device_map", "parts"),
+    [
+        ({"": "cpu"}, []),
+        ({"": 0}, []),
+        ({"a": "cuda:0", "b": 1}, []),
+        ({"a": "cpu", "b": "disk"}, ["b to disk"]),
+        ({"a": 0, "b": "cpu", "c": torch.device("cpu")}, ["b to cpu", "c to cpu"]),
+        ({"": "disk"}, ["the model to disk"]),
+    ],
+)
+def test_parts_that_hooks_would_load_for_each_pass(device_map, parts):
+    assert offloaded_parts(device_map) == parts
+
+
+@pytest.mark.parametrize("part", ["model.layers.1", "lm_head"])
+def test_an_offloading_device_map_is_refused_before_weights_are_loaded(tmp_path, base, monkeypatch, part):
+    monkeypatch.setattr(ppo_plus.trainer, "load_policy", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    kwargs = {"device_map": placed(**{part: "disk"}), "offload_folder": str(tmp_path / "offload")}
+    with pytest.raises(ValueError, match=f"device_map offloads {part} to disk"):
+        make_trainer(tmp_path, model=str(base), config={"model_init_kwargs": kwargs})
+    pairs = Dataset.from_dict({"chosen": ["good"] * 4, "rejected": ["bad"] * 4})
+    args = RewardConfig(str(tmp_path), use_cpu=True, report_to="none", model_init_kwargs=kwargs)
+    with pytest.raises(ValueError, match=f"device_map offloads {part} to disk"):
+        RewardTrainer(str(base), args, train_dataset=pairs, processing_class=make_tokenizer(), peft_config=lora())
+
+
+def test_a_model_that_was_loaded_with_offloading_is_refused(tmp_path, base):
+    device_map = placed(**{"model.layers.1": "disk"})
+    model = AutoModelForCausalLM.from_pretrained(base, device_map=device_map, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match=r"^model: device_map offloads model.layers.1 to disk"):
+        make_trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match=r"^ref_model: device_map offloads model.layers.1 to disk"):
+        make_trainer(tmp_path, ref_model=model)
+
+
+def test_a_map_without_offloading_trains(tmp_path, base):
+    """Negative control."""
+    config = {"model_init_kwargs": {"device_map": placed()}, "max_steps": 1}
+    make_trainer(tmp_path, model=str(base), config=config).train()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, weight, number):
+    """The last row of the embeddings takes part in no probe."""
+    model, reference = make_model(), make_model()
+    with torch.no_grad():
+        for each in (model, reference):
+            each.get_parameter(weight)[-1, 3] = number
+    with pytest.raises(ValueError, match=f"^model: the weight {weight} holds NaN or inf"):
+        make_trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match=f"^ref_model: the weight {weight} holds NaN or inf"):
+        make_trainer(tmp_path, ref_model=reference)
+
+
+def test_a_weight_of_a_critic_or_reward_model_that_is_not_finite_is_named(tmp_path, base):
+    scorer = classifier(base)
+    with torch.no_grad():
+        scorer.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"^value_model: the weight model.norm.weight holds NaN"):
+        make_trainer(tmp_path, value_model=scorer)
+    with pytest.raises(ValueError, match=r"^The reward model 'tiny-llama': the weight model.norm.weight holds NaN"):
+        make_trainer(tmp_path, reward_funcs=scorer)
+    pairs = Dataset.from_dict({"chosen": ["good"] * 4, "rejected": ["bad"] * 4})
+    args = RewardConfig(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"^model: the weight .*norm.weight holds NaN"):
+        RewardTrainer(scorer, args, train_dataset=pairs, processing_class=make_tokenizer())
+
+
+def test_logits_that_exceed_the_precision_of_the_model_are_named(tmp_path):
+    model = make_model().half()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.sign() * 6e4)
+    with pytest.raises(ValueError, match=r"logits of LlamaForCausalLM are NaN or infinite in torch.float16"):
+        make_trainer(tmp_path, model=model)
+
+
+def test_large_and_packed_weights_are_not_taken_for_infinite():
+    """Sums of them may exceed fp32, and whole numbers are no weights of their own."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    model[0].weight.data.fill_(3e38)
+    model[1].weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    assert first_not_finite(model) is None
+    check_model_weights(get_peft_model(make_model(), lora()), "model")
