@@ -43,6 +43,7 @@ class Progress:
         rollout: the one that is being learned from; None before the first.
         num_tokens: prompt and response tokens of all rollouts so far, over all processes.
         skipped: steps in a row that were skipped for gradients that are not finite.
+        generator: the accelerator's random numbers when it was saved, as `generator_state` returns them.
         evaluation_due: whether the evaluation after the last step has not been made to its end.
         baseline: what rollouts so far say of the next one's returns.
         meter: measurements since the last log.
@@ -52,6 +53,7 @@ class Progress:
     rollout: Rollout | None = None
     num_tokens: int = 0
     skipped: int = 0
+    generator: str | None = None
     evaluation_due: bool = False
     baseline: RewardBaseline = field(default_factory=RewardBaseline)
     meter: Meter = field(default_factory=Meter)
@@ -68,6 +70,7 @@ def save_progress(
         "kl_coef": progress.kl_coef,
         "num_tokens": progress.num_tokens,
         "skipped": progress.skipped,
+        "generator": progress.generator,
         "evaluation_due": progress.evaluation_due,
         "baseline": asdict(progress.baseline),
         "meter": progress.meter.state_dict(),
@@ -110,6 +113,7 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             "values, or start a new run from its adapter."
         )
     progress = Progress(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"], skipped=state["skipped"])
+    progress.generator = state.get("generator")
     progress.evaluation_due = state.get("evaluation_due", False)
     progress.baseline = RewardBaseline(**state.get("baseline", {}))
     progress.meter.load_state_dict(state["meter"])

@@ -24,6 +24,7 @@ from .baseline import RewardBaseline
 from .chat import find_generation_opening, find_opening_ids, is_conversational, merge_template_kwargs
 from .config import PPOConfig
 from .data import Row, columns_of, left_pad, pad_id, unpadded
+from .devices import sum_dtype
 from .logits import nucleus
 from .modeling import ActorCritic, Generation
 from .out_of_memory import in_chunks
@@ -268,7 +269,9 @@ class Collector:
         """Sum over processes; the result is on the tensor's own device."""
         if self.accelerator.num_processes == 1:
             return tensor
-        return cast(Tensor, self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")).to(tensor.device)
+        device = self.accelerator.device
+        dtype = sum_dtype(device) if tensor.dtype == torch.float64 else tensor.dtype
+        return cast(Tensor, self.accelerator.reduce(tensor.to(device, dtype), "sum")).to(tensor)
 
     def union(self, names: list[str]) -> list[str]:
         """The names that any process has, sorted."""

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .devices import float64_device
 from .functional import entropy_of_logprobs, logprobs_and_entropy, scaled_log_softmax
 
 # Logits of one chunk: 16 M numbers are 32 MB in bf16, whatever the vocabulary.
@@ -172,17 +173,18 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         logits: `(B, V)` float32.
-        noise: uniform in [0, 1), `(B,)` float64.
+        noise: uniform in [0, 1), `(B,)` float64, on `float64_device` of the logits.
 
     Returns:
         token ids, `(B,)` int64.
     """
     probs, missing = logits.softmax(-1), -logits.shape[-1] % GROUP
     groups = (nn.functional.pad(probs, (0, missing)) if missing else probs).unflatten(-1, (-1, GROUP))
-    group, share = _where_passed(groups.sum(-1), noise)
+    group, share = _where_passed(groups.sum(-1).to(noise.device), noise)
     rows = torch.arange(len(probs), device=probs.device)
-    token = group * GROUP + _where_passed(groups[rows, group], share)[0]
-    return token.clamp(max=logits.shape[-1] - 1)
+    weights = groups[rows, group.to(probs.device)].to(noise.device)
+    token = group * GROUP + _where_passed(weights, share)[0]
+    return token.clamp(max=logits.shape[-1] - 1).to(logits.device)
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -191,7 +193,8 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
     """
     ascending, tokens = logits.sort(-1)
-    removed = _running_sums(ascending.softmax(-1)) <= 1 - top_p
+    sums = _running_sums(ascending.softmax(-1).to(float64_device(logits.device)))
+    removed = (sums <= 1 - top_p).to(logits.device)
     removed[:, -1] = False
     return logits.masked_fill(removed.scatter(-1, tokens, removed), -torch.inf)
 

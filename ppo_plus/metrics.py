@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .devices import sum_dtype
+
 
 class Meter:
     """Running weighted means by name.
@@ -22,8 +24,9 @@ class Meter:
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add `count` observations whose sum is `total`."""
         device = next((x.device for x in (total, count) if isinstance(x, Tensor)), torch.device("cpu"))
-        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).detach() for x in (total, count)])
-        self._sums[name] = self._sums[name].to(device) + pair if name in self._sums else pair
+        dtype = sum_dtype(device)
+        pair = torch.stack([torch.as_tensor(x, dtype=dtype, device=device).detach() for x in (total, count)])
+        self._sums[name] = self._sums[name].to(pair) + pair if name in self._sums else pair
 
     def flush(
         self, reduce: Callable[[Tensor], Tensor] = lambda x: x, union: Callable[[list[str]], list[str]] = sorted
@@ -37,9 +40,11 @@ class Meter:
         names = union(list(self._sums))
         if not names:
             return {}
-        device = max((pair.device for pair in self._sums.values()), key=lambda d: d.type != "cpu", default="cpu")
-        nothing = torch.zeros(2, dtype=torch.float64)
-        sums = reduce(torch.stack([self._sums.get(name, nothing).to(device) for name in names])).tolist()
+        device = max(
+            (pair.device for pair in self._sums.values()), key=lambda d: d.type != "cpu", default=torch.device("cpu")
+        )
+        nothing = torch.zeros(2, dtype=sum_dtype(device), device=device)
+        sums = reduce(torch.stack([self._sums.get(name, nothing).to(nothing) for name in names])).tolist()
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
 

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .adapters import active_adapter, adapter_weights, belongs_to, fitting, load_adapter, mount, use_adapter
 from .attention import SDPA, choose_attention
 from .backbone import OTHER, backbone_interface, cache_of, check_decoding, is_recurrent
+from .devices import float64_device
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import autocast_dtype, use_plain_lora, weights_at_rest
@@ -444,7 +445,7 @@ class ActorCritic(nn.Module):
         tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)
         logprobs = torch.zeros(rows, length, device=device)
         stop = torch.tensor(list(stop_ids), device=device)
-        head, noise = logits_function(self._active), noise.to(device)
+        head, noise = logits_function(self._active), noise.to(float64_device(device))
         alive, cache, step_ids = torch.arange(rows, device=device), None, input_ids
         for t in range(length):
             if on_step is not None:
@@ -453,7 +454,7 @@ class ActorCritic(nn.Module):
             cache = cache_of(outputs)
             logits = head(outputs.last_hidden_state[:, -1]).float()
             logits = logits if temperature == 1 else logits / temperature
-            token = sample(logits if warp is None else warp(logits), noise[alive, t])
+            token = sample(logits if warp is None else warp(logits), noise[alive.to(noise.device), t])
             tokens[alive, t], logprobs[alive, t] = token, token_logprobs(logits, token)
             going = ~torch.isin(token, stop)
             left = int(going.sum())  # asked once: each time the host waits for the device
@@ -678,6 +679,11 @@ def check_head(model: PreTrainedModel) -> None:
     outputs = model.base_model(input_ids=ids, use_cache=True)
     found = logits_function(model)(outputs.last_hidden_state).float()
     model.train(training)
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"The logits of {name} are NaN or infinite in {model.dtype}, although its weights are finite: load it in "
+            "bf16 or fp32 (model_init_kwargs={'dtype': 'float32'})."
+        )
     if type(cache_of(outputs)).batch_select_indices is not Cache.batch_select_indices:  # type: ignore[union-attr]
         raise ValueError(f"{name} keeps states beside the layers of its cache, where rows cannot leave them. {OTHER}")
     scale = expected.abs().max().clamp(min=1e-6)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 # What is not taken from torch's own allocator fails under other names.
-UNNAMED = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+UNNAMED = (
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory",
+    "MPS backend out of memory",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -45,8 +48,8 @@ def in_chunks(order: Tensor, size: int, run: Callable[[Tensor], None]) -> int:
         # Out here the error is gone, and with it the frames that held on to what had been computed.
         size = min(size, len(order)) // 2 or 1
         warnings.warn(f"Out of memory: going on with {size} rows at a time instead of more.", stacklevel=2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
     return size
 
 

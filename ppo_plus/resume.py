@@ -39,6 +39,7 @@ from .checkpoint import (
 )
 from .collector import Collector, go_on
 from .config import PPOConfig
+from .devices import generator_state, set_generator_state
 from .hub import HubMixin, save_arguments
 from .modeling import ActorCritic
 
@@ -134,7 +135,14 @@ class ResumeMixin(HubMixin, Trainer):
         # Trainer calls this where it saves the rest of what a resumed run needs.
         super()._save_rng_state(output_dir)
         inside = self.state.global_step % self.args.steps_per_rollout != 0
+        self._progress.generator = generator_state()
         save_progress(output_dir, self.accelerator.process_index, self._progress, self._fingerprint(), inside)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's, and the generator of an accelerator that Trainer leaves out."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._progress.generator is not None:
+            set_generator_state(self._progress.generator)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A callback that the resumed checkpoint did not know has no entry for Trainer to fill.

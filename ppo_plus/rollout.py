@@ -43,7 +43,8 @@ def isolated_rng(seed: int) -> Iterator[None]:
     one evaluates would change how one trains.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    accelerator = torch.accelerator.current_accelerator()
+    with torch.random.fork_rng(device_type="cuda" if accelerator is None else accelerator.type):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

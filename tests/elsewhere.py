@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "elsewhere"
+FLOAT64 = True  # whether the device has it; Apple's GPUs do not
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 JOINING = ("aten::cat", "aten::stack")  # take no scalars
@@ -40,6 +41,10 @@ class Remote(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> Remote:
+        if numbers.dtype == torch.float64 and not FLOAT64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         shell = torch.Tensor._make_wrapper_subclass(
             cls, numbers.shape, strides=numbers.stride(), storage_offset=numbers.storage_offset(),
             dtype=numbers.dtype, device=torch.device(NAME, 0),

@@ -28,7 +28,9 @@ from transformers import AutoModelForCausalLM
 import ppo_plus.modeling
 from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardConfig, RewardTrainer
 from ppo_plus.callbacks import RewardNormalizationCallback
+from ppo_plus.devices import generator_state
 from ppo_plus.modeling import ActorCritic
+from ppo_plus.rollout import isolated_rng
 
 pytestmark = pytest.mark.skipif(
     not hasattr(elsewhere.backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -66,7 +68,10 @@ def trained(folder, cpu, config=None, resume=None, **overrides):
     trainer.train(resume_from_checkpoint=resume)
     weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert weights and all((weight.device.type == "cpu") == cpu for weight in weights.values())
-    return [*trainer.state.log_history, {name: weight.double().abs().sum().item() for name, weight in weights.items()}]
+    return [
+        *trainer.state.log_history,
+        {name: weight.cpu().double().abs().sum().item() for name, weight in weights.items()},
+    ]
 
 
 # --- what is trained, and by what loss ---
@@ -278,6 +283,43 @@ def family(name):
 GROUPS["families"] = {name: family(name) for name in ("OPT", "Gemma 3", "Mamba 2", "Falcon-H1", "LFM 2")}
 
 
+# --- a device without float64, as Apple's GPUs are ---
+
+
+def without_float64(case):
+    def run(folder, cpu, base, adapter):
+        elsewhere.FLOAT64 = cpu
+        try:
+            return case(folder, cpu, base, adapter)
+        finally:
+            elsewhere.FLOAT64 = True
+
+    return run
+
+
+CASES = (default, sampling, all_rewards, callbacks, adapter_as_reward, evaluation_and_reports, resumed, steps_skipped)
+GROUPS["no float64"] = {case.__name__: without_float64(case) for case in CASES}
+
+
+@group("no float64")
+def generator_of_the_device(folder, cpu, base, adapter):
+    """It is left alone by rollouts and evaluations, and goes on from a checkpoint."""
+    generator = torch.elsewhere.generator
+    generator.manual_seed(7)
+    before = generator.get_state()
+    with isolated_rng(1):
+        torch.rand(1, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    config = {"save_strategy": "steps", "save_steps": 2}
+    trained(folder, cpu, config)
+    saved = json.loads((folder / "checkpoint-4" / "ppo_state_0.json").read_text(encoding="utf-8"))["generator"]
+    assert saved == generator_state()
+    generator.manual_seed(8)
+    again = trained(folder, cpu, {"max_steps": 5}, resume=str(folder / "checkpoint-4"))
+    assert generator_state() == saved
+    return again
+
+
 # --- negative control: what was on the wrong device would be found ---
 
 
@@ -316,7 +358,7 @@ def figures(rows):
     return [{k: v for k, v in row.items() if is_number(v) and not any(c in k for c in clocks)} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["training", "roles", "Trainer", "families"])
+@pytest.mark.parametrize("name", ["training", "roles", "Trainer", "families", "no float64"])
 def test_training_on_an_accelerator_gives_the_numbers_of_the_cpu(name):
     found = process(name)
     assert {case: there.get("error") for case, (_, there) in found.items()} == dict.fromkeys(GROUPS[name])
@@ -347,6 +389,11 @@ def test_the_device_keeps_its_tensors_apart():
 
 def device_keeps_its_tensors_apart():
     with elsewhere.there() as device:
+        elsewhere.FLOAT64 = False
+        for operation in (lambda: torch.ones(1, device=device).double(), lambda: torch.ones(1).double().to(device)):
+            with pytest.raises(TypeError, match="float64"):
+                operation()
+        elsewhere.FLOAT64 = True
         here, x = torch.arange(6.0).view(2, 3), torch.arange(6.0, device=device).view(2, 3)
         index, scalar = torch.tensor([1, 0]), torch.tensor(2.0)
         refused = [
