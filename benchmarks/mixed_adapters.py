@@ -29,7 +29,7 @@ from ppo_plus.modeling import ActorCritic
 
 
 def actor_with_reward(model: str, dtype: str) -> tuple[ActorCritic, torch.Tensor]:
-    """An actor-critic with a second adapter, both away from zero, and the weight of a score head, `(1, H)`."""
+    """An actor-critic with a second adapter, both away from zero, and a score head."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     policy = load_policy(base.to("cuda" if torch.cuda.is_available() else "cpu"), peft_config=lora())
@@ -39,21 +39,22 @@ def actor_with_reward(model: str, dtype: str) -> tuple[ActorCritic, torch.Tensor
             torch.nn.init.normal_(parameter, std=0.01)
     actor = build_actor_critic(policy, critic=CriticSource()).to(policy.device)
     torch.nn.init.normal_(actor.value_head.layers[0].weight, std=0.02)
-    head = torch.randn(1, base.config.get_text_config().hidden_size, device=policy.device) * 0.02
+    head = torch.nn.Linear(base.config.get_text_config().hidden_size, 1, bias=False, device=policy.device)
+    torch.nn.init.normal_(head.weight, std=0.02)
     return actor.eval(), head
 
 
 @torch.no_grad()
-def separate(actor: ActorCritic, head: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+def separate(actor: ActorCritic, head: torch.nn.Linear, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     output = actor(ids, mask, RESPONSE, with_entropy=True)
     with actor.reference():
         reference = actor(ids, mask, RESPONSE, with_values=False).logprobs
-    scores = actor.reward_scores("reward", head, ids, mask, pad_token_id=-1)
+    scores = actor.reward_scores("reward", head, ids, mask)
     return [output.logprobs, output.values, output.entropy, reference, scores]
 
 
 @torch.no_grad()
-def mixed(actor: ActorCritic, head: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+def mixed(actor: ActorCritic, head: torch.nn.Linear, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     rows = len(ids)
     names = ["default"] * rows + ["__base__"] * rows + ["reward"] * rows
     with actor.policy.base_model._enable_peft_forward_hooks(adapter_names=names):
@@ -64,7 +65,7 @@ def mixed(actor: ActorCritic, head: torch.Tensor, ids: torch.Tensor, mask: torch
     logprobs, entropy = chunked_logprobs(logits, actors[:, before], targets, 1.0, True)
     reference, _ = chunked_logprobs(logits, references[:, before], targets, 1.0, False)
     values = actor.value_head(actors[:, before])
-    scores = torch.nn.functional.linear(rewards[:, -1], head.to(rewards.dtype)).squeeze(-1).float()
+    scores = torch.nn.functional.linear(rewards[:, -1], head.weight.to(rewards.dtype)).squeeze(-1).float()
     return [logprobs, values, entropy, reference, scores]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,15 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -20,12 +27,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
+from .bases import Samples, are_different, decode_samples, local_folder, sample_files, sample_model
 from .checkpoint import checkpoints
+from .heads import find_other_heads, pop_score_head, score_head_shapes
 from .lora import use_plain_lora
-from .rollout import readable
+from .rollout import read_json_object, readable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward model, beside it
+# Files that say how an adapter is to be used, where it has them.
+BESIDE = (REWARD_FILE, "tokenizer_config.json", "value_head.safetensors", "value_head.bin")
 LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
 PREFIX = "base_model.model."  # of the names in an adapter's file
 TEXT_ONLY, WHOLE = {r"^model\.language_model\.": "model."}, {r"^model\.": "model.language_model."}
@@ -110,13 +121,18 @@ def weights_as(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
 
 
 def adapter_folder(model: Any) -> Path | None:
-    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name."""
+    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name.
+
+    Raises:
+        ValueError: neither a folder nor a name on the Hub, or the Hub did not answer what it was asked.
+    """
     if not isinstance(model, str | Path):
         return None
     local = Path(model)
     if (local / CONFIG_NAME).is_file():
         if not (local / WEIGHTS_FILE).is_file():
             raise ValueError(f"{model} has an {CONFIG_NAME} but no {WEIGHTS_FILE}: no weights.")
+        read_json_object(local / CONFIG_NAME)
         return local
     if local.exists():
         if (saved := checkpoints(local)) and not (local / MODEL_CONFIG).is_file():
@@ -125,25 +141,65 @@ def adapter_folder(model: Any) -> Path | None:
                 f"one of its checkpoints, the newest is {saved[-1][1]}, or call trainer.save_model()."
             )
         return None
-    try:
-        for file in (CONFIG_NAME, WEIGHTS_FILE):
-            found = hf_hub_download(str(model), file)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+    found = [download(str(model), file) for file in (CONFIG_NAME, WEIGHTS_FILE)]
+    if found[0] is None or found[1] is None:
         return None
-    reward_description(model)  # which is then in the same folder
-    return Path(found).parent
+    read_json_object(found[0])
+    for file in BESIDE:
+        download(str(model), file)
+    return found[0].parent
+
+
+def download(name: str, file: str) -> Path | None:
+    """Download a file of a model on the Hub; None where there is no such file or model.
+
+    Raises:
+        ValueError: the name is none of the Hub's, or the Hub refused or failed to answer.
+    """
+    try:
+        return Path(hf_hub_download(name, file))
+    except HFValidationError as error:
+        raise ValueError(
+            f"There is no folder {name!r}, and it cannot be a name on the Hub ({error}). Check the path; it is looked "
+            f"for from {Path.cwd()}."
+        ) from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{name!r} is gated: accept its terms on the Hub, and log in with a token that may read it (hf auth login)."
+        ) from error
+    except (RepositoryNotFoundError, RemoteEntryNotFoundError):
+        return None
+    except LocalEntryNotFoundError as error:  # not in the cache, and the Hub could not be asked
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            return None
+        raise ValueError(_of_hub(name, file, error.__cause__)) from error
+    except HfHubHTTPError as error:
+        raise ValueError(_of_hub(name, file, error)) from error
+
+
+def _of_hub(name: str, file: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    fix = "Try again later, or pass a local folder."
+    if status in (401, 403):
+        fix = "Log in with a token that may read it (hf auth login), or pass a local folder."
+    return f"The Hub answered {status} when asked for {file} of {name!r}. {fix}"
 
 
 def reward_description(model: str | Path) -> dict[str, Any]:
     """What `RewardTrainer` wrote about a reward model, downloaded if it is on the Hub; empty where it wrote nothing."""
-    file = Path(model) / REWARD_FILE
+    file: Path | None = Path(model) / REWARD_FILE
     if not Path(model).exists():
-        with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-            file = Path(hf_hub_download(str(model), REWARD_FILE))
-    if not file.is_file():
-        return {}
-    with readable(file):
-        return cast(dict, json.loads(file.read_text(encoding="utf-8")))
+        file = download(str(model), REWARD_FILE) if is_hub_name(str(model)) else None
+    return read_json_object(file) if file is not None and file.is_file() else {}
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model on the Hub could have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def check_no_adapter(model: Any, fix: str) -> None:
@@ -208,21 +264,23 @@ def check_own_weights(config: PeftConfig | None, whose: str) -> None:
             raise ValueError(f"{whose} has {option}, {reason}. {shared}: leave the option out.")
 
 
-def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = False) -> Tensor:
+def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = False) -> nn.Linear:
     """Load the adapter of a reward model onto a base, next to the adapters it has.
 
     Args:
         policy: the base with its adapters.
         name: what the adapter is called here.
-        directory: an adapter of `AutoModelForSequenceClassification` with one label, as `RewardTrainer` saves it.
+        directory: an adapter of `AutoModelForSequenceClassification` with one label, as `RewardTrainer` saves it, or
+            one of a causal language model beside its value head, as LLaMA-Factory saves it.
         trained: whether its weights are trained.
 
     Returns:
-        the weight of its `score` head, `(1, H)`.
+        the score head, a frozen linear layer from H to 1.
     """
     check_reward_adapter(directory, policy.config.get_text_config().hidden_size)
+    check_base_weights(directory, sample_model(policy), policy.config._name_or_path)
     weights, config = weights_for(policy, directory), PeftConfig.from_pretrained(str(directory))
-    head = next(weights.pop(key) for key in list(weights) if key.endswith("score.weight"))
+    head = pop_score_head(weights, directory)
     trained_whole = [module for module in config.modules_to_save or [] if module not in HEADS]
     config.modules_to_save, config.inference_mode, config.task_type = trained_whole or None, not trained, "CAUSAL_LM"
     with same_requires_grad(policy):
@@ -287,13 +345,55 @@ def check_reward_adapter(directory: Path, hidden_size: int) -> None:
     """Refuse an adapter that is no reward model of this base; reads no more than its configuration and a header."""
     file = weights_file(directory)
     check_own_weights(PeftConfig.from_pretrained(str(directory)), f"The adapter in {directory}")
-    with readable(file), safe_open(file, framework="pt") as tensors:
-        shapes = [tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys() if key.endswith("score.weight")]  # noqa: SIM118
-    if shapes != [(1, hidden_size)]:
+    shapes = score_head_shapes(directory, file)
+    if shapes not in ({"weight": (1, hidden_size)}, {"weight": (1, hidden_size), "bias": (1,)}):
+        other = find_other_heads(file)
         raise ValueError(
-            f"{directory} is not a reward adapter for this base: its score head has shape {shapes}, expected one of "
-            f"(1, {hidden_size}). Train it on the same base, with num_labels=1 and modules_to_save=['score']."
+            f"{directory} is not a reward adapter for this base: its score head has shape {[*shapes.values()]}, "
+            f"expected one of (1, {hidden_size})"
+            + (f"; it has {other[0]}, which is no head 'score' on the last token's hidden state" if other else "")
+            + ". Train it on the same base, with num_labels=1 and modules_to_save=['score']; a causal adapter is a "
+            "reward model where v_head.summary.weight lies beside it, in value_head.safetensors."
         )
+
+
+def check_base_weights(directory: Path, samples: Samples, base: str) -> bool:
+    """Refuse a reward adapter that was trained on a base of other weights.
+
+    Args:
+        directory: of the adapter.
+        samples: of the weights of the actor's base; empty where they are not known yet.
+        base: name of the actor's base.
+
+    Returns:
+        whether both bases are known, so that they are the same; False where weights tell nothing.
+    """
+    different = are_different(base_samples(directory), samples)
+    if different:
+        raise ValueError(
+            f"The reward adapter in {directory} was trained on {trained_on(directory)!r}, the actor's base is "
+            f"{base!r}, whose weights are others: its numbers mean nothing there. Train one on the actor's base."
+        )
+    return different is not None
+
+
+def base_samples(directory: Path) -> Samples:
+    """Samples of the base that an adapter was trained on: those written beside it, or of that base's local files."""
+    described = reward_description(directory).get("base_weights")
+    if described:
+        return decode_samples(described)
+    return sample_files(local_base(directory))
+
+
+def trained_on(directory: Path) -> str:
+    """The name of the base that an adapter was trained on; empty where the adapter does not say."""
+    config = PeftConfig.from_pretrained(str(directory))
+    return cast(str, reward_description(directory).get("base_model") or config.base_model_name_or_path or "")
+
+
+def local_base(directory: Path) -> Path | None:
+    """The folder of the base that an adapter was trained on, if that base is on this machine."""
+    return local_folder(trained_on(directory), PeftConfig.from_pretrained(str(directory)).revision)
 
 
 def weights_file(directory: Path) -> Path:

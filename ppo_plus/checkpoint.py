@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .baseline import RewardBaseline
 from .metrics import Meter
-from .rollout import Rollout, readable
+from .rollout import Rollout, read_json_object
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -93,8 +93,7 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             f"{directory} has no {file.name}, so training cannot resume from it: it was saved with save_only_model, "
             "by another number of processes, or not by ppo_plus."
         )
-    with readable(file):
-        state = json.loads(file.read_text(encoding="utf-8"))
+    state = read_json_object(file)
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"{directory} was written by a newer ppo_plus (format {state['format_version']}, this one reads "
@@ -210,7 +209,7 @@ def damage(directory: str | Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is whole."""
     directory = Path(directory)
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json_object(directory / MANIFEST)
         for name, expected in manifest.items():
             if _describe(directory / name) != expected:
                 return f"{name} is not as it was written"

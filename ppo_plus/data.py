@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .chat import (
     PROBE,
@@ -300,20 +300,6 @@ def starts_twice(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) 
         return False
     as_written = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[: len(as_written)] != as_written and ids[1 : len(as_written) + 1] == as_written
-
-
-def drop_doubled_start(
-    inputs: BatchEncoding, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> BatchEncoding:
-    """Return right-padded inputs, `(B, T)` int64 each, without a BOS that the tokenizer added to one in the text."""
-    for row, text in enumerate(texts):
-        length = int(inputs["attention_mask"][row].sum())
-        if starts_twice(inputs["input_ids"][row, :length].tolist(), text, tokenizer):
-            for name, tensor in inputs.items():
-                padding = pad_id(tokenizer) if name == "input_ids" else 0
-                tensor[row, :length] = torch.cat([tensor[row, 1:length], tensor.new_tensor([padding])])
-    longest = int(inputs["attention_mask"].sum(1).max())
-    return BatchEncoding({name: tensor[:, :longest] for name, tensor in inputs.items()})
 
 
 def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

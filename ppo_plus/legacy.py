@@ -7,7 +7,6 @@ and `PPOTrainer(args=, processing_class=, model=, ...)` (0.12 to 1.12). docs/mig
 from __future__ import annotations
 
 import functools
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import weights_as
+from .heads import HEAD_FILES, V_HEAD, find_shards, read_tensors
 
 if TYPE_CHECKING:
     from .modeling import ActorCritic
@@ -30,9 +30,7 @@ DERIVED = (
     "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 )  # fmt: skip
-# Where a value head may stand, and by which names: ours, TRL's, LLaMA-Factory's.
-HEAD_FILES = ("value_head.safetensors", "value_head.bin", "model.safetensors", "pytorch_model.bin")
-TO_OURS = {"v_head.summary.weight": "layers.0.weight", "v_head.summary.bias": "layers.0.bias"}
+TO_OURS = dict(zip(V_HEAD, ("layers.0.weight", "layers.0.bias"), strict=True))
 
 
 @dataclass(repr=False)
@@ -172,29 +170,16 @@ def load_value_head(model: ActorCritic, directory: str | Path) -> None:
 
 
 def read_value_head(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a value head by our names, from whichever file of a folder has them."""
+    """Read the tensors of a value head, by the names of `ValueHead`, from whichever file of a folder has them."""
     for name in HEAD_FILES:
-        for file in shards(directory / name):
-            tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-            head = {TO_OURS.get(key, key): tensor for key, tensor in tensors.items() if key in TO_OURS}
+        for file in find_shards(directory / name):
+            head = {TO_OURS[key]: tensor for key, tensor in read_tensors(file, V_HEAD).items()}
             if head or name == "value_head.safetensors":
-                return head or tensors
+                return head or load_file(file)
     raise ValueError(
         f"{directory} has no value head: none of {', '.join(HEAD_FILES)} there holds v_head.summary.weight. Start "
         "without one: the critic learns from the first rollout on."
     )
-
-
-def shards(file: Path) -> list[Path]:
-    """The file, or the shards that its index names; nothing where there is neither."""
-    index = file.with_name(f"{file.name}.index.json")
-    if file.is_file():
-        return [file]
-    if not index.is_file():
-        return []
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    with_head = {weight_map[key] for key in TO_OURS if key in weight_map}
-    return sorted(file.with_name(name) for name in with_head)
 
 
 def export_with_value_head(

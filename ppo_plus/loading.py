@@ -317,15 +317,18 @@ def build_actor_critic(
         if disable_dropout and model is not None:
             disable_base_dropout(model)
     with isolated_rng(critic.seed):
-        start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_weight(critic.model)
+        start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_head(critic.model)
         own = policy if critic.model is None else critic.model
         value_head = ValueHead(own.config.get_text_config().hidden_size, *critic.head)
     if start is not None and critic.head[0] == "linear":
-        cast(nn.Linear, value_head.layers[0]).weight.data.copy_(start * critic.scale)
+        linear = cast(nn.Linear, value_head.layers[0])
+        linear.weight.data.copy_(start.weight * critic.scale)
+        if start.bias is not None:
+            linear.bias.data.copy_(start.bias * critic.scale)
     return ActorCritic(policy, value_head, critic=critic.kind, value_model=critic.model, ref_model=ref_model)
 
 
-def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSource) -> Tensor | None:
+def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSource) -> nn.Linear | None:
     if not isinstance(policy, PeftModel):
         raise ValueError(
             "critic='adapter' puts an adapter on a frozen base: pass peft_config, or choose another critic."
@@ -338,14 +341,12 @@ def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSource) -
     return None
 
 
-def score_weight(model: PreTrainedModel | PeftModel | None) -> Tensor | None:
-    """The weight `(1, H)` of a sequence classifier's head, which nothing trains from here on; None without one."""
+def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:
+    """Freeze and return the linear head, H to 1, of a sequence classifier; None where there is none."""
     head = None if model is None else getattr(unwrapped(model), "score", None)
-    weight = getattr(head, "weight", None)
-    if head is None or weight is None:
+    if head is None or getattr(head, "weight", None) is None:
         return None
-    head.requires_grad_(False)
-    return cast(Tensor, weight.data.float())
+    return cast(nn.Linear, head.requires_grad_(False))
 
 
 def check_apart(policy: nn.Module, other: nn.Module | None, name: str, why: str, of: str = "model") -> None:

@@ -468,7 +468,7 @@ class ActorCritic(nn.Module):
             step_ids = token[:, None]
         return Generation(tokens, logprobs)
 
-    def mount_reward(self, name: str, directory: str | Path) -> nn.Parameter:
+    def mount_reward(self, name: str, directory: str | Path) -> nn.Linear:
         """Load a reward adapter onto this backbone, next to the actor's.
 
         Args:
@@ -476,38 +476,44 @@ class ActorCritic(nn.Module):
             directory: an adapter of `AutoModelForSequenceClassification` with one label, as `RewardTrainer` saves it.
 
         Returns:
-            the weight of its `score` head, `(1, H)`, frozen.
+            its score head, H to 1, frozen.
         """
         if not isinstance(self.policy, PeftModel):
             raise ValueError(
                 "A reward adapter shares the actor's frozen base, but this actor is trained in full: pass "
                 "peft_config, or load the reward model by itself and pass the instance."
             )
-        head = mount(self.policy, name, Path(directory))
-        return nn.Parameter(head.to(self.device), requires_grad=False)
+        return mount(self.policy, name, Path(directory)).to(self.device)
 
     def reward_scores(
-        self, name: str, head: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
+        self, name: str, head: nn.Linear, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None = None
     ) -> Tensor:
         """Scores of whole texts by a mounted reward adapter, `(B,)` float32, reward units.
 
         Args:
             name: the adapter, as mounted.
-            head: its `score` weight, `(1, H)`.
-            input_ids: `(B, L)` int64, right-padded.
+            head: its score head.
+            input_ids: `(B, L)` int64, padded on either side.
             attention_mask: `(B, L)`.
-            pad_token_id: the score is read at the last token that is not this one, as sequence classifiers do.
+            pad_token_id: as of `at_last_token`.
         """
-        return at_last_token(self.token_scores(name, head, input_ids, attention_mask), input_ids, pad_token_id)
+        return at_last_token(
+            self.token_scores(name, head, input_ids, attention_mask), input_ids, attention_mask, pad_token_id
+        )
 
     def token_scores(
-        self, name: str, head: Tensor, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None
+        self,
+        name: str,
+        head: nn.Linear,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Scores by a mounted reward adapter of every text as far as each of its tokens, `(B, L)` float32.
 
         Args:
             name: the adapter, as mounted.
-            head: its `score` weight, `(1, H)`.
+            head: its score head.
             input_ids: `(B, L)` int64.
             attention_mask: `(B, L)`.
             lengths: real tokens by row; with them, there is no padding in the pass.
@@ -515,7 +521,8 @@ class ActorCritic(nn.Module):
         packing = self._packing(attention_mask, lengths)
         with use_adapter(self.policy, name):
             hidden = self._last_hidden(input_ids, attention_mask, packing)
-        return packing.spread(nn.functional.linear(hidden, head.to(hidden.dtype))).squeeze(-1).float()
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        return packing.spread(nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias)).squeeze(-1).float()
 
     def _packing(self, attention_mask: Tensor, lengths: Sequence[int] | None) -> Packing | Whole:
         # A compiler would make a graph for each number of rows and tokens.
@@ -645,10 +652,21 @@ def place(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
-def at_last_token(scores: Tensor, input_ids: Tensor, pad_token_id: int) -> Tensor:
-    """Of scores `(B, L)` those at each row's last token that is not padding, `(B,)`."""
+def at_last_token(scores: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None = None) -> Tensor:
+    """Gather from scores `(B, L)` the one at each row's last token, `(B,)`, with padding on either side.
+
+    Args:
+        scores: at every position.
+        input_ids: `(B, L)` int64.
+        attention_mask: 1 for real tokens, `(B, L)`.
+        pad_token_id: the padding token in the configuration of the reward model itself. A sequence classifier of
+            transformers passes over it at the end of a text, where it may be EOS, a real token. None passes over none.
+    """
+    real = attention_mask.bool()
+    if pad_token_id is not None:
+        real = real & (input_ids != pad_token_id)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = (positions * (input_ids != pad_token_id)).argmax(-1, keepdim=True)
+    last = (positions * real).argmax(-1, keepdim=True)
     return scores.gather(1, last).squeeze(1)
 
 

@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
+from .bases import encode_samples, sample_model
 from .config import RewardConfig, refuse_sharding
 from .data import check_embedded
 from .hub import HubMixin, save_arguments
@@ -88,6 +89,8 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         kwargs["processing_class"] = tokenizer_with_embeddings(model, args, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         check_model_weights(self.model, "model")
+        # Taken before a forward pass, in which bitsandbytes may order 4-bit weights anew.
+        self._base_weights = encode_samples(sample_model(self.model)) if isinstance(self.model, PeftModel) else None
         let_go_of_file(self.model)
         use_plain_lora(self.model)
         use_lean_norms(self.model)
@@ -239,6 +242,8 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         quantization: Any = getattr(config, "quantization_config", None)
         return {
             "base_model": config._name_or_path,
+            **({} if self._base_weights is None else {"base_weights": self._base_weights}),
+            "pad_token_id": config.get_text_config().pad_token_id,
             "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
             "chat_template_sha256": template_hash(self.processing_class),
             **{name: value for name, value in self._calibration.items() if not math.isnan(value)},  # JSON has none

@@ -60,10 +60,25 @@ def readable(path: str | Path) -> Iterator[None]:
     """Name the file where safetensors or JSON inside the block turn out to be damaged."""
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): it is truncated or damaged. Use an earlier checkpoint."
         ) from error
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    with readable(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} must hold a JSON object, and holds {json.dumps(content)[:60]}: it is damaged, or another file."
+        )
+    return content
 
 
 def sampling_noise(seed: int, rows: int, length: int) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig, TaskType
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import adapter_folder, check_no_adapter, check_own_weights, check_reward_adapter
+from .bases import Samples, local_folder, sample_files, sample_model
 from .callbacks import PPOCallback
 from .config import PPOConfig, refuse_sharding
 from .loading import base_name, check_adapter_kind, load_config
@@ -141,18 +142,27 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
     """Refuse adapters that train their base, or that were not trained as reward models of this base."""
     check_adapter_kind(peft_config)
     actors = actors_adapter(model, peft_config)
-    config = getattr(model, "config", None)
-    for path in [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]:
-        folder = adapter_folder(path)
-        if folder is None:
-            continue
-        if config is None:
-            config = load_config(base_name(model), cast(dict, args.model_init_kwargs or {}))
-        check_same_base(folder, config._name_or_path)
-        check_same_kind(folder, actors)
-        check_reward_adapter(folder, config.get_text_config().hidden_size)
+    folders = map(
+        adapter_folder, [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]
+    )
+    adapters = [folder for folder in folders if folder is not None]
+    if adapters:
+        config, samples = actors_base(model, cast(dict, args.model_init_kwargs or {}))
+        for folder in adapters:
+            check_reward_adapter(folder, config.get_text_config().hidden_size)
+            check_same_base(folder, config._name_or_path, samples)
+            check_same_kind(folder, actors)
     if args.critic == "adapter" and actors is None:
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
+
+
+def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, Samples]:
+    """The configuration of the actor's base, and samples of its weights, empty where they are not on this machine."""
+    if isinstance(model, nn.Module):
+        return model.config, sample_model(model)
+    name = base_name(model)
+    folder = local_folder(name, init_kwargs.get("revision"))
+    return load_config(name, init_kwargs), sample_files(folder)
 
 
 def actors_adapter(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:

@@ -1140,7 +1140,7 @@ def test_a_mounted_reward_model_scores_as_alone_and_leaves_the_trainable_set(tmp
     after = state_of(actor.policy)
     assert {n: v for n, v in after[0].items() if ".judge." not in n} == before[0]
     added = {n: v for n, v in after[0].items() if ".judge." in n}
-    assert added and not any(added.values()) and not head.requires_grad
+    assert added and not any(added.values()) and not head.weight.requires_grad
     assert after[1:] == before[1:]
     check_scores_as_alone(actor, head, alone)
     assert state_of(actor.policy) == after

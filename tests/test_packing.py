@@ -225,7 +225,7 @@ def test_the_order_of_rows_does_not_matter():
 def test_a_reward_adapter_reads_texts_that_are_padded_on_the_right():
     policy = adapted()
     policy.add_adapter("reward", lora())
-    actor, head = actor_critic(moved(policy, 5, "reward")), torch.randn(1, 32)
+    actor, head = actor_critic(moved(policy, 5, "reward")), torch.nn.Linear(32, 1, bias=False)
     ids = torch.randint(4, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(0))
     lengths = [9, 2, 4, 1]
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()

@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..adapters import REWARD_FILE, reward_description
+from ..adapters import (
+    REWARD_FILE,
+    base_samples,
+    check_base_weights,
+    local_base,
+    reward_description,
+    trained_on,
+)
+from ..bases import Samples, read_configuration
 from ..data import left_pad, pad_id, unpadded
+from ..heads import read_v_head
 from ..modeling import ActorCritic, at_last_token
 from ..out_of_memory import in_chunks
 from .completions import Completions, Score, checked
@@ -41,9 +50,10 @@ class AdapterReward:
         check_same_template(path, self.info, tokenizer)
         check_same_precision(path, self.info, model.config)
         self.head = model.mount_reward(name, path)
+        self.pad_token_id = own_padding(path, self.info, tokenizer)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
-        self.read = Reader(tokenizer, name, model.context)
+        self.read = Reader(tokenizer, name, model.context, embeddings=model.num_embeddings)
         self._seen: dict[tuple[int, ...], Tensor] = {}  # of the last batch: scores at its tokens, by the tokens
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
@@ -65,7 +75,7 @@ class AdapterReward:
             scores = self._token_scores(ids, mask)
             for row, at_tokens in zip(unpadded(ids, mask), scores, strict=True):
                 self._seen[self._before_eos(row)] = at_tokens
-            return at_last_token(scores, ids, pad_id(self.tokenizer))
+            return at_last_token(scores, ids, mask, self.pad_token_id)
 
         scores, self.batch_size = in_batches(texts, self.batch_size, score)
         return checked(scores, batch, self.name)
@@ -105,10 +115,17 @@ class AdapterReward:
         return tuple(ids[: ends[-1]] if ends else ids)
 
 
-def check_same_base(path: Path, base: str) -> None:
-    """Refuse an adapter that was trained on another base than the actor's."""
-    config = PeftConfig.from_pretrained(str(path))
-    theirs = reward_description(path).get("base_model") or config.base_model_name_or_path or ""
+def check_same_base(path: Path, base: str, samples: Samples) -> None:
+    """Refuse an adapter that was trained on another base than the actor's, by the weights, else by the names.
+
+    Args:
+        path: of the adapter.
+        base: name of the actor's base.
+        samples: of the weights of the actor's base; empty where none is on this machine yet.
+    """
+    theirs = trained_on(path)
+    if check_base_weights(path, samples, base) or (not samples and base_samples(path)):
+        return  # the same, or compared once the actor's base is loaded
     names = [Path(name).name.lower().removesuffix("-bnb-4bit").removesuffix("-unsloth") for name in (theirs, base)]
     if all(names) and names[0] != names[1]:
         raise ValueError(
@@ -116,6 +133,40 @@ def check_same_base(path: Path, base: str) -> None:
             "nothing there. Train one on the actor's base (or, if this is the same base under another name, put that "
             f"name into {REWARD_FILE} and {CONFIG_NAME})."
         )
+    if all(names) and theirs != base:
+        warnings.warn(
+            f"The reward adapter in {path} was trained on {theirs!r}, which is not on this machine, so its weights "
+            f"could not be compared with those of the actor's base {base!r}: they are taken for the same by the name.",
+            stacklevel=2,
+        )
+
+
+def own_padding(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the padding token of a reward adapter used alone; None where its score is read at the last token.
+
+    The sources, in their order: what `RewardTrainer` wrote; a value head of LLaMA-Factory, which is read at the last
+    token; the adapter's own tokenizer, whose padding token TRL's `RewardTrainer` gives to the model; the base.
+
+    Args:
+        path: of the adapter.
+        info: of `reward_description`.
+        tokenizer: of the base.
+    """
+    if "pad_token_id" in info:
+        recorded = info["pad_token_id"]
+        if not isinstance(recorded, int | None):
+            raise ValueError(
+                f"{path / REWARD_FILE}: pad_token_id is {recorded!r}; it must be the id of a token, or null where the "
+                "score is read at the last token."
+            )
+        return recorded
+    if read_v_head(path):
+        return None
+    token = get_tokenizer_config(path).get("pad_token")
+    if token is not None:
+        return tokenizer.get_vocab().get(token["content"] if isinstance(token, dict) else token)
+    config = read_configuration(local_base(path))
+    return cast(int | None, config.get("text_config", config).get("pad_token_id"))
 
 
 def check_same_template(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

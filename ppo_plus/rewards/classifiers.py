@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +26,14 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..backbone import CACHE_NAMES, is_recurrent
+from ..bases import local_folder, read_weight
+from ..data import unpadded
+from ..heads import make_score_head, read_v_head
 from .completions import Completions, Score, checked
 from .reading import Reader, in_batches, most_tokens
+
+# A head among the weights that a classifier's class does not have; a language model's own is no head for scores.
+HEAD_KEY = re.compile(r"^(?!lm_head\.)\w*(?:head|score|classifier|reward|regression)\w*\.")
 
 
 class ClassifierReward:
@@ -35,7 +43,8 @@ class ClassifierReward:
     way such reward models are trained. Every other classifier reads one text, and so does an encoder that
     `RewardTrainer` has trained: through its own chat template where prompts are messages, else with its EOS at the end,
     with or without which the same text may get quite another score. `Reader` says what happens to a text that is longer
-    than the model reads.
+    than the model reads. The score is read where the model itself would read it of the text alone: at the last token
+    but for the padding token of the model's own configuration, whatever padding token the tokenizer has.
 
     Args:
         model: with one label; on its device already.
@@ -60,13 +69,11 @@ class ClassifierReward:
         labels = getattr(config, "num_labels", 1)
         if labels != 1:
             raise ValueError(f"The reward model {name!r} has num_labels={labels}; a reward model needs num_labels=1.")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if config is not None:  # sequence classifiers read the score at the last token that is not padding
-            config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        text_config = None if config is None else config.get_text_config()
+        own_padding, known = (getattr(text_config, key, None) for key in ("pad_token_id", "vocab_size"))
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
-        self.read = Reader(tokenizer, name, most_tokens(model, tokenizer))
+        self.read = Reader(tokenizer, name, most_tokens(model, tokenizer), own_padding, known)
         pairs = type(config) in MODEL_FOR_MASKED_LM_MAPPING and tokenizer.chat_template is None
         self.reads_pairs = pairs and not trained_on_one_text
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
@@ -79,9 +86,11 @@ class ClassifierReward:
         device = next(self.model.parameters()).device
 
         def score(texts: list) -> Tensor:
-            inputs = self.read(texts, batch).to(device)
+            inputs = self.read(texts, batch)
             self._check_vocabulary(int(inputs["input_ids"].max()))
-            return self.model(**inputs).logits[:, 0].float()
+            filler = self.read.padding(unpadded(inputs["input_ids"], inputs["attention_mask"]))
+            with set_padding(self.model, filler):
+                return self.model(**inputs.to(device)).logits[:, 0].float()
 
         scores, self.batch_size = in_batches(texts, self.batch_size, score)
         return checked(scores, batch, self.name)
@@ -93,6 +102,21 @@ class ClassifierReward:
                 f"The reward model {self.name!r} has embeddings for {known} tokens, but its tokenizer gave the id "
                 f"{largest}. Pass the reward model's own tokenizer in reward_processing_classes."
             )
+
+
+@contextlib.contextmanager
+def set_padding(model: nn.Module, pad_token_id: int) -> Iterator[None]:
+    """Set a classifier's padding token inside the block: it reads its score at the last token that is not this one."""
+    config = getattr(model, "config", None)
+    if config is None:
+        yield
+        return
+    config, before = config.get_text_config(), config.get_text_config().pad_token_id
+    config.pad_token_id = pad_token_id
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
 
 
 def provide_classifier(config: PreTrainedConfig) -> None:
@@ -117,10 +141,17 @@ def provide_classifier(config: PreTrainedConfig) -> None:
 
 
 def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, list[str]]:
-    """A sequence classifier with one label, and the names of those of its weights that its files do not hold.
+    """Load a sequence classifier with one label; a bias of its head is loaded too, and so is a value head beside it.
+
+    Args:
+        name: of a sequence classifier, or of a language model with a value head (`v_head.*`), as LLaMA-Factory writes.
+        dtype: of the weights.
+
+    Returns:
+        the model, and the names of those of its weights that its files do not hold.
 
     Raises:
-        ValueError: it was trained with another number of labels.
+        ValueError: it was trained with another number of labels, or with a head that transformers would not load.
     """
     provide_classifier(AutoConfig.from_pretrained(name, trust_remote_code=False))
     model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -131,7 +162,27 @@ def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMode
             f"{name!r} was trained with more than one label, so its outputs are classes. A reward model or critic "
             "gives one number: train one with num_labels=1."
         )
-    return model, sorted(info["missing_keys"])
+    missing, unexpected = sorted(info["missing_keys"]), set(info["unexpected_keys"])
+    if missing == ["score.weight"] and (head := read_v_head(local_folder(name))):
+        _set_score_head(model, head)
+        model.config.get_text_config().pad_token_id = None  # its score is read at the last token
+        return model, []
+    if "score.bias" in unexpected and "score.weight" not in missing:
+        bias = read_weight(local_folder(name), "score.bias")
+        _set_score_head(model, {"weight": cast(Any, model).score.weight.detach(), "bias": bias})
+        unexpected.remove("score.bias")
+    if left_out := sorted(key for key in unexpected if not missing and HEAD_KEY.search(key)):
+        raise ValueError(
+            f"{name!r} has a head that {type(model).__name__} does not load ({', '.join(left_out[:3])}), so its scores "
+            "would be others than it was trained for. Load it with the code that trained it, and pass a function that "
+            "asks it."
+        )
+    return model, missing
+
+
+def _set_score_head(model: PreTrainedModel, head: Mapping[str, Tensor]) -> None:
+    like = cast(Any, model).score.weight
+    cast(Any, model).score = make_score_head(head).to(like.device, like.dtype).requires_grad_()
 
 
 def own_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..chat import is_conversational
-from ..data import drop_doubled_start, pad_id, right_pad
+from ..data import right_pad, starts_twice
 from ..out_of_memory import in_chunks
 from .completions import Completions
 
@@ -24,54 +24,98 @@ class Reader:
     the longer text is cut.
 
     Args:
-        tokenizer: of the reward model.
+        tokenizer: of the reward model; its padding token is not used where the model has one of its own.
         name: of the reward model.
         longest: most tokens that it reads; None where there is no limit.
+        pad_token_id: the padding token in the configuration of the reward model itself; None where it has none.
+        embeddings: how many token ids the reward model has embeddings for; None where that is not known.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, longest: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        longest: int | None,
+        pad_token_id: int | None = None,
+        embeddings: int | None = None,
+    ) -> None:
         self.tokenizer, self.name, self.longest = tokenizer, name, longest
+        self.pad_token_id, self.embeddings = pad_token_id, embeddings
         self._said = False
 
     def __call__(self, texts: list, batch: Completions) -> BatchEncoding:
         """Inputs of the reward model, `(B, T)` each; a chat template has put its special tokens in already."""
-        options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "right", "verbose": False}
-        pairs, tokenized = isinstance(texts[0], tuple), isinstance(texts[0], list)
-        if pairs:
+        columns = self._tokenize(texts, batch)
+        tokens = max(map(len, columns["input_ids"]))
+        if self.longest is not None and tokens > self.longest:
+            pairs = isinstance(texts[0], tuple)
+            self._say_cut(tokens, self.longest, pairs)
+            if pairs:
+                columns = self._tokenize(texts, batch, truncation=True, max_length=self.longest)
+            else:
+                columns = self._keep_ends(columns, self.longest)
+        return self._pad(columns)
+
+    def padding(self, rows: Sequence[Sequence[int]]) -> int:
+        """Choose the id that fills short rows, such that a model which looks for it finds where each row ends.
+
+        It is the model's own padding token. A model without a usable one (None, or -1 as old configurations have it)
+        passes over no token, so it gets an id with which no row ends.
+        """
+        own, ends = self.pad_token_id, {row[-1] for row in rows if row}
+        known = self.tokenizer.vocab_size if self.embeddings is None else self.embeddings
+        if own is not None and 0 <= own < known:
+            return own
+        other = self.tokenizer.pad_token_id
+        candidates = [*([] if other is None else [other]), *range(known)]
+        return next(i for i in candidates if i < known and i not in ends)
+
+    def _tokenize(self, texts: list, batch: Completions, **options: Any) -> dict[str, list[list[int]]]:
+        if isinstance(texts[0], list):
+            return {"input_ids": texts}
+        if isinstance(texts[0], tuple):
             questions, answers = map(list, zip(*texts, strict=True))
             options |= {"text": questions, "text_pair": answers}
         else:
             options |= {"text": texts, "add_special_tokens": not is_conversational(batch.prompts[0])}
-        if tokenized:
-            input_ids, attention_mask = right_pad(texts, pad_id(self.tokenizer))
-            inputs = BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask})
-        else:
-            inputs = self.tokenizer(**options)
-            if not pairs and options["add_special_tokens"]:
-                inputs = drop_doubled_start(inputs, texts, self.tokenizer)
-        tokens = inputs["input_ids"].shape[1]
-        if self.longest is None or tokens <= self.longest:
-            return inputs
+        columns = dict(self.tokenizer(verbose=False, **options))
+        if options.get("add_special_tokens"):
+            ids = columns["input_ids"]
+            twice = [starts_twice(row, text, self.tokenizer) for row, text in zip(ids, texts, strict=True)]
+            columns = {
+                name: [row[int(drop) :] for row, drop in zip(rows, twice, strict=True)]
+                for name, rows in columns.items()
+            }
+        return columns
+
+    def _pad(self, columns: dict[str, list[list[int]]]) -> BatchEncoding:
+        rows = columns["input_ids"]
+        input_ids, attention_mask = right_pad(rows, self.padding(rows))
+        padded = {"input_ids": input_ids, "attention_mask": attention_mask}
+        for name in columns.keys() - padded.keys():
+            padded[name], _ = right_pad(columns[name], self.tokenizer.pad_token_type_id)
+        return BatchEncoding(padded)
+
+    def _say_cut(self, tokens: int, longest: int, pairs: bool) -> None:
         if not self._said:
             self._said = True
             warnings.warn(
-                f"The reward model {self.name!r} reads {self.longest} tokens, but prompt and response have up to "
+                f"The reward model {self.name!r} reads {longest} tokens, but prompt and response have up to "
                 f"{tokens}: {'the longer of the two is cut' if pairs else 'the beginning of the prompt is left out'}. "
                 "Lower max_prompt_length or response_length, or take a reward model that reads more.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        if pairs:
-            return self.tokenizer(**options, truncation=True, max_length=self.longest)
-        return self._ends(inputs, self.longest)
 
-    def _ends(self, inputs: BatchEncoding, longest: int) -> BatchEncoding:
-        kept = {name: tensor[:, :longest].clone() for name, tensor in inputs.items()}
-        for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
-            if length > longest:
-                first = int(inputs["input_ids"][row, 0].item() in self.tokenizer.all_special_ids)
-                for name, tensor in inputs.items():
-                    kept[name][row, first:] = tensor[row, length - longest + first : length]
-        return BatchEncoding(kept)
+    def _keep_ends(self, columns: dict[str, list[list[int]]], longest: int) -> dict[str, list[list[int]]]:
+        special = set(self.tokenizer.all_special_ids)
+        firsts = [int(ids[:1] != [] and ids[0] in special) for ids in columns["input_ids"]]
+        return {
+            name: [
+                row if len(row) <= longest else row[:first] + row[len(row) - longest + first :]
+                for row, first in zip(rows, firsts, strict=True)
+            ]
+            for name, rows in columns.items()
+        }
 
 
 def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -1,0 +1,93 @@
+"""Names of reward models that lead nowhere, and manifests that hold something else: each says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import make_trainer
+from huggingface_hub import constants
+
+from ppo_plus.adapters import adapter_folder, reward_description
+from ppo_plus.checkpoint import MANIFEST, damage, load_progress, seal
+
+STATUS = {"forbidden": 403, "down": 503, "gated": 403, "gone": 404, "locked": 401}
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers every request for `me/NAME` by the status of that name."""
+
+    def do_GET(self):
+        name = next(name for name in STATUS if f"/{name}" in self.path)
+        self.send_response(STATUS[name])
+        if name in ("gated", "gone", "locked"):
+            self.send_header("X-Error-Code", "GatedRepo" if name == "gated" else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def refusing_hub(monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False,
+                        "HF_HUB_CACHE": str(tmp_path / "cache")}.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    yield url
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["forbidden", "down", "gated"])
+def test_an_error_of_the_hub_is_not_taken_for_an_answer(refusing_hub, monkeypatch, name):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    says = f"'me/{name}' is gated" if name == "gated" else f"{STATUS[name]}.*'me/{name}'"
+    with pytest.raises(ValueError, match=says):
+        adapter_folder(f"me/{name}")
+
+
+def test_a_model_that_the_hub_does_not_have_is_no_adapter(refusing_hub):
+    assert adapter_folder("me/gone") is None and adapter_folder("me/locked") is None
+
+
+@pytest.mark.parametrize("role", ["reward_funcs", "model", "value_model"])
+@pytest.mark.parametrize("name", ["runs/reward/final", "/not/here", "./reward", "two--dashes/"])
+def test_a_folder_that_does_not_exist_is_named(tmp_path, role, name):
+    with pytest.raises(ValueError, match=f"no folder '{name}'"):
+        make_trainer(tmp_path, **{role: name})
+
+
+def test_an_instance_that_says_it_came_from_a_folder_that_has_gone_is_described_by_nothing():
+    assert reward_description("/has/gone/since") == {}
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", "\udcff"])
+@pytest.mark.parametrize("file", ["adapter_config.json", "reward_model.json"])
+def test_a_manifest_that_holds_something_else_is_named(tmp_path, base, reward_adapter, file, content):
+    folder = shutil.copytree(reward_adapter, tmp_path / "reward")
+    (folder / file).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=file):
+        make_trainer(tmp_path / "out", model=str(base), reward_funcs=str(folder))
+
+
+@pytest.mark.parametrize("content", ["[]", "3"])
+def test_a_manifest_of_a_checkpoint_that_holds_something_else_is_named(tmp_path, content):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "ppo_state_0.json").write_text(content)
+    seal(checkpoint)
+    assert damage(checkpoint) is None  # control
+    with pytest.raises(ValueError, match="ppo_state_0.json"):
+        load_progress(checkpoint, 0, {})
+    (checkpoint / MANIFEST).write_text(content)
+    assert f"{MANIFEST} must hold a JSON object, and holds {json.loads(content)}" in damage(checkpoint)
