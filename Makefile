@@ -4,6 +4,9 @@
 #   make demo     reward model, then PPO, on a real language model
 #   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory)
 #   make lint     ruff and mypy
+#   make test-oldest  tests of what other libraries can break, on the lower bounds of pyproject.toml
+#   make test-latest  the same on the newest of everything, constraints.txt notwithstanding
+#                 (both: VERSIONS_TORCH=torch==2.13.0 keeps that torch; from 2 GB of download for another one)
 #   make format   ruff rewrites what lint would complain about
 #   make findings runs what findings/ states about other libraries and says what no longer holds (needs the network)
 #   make clean    removes caches and build leftovers; .venv and results stay
@@ -22,13 +25,35 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The demo's model and reviews, so that no test needs the network. Where this fails, the demo says what to do.
 FETCH := import sys; sys.path.insert(0, "recipes"); import demo_assets as d; [d.fetch(p) for p in d.OWN]
 
-.PHONY: demo test lint format findings install clean
+# What a change in a library below has broken so far, and a short run of the recipe on the real model.
+VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modeling architectures resume quantized \
+                    reward_trainer rewards recipe)
+VERSIONS_TORCH ?=
+
+.PHONY: demo test test-oldest test-latest lint format findings install clean
 
 demo: install
 	$(PY) recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml $(ARGS)
 
 test: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(PYTHON) .ci/lower_bounds.py $(VERSIONS_TORCH) > .venv-oldest/lower_bounds.txt
+	.venv-oldest/bin/python -m pip install -c .venv-oldest/lower_bounds.txt -e '.[demo,test]'
+	$(call version_tests,.venv-oldest)
+
+# Without eager upgrades, what is installed already counts as new enough.
+test-latest:
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager $(or $(VERSIONS_TORCH),torch) -e '.[demo,test]'
+	$(call version_tests,.venv-latest)
+
+define version_tests
+	-$(1)/bin/python -c '$(FETCH)'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(VERSION_TESTS) $(ARGS)
+endef
 
 lint: install
 	$(PY) -m ruff check .

@@ -1,5 +1,10 @@
 """PPO for the Hugging Face ecosystem: reward model, then PPO, on one backbone, in `Trainer.train()`."""
 
+from .versions import check_versions, installed_versions
+
+check_versions(installed_versions())  # first: on older libraries, the imports below fail with less helpful errors
+
+# ruff: noqa: E402
 from .callbacks import (
     AdaptiveKLCallback,
     EarlyStoppingOnKLCallback,

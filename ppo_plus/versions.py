@@ -1,0 +1,75 @@
+"""Which versions of the libraries below ppo_plus are supported, and which were tested."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+
+@dataclass(frozen=True)
+class SupportedVersions:
+    """Versions of one library.
+
+    Attributes:
+        oldest: the lower bound in pyproject.toml; `make test-oldest` runs with it.
+        newest_tested: the newest that the tests were run with, as constraints.txt states; `make test-latest` finds out
+            whether newer ones work.
+    """
+
+    oldest: str
+    newest_tested: str
+
+
+SUPPORTED_VERSIONS: Mapping[str, SupportedVersions] = {
+    "torch": SupportedVersions("2.8", "2.13.0"),
+    "transformers": SupportedVersions("5.23", "5.24.0"),
+    "trl": SupportedVersions("1.16", "1.16.0"),
+    "peft": SupportedVersions("0.20", "0.21.2"),
+    "bitsandbytes": SupportedVersions("0.46.1", "0.50.2"),
+    "accelerate": SupportedVersions("1.10.1", "1.15.0"),
+    "datasets": SupportedVersions("4.7", "5.2.0"),
+    "safetensors": SupportedVersions("0.8", "0.8.0"),
+}
+
+
+def installed_versions() -> dict[str, Version]:
+    """Return the installed versions of these libraries, without local labels such as `+cpu`."""
+    found = {}
+    for name in SUPPORTED_VERSIONS:
+        try:
+            found[name] = Version(Version(version(name)).public)
+        except PackageNotFoundError:  # the import of the library says so
+            continue
+    return found
+
+
+def check_versions(installed: Mapping[str, Version]) -> None:
+    """Refuse libraries that are too old, and warn once of all that are newer than what was tested.
+
+    Args:
+        installed: version by library.
+
+    Raises:
+        ImportError: a library is older than the lower bound.
+    """
+    limits = {name: SUPPORTED_VERSIONS[name] for name in installed}
+    old = [name for name, limit in limits.items() if installed[name] < Version(limit.oldest)]
+    if old:
+        wanted = " ".join(f'"{name}>={limits[name].oldest}"' for name in old)
+        raise ImportError(f"ppo_plus does not run on {_named(old, installed)}. Run: pip install -U {wanted}")
+    new = [name for name, limit in limits.items() if installed[name] > Version(limit.newest_tested)]
+    if new:
+        tested = ", ".join(f"{name} {limits[name].newest_tested}" for name in new)
+        warnings.warn(
+            f"ppo_plus was not tested with {_named(new, installed)}; the newest tested: {tested}. If something fails, "
+            "install those.",
+            stacklevel=2,
+        )
+
+
+def _named(names: list[str], installed: Mapping[str, Version]) -> str:
+    return ", ".join(f"{name} {installed[name]}" for name in names)

@@ -1,0 +1,95 @@
+"""Supported versions: pyproject.toml and constraints.txt agree with one table; an import refuses or names others."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from ppo_plus.versions import SUPPORTED_VERSIONS, check_versions, installed_versions
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = [*SUPPORTED_VERSIONS]
+
+
+def newest(**other: str) -> dict[str, Version]:
+    tested = {name: limit.newest_tested for name, limit in SUPPORTED_VERSIONS.items()}
+    return {name: Version(v) for name, v in {**tested, **other}.items()}
+
+
+def oldest(**other: str) -> dict[str, Version]:
+    bounds = {name: limit.oldest for name, limit in SUPPORTED_VERSIONS.items()}
+    return {name: Version(v) for name, v in {**bounds, **other}.items()}
+
+
+def test_the_lower_bounds_are_those_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = {r.name: str(r.specifier) for r in map(Requirement, project["dependencies"])}
+    assert bounds == {name: f">={limit.oldest}" for name, limit in SUPPORTED_VERSIONS.items()}
+
+
+def test_the_newest_tested_versions_are_those_of_constraints():
+    """A pin may be older than the newest version tested where its comment names that one."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", "\n".join(lines), re.MULTILINE))
+    later = dict(re.findall(r"^([\w-]+)==\S+ +# newest tested: (\S+)$", "\n".join(lines), re.MULTILINE))
+    assert {**pins, **later}.items() >= {name: v.newest_tested for name, v in SUPPORTED_VERSIONS.items()}.items()
+    assert all(Version(pins[name]) < Version(tested) for name, tested in later.items())
+
+
+def test_every_library_is_looked_at():
+    found = installed_versions()
+    assert list(found) == LIBRARIES
+    assert all(v.local is None for v in found.values())  # "2.13.0+cpu" is newer than "2.13.0" to `Version`
+
+
+@pytest.mark.parametrize("versions", [oldest(), newest()])
+def test_the_supported_range_is_taken_without_a_word(versions):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_versions(versions)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_an_older_library_is_refused_with_the_version_and_the_command(name):
+    with pytest.raises(
+        ImportError, match=rf'{name} 0\.0\.1\b.*pip install -U "{name}>={SUPPORTED_VERSIONS[name].oldest}"'
+    ):
+        check_versions(newest(**{name: "0.0.1"}))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_newer_library_is_named_in_one_warning(name):
+    tested = SUPPORTED_VERSIONS[name].newest_tested
+    with pytest.warns(UserWarning) as caught:
+        check_versions(newest(**{name: "999.0"}))
+    assert len(caught) == 1
+    assert f"{name} 999.0" in str(caught[0].message) and f"{name} {tested}" in str(caught[0].message)
+    assert not any(other in str(caught[0].message) for other in LIBRARIES if other not in name)
+
+
+def test_several_newer_libraries_share_a_warning():
+    with pytest.warns(UserWarning, match=r"torch 999\.0, trl 999\.1") as caught:
+        check_versions(newest(torch="999.0", trl="999.1"))
+    assert len(caught) == 1
+
+
+def test_the_import_refuses_before_it_imports_anything_large(tmp_path):
+    info = tmp_path / "transformers-5.20.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.20.0\n", encoding="utf-8")
+    script = (
+        "import sys\ntry:\n    import ppo_plus\nexcept ImportError as error:\n    print(error, 'torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}\n{script}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "transformers 5.20.0" in result.stdout and result.stdout.endswith("False\n")
