@@ -157,6 +157,11 @@ class ActorCritic(nn.Module):
         return [self.language_model, *self._ref_model]
 
     @property
+    def transformers_models(self) -> list[PreTrainedModel]:
+        """All models of transformers in here: the policy, a reference and a critic of their own."""
+        return [*self.frozen_models, *([unwrapped(self.value_model)] if self.value_model else [])]
+
+    @property
     def device(self) -> torch.device:
         """The device of the policy."""
         return self.policy.device

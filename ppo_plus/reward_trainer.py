@@ -30,6 +30,7 @@ from .bases import encode_samples, sample_model
 from .config import RewardConfig, refuse_sharding
 from .data import check_embedded
 from .hub import HubMixin, save_arguments
+from .liger import LigerMixin, apply_liger, check_liger, check_liger_model
 from .loading import count_embeddings, let_go_of_file, load_config
 from .lora import use_plain_lora
 from .norms import use_lean_norms
@@ -45,7 +46,7 @@ STARTS = (
 )
 
 
-class RewardTrainer(HubMixin, TRLRewardTrainer):
+class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
     """Trains a reward model with the pairwise loss; arguments are those of `trl.RewardTrainer`.
 
     Args:
@@ -70,6 +71,7 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
     ) -> None:
         args = args if args is not None else RewardConfig(output_dir="reward_model")
         refuse_sharding(args)
+        check_liger(args)
         model = str(model) if isinstance(model, Path) else model
         check_own_weights(peft_config, "peft_config")
         check_no_adapter(model, STARTS)
@@ -84,7 +86,10 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
         if isinstance(model, str):
             options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
-            provide_classifier(load_config(model, options))
+            config = load_config(model, options)
+            provide_classifier(config)
+            if args.use_liger_kernel:
+                check_liger_model(config)
         self._calibration: dict[str, Any] = {}
         kwargs["processing_class"] = tokenizer_with_embeddings(model, args, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
@@ -95,6 +100,8 @@ class RewardTrainer(HubMixin, TRLRewardTrainer):
         use_plain_lora(self.model)
         use_lean_norms(self.model)
         keep_head_precise(self.model)
+        if args.use_liger_kernel:
+            apply_liger([self.model], args)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trainer's `train`, which makes other weights of those that were calibrated."""

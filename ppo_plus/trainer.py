@@ -57,6 +57,7 @@ from .config import PPOConfig
 from .data import Row, check_embedded, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
 from .evaluation import EvaluationMixin, WinRate
 from .legacy import with_named_adapters
+from .liger import LigerMixin, apply_liger
 from .loading import build_actor_critic, count_embeddings, critic_source, load_policy, load_tokenizer
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
@@ -82,7 +83,7 @@ from .validation import (
 )
 
 
-class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
+class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     """Proximal policy optimization (Schulman et al. 2017) of a language model against a reward.
 
     Args:
@@ -181,6 +182,8 @@ class PPOTrainer(CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
         self.collector = self._build_collector(reward_funcs, reward_processing_classes)
+        if args.use_liger_kernel:  # last: weights are probed on the CPU before, where its kernels do not run
+            apply_liger(actor_critic.transformers_models, args)
         self._add_callbacks()
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0

@@ -17,6 +17,7 @@ from .adapters import adapter_folder, check_no_adapter, check_own_weights, check
 from .bases import Samples, local_folder, sample_files, sample_model
 from .callbacks import PPOCallback
 from .config import PPOConfig, refuse_sharding
+from .liger import check_liger, check_liger_model
 from .loading import base_name, check_adapter_kind, load_config
 from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
@@ -56,6 +57,7 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
         check_best_metric(cast(str, args.metric_for_best_model), list(eval_dataset))
     if args.n_gpu > 1:
         raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
+    check_liger(args)
     check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
     check_output_dir(cast(str, args.output_dir))
 
@@ -142,6 +144,10 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
     """Refuse adapters that train their base, or that were not trained as reward models of this base."""
     check_adapter_kind(peft_config)
     actors = actors_adapter(model, peft_config)
+    if args.use_liger_kernel:
+        named = not isinstance(model, nn.Module)
+        init_kwargs = cast(dict, args.model_init_kwargs or {})
+        check_liger_model(load_config(base_name(model), init_kwargs) if named else model.config)
     folders = map(
         adapter_folder, [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]
     )

@@ -1,0 +1,113 @@
+"""Liger's Triton kernels in the layers of language models: norms, rotary embeddings, gated MLPs.
+
+Trainer patches the outermost model, which for PPO is an `ActorCritic` and no language model, and it turns on a fused
+cross entropy, which replaces the `forward` of a classifier too. Here the models inside are patched, and losses stay
+off: logits never leave the model, and a reward model has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import is_liger_kernel_available
+
+DEVICES = ("cuda", "xpu", "npu")  # for which Liger has kernels; ROCm calls itself cuda
+LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+MOST_APART = 0.05  # of the largest hidden state; bf16 rounds each operation to 2^-8
+
+
+def check_liger(args: Any) -> None:
+    """Refuse `use_liger_kernel=True` where its kernels could not run, or where a loss of Liger's is asked for."""
+    if not args.use_liger_kernel:
+        return
+    name = type(args).__name__
+    if args.device.type not in DEVICES:
+        raise ValueError(
+            f"{name}: use_liger_kernel=True needs a GPU for which Liger has Triton kernels (CUDA, ROCm, XPU), and "
+            f"training is on {args.device.type!r}. Remove it."
+        )
+    if not is_liger_kernel_available():
+        raise ValueError(f"{name}: use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel.")
+    asked = [loss for loss in LOSSES if (args.liger_kernel_config or {}).get(loss)]
+    if asked:
+        raise ValueError(
+            f"{name}: liger_kernel_config asks for {asked[0]}, but the loss here is no cross entropy. Remove it."
+        )
+
+
+def check_liger_model(config: PreTrainedConfig) -> None:
+    """Refuse a family for which Liger has no kernels; it would only log that it does nothing."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"use_liger_kernel=True: this version of liger-kernel has no kernels for model_type={config.model_type!r}. "
+            "Remove it."
+        )
+
+
+def apply_liger(models: Iterable[nn.Module], args: Any) -> None:
+    """Give the layers of models on a GPU Liger's kernels, and check that they compute what the layers did.
+
+    Args:
+        models: language models, classifiers, or these with adapters.
+        args: of the trainer: `liger_kernel_config` chooses kernels.
+
+    Raises:
+        ValueError: Liger has no kernels for a model, or they give other hidden states.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    for model in models:
+        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        check_liger_model(base.config)
+        expected = probe_states(base)
+        _apply_liger_kernel_to_instance(model=base, **{**(args.liger_kernel_config or {}), **LOSSES})
+        gap = (probe_states(base) - expected).abs().max() / expected.abs().max()
+        if not gap < MOST_APART:
+            raise ValueError(
+                f"use_liger_kernel=True: Liger's kernels move the hidden states of {type(base).__name__} by {gap:.0%}, "
+                "so they do not fit this version of transformers. Remove it, or install another liger-kernel."
+            )
+
+
+@torch.no_grad()
+def probe_states(model: PreTrainedModel) -> Tensor:
+    """Return last hidden states of a few tokens, `(1, 6, H)` float32."""
+    training = model.training
+    model.eval()
+    ids = torch.arange(1, 7, device=model.device)[None]
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    model.train(training)
+    return states
+
+
+class LigerMixin:
+    """For a `Trainer` that has applied Liger's kernels itself: keeps Trainer from applying them to another model."""
+
+    args: Any
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trainer's `train`, which reads `use_liger_kernel` before it asks for its initial values."""
+        self._uses_liger, self.args.use_liger_kernel = self.args.use_liger_kernel, False
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)  # type: ignore[misc]
+        finally:
+            self.args.use_liger_kernel = self._uses_liger
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        """Trainer's; from here on the arguments are the user's again, for callbacks and for what is saved."""
+        self.args.use_liger_kernel = self._uses_liger
+        return super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
