@@ -111,6 +111,13 @@ def set_trained(model: nn.Module, adapter: str, trained: bool) -> None:
             parameter.requires_grad_(trained)
 
 
+def train_adapter(model: nn.Module) -> None:
+    """Train the active adapters of a model whose adapters were loaded frozen, as `PeftModel.from_pretrained` does."""
+    if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
+        for adapter in active_adapters(model):
+            set_trained(model, adapter, True)
+
+
 def weights_as(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
     """Copies of one adapter's weights, by the names that they have in another adapter of the same form."""
     own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(name, adapter)}

@@ -10,12 +10,18 @@ which would bias the policy gradient, and the first rollout has one as well.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from .rollout import readable
+
+REWARD_LINE = "reward_line"  # in the header of a value head's file: slope and intercept, as JSON
 MEMORY = 256  # responses, over which an old rollout's weight falls to 1/e
 PRIOR = 8  # responses that speak for a slope of 0: how little a few of them tell
 
@@ -74,3 +80,13 @@ def lines(moments: Tensor) -> tuple[Tensor, Tensor]:
     trust = responses / (responses + PRIOR)
     slope = torch.where(variance > 1e-8 * squared, trust * covariance / variance, 0.0)
     return slope, of_return - slope * score
+
+
+def saved_reward_line(file: Path) -> tuple[float, float] | None:
+    """Read slope and intercept of the baseline beside which a value head was trained; None where there was none."""
+    with readable(file), safe_open(file, framework="pt") as tensors:
+        line = (tensors.metadata() or {}).get(REWARD_LINE)
+    if line is None:
+        return None
+    slope, intercept = json.loads(line)
+    return slope, intercept

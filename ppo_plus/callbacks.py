@@ -76,6 +76,9 @@ class PPOCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """After scoring: `scores` `(N,)`, reward units, may be changed in place; `all_scores` of all processes.
 
+        `all_scores` are the scores as the callback before left them. A callback that only some processes have gets
+        them as the last one left them that all processes have.
+
         NaN marks a response that no reward function scored. A score is what a response earns in all; the part of it
         in `token_rewards`, `(N, R)`, is paid at single tokens, and may be changed in place too.
         """
@@ -87,20 +90,26 @@ class PPOCallback(TrainerCallback):
         """When advantages are known; `metrics` (of all processes) will be logged and may be added to."""
 
 
+def hears_scores(callback: PPOCallback) -> bool:
+    """Tell whether a callback overrides `on_scores`."""
+    return getattr(callback.on_scores, "__func__", None) is not PPOCallback.on_scores
+
+
 class AdaptiveKLCallback(PPOCallback, ExportableState):
     """Steers the KL coefficient so that the policy stays about so far from the reference.
 
     Args:
         target: wished KL per response, nats (proportional controller of Ziegler et al. 2019, section 2.2).
-        horizon: episodes over which the controller acts; smaller is faster.
+        horizon: episodes over which the controller acts; smaller is faster. None means a tenth of the run's episodes,
+            at least one rollout and at most 10,000 (Ziegler's): the coefficient can then change sevenfold in the run.
         band: `(low, high)` in nats; if given, the coefficient is halved below and doubled above, and `target` and
             `horizon` play no part (adaptive KL penalty of PPO, Schulman et al. 2017, section 4).
     """
 
     def __init__(
-        self, target: float = 6.0, horizon: int = 10_000, band: tuple[float, float] | list[float] | None = None
+        self, target: float = 6.0, horizon: int | None = None, band: tuple[float, float] | list[float] | None = None
     ) -> None:
-        if not (is_number(target) and is_number(horizon) and target > 0 and horizon > 0):
+        if not (is_number(target) and target > 0 and (horizon is None or (is_number(horizon) and horizon > 0))):
             raise ValueError(f"AdaptiveKLCallback: target={target!r} and horizon={horizon!r} must be above 0.")
         if band is not None and not (len(band) == 2 and all(map(is_number, band)) and 0 <= band[0] < band[1]):
             raise ValueError(f"AdaptiveKLCallback: band={band} must be (low, high) with 0 <= low < high.")
@@ -115,7 +124,7 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
                 "(0.05 is the default), or leave the callback out."
             )
         episodes = args.rollout_batch_size * args.world_size
-        if self.band is None and MAX_KL_ERROR * episodes >= self.horizon:
+        if self.band is None and self.horizon is not None and MAX_KL_ERROR * episodes >= self.horizon:
             raise ValueError(
                 f"AdaptiveKLCallback: horizon={self.horizon} episodes is too short for rollouts of {episodes}, each of "
                 f"which may change the coefficient by {MAX_KL_ERROR * episodes / self.horizon:.0%}: set horizon above "
@@ -127,6 +136,15 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
         self.check_arguments(args)
         if state.global_step == 0:
             self.kl_coef = None
+        if self.band is None and self.horizon is not None:
+            rollout, run = _episodes(args, state)
+            if MAX_KL_ERROR * run < 0.1 * self.horizon:
+                warnings.warn(
+                    f"AdaptiveKLCallback: with horizon={self.horizon} the KL coefficient changes by at most "
+                    f"{MAX_KL_ERROR * run / self.horizon:.1%} in all of this run's {run} episodes. Leave horizon out: "
+                    f"it is then {default_horizon(rollout, run)}.",
+                    stacklevel=2,
+                )
 
     def on_rollout_begin(self, args: Any, state: Any, control: Any, settings: RolloutSettings, **kwargs: Any) -> None:
         """Put the current coefficient to work."""
@@ -146,8 +164,9 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
                 self.kl_coef,
                 metrics["kl"],
                 target=self.target,
-                horizon=self.horizon,
+                horizon=self.horizon or default_horizon(*_episodes(args, state)),
                 episodes=args.rollout_batch_size * args.world_size,
+                max_error=MAX_KL_ERROR,
             )
 
     def state(self) -> dict:
@@ -157,6 +176,17 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
             "args": {"target": self.target, "horizon": self.horizon, "band": band},
             "attributes": {"kl_coef": self.kl_coef},
         }
+
+
+def _episodes(args: PPOConfig, state: TrainerState) -> tuple[int, int]:
+    """Episodes of one rollout and of the whole run, over all processes."""
+    rollout = args.rollout_batch_size * args.world_size
+    return rollout, rollout * -(-state.max_steps // args.steps_per_rollout)
+
+
+def default_horizon(rollout: int, run: int) -> int:
+    """Choose the horizon of the KL controller, in episodes, for a run of so many."""
+    return max(rollout, min(run // 10, 10_000))
 
 
 class RewardNormalizationCallback(PPOCallback, ExportableState):

@@ -6,8 +6,11 @@ where it does. Training and evaluation collect with the same code.
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -276,6 +279,12 @@ class Collector:
     def union(self, names: list[str]) -> list[str]:
         """The names that any process has, sorted."""
         return sorted({*names} if self.accelerator.num_processes == 1 else {*gather_object(names)})
+
+    def shared(self, names: list[str]) -> Counter[str]:
+        """Count how often each name is on every process."""
+        if self.accelerator.num_processes == 1:
+            return Counter(names)
+        return functools.reduce(operator.and_, map(Counter, gather_object([names])))
 
     def moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
         """Mean and variance over what is not NaN, or over the mask; over all processes."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -16,6 +17,11 @@ from trl import RewardConfig as TRLRewardConfig
 
 from .functional import KL_ESTIMATORS
 from .legacy import TRLFields, takes_derived_sizes
+
+if TYPE_CHECKING:
+    TokenIds = int | list[int] | None
+else:
+    TokenIds = list[int] | None  # HfArgumentParser reads one type for each argument of the command line
 
 
 def _field(default: Any, text: str) -> Any:
@@ -97,7 +103,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     top_k: int = _field(0, "Sample among the k likeliest tokens; 0 turns it off.")
     min_p: float = _field(0.0, "Drop tokens less likely than min_p times the likeliest; 0 turns it off.")
     stop_token: Literal["eos"] | None = _field(None, "'eos': responses end at the tokenizer's EOS, as by default.")
-    stop_token_id: int | None = _field(None, "Another token id that ends a response, besides the EOS ids.")
+    stop_token_id: TokenIds = _field(None, "A token id, or a list of them, that ends a response besides the EOS ids.")
     missing_eos_penalty: float | None = _field(1.0, "Subtracted from the score of a response without a stop token.")
     include_eos: bool = _field(True, "Whether the stop token is an action that is learned.")
 
@@ -230,6 +236,13 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
+    def extra_stop_ids(self) -> list[int]:
+        """The ids in `stop_token_id`, as a list."""
+        if self.stop_token_id is None:
+            return []
+        return [self.stop_token_id] if isinstance(self.stop_token_id, int) else list(self.stop_token_id)
+
+    @property
     def prompt_options(self) -> dict[str, Any]:
         """How prompts become token ids."""
         return {name: getattr(self, name) for name in ("max_prompt_length", "chat_template_kwargs")}
@@ -257,6 +270,12 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             _require(
                 value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None"
             )
+        stop = self.stop_token_id
+        _require(
+            stop is None or _is_token_id(stop) or (isinstance(stop, list | tuple) and all(map(_is_token_id, stop))),
+            self, "stop_token_id",
+            "a token id, a list of them, or None (the id of a token's text is tokenizer.convert_tokens_to_ids(text))",
+        )  # fmt: skip
         _require(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
         for name, zero in (("num_sample_generations", "never"), ("critic_warmup_steps", "none")):
             value = getattr(self, name)
@@ -364,6 +383,17 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
                 raise ValueError(f"PPOConfig: {name}={getattr(self, name)!r} is not supported: {why}. Remove it.")
 
 
+def copy_arguments(args: Any) -> Any:
+    """Copy a configuration for a trainer, which settles some fields of it; the user's own stays as it is.
+
+    `copy.copy` would leave out the Hub's token, as pickling does.
+    """
+    copied = object.__new__(type(args))
+    vars(copied).update({name: copy.copy(v) if isinstance(v, dict | list) else v for name, v in vars(args).items()})
+    copied.accelerator_config = copy.deepcopy(args.accelerator_config)
+    return copied
+
+
 def refuse_sharding(config: Any) -> None:
     """Refuse what would split the model over processes, by a field of the configuration or by `accelerate launch`.
 
@@ -392,6 +422,10 @@ def refuse_sharding(config: Any) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token_id(value: object) -> bool:
+    return _is_int(value) and cast(int, value) >= 0
 
 
 def _is_dict(value: object) -> bool:

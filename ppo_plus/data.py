@@ -365,11 +365,11 @@ def check_ids(ids: Sequence[int], response_length: int, context: int | None, emb
         )
 
 
-def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, extra: int | None) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS, all that the model declares, and one more if given."""
+def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, extra: Sequence[int] = ()) -> list[int]:
+    """List every id that ends a response: the tokenizer's EOS, those that the model declares, and further ones."""
     declared = getattr(generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
-    ids: list[Any] = [tokenizer.eos_token_id, *declared, extra]
+    ids: list[Any] = [tokenizer.eos_token_id, *declared, *extra]
     return sorted({int(i) for i in ids if i is not None})
 
 

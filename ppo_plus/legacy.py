@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import weights_as
+from .baseline import saved_reward_line
 from .heads import HEAD_FILES, V_HEAD, find_shards, read_tensors
 
 if TYPE_CHECKING:
@@ -156,9 +157,11 @@ def load_value_head(model: ActorCritic, directory: str | Path) -> None:
             the tensors; or `value_head.safetensors` or `value_head.bin`.
 
     Raises:
-        ValueError: there is no value head in it, or it is one of another model.
+        ValueError: there is no value head in it, or it is one of another model, or it was trained to be the value by
+            itself and here a reward baseline would be added to it, or the reverse.
     """
     state = read_value_head(Path(directory))
+    check_same_baseline(model, Path(directory))
     own = model.value_head.state_dict()
     found, needed = ({name: tuple(t.shape) for name, t in sorted(each.items())} for each in (state, own))
     if found != needed:
@@ -167,6 +170,20 @@ def load_value_head(model: ActorCritic, directory: str | Path) -> None:
             "base, and value_head='linear' for checkpoints of TRL and LLaMA-Factory."
         )
     model.value_head.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+
+
+def check_same_baseline(model: ActorCritic, directory: Path) -> None:
+    """Refuse a head whose output is the value where here it is what a reward baseline leaves over, and the reverse."""
+    file = directory / HEAD_FILES[0]
+    trained_with = file.is_file() and saved_reward_line(file) is not None
+    if trained_with == model.adds_reward_baseline:
+        return
+    have, lack = ("with", "without") if trained_with else ("without", "with")
+    raise ValueError(
+        f"The value head in {directory} was trained {have} a reward baseline and this run is {lack} one, so its values "
+        f"would be off by the baseline, about the mean return. Set reward_baseline={trained_with} in PPOConfig"
+        + (", with the reward adapter that it was trained with." if trained_with else ".")
+    )
 
 
 def read_value_head(directory: Path) -> dict[str, Tensor]:
@@ -200,6 +217,13 @@ def export_with_value_head(
         raise ValueError(
             "Only critic='shared' and 'detached' can be written as v_head.*, which reads the actor's hidden states; "
             "this critic has weights of its own."
+        )
+    if model.reward_line is not None:
+        raise ValueError(
+            "reward_baseline adds a line through the reward adapter's scores to the output of this value head, and "
+            "v_head.* has no place for it, so the exported values would be off by about the mean return. Train with "
+            "reward_baseline=False, or resume with it until the head has learned the whole value; save_model() saves "
+            "the policy either way."
         )
     own = model.value_head.state_dict()
     if own.keys() != set(TO_OURS.values()):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import CONFIG_NAME, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .adapters import (
+    HEADS,
     active_adapters,
     adapter_folder,
     check_base_is_frozen,
@@ -36,6 +37,7 @@ from .adapters import (
     names_for,
     same_requires_grad,
     set_trained,
+    train_adapter,
     weights_as,
     weights_for,
 )
@@ -49,6 +51,7 @@ from .modeling import (
     check_architecture,
     unwrapped,
 )
+from .precision import hold_trained_in_fp32
 from .rewards.classifiers import load_classifier
 from .rollout import isolated_rng, position_seed
 from .weights import check_model_weights
@@ -134,8 +137,11 @@ def load_policy(
     unless `model_init_kwargs` says otherwise.
 
     Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
+
+    The trained weights of a model that is loaded already are cast to fp32 in place.
     """
     check_adapter_kind(peft_config)
+    by_name = isinstance(model, str)
     if isinstance(model, str):
         folder = adapter_folder(model)
         kwargs = {
@@ -166,8 +172,25 @@ def load_policy(
                 "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
                 "train an adapter, or call model.requires_grad_(True) to train the whole."
             )
+        if not by_name:
+            hold_trained_in_fp32(model)  # `check_precision` has spoken of a name's dtype
         return model
-    return _refusing_to_merge(get_peft_model(model, peft_config))
+    return _refusing_to_merge(get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM)))
+
+
+def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
+    """Copy an adapter's configuration for a new adapter that is trained for a task.
+
+    One that was read from a saved adapter says `inference_mode`, under which PEFT trains nothing. PEFT writes into the
+    configuration that it gets, so it never gets the user's own.
+    """
+    config = copy.deepcopy(peft_config)
+    config.inference_mode, config.task_type = False, task_type
+    heads = HEADS if task_type == TaskType.CAUSAL_LM and peft_config.task_type != task_type else ()
+    modules = [name for name in getattr(config, "modules_to_save", None) or [] if name not in heads]
+    if hasattr(config, "modules_to_save"):
+        config.modules_to_save = modules or None
+    return config
 
 
 @torch.no_grad()
@@ -273,6 +296,8 @@ def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Criti
         value_model, missing = load_classifier(str(value_model), torch.float32)
         if "score.weight" in missing:  # of a language model; drawn at random it would be noise in every value
             nn.init.zeros_(value_model.score.weight)
+    train_adapter(value_model)
+    hold_trained_in_fp32(value_model)
     return CriticSource(args.critic, None, 1.0, value_model, head, seed)
 
 
@@ -320,6 +345,8 @@ def build_actor_critic(
         start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_head(critic.model)
         own = policy if critic.model is None else critic.model
         value_head = ValueHead(own.config.get_text_config().hidden_size, *critic.head)
+    if isinstance(policy, PeftModel):  # with the critic's adapter on it
+        hold_trained_in_fp32(policy)
     if start is not None and critic.head[0] == "linear":
         linear = cast(nn.Linear, value_head.layers[0])
         linear.weight.data.copy_(start.weight * critic.scale)

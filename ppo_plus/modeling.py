@@ -10,10 +10,11 @@ Notation: B rows, P prompt tokens (left-padded), R response tokens (right-padded
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,12 +22,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .adapters import active_adapter, adapter_weights, belongs_to, fitting, load_adapter, mount, use_adapter
 from .attention import SDPA, choose_attention
 from .backbone import OTHER, backbone_interface, cache_of, check_decoding, is_recurrent
+from .baseline import REWARD_LINE, saved_reward_line
 from .devices import float64_device
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
@@ -119,6 +122,10 @@ class ActorCritic(nn.Module):
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         use_plain_lora(policy)
         use_lean_norms(policy)
+        self.adds_reward_baseline = (
+            False  # whether values are the head's plus a line through the reward adapter's scores
+        )
+        self.reward_line: tuple[float, float] | None = None  # its slope and intercept; None where the head is the value
         self._compiled = False
         self._mode: bool | None = None  # not known: an adapter may be in training and its base not
         self._active: PreTrainedModel = self.language_model
@@ -585,7 +592,8 @@ class ActorCritic(nn.Module):
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         """Write the adapter as PEFT does (or the whole model where there is none) and `value_head.safetensors`.
 
-        A critic's own adapter goes to the folder `critic`, its own model to `value_model`.
+        A critic's own adapter goes to the folder `critic`, its own model to `value_model`; the header of the head's
+        file has the slope and intercept of a reward baseline, `reward_line`.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -593,11 +601,12 @@ class ActorCritic(nn.Module):
             adapters = ["default", CRITIC_ADAPTER] if self.critic == "adapter" else ["default"]
             self.policy.save_pretrained(str(directory), selected_adapters=adapters)
         else:
-            self.policy.save_pretrained(str(directory))
+            save_model(self.policy, directory)
         if self.value_model is not None:
-            self.value_model.save_pretrained(str(directory / VALUE_MODEL))
+            save_model(self.value_model, directory / VALUE_MODEL)
         head = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
-        save_file(head, directory / VALUE_HEAD_FILE, metadata={"format": "pt"})
+        line = {} if self.reward_line is None else {REWARD_LINE: json.dumps(self.reward_line)}
+        save_file(head, directory / VALUE_HEAD_FILE, metadata={"format": "pt", **line})
 
     def load_weights(self, directory: str | Path) -> None:
         """Read into this model what `save_pretrained` wrote; nothing missing, nothing left over."""
@@ -614,6 +623,44 @@ class ActorCritic(nn.Module):
             head = load_file(head_file)
         with fitting(f"The value head in {directory}", "Use the same base, value_head and value_head_activation."):
             self.value_head.load_state_dict(head)
+        self.reward_line = saved_reward_line(head_file)
+
+
+def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:
+    """Write a model with its generation config as it is.
+
+    transformers validates the generation config and writes nothing after a mistake in it, such as a `temperature`
+    without `do_sample`. The weights are worth more than that, and the base was published with the same mistake.
+    """
+    config = getattr(model, "generation_config", None)
+    if isinstance(model, PeftModel) or not isinstance(config, GenerationConfig):
+        with without_generation_parameters(model.config):
+            model.save_pretrained(str(directory))
+        return
+    try:
+        model.generation_config = GenerationConfig()
+        with without_generation_parameters(model.config):
+            model.save_pretrained(str(directory))
+    finally:
+        model.generation_config = config
+    if (file := directory / GENERATION_CONFIG_NAME).is_file():
+        config.to_json_file(file, keys_to_pop=["compile_config"])
+
+
+@contextlib.contextmanager
+def without_generation_parameters(config: Any) -> Iterator[None]:
+    """Leave out of a model's configuration, inside the block, what scripts set there for `generate`.
+
+    transformers refuses to save a model with them (`model.config.max_length = 50`), after it was trained.
+    """
+    declared = {field.name for field in fields(config)}
+    names = (GenerationConfig().to_dict().keys() & vars(config).keys()) - declared - {"use_cache"}
+    names = {name for name in names if not name.endswith("_token_id")}  # which belong to a model as well
+    hidden = {name: vars(config).pop(name) for name in names}
+    try:
+        yield
+    finally:
+        vars(config).update(hidden)
 
 
 def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str = "default") -> None:

@@ -25,15 +25,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
-from .adapters import REWARD_FILE, check_no_adapter, check_own_weights
+from .adapters import HEADS, REWARD_FILE, check_no_adapter, check_own_weights, train_adapter
 from .bases import encode_samples, sample_model
-from .config import RewardConfig, refuse_sharding
+from .config import RewardConfig, copy_arguments, refuse_sharding
 from .data import check_embedded
 from .hub import HubMixin, save_arguments
 from .liger import LigerMixin, apply_liger, check_liger, check_liger_model
-from .loading import count_embeddings, let_go_of_file, load_config
+from .loading import config_to_train, count_embeddings, let_go_of_file, load_config
 from .lora import use_plain_lora
+from .modeling import without_generation_parameters
 from .norms import use_lean_norms
+from .precision import check_trained_dtype, hold_trained_in_fp32
 from .preferences import tokenize_pairs
 from .rewards.adapters import template_hash
 from .rewards.classifiers import provide_classifier
@@ -51,7 +53,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
 
     Args:
         model: a name, or a sequence classifier with one label.
-        args: hyper-parameters.
+        args: hyper-parameters; the trainer has a copy of them.
         peft_config: the adapter to train; `score` is added to its `modules_to_save`.
         **kwargs: see `trl.RewardTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, ...
     """
@@ -69,15 +71,14 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else RewardConfig(output_dir="reward_model")
+        args = copy_arguments(args) if args is not None else RewardConfig(output_dir="reward_model")
         refuse_sharding(args)
         check_liger(args)
         model = str(model) if isinstance(model, Path) else model
         check_own_weights(peft_config, "peft_config")
         check_no_adapter(model, STARTS)
         if peft_config is not None:
-            peft_config = copy.deepcopy(peft_config)
-            peft_config.task_type = TaskType.SEQ_CLS
+            peft_config = config_to_train(peft_config, TaskType.SEQ_CLS)
             saved = getattr(peft_config, "modules_to_save", None) or []
             peft_config.modules_to_save = sorted({*saved, "score"})
         if peft_config is not None and isinstance(model, str):
@@ -90,16 +91,26 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             provide_classifier(config)
             if args.use_liger_kernel:
                 check_liger_model(config)
+            if peft_config is None:
+                dtype = options.get("dtype", options.get("torch_dtype"))
+                check_trained_dtype(config.dtype if dtype == "auto" else dtype, args.fp16, args.learning_rate)
+        if (tokenizer := kwargs.get("processing_class")) is not None:
+            kwargs["processing_class"] = copy.deepcopy(tokenizer)  # TRL sets its EOS, padding and chat template
         self._calibration: dict[str, Any] = {}
         kwargs["processing_class"] = tokenizer_with_embeddings(model, args, kwargs.get("processing_class"))
+        if isinstance(model, PeftModel):
+            train_adapter(model)
+            check_head_is_trained(model)
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         check_model_weights(self.model, "model")
         # Taken before a forward pass, in which bitsandbytes may order 4-bit weights anew.
         self._base_weights = encode_samples(sample_model(self.model)) if isinstance(self.model, PeftModel) else None
+        if isinstance(self.model, PeftModel) or not isinstance(model, str):
+            hold_trained_in_fp32(self.model)  # TRL casts adapters of a quantized model to bf16
         let_go_of_file(self.model)
         use_plain_lora(self.model)
         use_lean_norms(self.model)
-        keep_head_precise(self.model)
+        feed_head_its_dtype(self.model)
         if args.use_liger_kernel:
             apply_liger([self.model], args)
 
@@ -237,7 +248,8 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with without_generation_parameters(self.accelerator.unwrap_model(self.model).config):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             directory = Path(cast(str, output_dir or self.args.output_dir))
             (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2), encoding="utf-8")
@@ -287,15 +299,20 @@ def tokenizer_with_embeddings(
     return tokenizer
 
 
-def keep_head_precise(model: nn.Module) -> None:
-    """Hold what is trained in fp32, and hand the score head hidden states of its own dtype.
+def check_head_is_trained(model: PeftModel) -> None:
+    """Refuse a PeftModel of another task whose score head is neither trained nor saved with its adapter."""
+    if model.active_peft_config.task_type == TaskType.SEQ_CLS:
+        return
+    trained = [name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not any("modules_to_save" in parts and {*HEADS} & {*parts} for parts in trained):
+        raise ValueError(
+            f"The adapter of model has task_type={model.active_peft_config.task_type!s}, with which its score head is "
+            "neither trained nor saved: make it with LoraConfig(task_type='SEQ_CLS'), or pass the base and peft_config."
+        )
 
-    TRL casts the trained weights of a quantized model to bf16, where small updates of the score head are lost, and
-    where nothing is autocast a head of another dtype than the hidden states is an error.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and isinstance(model, PeftModel):
-            parameter.data = parameter.data.float()
+
+def feed_head_its_dtype(model: nn.Module) -> None:
+    """Cast hidden states to the score head's dtype, since without autocast a head of another dtype raises."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "score":
             weights = sorted(module.parameters(), key=lambda p: p.requires_grad)  # the trained one last

@@ -17,6 +17,7 @@ resume.py, evaluation in evaluation.py, the Hub in hub.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ from .callbacks import (
     RolloutSettings,
     SamplesTableCallback,
     WishesCallback,
+    hears_scores,
 )
 from .card import CardMixin
 from .checkpoint import (
@@ -53,8 +55,8 @@ from .checkpoint import (
     last_whole_checkpoint,
 )
 from .collector import Collector, Cut, Samples, Stopwatch, go_on
-from .config import PPOConfig
-from .data import Row, check_embedded, check_tokenizer, checked_prompts, column_names, stop_token_ids, tokenized
+from .config import PPOConfig, copy_arguments
+from .data import Row, check_embedded, check_tokenizer, checked_prompts, column_names, pad_id, stop_token_ids, tokenized
 from .evaluation import EvaluationMixin, WinRate
 from .legacy import with_named_adapters
 from .liger import LigerMixin, apply_liger
@@ -66,7 +68,7 @@ from .progress import show_phases
 from .prompts import prompt_loader
 from .report import RunReportCallback, fixed_prompts
 from .resume import ResumeMixin
-from .rewards import build_rewards
+from .rewards import build_rewards, usable_scores
 from .rollout import Rollout, isolated_rng, micro_batch_rows, minibatch_rows, position_seed, sampling_noise
 from .validation import (
     check_adapters,
@@ -77,6 +79,7 @@ from .validation import (
     check_metric_name,
     check_models,
     check_optimizers,
+    check_precision,
     check_rewards,
     check_stop_token,
     named_datasets,
@@ -88,10 +91,11 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
     Args:
         model: the policy: the name of a causal language model, or such a model; or the name of an adapter, or a
-            `PeftModel`, whose adapter is trained further and is the reference as it came.
+            `PeftModel`, whose adapter is trained further and is the reference as it came. The trained weights of an
+            instance are cast to fp32, in place.
         reward_funcs: a reward function, a sequence classifier (instance or name), the folder of a reward adapter
             on the same base, or a list of these.
-        args: hyper-parameters.
+        args: hyper-parameters; the trainer has a copy of them.
         train_dataset: prompts, in a column `prompt` as text or messages; other columns go to reward functions. A
             stream (`IterableDataset`) is read in its own order and needs `max_steps` or `total_episodes`.
         eval_dataset: prompts for `evaluate`, or a dict of them.
@@ -139,6 +143,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         model = str(model) if isinstance(model, Path) else model
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
+        args = copy_arguments(args)
         check_optimizers(optimizers)
         check_callbacks(args, callbacks)
         if data_collator is not None:
@@ -149,21 +154,24 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_rewards(args, reward_funcs, reward_processing_classes, columns)
         trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
         tokenizer = processing_class or load_tokenizer(model, trusted)
+        if getattr(tokenizer, "pad_token_id", 0) is None:
+            tokenizer = copy.deepcopy(tokenizer)  # which then gets a padding token; the user's own stays as it is
         check_tokenizer(tokenizer)
         check_stop_token(args, tokenizer)
         check_models(model, ref_model, value_model, tokenizer)
         check_adapters(args, model, peft_config, reward_funcs, value_model)
+        check_precision(args, model, peft_config)
         datasets = tokenized(datasets, tokenizer, **args.prompt_options)
         check_enough_prompts(args, datasets["train_dataset"])
         check_effects(args, datasets["train_dataset"], evaluates=eval_dataset is not None)
         if (embedded := count_embeddings(model, cast(dict, args.model_init_kwargs or {}))) is not None:
-            check_embedded(tokenizer, embedded)
+            tokenizer = with_embedded_padding(tokenizer, embedded)
         critic = critic_source(args, value_model, reward_funcs)
         policy = loaded_policy(model, args, quantization_config, peft_config)
         actor_critic = build_actor_critic(
             policy, critic=critic, ref_model=ref_model, disable_dropout=args.disable_dropout
         )
-        check_embedded(tokenizer, actor_critic.num_embeddings)
+        tokenizer = with_embedded_padding(tokenizer, actor_critic.num_embeddings)
         limits = (args.response_length, actor_critic.context, actor_critic.num_embeddings)
         datasets = {name: checked_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
 
@@ -180,8 +188,9 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         actor_critic.place_others(args.device)
         self._choose_passes()
         actor_critic.add_model_tags(self._tag_names)
-        self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.stop_token_id)
+        self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.extra_stop_ids)
         self.collector = self._build_collector(reward_funcs, reward_processing_classes)
+        actor_critic.adds_reward_baseline = args.adds_reward_baseline and self.collector.rewards.scores_prefixes
         if args.use_liger_kernel:  # last: weights are probed on the CPU before, where its kernels do not run
             apply_liger(actor_critic.transformers_models, args)
         self._add_callbacks()
@@ -302,8 +311,10 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=self._leave, cut=cut)
         watch = Stopwatch()
         scores = samples.scores.clone()
-        self._fire("on_scores", scores=scores, token_rewards=samples.token_rewards)
+        self._fire_on_scores(scores, samples.token_rewards)
+        scores = usable_scores(scores, samples.completions.prompts)
         rollout = self.collector.rollout(samples, scores, settings.kl_coef, self._progress.baseline)
+        self.model.reward_line = None if samples.prefix_scores is None else self._progress.baseline.line()
         metrics = self.collector.metrics(samples)
         watch.lap("advantages")
         self._progress.num_tokens += int(self.collector.reduce(samples.attention_mask.sum()))
@@ -353,13 +364,28 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         # Looked up each time: Trainer replaces stateful callbacks when it resumes.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PPOCallback):
-                if event == "on_scores":  # as the callbacks before this one left them, on every process
-                    scores = kwargs["scores"].to(self.args.device)
-                    kwargs["all_scores"] = cast(Tensor, self.accelerator.gather(scores)).cpu().clone()
-                getattr(callback, event)(
-                    self.args, self.state, self.control, model=self.model, processing_class=self.processing_class,
-                    **kwargs,
-                )  # fmt: skip
+                self._call(callback, event, **kwargs)
+
+    def _call(self, callback: PPOCallback, event: str, **kwargs: Any) -> None:
+        getattr(callback, event)(
+            self.args, self.state, self.control, model=self.model, processing_class=self.processing_class, **kwargs
+        )
+
+    def _fire_on_scores(self, scores: Tensor, token_rewards: Tensor) -> None:
+        # Processes may have different callbacks, and a gather waits for all: there is one before the first callback,
+        # and one after each that all of them have.
+        listening = [c for c in self.callback_handler.callbacks if isinstance(c, PPOCallback) and hears_scores(c)]
+        shared = self.collector.shared([type(callback).__name__ for callback in listening])
+        all_scores = self._gather_scores(scores)
+        for callback in listening:
+            self._call(callback, "on_scores", scores=scores, token_rewards=token_rewards, all_scores=all_scores.clone())
+            name = type(callback).__name__
+            if shared[name]:
+                shared[name] -= 1
+                all_scores = self._gather_scores(scores)
+
+    def _gather_scores(self, scores: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.gather(scores.to(self.args.device))).cpu()
 
     # Learning
 
@@ -525,6 +551,14 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         if "loss" in logs:
             logs = {**logs, **self._progress.meter.flush(self.collector.reduce, self.collector.union)}
         super().log(logs, start_time)
+
+
+def with_embedded_padding(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, or a copy that pads with EOS where the model does not embed its padding token."""
+    if pad_id(tokenizer) >= num_embeddings:
+        tokenizer = copy.deepcopy(tokenizer)  # the user's own stays as it is
+    check_embedded(tokenizer, num_embeddings)
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from .callbacks import PPOCallback
 from .config import PPOConfig, refuse_sharding
 from .liger import check_liger, check_liger_model
 from .loading import base_name, check_adapter_kind, load_config
+from .precision import check_trained_dtype
 from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
 from .rewards.classifiers import own_tokenizer
@@ -171,10 +172,23 @@ def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConf
     return load_config(name, init_kwargs), sample_files(folder)
 
 
+def check_precision(args: PPOConfig, model: Any, peft_config: PeftConfig | None) -> None:
+    """Refuse or warn of a dtype in `model_init_kwargs` in which a model cannot well be trained in full."""
+    options = cast(dict, args.model_init_kwargs or {})
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if dtype is None or peft_config is not None or not isinstance(model, str) or adapter_folder(model) is not None:
+        return
+    dtype = load_config(model, options).dtype if dtype == "auto" else dtype
+    check_trained_dtype(dtype, args.fp16, args.learning_rate)
+
+
 def actors_adapter(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
     """The configuration of the adapter that is trained: a new one, or the one that the model is or has; else None."""
     folder = adapter_folder(model)
     if folder is None or peft_config is not None:
+        config = getattr(model, "peft_config", {}).get("default")
+        if peft_config is None and config is not None:
+            check_task(config, "The adapter of model")
         check_no_adapter(
             model,
             "Leave peft_config out and pass the adapter, by its name or as PeftModel.from_pretrained(base, name, "
@@ -182,12 +196,17 @@ def actors_adapter(model: Any, peft_config: PeftConfig | None) -> PeftConfig | N
             "(merge_and_unload), save that, and train a new one on it.",
         )
         check_own_weights(peft_config, "peft_config")
-        return peft_config or getattr(model, "peft_config", {}).get("default")
+        return peft_config or config
     config = PeftConfig.from_pretrained(str(folder))
     check_own_weights(config, f"The adapter in {folder}")
-    if config.task_type not in (None, TaskType.CAUSAL_LM):
-        raise ValueError(f"model={model!r} is an adapter for {config.task_type}; a policy needs one for CAUSAL_LM.")
+    check_task(config, f"model={model!r}")
     return config
+
+
+def check_task(config: PeftConfig, whose: str) -> None:
+    """Refuse an adapter that was made for another task than language modeling."""
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(f"{whose} is an adapter for {config.task_type}; a policy needs one for CAUSAL_LM.")
 
 
 def check_same_kind(folder: Path, actors: PeftConfig | None) -> None:
@@ -227,11 +246,11 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: 
 
 def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a stop token that no response could contain."""
-    stop = args.stop_token_id
-    if stop is not None and not 0 <= stop < len(tokenizer):
+    unknown = [stop for stop in args.extra_stop_ids if stop >= len(tokenizer)]
+    if unknown:
         raise ValueError(
-            f"stop_token_id={stop}, but the vocabulary has {len(tokenizer)} tokens, so it would never be seen. Choose "
-            "an id below, or leave it out: responses end at EOS."
+            f"stop_token_id={unknown[0]}, but the vocabulary has {len(tokenizer)} tokens, so it would never be seen. "
+            "Choose an id below, or leave it out: responses end at EOS."
         )
 
 

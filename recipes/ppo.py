@@ -37,7 +37,10 @@ class PromptArguments:
     kl_target: float | None = field(
         default=None, metadata={"help": "Wished KL to the reference, nats per response; None keeps kl_coef fixed."}
     )
-    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which the KL coefficient adapts."})
+    kl_horizon: int | None = field(
+        default=None,
+        metadata={"help": "Episodes over which the KL coefficient adapts; None means a tenth of all."},
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.reward_funcs, str):  # of a YAML file

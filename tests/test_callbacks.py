@@ -118,7 +118,7 @@ def test_the_coefficient_in_force_is_the_price_of_kl_in_the_reward(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": 0}, "target=0 and horizon=10000 must be above 0"),
+        ({"target": 0}, "target=0 and horizon=None must be above 0"),
         ({"horizon": -5}, "horizon=-5 must be above 0"),
         ({"band": (3.0, 1.0)}, r"band=\(3.0, 1.0\) must be \(low, high\)"),
         ({"band": (-1.0, 1.0)}, "0 <= low < high"),

@@ -183,12 +183,12 @@ def test_left_pad_masks_by_length_where_the_padding_is_also_a_token():
 @pytest.mark.parametrize(
     ("declared", "extra", "expected"),
     [
-        (None, None, [2]),
-        (2, None, [2]),
-        (7, None, [2, 7]),
-        ([7, 2, 5], None, [2, 5, 7]),
-        (None, 9, [2, 9]),
-        ([7], 0, [0, 2, 7]),
+        (None, [], [2]),
+        (2, [], [2]),
+        (7, [], [2, 7]),
+        ([7, 2, 5], [], [2, 5, 7]),
+        (None, [9], [2, 9]),
+        ([7], [0, 5, 7], [0, 2, 5, 7]),
     ],
 )
 def test_every_id_that_ends_a_response_is_known(tokenizer, declared, extra, expected):
@@ -196,7 +196,7 @@ def test_every_id_that_ends_a_response_is_known(tokenizer, declared, extra, expe
 
 
 def test_a_model_without_generation_config_ends_at_the_tokenizers_eos(tokenizer):
-    assert stop_token_ids(None, tokenizer, None) == [2]
+    assert stop_token_ids(None, tokenizer) == [2]
 
 
 def test_padding_is_taken_from_eos_only_where_there_is_none():

@@ -263,3 +263,40 @@ def test_two_processes_evaluate_and_predict_what_one_does(tmp_path):
     assert found[1] == answers
     for name in ("eval_reward", "eval_reward_std", "eval_kl", "eval_entropy", "eval_completions/mean_length"):
         assert found[0][name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
+
+
+RANK_0_ALONE = """
+from pathlib import Path
+from ppo_plus import PPOCallback
+
+seen = []
+
+class Look(PPOCallback):
+    def on_scores(self, args, state, control, scores, all_scores, **kwargs):
+        seen.append(all_scores.tolist())
+        Path(args.output_dir, "seen.json").write_text(json.dumps(seen))
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        metrics["look"] = metrics["reward"]
+
+class Double(PPOCallback):
+    def on_scores(self, args, state, control, scores, all_scores, **kwargs):
+        scores.mul_(2)
+
+callbacks, main = trainer.callback_handler.callbacks, trainer.accelerator.is_main_process
+normalize = callbacks.pop(next(i for i, c in enumerate(callbacks) if type(c) is RewardNormalizationCallback))
+for callback in [Look()] * main + [Double()] + [Look()] * main + [normalize] + [Look(), Look()] * main:
+    trainer.add_callback(callback)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_waits_for_a_callback_that_one_alone_has(tmp_path):
+    """It gets the scores of both processes, as the last callback left them that both have."""
+    log = launch(tmp_path, steps=1, prepare=RANK_0_ALONE)["log"]
+    first, doubled, *normalized = (torch.tensor(row) for row in json.loads((tmp_path / "seen.json").read_text()))
+    assert len(first) == 16 and first.std() > 0  # 8 of each process
+    assert first.mean().item() == pytest.approx(log[0]["reward"]) == log[0]["look"]
+    assert torch.equal(doubled, 2 * first)
+    expected = (doubled - doubled.mean()) / doubled.std(unbiased=False)
+    assert len(normalized) == 2 and all((row - expected).abs().max() < 1e-4 for row in normalized)

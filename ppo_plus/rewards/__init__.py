@@ -9,7 +9,7 @@ from .build import build_rewards
 from .classifiers import ClassifierReward
 from .completions import Completions, Reward, Score
 from .functions import FunctionReward
-from .reward_set import RewardSet, Scores
+from .reward_set import RewardSet, Scores, usable_scores
 
 __all__ = [
     "AdapterReward",
@@ -21,4 +21,5 @@ __all__ = [
     "Score",
     "Scores",
     "build_rewards",
+    "usable_scores",
 ]

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from .adapters import AdapterReward
 from .completions import Completions, Reward, Score
 from .functions import FunctionReward, gathered
+
+OUTLIER = 1e6  # float32 has 7 digits: beside a score that many times larger the usual differences are gone
+LARGEST_SCORE = 1e15  # squares of it, summed over a million tokens, still are in float32's range
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class RewardSet:
     def __call__(self, batch: Completions) -> Scores:
         """Score completions: functions in their order, then async ones, which run side by side."""
         self._failed: list[str] = []
-        by_reward = self._all_scores(batch)
+        answers = self._all_scores(batch)
+        by_reward = [without_outliers(r.name, scores, batch) for r, scores in zip(self.rewards, answers, strict=True)]
         by_function = torch.tensor([[_sum(s) for s in scores] for scores in by_reward], dtype=torch.float32).T
         per_token = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
         for weight, scores in zip(self.weights, by_reward, strict=True):
@@ -74,6 +79,11 @@ class RewardSet:
             )
         total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
         return Scores(by_function, per_token, total, tuple(self._failed))
+
+    @property
+    def scores_prefixes(self) -> bool:
+        """Whether `prefix_scores` gives any."""
+        return any(isinstance(reward, AdapterReward) for reward in self.rewards)
 
     def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor] | None:
         """The weighted sum of what reward adapters say of each sequence as far as each of its tokens.
@@ -104,6 +114,50 @@ class RewardSet:
             warnings.warn(f"{reward.name!r} is left out of this rollout: {type(error).__name__}: {error}", stacklevel=3)
             self._failed.append(reward.name)
             return [None] * len(batch)
+
+
+def without_outliers(name: str, scores: Sequence[Score], batch: Completions) -> Sequence[Score]:
+    """Replace scores beside which float32 loses all others by None, with a warning that names the first.
+
+    One such score, or number of a token, would be the mean, the variance and the gradient of its rollout, and stay in
+    running averages for the rest of the run.
+    """
+    sizes = [0.0 if score is None else _size(score) for score in scores]
+    known = [size for size, score in zip(sizes, scores, strict=True) if score is not None]
+    bound = min(LARGEST_SCORE, OUTLIER * max(1.0, median_low(known))) if known else LARGEST_SCORE
+    outside = [row for row, size in enumerate(sizes) if size > bound]
+    if not outside:
+        return scores
+    warnings.warn(
+        f"The reward function {name!r} gave {scores[outside[0]]!r} for prompt {batch.prompts[outside[0]]!r} with "
+        f"completion {batch.completions[outside[0]]!r}, beyond {bound:.3g} ({OUTLIER:.0e} times the median size of the "
+        f"rollout's scores, at most {LARGEST_SCORE:.0e}): beside it the other scores are lost in rounding. It and "
+        f"{len(outside) - 1} others of {len(batch)} count as None. Bound what the function returns.",
+        stacklevel=3,
+    )
+    return [None if row in outside else score for row, score in enumerate(scores)]
+
+
+def usable_scores(scores: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """Replace scores that callbacks or weights made too large to compute with by NaN, which is left out of learning.
+
+    Args:
+        scores: `(N,)`, reward units; NaN where there is none.
+        prompts: of the same rows.
+    """
+    outside = scores.abs() > LARGEST_SCORE
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        warnings.warn(
+            f"After reward_weights and callbacks the score of prompt {prompts[row]!r} is {scores[row].item():.3g}, "
+            f"beyond {LARGEST_SCORE:.0e}: {int(outside.sum())} of {len(scores)} responses are left out of learning.",
+            stacklevel=2,
+        )
+    return scores.masked_fill(outside, torch.nan)
+
+
+def _size(score: float | list[float]) -> float:
+    return max(map(abs, [math.fsum(score), *score])) if isinstance(score, list) else abs(score)
 
 
 def _sum(score: Score) -> float:

@@ -1,0 +1,74 @@
+"""The precision in which trained weights are held: fp32, whatever the precision of the frozen ones.
+
+bf16 has 8 significant bits, so an update of less than 1/512 of a weight is rounded away, and at the learning rates of
+fine-tuning most updates are smaller. fp16 has 11, and `torch.amp.GradScaler` refuses gradients in it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def trains_in_half(model: nn.Module) -> bool:
+    """Tell whether any trained weight is in half precision."""
+    return any(parameter.requires_grad and parameter.dtype in HALF for parameter in model.parameters())
+
+
+def hold_trained_in_fp32(model: nn.Module) -> None:
+    """Cast trained weights to fp32 in place: those of adapters, or the whole model where it has none."""
+    if not trains_in_half(model):
+        return
+    if not isinstance(model, PeftModel):
+        model.float()
+        return
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and trains_in_half(module):
+            ends = module is embeddings[1] or name.rpartition(".")[2] in ("score", "classifier")
+            for trained_copy in module.modules_to_save.values():
+                _let_dtypes_differ(trained_copy.float(), None if ends else module.original_module)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in HALF:
+            parameter.data = parameter.data.float()
+
+
+def _let_dtypes_differ(trained_copy: nn.Module, original: nn.Module | None) -> None:
+    """Give an fp32 copy of a module its inputs in fp32, and its users the original's dtype; heads stay in fp32."""
+
+    def to_fp32(_: nn.Module, inputs: tuple) -> tuple:
+        return tuple(each.float() if isinstance(each, Tensor) and each.dtype in HALF else each for each in inputs)
+
+    trained_copy.register_forward_pre_hook(to_fp32)
+    dtype = None if original is None else next((p.dtype for p in original.parameters() if p.dtype in HALF), None)
+    if dtype is not None:
+        trained_copy.register_forward_hook(lambda _, inputs, output: output.to(dtype))
+
+
+def check_trained_dtype(dtype: Any, fp16: bool, learning_rate: float) -> None:
+    """Refuse a dtype in which a whole model cannot be trained, and warn of one in which most weights never move.
+
+    Args:
+        dtype: what `model_init_kwargs` asks for, a `torch.dtype` or its name; None is fp32.
+        fp16: whether gradients are scaled.
+        learning_rate: of the trained weights.
+    """
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in HALF:
+        return
+    name = str(dtype).removeprefix("torch.")
+    fix = "Leave dtype out of model_init_kwargs, which holds them in float32, or train an adapter (peft_config)."
+    if fp16 and dtype == torch.float16:
+        raise ValueError(f"All weights are trained in {name}, whose gradients fp16=True cannot unscale. {fix}")
+    warnings.warn(
+        f"All weights are trained in {name}: at learning_rate={learning_rate:g} most updates are smaller than its "
+        f"rounding, so most weights never move. {fix}",
+        stacklevel=3,
+    )
