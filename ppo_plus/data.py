@@ -224,10 +224,13 @@ def check_prompt_columns(dataset: Any, name: str) -> None:
                 "dataset.map(lambda row: {'prompt': row['messages'][:-1]})."
             )
     elif "conversations" in columns:
-        fix = (
-            "Turn 'conversations' into messages first, dataset.map(trl.maybe_convert_to_chatml), then take "
-            "what comes before the answer: dataset.map(lambda row: {'prompt': row['messages'][:-1]})."
-        )
+        fix = "If its messages have roles, rename it: dataset.rename_column('conversations', 'prompt')."
+        if not is_conversational(next(iter(dataset))["conversations"]):
+            fix = (
+                "Make messages of 'conversations', without the answer: dataset.map(lambda row: {'prompt': [{'role': "
+                "{'human': 'user', 'gpt': 'assistant'}.get(m['from'], m['from']), 'content': m['value']} for m in "
+                "row['conversations'][:-1]]})."
+            )
     elif {"chosen", "rejected"} <= set(columns):
         fix = "Take what both answers share: dataset.map(trl.extract_prompt)."
     raise ValueError(f"{name} has no column 'prompt' (it has {columns}). {fix}")

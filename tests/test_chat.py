@@ -6,15 +6,18 @@ import json
 import re
 import warnings
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import trl
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 from datasets import Dataset, IterableDataset
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ppo_plus.chat import find_generation_opening, find_opening_ids, fit_content
-from ppo_plus.data import tokenize_prompts
+from ppo_plus.data import tokenize_prompts, tokenized
 from ppo_plus.rewards import Completions
 from ppo_plus.rewards.classifiers import ClassifierReward
 
@@ -71,12 +74,28 @@ def seen_by_classifier(monkeypatch):
 # Null keys
 
 
-@pytest.mark.parametrize("make", [Dataset.from_list, as_stream], ids=["dataset", "stream"])
-def test_keys_that_arrow_filled_in_are_in_no_prompt_and_reach_no_reward(make):
+def from_parquet(rows, tmp_path):
+    """As a file that another program wrote: plain structs, without what `datasets` notes of its types."""
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    return Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))
+
+
+STORES = {
+    "dataset": lambda rows, _: Dataset.from_list(rows),
+    "parquet": from_parquet,
+    "stream": lambda rows, _: as_stream(rows),
+    "stream of a dataset": lambda rows, _: Dataset.from_list(rows).to_iterable_dataset(),
+    "stream of parquet": lambda rows, folder: from_parquet(rows, folder).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_keys_that_arrow_filled_in_are_in_no_prompt_and_reach_no_reward(store, tmp_path):
     tokenizer = make_tokenizer(CALL_TEMPLATE)
     raw = [{"prompt": [ASK, call(a=1), ASK]}, {"prompt": [ASK, call(city="rome", ways=[1, None]), ASK]}]
+    raw[1]["prompt"][1]["tool_calls"][0]["function"]["arguments"]["places"] = [{"x": 1}, {"y": 2}, None]
     assert "city" in str(Dataset.from_list(raw)[0])  # control: Arrow does fill them in
-    rows = list(tokenize_prompts(make(raw), tokenizer))
+    rows = list(tokenize_prompts(STORES[store](raw, tmp_path), tokenizer))
     for row, given in zip(rows, raw, strict=True):
         assert row["input_ids"] == tokenizer.apply_chat_template(given["prompt"], return_dict=True)["input_ids"]
         assert row["prompt"] == given["prompt"]  # what reward functions get; None in the list is the user's own
@@ -101,6 +120,12 @@ def test_structs_of_other_columns_keep_their_keys():
     """A reward function may look a bound up that is None."""
     rows = Dataset.from_list([{"prompt": "a", "bounds": {"low": 1, "high": None}}])
     assert tokenize_prompts(rows, make_tokenizer())[0]["bounds"] == {"low": 1, "high": None}
+
+
+def test_the_rows_of_an_evaluation_set_are_named_by_it():
+    rows = Dataset.from_list([{"prompt": [ASK]}, {"prompt": [{"role": "user", "content": None}]}])
+    with pytest.raises(ValueError, match=r"^hard\[1\]: message 0 has the content None"):
+        tokenized({"easy": rows.select([0]), "hard": rows}, make_tokenizer(CHAT_TEMPLATE))
 
 
 # Content in parts
@@ -256,6 +281,40 @@ def test_a_template_without_generation_prompt_is_named(template, named):
         warnings.simplefilter("always")
         tokenize_prompts(Dataset.from_list([{"prompt": [ASK]}] * 3), make_tokenizer(template))
     assert sum("generation prompt" in str(w.message) for w in caught) == named
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": DONE}, r"\[0\] ends in the assistant's answer.*row\['messages'\]\[:-1\]"),
+        ({"messages": [ASK]}, r"rename_column\('messages', 'prompt'\)"),
+        ({"conversations": [{"from": "human", "value": "why"}]}, "'human': 'user'"),
+        ({"conversations": [ASK]}, r"rename_column\('conversations', 'prompt'\)"),
+        ({"chosen": "so", "rejected": "no"}, "extract_prompt"),
+        ({"question": "why"}, r"rename_column\('...', 'prompt'\)"),
+    ],
+)
+@pytest.mark.parametrize("make", [Dataset.from_list, as_stream], ids=["dataset", "stream"])
+def test_a_set_without_prompts_gets_the_call_that_makes_them(make, row, says):
+    with pytest.raises(ValueError, match=rf"^train_dataset has no column 'prompt'.*{says}"):
+        tokenize_prompts(make([row]), make_tokenizer(CHAT_TEMPLATE))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": DONE},
+        {"conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]},
+        {"chosen": DONE, "rejected": [ASK, {"role": "assistant", "content": "no"}]},
+    ],
+    ids=["messages", "conversations", "pairs"],
+)
+def test_the_call_that_is_named_makes_prompts(row):
+    dataset, tokenizer = Dataset.from_list([row]), make_tokenizer(CHAT_TEMPLATE)
+    with pytest.raises(ValueError, match=r"dataset\.map") as caught:
+        tokenize_prompts(dataset, tokenizer)
+    (call,) = re.findall(r"dataset\.map\(.*\)(?=\.$)", str(caught.value))
+    assert tokenize_prompts(eval(call, {"dataset": dataset, "trl": trl}), tokenizer)[0]["prompt"] == [ASK]
 
 
 def test_a_system_message_alone_is_a_prompt():

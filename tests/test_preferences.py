@@ -202,7 +202,7 @@ def reward_trainer(folder, rows, **overrides) -> RewardTrainer:
         "save_strategy": "no", **overrides.pop("config", {}),
     }  # fmt: skip
     arguments = {"processing_class": make_tokenizer(), "peft_config": lora(), **overrides}
-    rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
     return RewardTrainer(str(folder / "base"), RewardConfig(**config), train_dataset=rows, **arguments)
 
 
@@ -225,12 +225,29 @@ def test_ties_are_left_out_of_accuracy(folder):
         head.zero_()
     trainer.train()
     assert "accuracy" not in trainer.state.log_history[0]
-    assert "eval_accuracy" not in trainer.evaluate()
+    trainer.evaluate()
+    assert "eval_mean_reward" in trainer.state.log_history[-1]
+    assert "eval_accuracy" not in trainer.state.log_history[-1]
     scores = trainer.calibrate()
     assert (scores["ties"], scores["pairs"]) == (8, 8)
     assert scores["accuracy"] != scores["accuracy"]
     trainer.save_model()
     json.loads((folder / "reward" / "reward_model.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_stream_trains_and_the_rows_of_each_evaluation_set_are_named_by_it(folder):
+    rows = [{"prompt": [USER], "chosen": [USER, *says("so")], "rejected": [USER, *says("no")]}] * 8
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    options = {"processing_class": tokenizer, "eval_dataset": {"easy": Dataset.from_list(rows)}}
+    trainer = reward_trainer(folder, as_stream(rows), **options)
+    trainer.train()
+    (ids, _) = next(iter(trainer.get_train_dataloader()))["input_ids"][[0, -1]]
+    assert tokenizer.decode(ids) == WHOLE[0]
+    assert "eval_easy_loss" in trainer.evaluate()
+    assert "eval_accuracy" in trainer.state.log_history[-1]
+    with pytest.raises(ValueError, match=r"^hard\[1\]: margin is None"):
+        margins = Dataset.from_list([{**GOOD, "margin": 1.0}, {**GOOD, "margin": None}])
+        trainer.evaluate({"hard": margins})
 
 
 def test_padding_without_an_embedding_is_eos(folder):
