@@ -80,6 +80,7 @@ from .validation import (
     check_models,
     check_optimizers,
     check_precision,
+    check_quantized_device,
     check_rewards,
     check_stop_token,
     named_datasets,
@@ -161,6 +162,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_models(model, ref_model, value_model, tokenizer)
         check_adapters(args, model, peft_config, reward_funcs, value_model)
         check_precision(args, model, peft_config)
+        check_quantized_device(args, model, quantization_config)
         datasets = tokenized(datasets, tokenizer, **args.prompt_options)
         check_enough_prompts(args, datasets["train_dataset"])
         check_effects(args, datasets["train_dataset"], evaluates=eval_dataset is not None)

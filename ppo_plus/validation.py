@@ -163,6 +163,23 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
 
 
+def check_quantized_device(args: PPOConfig, model: Any, quantization_config: Any) -> None:
+    """Refuse a quantized base on an Apple GPU, where transformers leaves it on the CPU and nothing moves it."""
+    init_kwargs = cast(dict, args.model_init_kwargs or {})
+    if args.device.type != "mps" or "device_map" in init_kwargs:
+        return
+    if isinstance(model, nn.Module):
+        left = getattr(model, "is_quantized", False) and cast(Any, model).device.type != "mps"
+    else:
+        given = quantization_config or init_kwargs.get("quantization_config")
+        left = given or getattr(load_config(base_name(model), init_kwargs), "quantization_config", None)
+    if left:
+        raise ValueError(
+            "The model is quantized, training is on 'mps', and transformers leaves quantized weights on the CPU there: "
+            "load it in bf16 without quantization_config, or set use_cpu=True in PPOConfig."
+        )
+
+
 def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, Samples]:
     """The configuration of the actor's base, and samples of its weights, empty where they are not on this machine."""
     if isinstance(model, nn.Module):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import classifier, lora, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import ppo_plus.trainer
 from ppo_plus import RewardConfig, RewardTrainer
+from ppo_plus.validation import check_quantized_device
 from ppo_plus.weights import check_model_weights, first_not_finite, offloaded_parts
 
 PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
@@ -96,6 +99,20 @@ def test_logits_that_exceed_the_precision_of_the_model_are_named(tmp_path):
         model.lm_head.weight.copy_(model.lm_head.weight.sign() * 6e4)
     with pytest.raises(ValueError, match=r"logits of LlamaForCausalLM are NaN or infinite in torch.float16"):
         make_trainer(tmp_path, model=model)
+
+
+def test_a_quantized_base_is_refused_on_an_apple_gpu(base):
+    """transformers would leave it on the CPU."""
+    mps, cpu = (SimpleNamespace(device=torch.device(kind), model_init_kwargs=None) for kind in ("mps", "cpu"))
+    nf4, instance = BitsAndBytesConfig(load_in_4bit=True), make_model()
+    instance.is_quantized = True
+    for model, config in ((str(base), nf4), (instance, None)):
+        with pytest.raises(ValueError, match="quantized, training is on 'mps'"):
+            check_quantized_device(mps, model, config)
+        check_quantized_device(cpu, model, config)
+    check_quantized_device(mps, str(base), None)
+    placed_by_hand = SimpleNamespace(device=mps.device, model_init_kwargs={"device_map": {"": "mps"}})
+    check_quantized_device(placed_by_hand, str(base), nf4)
 
 
 def test_large_and_packed_weights_are_not_taken_for_infinite():
