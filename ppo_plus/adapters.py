@@ -364,6 +364,19 @@ def check_reward_adapter(directory: Path, hidden_size: int) -> None:
         )
 
 
+def check_trained_tokens(directory: Path, num_embeddings: int) -> None:
+    """Refuse an adapter that trains the embedding of a token that its base does not have."""
+    indices = getattr(PeftConfig.from_pretrained(str(directory)), "trainable_token_indices", None) or []
+    by_module = indices.values() if isinstance(indices, dict) else [indices]
+    largest = max((index for tokens in by_module for index in tokens), default=-1)
+    if largest >= num_embeddings:
+        raise ValueError(
+            f"The adapter in {directory} trains the embedding of token {largest}, but the actor's base has "
+            f"embeddings for {num_embeddings} tokens: tokens were added to the base before it was trained. Save that "
+            "base with its tokens (resize_token_embeddings, save_pretrained), and train reward model and actor on it."
+        )
+
+
 def check_base_weights(directory: Path, samples: Samples, base: str) -> bool:
     """Refuse a reward adapter that was trained on a base of other weights.
 

@@ -98,6 +98,8 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             kwargs["processing_class"] = copy.deepcopy(tokenizer)  # TRL sets its EOS, padding and chat template
         self._calibration: dict[str, Any] = {}
         kwargs["processing_class"] = tokenizer_with_embeddings(model, args, kwargs.get("processing_class"))
+        if peft_config is not None:
+            check_template_tokens(args, kwargs["processing_class"])
         if isinstance(model, PeftModel):
             train_adapter(model)
             check_head_is_trained(model)
@@ -267,6 +269,26 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             "chat_template_sha256": template_hash(self.processing_class),
             **{name: value for name, value in self._calibration.items() if not math.isnan(value)},  # JSON has none
         }
+
+
+def check_template_tokens(args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template whose tokens TRL would add to the base: no actor's base has them.
+
+    Args:
+        args: with `chat_template_path`, a folder or a file of a template.
+        tokenizer: of the base.
+    """
+    path = args.chat_template_path
+    if path is None or path.endswith((".jinja", ".j2")):
+        return
+    source = AutoTokenizer.from_pretrained(path)
+    added = [token.content for token in source.added_tokens_decoder.values()]
+    if lacking := [token for token in added if token not in tokenizer.get_vocab()]:
+        raise ValueError(
+            f"chat_template_path={path!r} brings tokens that the base does not have, {lacking[:3]}: the reward adapter "
+            "would train embeddings for them that no actor on this base has. Pass the template alone, as a .jinja "
+            "file, written with the base's own tokens; or add the tokens to the base, save it, and use it for both."
+        )
 
 
 def tokenizer_with_embeddings(

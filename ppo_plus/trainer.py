@@ -69,6 +69,7 @@ from .prompts import prompt_loader
 from .report import RunReportCallback, fixed_prompts
 from .resume import ResumeMixin
 from .rewards import build_rewards, usable_scores
+from .rewards.checks import check_templates
 from .rollout import Rollout, isolated_rng, micro_batch_rows, minibatch_rows, position_seed, sampling_noise
 from .validation import (
     check_adapters,
@@ -152,7 +153,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
         datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
         columns = {name: column_names(dataset) for name, dataset in datasets.items()}
-        check_rewards(args, reward_funcs, reward_processing_classes, columns)
+        reward_tokenizers = check_rewards(args, reward_funcs, reward_processing_classes, columns)
         trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
         tokenizer = processing_class or load_tokenizer(model, trusted)
         if getattr(tokenizer, "pad_token_id", 0) is None:
@@ -165,6 +166,9 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_quantized_device(args, model, quantization_config)
         datasets = tokenized(datasets, tokenizer, **args.prompt_options)
         check_enough_prompts(args, datasets["train_dataset"])
+        check_templates(
+            reward_funcs, reward_tokenizers, tokenizer, datasets, cast(dict, args.chat_template_kwargs or {})
+        )
         check_effects(args, datasets["train_dataset"], evaluates=eval_dataset is not None)
         if (embedded := count_embeddings(model, cast(dict, args.model_init_kwargs or {}))) is not None:
             tokenizer = with_embedded_padding(tokenizer, embedded)
@@ -191,7 +195,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self._choose_passes()
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.extra_stop_ids)
-        self.collector = self._build_collector(reward_funcs, reward_processing_classes)
+        self.collector = self._build_collector(reward_funcs, reward_tokenizers)
         actor_critic.adds_reward_baseline = args.adds_reward_baseline and self.collector.rewards.scores_prefixes
         if args.use_liger_kernel:  # last: weights are probed on the CPU before, where its kernels do not run
             apply_liger(actor_critic.transformers_models, args)
@@ -208,11 +212,11 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole
             self.model.compile_layers(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
-    def _build_collector(self, reward_funcs: Any, reward_processing_classes: Any) -> Collector:
+    def _build_collector(self, reward_funcs: Any, reward_tokenizers: list) -> Collector:
         args, tokenizer = self.args, self.processing_class
         rewards = build_rewards(
             reward_funcs,
-            reward_processing_classes,
+            reward_tokenizers,
             self.model,
             tokenizer,
             weights=args.reward_weights,

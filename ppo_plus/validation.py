@@ -13,16 +13,22 @@ from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import adapter_folder, check_no_adapter, check_own_weights, check_reward_adapter
+from .adapters import (
+    adapter_folder,
+    check_no_adapter,
+    check_own_weights,
+    check_reward_adapter,
+    check_trained_tokens,
+)
 from .bases import Samples, local_folder, sample_files, sample_model
 from .callbacks import PPOCallback
 from .config import PPOConfig, refuse_sharding
 from .liger import check_liger, check_liger_model
-from .loading import base_name, check_adapter_kind, load_config
+from .loading import base_name, check_adapter_kind, count_embeddings, load_config
 from .precision import check_trained_dtype
 from .rewards.adapters import check_same_base
 from .rewards.build import check_call, listed_rewards
-from .rewards.classifiers import own_tokenizer
+from .rewards.checks import check_reward_module, check_reward_task, load_reward_tokenizers
 from .rewards.reward_set import check_weights
 from .weights import check_device_map
 
@@ -154,9 +160,13 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
     )
     adapters = [folder for folder in folders if folder is not None]
     if adapters:
-        config, samples = actors_base(model, cast(dict, args.model_init_kwargs or {}))
+        init_kwargs = cast(dict, args.model_init_kwargs or {})
+        config, samples = actors_base(model, init_kwargs)
+        embeddings = count_embeddings(model, init_kwargs)
         for folder in adapters:
             check_reward_adapter(folder, config.get_text_config().hidden_size)
+            if embeddings is not None:
+                check_trained_tokens(folder, embeddings)
             check_same_base(folder, config._name_or_path, samples)
             check_same_kind(folder, actors)
     if args.critic == "adapter" and actors is None:
@@ -242,23 +252,29 @@ def check_metric_name(name: str) -> None:
         raise ValueError(f"log_metric({name!r}, ...): that is a metric of PPOTrainer's own. Choose another name.")
 
 
-def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: dict[str, list[str]]) -> None:
-    """Refuse rewards that could not be called with the columns of a dataset, models that could not read, and lists of
+def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: dict[str, list[str]]) -> list:
+    """Refuse rewards that could not be called with the columns of a dataset, models that could not score, and lists of
     unequal length.
+
+    Returns:
+        the tokenizers of reward models, as `load_reward_tokenizers` has them.
     """
-    funcs, own = listed_rewards(reward_funcs, tokenizers)
+    funcs, _ = listed_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
     if args.reward_baseline and not any(map(adapter_folder, funcs)):
         raise ValueError(
             "reward_baseline=True reads the scores of a reward adapter on the actor's backbone, and no reward function "
             "is one: pass the folder of one, or leave the option out."
         )
-    for func, tokenizer in zip(funcs, own, strict=True):
+    for func in funcs:
         if not isinstance(func, str | Path | nn.Module):
             for name, found in columns.items():
                 check_call(func, [c for c in found if c not in ("prompt", "input_ids", "attention_mask")], name)
-        elif tokenizer is None and adapter_folder(func) is None:
-            own_tokenizer(func)
+        elif isinstance(func, nn.Module):
+            check_reward_module(func)
+        elif adapter_folder(func) is None:
+            check_reward_task(str(func))
+    return load_reward_tokenizers(reward_funcs, tokenizers)
 
 
 def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:

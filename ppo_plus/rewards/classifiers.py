@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
@@ -24,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..backbone import CACHE_NAMES, is_recurrent
 from ..bases import local_folder, read_weight
@@ -74,8 +74,7 @@ class ClassifierReward:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
         self.read = Reader(tokenizer, name, most_tokens(model, tokenizer), own_padding, known)
-        pairs = type(config) in MODEL_FOR_MASKED_LM_MAPPING and tokenizer.chat_template is None
-        self.reads_pairs = pairs and not trained_on_one_text
+        self.reads_pairs = is_encoder(config) and tokenizer.chat_template is None and not trained_on_one_text
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.end = tokenizer.eos_token or "" if trained_on_one_text or not adds_eos else ""
 
@@ -102,6 +101,12 @@ class ClassifierReward:
                 f"The reward model {self.name!r} has embeddings for {known} tokens, but its tokenizer gave the id "
                 f"{largest}. Pass the reward model's own tokenizer in reward_processing_classes."
             )
+
+
+def is_encoder(config: PreTrainedConfig | str | None) -> bool:
+    """Whether a configuration, or the `model_type` in its file, is that of an encoder such as BERT."""
+    kind = config if isinstance(config, str) else getattr(config, "model_type", None)
+    return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 @contextlib.contextmanager

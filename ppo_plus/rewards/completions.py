@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..chat import fit_content, is_conversational, merge_template_kwargs
+from ..chat import fit_content, is_conversational, merge_template_kwargs, shorten
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -50,32 +50,49 @@ class Completions:
         """Prompt and completion as one text: messages through the chat template, plain text with this at its end.
 
         The template gets the columns `tools` and `chat_template_kwargs`, where there are any, as it did for the policy.
+        An answer begins with what the generation prompt began of it (`openings`).
+
+        Raises:
+            ValueError: the template does not render a conversation; its prompt is named.
         """
         return [
-            cast(
-                str,
-                tokenizer.apply_chat_template(
-                    fit_content(conversation(prompt, completion), tokenizer),
-                    **{**merge_template_kwargs(chat_template_kwargs, self._template_row(row)), "tokenize": False},
-                ),
-            )
+            self._render(row, tokenizer, chat_template_kwargs)
             if is_conversational(prompt)
             else (prompt + completion).removesuffix(end) + end
             for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True))
         ]
 
-    def _template_row(self, row: int) -> dict[str, Any]:
-        return {name: self.columns[name][row] for name in ("tools", "chat_template_kwargs") if name in self.columns}
+    def _render(self, row: int, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> str:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path!r} has no chat template, and the prompt is a conversation, "
+                f"{shorten(self.prompts[row])}."
+            )
+        own: dict[str, Any] = {
+            name: self.columns[name][row] for name in ("tools", "chat_template_kwargs") if name in self.columns
+        }
+        kwargs = {**merge_template_kwargs(chat_template_kwargs, own), "tokenize": False}
+        messages = self._conversation(row)
+        try:
+            return cast(str, tokenizer.apply_chat_template(fit_content(messages, tokenizer), **kwargs))
+        except Exception as error:  # whatever a template raises
+            raise ValueError(
+                f"The chat template of the tokenizer {tokenizer.name_or_path!r} does not take {shorten(messages)}: "
+                f"{error}."
+            ) from error
+
+    def _conversation(self, row: int) -> list:
+        opening = "" if self.openings is None else self.openings[row]
+        (answer,) = self.completions[row]
+        return conversation(self.prompts[row], [{**answer, "content": opening + answer["content"]}])
 
     def pairs(self) -> list[tuple[str, str]]:
         """Question and answer as two texts; of a conversation, what was said before the answer, by lines."""
         return [
             ("\n".join(spoken(messages[:-1])), "\n".join(spoken(messages[-1:])))
             for messages in (
-                conversation(prompt, completion)
-                if is_conversational(prompt)
-                else [{"content": prompt}, {"content": completion}]
-                for prompt, completion in zip(self.prompts, self.completions, strict=True)
+                self._conversation(row) if is_conversational(prompt) else [{"content": prompt}, {"content": completion}]
+                for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True))
             )
         ]
 
