@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -443,6 +444,15 @@ class TestCurves:
         assert len(steps) == len(values) == POINTS
         assert steps[:2] == [1.5, 5.5]
         assert set(values) == {0.5}
+
+    def test_a_long_history_costs_no_pattern_per_number(self, monkeypatch):
+        """The whole history is read again for each page, so a page of a long run must stay cheap."""
+        history = [{"step": i, "reward": 1.0, "kl": 0.1, "loss": 0.1} for i in range(1000)]
+        tried = []
+        real = re.sub
+        monkeypatch.setattr(re, "sub", lambda *args, **kwargs: tried.append(args) or real(*args, **kwargs))
+        assert len(curves(history)["reward"][0]) <= POINTS
+        assert len(tried) <= 4
 
     def test_what_is_drawn(self):
         history = [

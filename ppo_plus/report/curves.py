@@ -62,16 +62,21 @@ def curves(log_history: Iterable[dict[str, Any]]) -> dict[str, list[list[float]]
     Returns:
         `[steps, values]` by metric. A metric of several evaluation sets, `eval_<set>_<metric>`, has one each.
     """
-    wanted = {name for chart in CHARTS for name in chart.series}
     found: dict[str, list[list[float]]] = {}
     for row in log_history:
         for name, value in row.items():
-            base = re.sub(r"^eval_.+?_(?=(reward|kl|entropy|completions/mean_length)$)", "eval_", name)
-            if base in wanted and isinstance(value, int | float) and math.isfinite(value) and "step" in row:
+            if _is_drawn(name) and isinstance(value, int | float) and math.isfinite(value) and "step" in row:
                 steps, values = found.setdefault(name, [[], []])
                 steps.append(row["step"])
                 values.append(float(value))
     return {name: [_thinned(steps), _thinned(values)] for name, (steps, values) in found.items()}
+
+
+@functools.cache
+def _is_drawn(name: str) -> bool:
+    """Return whether a metric is in a chart; cached, since each page reads the whole log history again."""
+    base = re.sub(r"^eval_.+?_(?=(reward|kl|entropy|completions/mean_length)$)", "eval_", name)
+    return any(base in chart.series for chart in CHARTS)
 
 
 def _thinned(numbers: list[float]) -> list[float]:
