@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -22,8 +21,9 @@ import time
 import warnings
 from pathlib import Path
 
+from attempts import equal_weights, finish, interrupt, start_attempt, wait_for
+
 ROOT = Path(__file__).parents[1]
-FILES = ("adapter_model.safetensors", "value_head.safetensors")
 STARTED = "TRAINING"
 
 
@@ -46,14 +46,12 @@ def train(folder: Path, steps: int) -> None:
     trainer.save_model(str(folder / "final"))
 
 
-def start(folder: Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--train", str(folder), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    for line in process.stdout:
-        if line.strip() == STARTED:
-            break
-    return process
+def start(folder: Path, steps: int) -> tuple[subprocess.Popen, Path]:
+    """Start an attempt and wait until it trains; returns it with its log."""
+    log = folder.parent / f"{folder.name}.log"
+    process = start_attempt(__file__, ["--train", str(folder), "--steps", str(steps)], log)
+    wait_for(process, lambda: STARTED in log.read_text(encoding="utf-8", errors="replace"), log)
+    return process, log
 
 
 def step_reached(folder: Path) -> int:
@@ -75,22 +73,21 @@ def main() -> None:
 
     shutil.rmtree(args.output, ignore_errors=True)
     undisturbed, killed = args.output / "undisturbed", args.output / "killed"
-    start(undisturbed, args.steps).communicate()
+    finish(*start(undisturbed, args.steps))
     moments, kills, while_writing = random.Random(args.seed), 0, 0
     while kills < args.kills:
-        process = start(killed, args.steps)
+        process, log = start(killed, args.steps)
         time.sleep(moments.uniform(0, args.longest))
         if process.poll() is not None:
             sys.exit(f"The run ended by itself after {kills} kills: raise --steps.")
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        interrupt(process, signal.SIGKILL, log)
         kills += 1
         unfinished = [p for p in killed.glob("checkpoint-*") if not (p / "manifest.json").exists()]
         while_writing += bool(unfinished)
         print(f"kill {kills}: step {step_reached(killed)} of {args.steps}", file=sys.stderr, flush=True)
-    start(killed, args.steps).communicate()
-    equal = [(undisturbed / "final" / f).read_bytes() == (killed / "final" / f).read_bytes() for f in FILES]
-    result = {"kills": kills, "identical": kills if all(equal) else 0, "killed_while_writing": while_writing}
+    finish(*start(killed, args.steps))
+    equal = equal_weights(undisturbed / "final", killed / "final")
+    result = {"kills": kills, "identical": kills if equal else 0, "killed_while_writing": while_writing}
     result |= {"seed": args.seed, "steps": args.steps}
     if kills >= 50:
         from machine import describe_machine

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -29,9 +31,27 @@ def describe_machine(**instead: str) -> dict:
             "cpu_capability": cpu_capability(),
             "architecture": platform.machine(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **describe_card(),
         },
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | instead,
         "date": date.today().isoformat(),
+    }
+
+
+def describe_card() -> dict:
+    """Return memory, compute capability, CUDA and driver version of the first card; empty where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    card, driver = torch.cuda.get_device_properties(0), None
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+        driver = lines[0].strip() if lines else None
+    return {
+        "gpu_memory_gb": round(card.total_memory / 2**30, 1),
+        "gpu_capability": f"{card.major}.{card.minor}",
+        "cuda": torch.version.cuda,
+        "driver": driver,
     }
 
 

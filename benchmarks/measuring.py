@@ -65,6 +65,16 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def cap_memory(card_gb: float) -> None:
+    """Leave this process's CUDA allocator the memory that a card of so many GB has for tensors."""
+    from ppo_plus.memory.planning import CUDA_CONTEXT, GIB
+
+    if not torch.cuda.is_available():
+        return
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min((card_gb * GIB - CUDA_CONTEXT) / whole, 1.0))
+
+
 def answer_continuously(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], lengths: Sequence[int], do_sample: bool = True
 ) -> list[list[int]]:
@@ -146,7 +156,7 @@ def random_llama(dtype: torch.dtype = torch.float32, **sizes) -> LlamaForCausalL
     given = {"vocab_size": VOCABULARY, "tie_word_embeddings": True, "max_position_embeddings": 8192, **TINY, **sizes}
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     torch.manual_seed(0)
-    config = LlamaConfig(**given, bos_token_id=1, eos_token_id=VOCABULARY - 1, pad_token_id=0)
+    config = LlamaConfig(**given, bos_token_id=1, eos_token_id=given["vocab_size"] - 1, pad_token_id=0)
     return LlamaForCausalLM(config).to(dtype)
 
 
@@ -159,10 +169,10 @@ def word_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(folder: str | Path) -> str:
+def tiny_model(folder: str | Path, vocabulary: int = VOCABULARY) -> str:
     """A folder with a tiny random model and its tokenizer, to try a benchmark's logic in seconds."""
-    random_llama().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    random_llama(vocab_size=vocabulary).save_pretrained(folder)
+    word_tokenizer(vocabulary).save_pretrained(folder)
     return str(folder)
 
 
@@ -181,9 +191,17 @@ def chosen_model(args: argparse.Namespace, folder: str) -> str:
     return tiny_model(folder) if args.tiny else args.model or smollm2()
 
 
-def report(name: str, result: dict, write: bool = True, **instead: str) -> None:
-    """Write `results/<name>.json` with what `describe_machine` says, and print the same as the last line."""
+def report(name: str, result: dict, write: bool = True, folder: Path = RESULTS, **instead: str) -> None:
+    """Write `<name>.json` into a folder with what `describe_machine` says, and print the same as the last line."""
     result = {**result, **describe_machine(**instead)}
     if write:
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_result(folder / f"{name}.json", result)
     print(json.dumps(result))
+
+
+def write_result(file: Path, result: dict) -> None:
+    """Write a result as JSON, whole or not at all: a benchmark that writes as it goes may be stopped at any moment."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    aside.replace(file)

@@ -97,6 +97,19 @@ def kill(r: dict) -> str:
     return f"{r['kills']} kills, {r['identical']} ended in the same bits"
 
 
+def long_run(r: dict) -> str:
+    alone, signals = r["undisturbed"], [one["signal"] for one in r["signals"]]
+    came = " and ".join(f"{signals.count(name)} {name}s" for name in sorted({*signals}))
+    least, most = (alone["open_files"][end] for end in ("least", "most"))
+    files = f"{least} open files throughout" if least == most else f"{least} to {most} open files"
+    ends = "in the same bits as" if r["identical"] else "in other bits than"
+    return (
+        f"rollout {r['late']} holds **{alone['resident_mb']['ratio']:.3f}** of rollout {r['early']}'s resident memory; "
+        f"a rollout takes {alone['cpu_seconds']['ratio']:.2f}× the CPU time and {alone['wall_seconds']['ratio']:.2f}× "
+        f"the wall time; {files}; after {came} it ended {ends} an undisturbed run"
+    )
+
+
 def halves(r: dict) -> str:
     gains = f"**{r['median_gain']:.2f}×** as fast"
     return f"{gains}, median of the shapes where halves are taken; at least {r['least_gain']:.2f}×"
@@ -130,6 +143,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("mixed_adapters_bfloat16", "all roles scored in one mixed pass, bf16", mixed),
     ("mixed_adapters_float32", "all roles scored in one mixed pass, fp32", mixed),
     ("kill", "killed at random moments and resumed", kill),
+    ("long_run", "510 rollouts of SmolLM2-135M with checkpoints, evaluations and the report", long_run),
     ("demo", "reward model and PPO on real text", demo),
     ("demo_4bit", "the same, the backbone of all roles in NF4", demo_ends),
     ("demo_top_layers", "the same, LoRA on the top third of the layers alone", demo_ends),

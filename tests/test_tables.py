@@ -58,6 +58,13 @@ RESULTS = {
     "mixed_adapters_bfloat16": {"ratio": 1.5},
     "mixed_adapters_float32": {"ratio": 1.25},
     "kill": {"kills": 50, "identical": 49},
+    "long_run": {
+        "identical": True, "early": 50, "late": 500, "signals": [{"signal": "SIGTERM"}, {"signal": "SIGKILL"}] * 2,
+        "undisturbed": {
+            "resident_mb": {"ratio": 1.0125}, "cpu_seconds": {"ratio": 1.024}, "wall_seconds": {"ratio": 0.99},
+            "open_files": {"least": 6, "most": 6},
+        },
+    },
     "demo": {"vader_rises": [0.25, 0.5], **MACHINE, "machine": {"gpu": "A card"}},
     "demo_4bit": {
         "vader_rises": [0.5], "runs": [{"after": {"reward": 1.25, "kl": 6.0}, "minutes": 8}],
@@ -105,11 +112,14 @@ def test_every_result_becomes_words(tmp_path):
         "1.50× the time of a pass for each role",
         "1.25× the time of a pass for each role",
         "50 kills, 49 ended in the same bits",
+        "rollout 500 holds **1.012** of rollout 50's resident memory; a rollout takes 1.02× the CPU time and 0.99× the "
+        "wall time; 6 open files throughout; after 2 SIGKILLs and 2 SIGTERMs it ended in the same bits as an "
+        "undisturbed run",
         "VADER score of held-out answers, by seed: +0.25, +0.50",
         "held-out reward by seed 1.25 at 6.0 nats; VADER score of held-out answers, by seed: +0.50; 8.0 minutes",
     ]
     assert [where for _, _, where in rows] == [
-        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 3, *[""] * 7,
+        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 3, *[""] * 8,
         "A card, 2026-01-02", "",
     ]  # fmt: skip
 
