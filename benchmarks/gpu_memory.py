@@ -1,6 +1,6 @@
 """A whole rollout and update of large models in NF4 under a hard cap of 12, 16 and 24 GB, and the planner beside it.
 
-    python benchmarks/gpu_memory.py [--models qwen2.5-7b ...] [--caps 12 16 24] [--tiny]
+    python benchmarks/gpu_memory.py [--models qwen2.5-7b ...] [--caps 12 16 24] [--output benchmarks/results] [--tiny]
 
 Weights are random, in the shapes below, quantized one layer at a time on the GPU, so the bf16 model never exists. LoRA
 r=16 on all linear layers, a reward adapter of the same rank mounted, 64 prompts of 256 tokens, responses of 512; batch
@@ -8,8 +8,8 @@ sizes are the planner's. Each run is a process of its own, whose allocator is ca
 sets aside for CUDA (`torch.cuda.set_per_process_memory_fraction`). `--tiny` shrinks the shapes to a second's work and
 counts storages where there is no GPU: it shows that the script runs, and nothing about memory.
 
-The last line is JSON; `ratio` is the largest share of its cap that one of the claimed runs (7B in 12, 14B in 16, 32B
-in 24 GB) held at its peak, or null where one of them did not run.
+The result is written after each run. The last line is JSON; `ratio` is the largest share of its cap that one of the
+claimed runs (7B in 12, 14B in 16, 32B in 24 GB) held at its peak, or null where one of them did not run.
 """
 
 from __future__ import annotations
@@ -157,14 +157,12 @@ class Peaks:
 
     def __init__(self, cap: int) -> None:
         import torch
+        from measuring import cap_memory
 
         from ppo_plus.memory import Ledger
-        from ppo_plus.memory.planning import CUDA_CONTEXT, GIB
 
         self.cuda, self.ledger, self.phases = torch.cuda.is_available(), Ledger(), {}
-        if self.cuda:
-            whole = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min((cap * GIB - CUDA_CONTEXT) / whole, 1.0))
+        cap_memory(cap)
 
     def counting(self):
         return contextlib.nullcontext() if self.cuda else self.ledger
@@ -244,8 +242,28 @@ def child(name: str, cap: int, tiny: bool) -> dict:
 
 def share_of_cap(row: dict) -> float | None:
     """The largest part of its cap that a run held; None where it did not run, or not on a GPU."""
-    held = [phase["reserved"] for phase in row["measured_bytes"].values()]
+    held = [phase["reserved"] for phase in row.get("measured_bytes", {}).values()]
     return max(held) / (row["cap_gib"] * 2**30) if row["ran"] and None not in held else None
+
+
+def run_child(name: str, cap: int, tiny: bool) -> dict:
+    """Run one model under one cap in a process of its own; a process that fails is a row with its error."""
+    command = [sys.executable, __file__, "--child", name, str(cap), *(["--tiny"] if tiny else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        return {"model": name, "cap_gib": cap, "ran": False, "error": lines[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Return the result of the runs so far, with machine and versions."""
+    from machine import describe_machine
+
+    shares = {(row["model"], row["cap_gib"]): share_of_cap(row) for row in rows}
+    claimed = [shares.get(claim) for claim in CLAIMS]
+    return {"ratio": None if None in claimed else max(claimed), "runs": rows, **describe_machine()}
 
 
 def main() -> None:
@@ -253,30 +271,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--caps", nargs="+", type=int, default=[12, 16, 24], help="GiB")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that the script runs; writes nothing")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "CAP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args.child[0], int(args.child[1]), args.tiny)))
         return
     import torch
-    from machine import describe_machine
+    from measuring import write_result
 
     if not args.tiny and not torch.cuda.is_available():
         parser.error("this measures a CUDA GPU, and there is none; --tiny shows on the CPU that the script runs")
-    rows = []
+    rows: list[dict] = []
     for name in args.models:
         for cap in args.caps:
-            command = [sys.executable, __file__, "--child", name, str(cap), *(["--tiny"] if args.tiny else [])]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(run_child(name, cap, args.tiny))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    shares = {(row["model"], row["cap_gib"]): share_of_cap(row) for row in rows}
-    claimed = [shares.get(claim) for claim in CLAIMS]
-    result = {"ratio": None if None in claimed else max(claimed), "runs": rows, **describe_machine()}
-    if not args.tiny:
-        path = ROOT / "benchmarks" / "results" / "gpu_memory.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+            if not args.tiny:
+                write_result(args.output / "gpu_memory.json", summarize(rows))
+    print(json.dumps(summarize(rows)))
 
 
 if __name__ == "__main__":

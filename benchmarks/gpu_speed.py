@@ -1,6 +1,6 @@
 """Tokens per second on a GPU, as shares of what the card can do, for 0.5B, 1.5B and 8B shapes in bf16 and NF4.
 
-    python benchmarks/gpu_speed.py [--shapes 0.5B 1.5B 8B] [--precisions bf16 nf4] [--no-trl]
+    python benchmarks/gpu_speed.py [--shapes 0.5B 1.5B 8B] [--precisions bf16 nf4] [--no-trl] [--card-gb 12]
     python benchmarks/gpu_speed.py --tiny      the logic, in a minute on a CPU; nothing is written
 
 Models have random weights: Qwen2.5's shapes at 0.5B and 1.5B, Llama 3.1's at 8B, with LoRA on all linear layers. Each
@@ -13,9 +13,10 @@ written) and the rate of bf16 matrix products (8192 cubed). Shares:
 
 Decode paths side by side: ours, `generate` with dynamic and with static cache (which transformers compiles on CUDA),
 and continuous batching (`generate_batch`); one that does not run says why. torch.profiler tables of the two largest
-costs, decoding and a learning micro-batch, go to results/gpu_profile_<shape>_<precision>.txt. Against TRL 1.12: the
-update of vs_trl.py, in bf16, where four times the weights fit. The last line is JSON; `ratio` is the smallest share of
-its limit that an update's learning reached.
+costs, decoding and a learning micro-batch, go to gpu_profile_<shape>_<precision>.txt beside the result. Against TRL
+1.12: the update of vs_trl.py, in bf16, where four times the weights fit. `--card-gb` caps the memory of each process as
+a card of so many GB would. The result is written after each shape and precision; one that fails is an error in it. The
+last line is JSON; `ratio` is the smallest share of its limit that an update's learning reached.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import describe_machine
 from measuring import (
     RESULTS,
     ROOT,
     PhaseClock,
     answer_continuously,
     by_phase,
+    cap_memory,
     medians,
     peak_mb,
     report,
     seconds,
     word_tokenizer,
+    write_result,
 )
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -226,7 +230,7 @@ def one_micro_batch(trainer) -> Callable[[], object]:
     return lambda: trainer.training_step(trainer.model, dict(batch), tokens)
 
 
-def measure(shape: str, precision: str, size: dict, folder: str) -> dict:
+def measure(shape: str, precision: str, size: dict, folder: str, output: Path) -> dict:
     """Everything about one shape and precision, in this process."""
     bounds, clock = limits(size), PhaseClock()
     trainer = make_trainer(load(folder, precision), size, f"{folder}/out", clock)
@@ -237,7 +241,8 @@ def measure(shape: str, precision: str, size: dict, folder: str) -> dict:
         decode = decode_speed(paths, size, decode_limit(trainer.model, size, bounds["bytes_per_second"]))
     tables = profiled({"decode": paths["ours"], "learning micro-batch": one_micro_batch(trainer)})
     if shape != "tiny":
-        (RESULTS / f"gpu_profile_{shape}_{precision}.txt").write_text(tables)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"gpu_profile_{shape}_{precision}.txt").write_text(tables, encoding="utf-8")
     responses = size["rows"] * size["response"]
     reached = learning_flops(trainer.model, size) / update["learn"]
     return {
@@ -264,41 +269,67 @@ def against_trl(folder: str) -> dict | None:
     return {"ratio": sides["trl"]["total_seconds"] / sides["ours"]["total_seconds"], **sides}
 
 
-def run_child(shape: str, precision: str, folder: str) -> dict:
-    command = [sys.executable, __file__, "--child", shape, precision, folder]
+def run_child(shape: str, precision: str, folder: str, flags: list[str]) -> dict:
+    """Measure one shape and precision in a process of its own; returns the error of one that fails."""
+    command = [sys.executable, __file__, "--child", shape, precision, folder, *flags]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        return {"error": lines[-1][:300]}
     print(f"{shape} {precision}: {done.stdout.splitlines()[-1]}", file=sys.stderr, flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def smallest_share(found: dict[str, dict]) -> float | None:
+    """Return the smallest share of its limit that learning reached; None where nothing was measured."""
+    rows = [row for by in found.values() for row in by.values() if row]
+    return min((row["learn_share_of_limit"] for row in rows if "learn_share_of_limit" in row), default=None)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes", nargs="+", default=["0.5B", "1.5B", "8B"], choices=[s for s in SHAPES if s != "tiny"]
     )
     parser.add_argument("--precisions", nargs="+", default=["bf16", "nf4"], choices=["bf16", "nf4"])
     parser.add_argument("--no-trl", action="store_true", help="leave TRL 1.12 out")
+    parser.add_argument("--card-gb", type=float, help="cap each process as a card of so many GB would")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, without TRL; nothing is written")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not (CUDA or args.tiny or args.child):
+        sys.exit("gpu_speed.py measures a CUDA device and finds none; --tiny tries its logic on a CPU.")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.card_gb is not None:
+        cap_memory(args.card_gb)
     if args.child:
         shape, precision, folder = args.child
-        print(json.dumps(measure(shape, precision, SMALL if shape == "tiny" else FULL, folder)))
+        print(json.dumps(measure(shape, precision, SMALL if shape == "tiny" else FULL, folder, args.output)))
         return
-    if not (CUDA or args.tiny):
-        sys.exit("gpu_speed.py measures a CUDA device and finds none; --tiny tries its logic on a CPU.")
+    flags = ["--output", str(args.output), *(["--card-gb", str(args.card_gb)] if args.card_gb is not None else [])]
     found: dict[str, dict] = {}
+
+    def result() -> dict:
+        return {"ratio": smallest_share(found), "sizes": SMALL if args.tiny else FULL, **found}
+
     for shape in ["tiny"] if args.tiny else args.shapes:
+        found[shape] = {}
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, "-c", MAKE, shape, folder], check=True, cwd=ROOT / "benchmarks")
-            found[shape] = {p: run_child(shape, p, folder) for p in args.precisions}
+            for precision in args.precisions:
+                found[shape][precision] = run_child(shape, precision, folder, flags)
+                if not args.tiny:
+                    write_result(args.output / "gpu_speed.json", {**result(), **describe_machine()})
             if not (args.tiny or args.no_trl) and "bf16" in args.precisions:
                 found[shape]["against_trl"] = against_trl(folder)
-    shares = [
-        r["learn_share_of_limit"] for by in found.values() for r in by.values() if r and "learn_share_of_limit" in r
-    ]
-    report("gpu_speed", {"ratio": min(shares), "sizes": SMALL if args.tiny else FULL, **found}, write=not args.tiny)
+    report("gpu_speed", result(), write=not args.tiny, folder=args.output)
 
 
 # In a process of its own, so that the memory of making the weights is given back.
