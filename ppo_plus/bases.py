@@ -46,7 +46,7 @@ def sample_model(model: nn.Module) -> Samples:
                 continue
             if parameter.dtype in PRECISE:
                 weights[full] = lambda parameter=parameter: parameter  # type: ignore[misc]
-            elif kind := _quantization(parameter):
+            elif kind := _quantization(parameter, module):
                 weights[f"{full}:{kind}"] = lambda module=module: _dequantize(module.weight, module)  # type: ignore[misc]
     return {name: _pick(weights[full]().detach()) for name, full in _choose(weights).items()}
 
@@ -150,13 +150,19 @@ def _shared_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield ".".join(name.split(".")[-2:]), full
 
 
-def _quantization(parameter: nn.Parameter) -> str | None:
+def _quantization(parameter: nn.Parameter, module: nn.Module) -> str | None:
     """Name the bitsandbytes format of a parameter; None of other integers, whose scales are elsewhere."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         # The CPU's kernel for decoding has an order of its own, which bitsandbytes cannot dequantize.
         return None if getattr(state, "packing_format_for_cpu", False) else cast(str, state.quant_type)
-    return "int8" if type(parameter).__name__ == "Int8Params" else None
+    return "int8" if _int8_scales(parameter, module) is not None else None
+
+
+def _int8_scales(weight: Any, module: Any) -> Tensor | None:
+    """Find the scales of 8-bit rows, `(rows,)`, which the first forward pass moves from the weight to the module."""
+    scales = getattr(weight, "SCB", None)
+    return scales if scales is not None else getattr(getattr(module, "state", None), "SCB", None)
 
 
 def _dequantize(weight: Any, module: Any) -> Tensor:
@@ -164,8 +170,8 @@ def _dequantize(weight: Any, module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state)
-    scales = module.state.SCB if weight.SCB is None else weight.SCB
-    return weight.data.float() * scales.float()[:, None] / 127
+    scales = cast(Tensor, _int8_scales(weight, module))
+    return weight.data.float() * scales.to(weight.device).float()[:, None] / 127
 
 
 def _weight_files(folder: Path | None) -> dict[str, Path]:

@@ -139,6 +139,15 @@ def test_a_classifier_without_a_padding_token_reads_the_last_token_of_any_family
     assert reward(BATCH) == pytest.approx(one_by_one(model), abs=1e-5)
 
 
+def test_a_tokenizer_without_padding_and_without_eos_reads_the_last_token(base):
+    model, tokenizer = classifier(base), make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    model.config.pad_token_id = None
+    alone = one_by_one(copy.deepcopy(model), [text.removesuffix("<eos>") for text in TEXTS])
+    reward = ClassifierReward(model, tokenizer, "judge", batch_size=3, chat_template_kwargs={})
+    assert reward(BATCH) == pytest.approx(alone, abs=1e-5)
+
+
 def test_an_encoder_that_counts_positions_from_its_padding_is_padded_with_its_own():
     torch.manual_seed(0)
     config = RobertaConfig(

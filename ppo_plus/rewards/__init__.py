@@ -2,6 +2,9 @@
 
 The contract of a reward function is that of TRL's GRPO and RLOO trainers, and one thing more: it may return a list
 of numbers for a response, one per token, instead of one number. Those are paid at the tokens they belong to.
+
+Where the generation prompt of a chat template begins the answer (`<think>`), functions get the completion without that
+beginning, as the policy sampled it; sequence classifiers and reward adapters read the whole answer.
 """
 
 from .adapters import AdapterReward
