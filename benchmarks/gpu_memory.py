@@ -235,8 +235,8 @@ def child(name: str, cap: int, tiny: bool) -> dict:
     return {
         **result, "ran": True, "response_tokens": phases.response_tokens, "measured_bytes": peaks.phases,
         "planned_bytes": plans, "planner_error": errors,
-        "decode_rows": [found.sizes["generation_batch_size"], trainer.collector.decode_size],
-        "forward_rows": [found.sizes["local_rollout_forward_batch_size"], trainer.collector.forward_size],
+        "decode_rows": [found.sizes["generation_batch_size"], trainer.collector.decode_size.rows],
+        "forward_rows": [found.sizes["local_rollout_forward_batch_size"], trainer.collector.forward_size.rows],
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ callbacks when it resumes: constructor arguments must be JSON, and nobody may ho
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import signal
 import sys
@@ -24,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 
 from .config import PPOConfig, is_number
 from .functional import MAX_KL_ERROR, band_kl_coef, ema, proportional_kl_coef
+from .interrupt import Interrupt
 from .trackers import send_table
 
 if TYPE_CHECKING:
@@ -279,10 +281,6 @@ class EarlyStoppingOnKLCallback(PPOCallback, ExportableState):
         return {"args": {"max_kl": self.max_kl, "patience": self.patience}, "attributes": {"above": self.above}}
 
 
-class Interrupted(Exception):
-    """A signal came while a rollout or an evaluation was generated; training is left as it was before that."""
-
-
 def _leave_processes() -> None:
     # Threads of a process group that nobody leaves may abort the interpreter at its end, and that is its exit status.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -293,8 +291,9 @@ class InterruptCallback(TrainerCallback):
     """SIGTERM or SIGINT once: finish the optimizer step, write a checkpoint, and end as the signal would have.
 
     A second one ends the process at once. A step is finished rather than a micro-batch, because only between steps
-    is the state one that a run can resume from to the same bits. Generating is not waited for, of a rollout or of an
-    evaluation: a resumed run generates the same once more. Signals are listened to inside the `with` block.
+    is the state one that a run can resume from to the same bits. A rollout or an evaluation is not waited for, nor is
+    a reward function in it (`interrupt.py`): a resumed run makes the same once more. Signals are listened to inside the
+    `with` block.
 
     Processes that train together stop together, after the same step, whichever of them the signal reached. One that
     only heard of it has not received it: a launcher that sends it to one after the other sends it once to each.
@@ -305,13 +304,18 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self, highest: Callable[[int], int] = int) -> None:
         self.highest = highest
-        self.received: int | None = None
+        self.interrupt = Interrupt()
         self.stops_for: int | None = None
         self.began_at = 0
         self._before: dict[int, Any] = {}
 
+    @property
+    def received(self) -> int | None:
+        """The signal that came to this process."""
+        return self.interrupt.received
+
     def __enter__(self) -> InterruptCallback:
-        self.received = self.stops_for = None
+        self.interrupt.received = self.stops_for = None
         if threading.current_thread() is threading.main_thread():  # only there can one listen to signals
             self._before = {s: signal.signal(s, self._receive) for s in SIGNALS}
         return self
@@ -319,7 +323,7 @@ class InterruptCallback(TrainerCallback):
     def __exit__(self, *error: Any) -> None:
         self._put_back()
         number = self.received or self.stops_for
-        self.received = self.stops_for = None
+        self.interrupt.received = self.stops_for = None
         if number is not None:
             atexit.register(_leave_processes)
             signal.raise_signal(number)  # what was put off happens now, with the conventional exit status
@@ -332,11 +336,6 @@ class InterruptCallback(TrainerCallback):
     def came(self) -> bool:
         """Whether a signal ends the run."""
         return self.received is not None or self.stops_for is not None
-
-    def leave(self) -> None:
-        """Raise `Interrupted`, if a signal came."""
-        if self.received is not None:
-            raise Interrupted
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if a signal came to any process."""
@@ -352,9 +351,12 @@ class InterruptCallback(TrainerCallback):
         if self.received is not None:
             self._put_back()
             signal.raise_signal(number)
-        self.received = number
         name = signal.Signals(number).name
-        print(f"{name}: finishing this step and saving; send it again to stop at once.", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):  # it came while stderr was written to, which cannot be entered twice
+            print(
+                f"{name}: finishing this step and saving; send it again to stop at once.", file=sys.stderr, flush=True
+            )
+        self.interrupt.receive(number)
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,16 +29,12 @@ from .data import Row, columns_of, left_pad, pad_id, unpadded
 from .devices import sum_dtype
 from .logits import nucleus
 from .modeling import ActorCritic, Generation
-from .out_of_memory import in_chunks
+from .out_of_memory import PATIENCE, BatchSize
 from .rewards import Completions, RewardSet
 from .rollout import RightAligned, Rollout, response_mask
 
 # Of the tokens of each row, which rows share a forward pass.
 Cut = Callable[[Tensor], list[Tensor]]
-
-
-def go_on() -> None:
-    """Give up nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,8 @@ class Collector:
         args: sizes, sampling, shaping.
         accelerator: autocast and sums over processes.
         stop_ids: ids that end a response.
-        report: told at every decode step and forward pass: phase, responses done, responses, tokens done.
+        report: told at every decode step and forward pass: phase, responses done, responses, tokens done; what it
+            raises ends the rollout there.
     """
 
     def __init__(
@@ -117,9 +113,10 @@ class Collector:
         self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
         self.accelerator, self.stop_ids, self.report = accelerator, list(stop_ids), report
         self.warp = truncation(args)
-        self.forward_size = args.local_rollout_forward_batch_size
-        self.micro_batch_size = sys.maxsize  # as far as is known, any micro-batch fits that can be learned from
-        self.decode_size = args.generation_batch_size or self.forward_size
+        micro_batches = args.num_mini_batches * args.gradient_accumulation_steps
+        self.forward_size = BatchSize(args.local_rollout_forward_batch_size)
+        self.micro_batch_size = BatchSize(args.rollout_batch_size, PATIENCE * micro_batches)
+        self.decode_size = BatchSize(args.generation_batch_size or args.local_rollout_forward_batch_size)
 
     @torch.no_grad()
     def sample(
@@ -127,8 +124,8 @@ class Collector:
         rows: Sequence[Row],
         noise: Tensor,
         context: dict[str, Any],
-        leave: Callable[[], None] = go_on,
         cut: Cut | None = None,
+        score: bool = True,
     ) -> Samples:
         """Answer prompts, score the answers, and look at them with actor, critic and reference.
 
@@ -136,23 +133,22 @@ class Collector:
             rows: of a tokenized dataset.
             noise: uniform numbers that decide the sampled tokens, `(N, R)` float64.
             context: handed to reward functions.
-            leave: called before each decode batch and before scoring; may raise to give up the rollout.
             cut: into the micro-batches that are going to be learned from first; None where nobody learns, and nothing
                 is kept to go on from. Evaluations may have more rows than there is room for.
+            score: whether rewards are called; without, all scores are NaN.
         """
         watch = Stopwatch()
         self.model.eval()  # in train mode activation checkpointing would drop the cache
         with self.accelerator.autocast():
             prompts = [row["input_ids"] for row in rows]
-            generation = self._generate(prompts, noise, leave)
+            generation = self._generate(prompts, noise)
             watch.lap("generate")
-            leave()
             tokens = generation.tokens
             attended = response_mask(tokens, self.stop_ids)
             mask = response_mask(tokens, self.stop_ids, include_stop=self.args.include_eos)
             completions, extra = self._completions(rows, tokens, attended, context)
             self.report("scoring", 0, len(rows), 0)
-            scores = self.rewards(completions)
+            scores = self.rewards(completions) if score else self.rewards.leave_unscored(completions)
             self.report("scoring", len(rows), len(rows), 0)
             input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
             input_ids = torch.cat([input_ids, tokens], 1)
@@ -176,11 +172,11 @@ class Collector:
         )  # fmt: skip
 
     @torch.no_grad()
-    def answer_as_reference(self, rows: Sequence[Row], noise: Tensor, leave: Callable[[], None] = go_on) -> Completions:
+    def answer_as_reference(self, rows: Sequence[Row], noise: Tensor) -> Completions:
         """What the reference answers to prompts that `sample` takes, with the same noise."""
         self.model.eval()
         with self.accelerator.autocast(), self.model.reference():
-            tokens = self._generate([row["input_ids"] for row in rows], noise, leave).tokens
+            tokens = self._generate([row["input_ids"] for row in rows], noise).tokens
         return self._completions(rows, tokens, response_mask(tokens, self.stop_ids), {})[0]
 
     def rollout(
@@ -293,7 +289,7 @@ class Collector:
         nothing = torch.nan if self.reduce(mask.sum()) == 0 else 0.0
         return mean.item() + nothing, var.item() + nothing
 
-    def _generate(self, prompts: Sequence[list[int]], noise: Tensor, leave: Callable[[], None]) -> Generation:
+    def _generate(self, prompts: Sequence[list[int]], noise: Tensor) -> Generation:
         (rows, length), padding = noise.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
@@ -301,7 +297,6 @@ class Collector:
         tally = Tally("generating", rows, self.report)
 
         def decode_rows(chunk: Tensor) -> None:
-            leave()
             input_ids, attention_mask = left_pad([prompts[int(i)] for i in chunk], pad_id(self.tokenizer))
             out = self.model.sample(
                 input_ids.to(self.accelerator.device),
@@ -316,7 +311,7 @@ class Collector:
             tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
             tally.add(len(chunk), int(response_mask(tokens[chunk], self.stop_ids).sum()))
 
-        self.decode_size = in_chunks(order, self.decode_size, decode_rows)
+        self.decode_size.run(order, decode_rows)
         longest = int(response_mask(tokens, self.stop_ids).sum(1).max())
         return Generation(tokens[:, :longest], logprobs[:, :longest])
 
@@ -403,10 +398,10 @@ class Collector:
 
         if passes is None:  # rows of similar length together
             order = attention_mask.sum(1).argsort(stable=True)
-            self.forward_size = in_chunks(order, self.forward_size, run_rows)
+            self.forward_size.run(order, run_rows)
             return
         for rows in passes:
-            self.micro_batch_size = in_chunks(rows, self.micro_batch_size, run_rows)
+            self.micro_batch_size.run(rows, run_rows)
 
     def _completions(
         self, rows: Sequence[Row], tokens: Tensor, attended: Tensor, context: dict[str, Any]

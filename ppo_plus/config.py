@@ -171,6 +171,10 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     log_completions: bool = _field(False, "Show sampled responses after every rollout.")
     num_completions_to_print: int = _field(5, "Responses per table of samples.")
     run_report: bool = _field(True, "Keep report.html in output_dir: curves, fixed prompts, tokens of rollouts.")
+    report_rewards: bool = _field(
+        False, "Score the report's fixed prompts too: calls reward functions 11 more times. Reward models always do."
+    )
+    push_report: bool = _field(False, "Push report.html, which shows prompts and answers, to the Hub with the model.")
     eval_win_rate: bool = _field(
         False, "Evaluations report how often an answer beats the reference's, which is sampled once for it."
     )
@@ -329,8 +333,8 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         }
         switches = (
             "include_eos", "skip_special_tokens", "whiten_rewards", "disable_dropout", "cache_lower_layers",
-            "shuffle_dataset", "log_completions", "run_report", "eval_win_rate", "bf16", "logging_nan_inf_filter",
-            "restore_callback_states_from_checkpoint",
+            "shuffle_dataset", "log_completions", "run_report", "report_rewards", "push_report", "eval_win_rate",
+            "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint",
         )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from .checkpoint import Progress
-from .collector import Collector, Samples, go_on
+from .collector import Collector, Samples
 from .config import PPOConfig
 from .data import Row, checked_prompts, tokenized
 from .metrics import Meter
@@ -37,7 +38,7 @@ class EvaluationMixin(Trainer):
     control: Any
     _progress: Progress
     _win_rate: WinRate
-    _leave: Any
+    _allow_interrupt: Any
     _sample: Any
     _draw: Any
 
@@ -61,7 +62,9 @@ class EvaluationMixin(Trainer):
         if isinstance(dataset, dict):
             parts = {f"{metric_key_prefix}_{name}": part for name, part in dataset.items()}
         # All are answered before one is reported: a signal in between leaves nothing to be reported twice.
-        evaluated = [self._evaluated(part, prefix) for prefix, part in parts.items()]
+        # An evaluation that the user asks for is made to its end.
+        with self._allow_interrupt() if self._progress.evaluation_due else contextlib.nullcontext():
+            evaluated = [self._evaluated(part, prefix) for prefix, part in parts.items()]
         everything: dict[str, float] = {}
         for samples, metrics in evaluated:
             self.log(logged := {name: value for name, value in metrics.items() if not math.isnan(value)})
@@ -94,9 +97,7 @@ class EvaluationMixin(Trainer):
         if self.args.eval_win_rate:
             rows, share = self._evaluation_share(dataset)
             noise, seed = self._draw(share, ("evaluation",))
-            metrics["win_rate"] = self._win_rate(
-                samples, rows, noise, seed, dataset._fingerprint, self.state, self._leave_evaluation
-            )
+            metrics["win_rate"] = self._win_rate(samples, rows, noise, seed, dataset._fingerprint, self.state)
         return samples, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples | None:
@@ -117,12 +118,7 @@ class EvaluationMixin(Trainer):
         if not isinstance(prompts, Dataset):
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
         position = ("evaluation",)
-        return self._sample(*self._evaluation_share(prompts), position, meter or Meter(), self._leave_evaluation)
-
-    @property
-    def _leave_evaluation(self) -> Callable[[], None]:
-        """What gives up an evaluation of the run when a signal came; one that the user asks for is made to its end."""
-        return self._leave if self._progress.evaluation_due else go_on
+        return self._sample(*self._evaluation_share(prompts), position, meter or Meter())
 
     def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
         """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
@@ -143,8 +139,14 @@ class EvaluationMixin(Trainer):
         return checked_prompts(dataset, *limits, name)
 
     def answer_alone(self, prompts: Dataset) -> Samples:
-        """Answer and score tokenized prompts on this process, all of them; the others are not asked."""
-        return cast(Samples, self._sample(list(prompts), range(len(prompts)), ("evaluation",), Meter()))
+        """Answer tokenized prompts on this process, all of them; the others are not asked.
+
+        The answers are scored by reward models; where there are reward functions, only if `report_rewards` says so.
+        """
+        score = self.args.report_rewards or not self.collector.rewards.calls_functions
+        rows = range(len(prompts))
+        with self._allow_interrupt():
+            return cast(Samples, self._sample(list(prompts), rows, ("evaluation",), Meter(), score=score))
 
 
 class WinRate:
@@ -170,7 +172,6 @@ class WinRate:
         seed: int,
         dataset: str,
         trainer_state: Any,
-        leave: Callable[[], None] = go_on,
     ) -> float:
         """Share of prompts that the policy wins, over all processes; a tie is half a win.
 
@@ -181,12 +182,11 @@ class WinRate:
             seed: of what reward functions draw.
             dataset: what tells the rows from others.
             trainer_state: handed to reward functions; what they log of the reference is dropped.
-            leave: as of `Collector.sample`.
         """
         collector = self.collector
         with isolated_rng(seed):
             if dataset not in self.answers:
-                self.answers[dataset] = collector.answer_as_reference(rows, noise, leave)
+                self.answers[dataset] = collector.answer_as_reference(rows, noise)
             context = {"trainer_state": trainer_state, "log_metric": _drop, "log_extra": _drop}
             with collector.accelerator.autocast():
                 theirs = collector.rewards(replace(self.answers[dataset], context=context)).total

@@ -11,18 +11,68 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, hf_api
 
 ARGUMENTS_FILE = "training_args.json"
+REPORT_FILES = ("report.html", "report_comparison.html")  # of `report/`: they show prompts and answers
 
 
 class HubMixin:
-    """Pushing during training, for a `Trainer`; `push_to_hub` is Trainer's own."""
+    """Pushing during training and after it, for a `Trainer`."""
 
     args: Any
     accelerator: Any
     state: Any
     control: Any
     callback_handler: Any
+    model: Any
     hub_model_id: str | None
     push_in_progress: PushInProgress | None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the model, its tokenizer and its card, as Trainer does; the report only with `push_report`.
+
+        Trainer's own method uploads every file of `output_dir`, and takes no pattern of files to leave out.
+
+        Args:
+            commit_message: of the upload.
+            blocking: wait until it is done.
+            token: in place of `hub_token`.
+            revision: in place of `hub_revision`.
+            private: as Trainer takes it.
+            kwargs: of `create_model_card`.
+        """
+        trainer: Any = self
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:  # push_to_hub=False in the arguments
+            trainer.init_hf_repo(token=token, private=private)
+        trainer.save_model(_internal_call=True)
+        if not trainer.is_world_process_zero():
+            return None
+        named = self.args.hub_model_id or Path(self.args.output_dir).name
+        kwargs.setdefault("model_name", named.split("/")[-1])
+        tags = kwargs.get("tags") or []
+        kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *self._model_tags()]))
+        trainer.create_model_card(**kwargs)
+        trainer._finish_current_push()
+        options = {"token": token, "run_as_future": not blocking, **self._ignored_files()}
+        if revision is not None:
+            options["revision"] = revision
+        return self._upload(self.args.output_dir, commit_message, **options)
+
+    def _model_tags(self) -> list[str]:
+        return getattr(self.model, "model_tags", None) or []
+
+    def _ignored_files(self) -> dict[str, list[str]]:
+        """The pattern option of an upload of `output_dir`: Trainer's patterns, and the report's files."""
+        report = () if getattr(self.args, "push_report", False) else REPORT_FILES
+        return {"ignore_patterns": ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *report]}
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer would copy the files whose names it knows (no value head), and pickle the arguments with the token.
@@ -39,7 +89,7 @@ class HubMixin:
         self._save(args.output_dir)  # type: ignore[attr-defined]
         self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])  # type: ignore[attr-defined]
         message = f"Training in progress, step {self.state.global_step}"
-        jobs = [self._upload(args.output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        jobs = [self._upload(args.output_dir, message, **self._ignored_files())]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if last else Path(checkpoint_folder).name
@@ -49,15 +99,10 @@ class HubMixin:
         else:
             self.push_in_progress = PushInProgress(jobs)
 
-    def _upload(self, folder: str, message: str, **kwargs: Any) -> Any:
+    def _upload(self, folder: str, message: str | None, **options: Any) -> Any:
+        usual = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
         return hf_api().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=folder,
-            commit_message=message,
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            run_as_future=True,
-            **kwargs,
+            repo_id=self.hub_model_id, folder_path=folder, commit_message=message, **{**usual, **options}
         )
 
 

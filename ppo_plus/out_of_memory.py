@@ -1,4 +1,4 @@
-"""What does not fit into memory at once is done over fewer rows at a time, with the same result.
+"""Batch sizes that shrink where memory does not suffice, and grow back; the result is the same.
 
 The same up to the re-association of sums: what a row becomes does not depend on the rows beside it.
 """
@@ -7,71 +7,116 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-# What is not taken from torch's own allocator fails under other names.
+from .interrupt import raise_if_interrupted
+
+Result = TypeVar("Result")
+
+# Errors that have no class of their own: of the driver, cuBLAS, the CPU's allocator and Apple's.
 UNNAMED = (
-    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
     "MPS backend out of memory",
-)  # fmt: skip
+)
+PATIENCE = 2  # passes over all rows that must fit before twice as many are tried
+MOST_PATIENCE = 64 * PATIENCE
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory did not suffice: torch's allocator, the driver, or cuBLAS."""
+    """Return whether an error reports a lack of memory.
+
+    accelerate's `should_reduce_batch_size` finds neither the driver's error nor cuBLAS's.
+    """
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in UNNAMED)
 
 
-def in_chunks(order: Tensor, size: int, run: Callable[[Tensor], None]) -> int:
-    """Run over chunks of rows; where memory does not suffice, over smaller ones.
+class BatchSize:
+    """Rows that are processed at once: halved when memory runs out, doubled again after some passes that fit.
+
+    Memory may have been short for a moment only (another process, one long batch). A size that turns out too large
+    again is tried half as often from then on.
 
     Args:
-        order: rows in the order in which to take them, `(N,)` int64.
-        size: rows to begin with.
-        run: called with some rows; it must leave nothing behind where it runs out of memory.
+        most: rows to begin with, and never exceeded.
+        patience: passes that must fit before the size is doubled.
 
-    Returns:
-        the size that fitted, to begin with next time.
+    Attributes:
+        rows: the current size.
     """
-    start = 0
-    while start < len(order):
-        try:
-            run(order[start : start + size])
-        except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-        else:
-            start += size
-            continue
-        # Out here the error is gone, and with it the frames that held on to what had been computed.
-        size = min(size, len(order)) // 2 or 1
-        warnings.warn(f"Out of memory: going on with {size} rows at a time instead of more.", stacklevel=2)
+
+    def __init__(self, most: int, patience: int = PATIENCE) -> None:
+        self.rows = self._most = most
+        self._first_patience = self._patience = patience
+        self._fitted = 0  # passes since the size changed
+        self._grown = False  # since the last lack of memory
+        self._warned_of = most
+
+    def run(self, order: Tensor, process: Callable[[Tensor], None]) -> None:
+        """Process rows, as many at once as fit.
+
+        Args:
+            order: rows in the order in which to take them, `(N,)` int64.
+            process: called with some rows; it must leave nothing behind where it runs out of memory.
+        """
+        start = 0
+
+        def process_rest(size: int) -> None:
+            nonlocal start
+            while start < len(order):
+                raise_if_interrupted()
+                process(order[start : start + size])
+                start += size
+
+        self.retry(len(order), process_rest)
+
+    def retry(self, count: int, attempt: Callable[[int], Result]) -> Result:
+        """Return what an attempt returns, with the largest size at which it fits.
+
+        Args:
+            count: rows that there are.
+            attempt: called with the size; again with a smaller one where it runs out of memory.
+        """
+        shrunk = False
+        while True:
+            try:
+                result = attempt(self.rows)
+            except RuntimeError as error:
+                if self.rows == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                if not shrunk:
+                    self._count_fit()
+                return result
+            # Outside `except` the traceback is gone, and with it the tensors that its frames refer to.
+            shrunk = True
+            self._shrink(count)
+
+    def _shrink(self, count: int) -> None:
+        self.rows = min(self.rows, count) // 2 or 1
+        if self._grown:
+            self._patience = min(2 * self._patience, max(MOST_PATIENCE, self._first_patience))
+        self._fitted, self._grown = 0, False
+        if self.rows < self._warned_of:
+            self._warned_of = self.rows
+            warnings.warn(f"Out of memory: going on with {self.rows} rows at a time instead of more.", stacklevel=4)
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
-    return size
 
-
-@contextlib.contextmanager
-def added_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Add the gradients of the block to those there are, or nothing at all if it fails.
-
-    A backward pass that dies half way has reached some parameters and not others. So it starts from none, and the
-    former gradients, put aside rather than copied, are added when it is through: the sum that autograd would form.
-    """
-    before = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        yield
-    except BaseException:
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
-        raise
-    for parameter, gradient in zip(parameters, before, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+    def _count_fit(self) -> None:
+        self._fitted += 1
+        if self._fitted < self._patience:
+            return
+        self._fitted = 0
+        if self.rows < self._most:
+            self.rows, self._grown = min(2 * self.rows, self._most), True
+        else:
+            self._patience, self._grown = self._first_patience, False
 
 
 @contextlib.contextmanager

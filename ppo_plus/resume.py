@@ -5,10 +5,11 @@ What a checkpoint holds is in `checkpoint.py`; here is when `Trainer` writes and
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .adapters import scalings
-from .callbacks import InterruptCallback, Interrupted
+from .callbacks import InterruptCallback
 from .checkpoint import (
     WITHIN_ROLLOUT,
     Progress,
@@ -37,10 +38,11 @@ from .checkpoint import (
     weights_digest,
     write_whole,
 )
-from .collector import Collector, go_on
+from .collector import Collector
 from .config import PPOConfig
 from .devices import generator_state, set_generator_state
 from .hub import HubMixin, save_arguments
+from .interrupt import Interrupted
 from .modeling import ActorCritic
 
 
@@ -80,10 +82,13 @@ class ResumeMixin(HubMixin, Trainer):
         with self._interrupt:
             try:
                 output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-                self._interrupt.agree()  # none leaves before the others have saved
-                return output
             except Interrupted:
                 return self._left_between_steps(trial)
+            self._interrupt.agree()  # none leaves before the others have saved
+            # It came after the last step. On several processes all know of it, or none: they save together.
+            if self._interrupt.stops_for is not None and not self.args.load_best_model_at_end:
+                self._save_last_step(trial)
+            return output
 
     def _name_other_runs(self, resumed: str | None) -> None:
         state = None if resumed is None else TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
@@ -98,17 +103,20 @@ class ResumeMixin(HubMixin, Trainer):
             )
 
     def _left_between_steps(self, trial: Any) -> TrainOutput:
+        self._save_last_step(trial)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _save_last_step(self, trial: Any) -> None:
         step = self.state.global_step
         saved = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if step > self._interrupt.began_at and damage(saved):
+        if step > self._interrupt.began_at and self._on_any_process(damage(saved) is not None):
             self._save_checkpoint(self.model_wrapped, trial)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(step, math.nan, {})
 
-    @property
-    def _leave(self) -> Callable[[], None]:
-        """What gives up generating when a signal came; on several processes nothing, for the others would wait."""
-        return self._interrupt.leave if self.accelerator.num_processes == 1 else go_on
+    def _allow_interrupt(self) -> AbstractContextManager:
+        """Let a signal end the block; on several processes it is finished, since the others would wait for ever."""
+        alone = self.accelerator.num_processes == 1
+        return self._interrupt.interrupt.allow() if alone else contextlib.nullcontext()
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         due, self._progress.evaluation_due = self._progress.evaluation_due, True  # until it is made, or a signal comes

@@ -20,7 +20,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -54,16 +54,17 @@ from .checkpoint import (
     Progress,
     last_whole_checkpoint,
 )
-from .collector import Collector, Cut, Samples, Stopwatch, go_on
+from .collector import Collector, Cut, Samples, Stopwatch
 from .config import PPOConfig, copy_arguments
 from .data import Row, check_embedded, check_tokenizer, checked_prompts, column_names, pad_id, stop_token_ids, tokenized
 from .evaluation import EvaluationMixin, WinRate
+from .interrupt import raise_if_interrupted
 from .legacy import with_named_adapters
 from .liger import LigerMixin, apply_liger
 from .loading import build_actor_critic, count_embeddings, critic_source, load_policy, load_tokenizer
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
-from .out_of_memory import added_gradients, in_chunks, named_memory_error
+from .out_of_memory import PATIENCE, BatchSize, named_memory_error
 from .progress import show_phases
 from .prompts import prompt_loader
 from .report import RunReportCallback, fixed_prompts
@@ -202,7 +203,9 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self._add_callbacks()
         self._progress = Progress(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
-        self._rows_at_a_time = args.rollout_batch_size  # as many as a micro-batch has
+        micro_batches = args.steps_per_rollout * args.gradient_accumulation_steps
+        self._rows_at_a_time = BatchSize(args.rollout_batch_size, PATIENCE * micro_batches)
+        self._accumulated: list[dict[str, Any]] = []  # micro-batches whose gradients there are
         self._win_rate = WinRate(self.collector)
 
     def _choose_passes(self) -> None:
@@ -261,6 +264,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """The micro-batches of one optimizer step and their response tokens over all processes."""
+        self._accumulated.clear()
         if due := self._progress.evaluation_due:
             self._make_due_evaluation()
         finished = self.state.global_step >= self.state.max_steps
@@ -286,7 +290,8 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             )
         if rollout.lower_states is None and self.model.lower_layers:  # from a checkpoint
             passes = self._first_pass(rollout_index, rollout.lengths())
-            rollout = self._progress.rollout = self.collector.with_lower_states(rollout, passes)
+            with self._allow_interrupt():
+                rollout = self._progress.rollout = self.collector.with_lower_states(rollout, passes)
         ppo_epoch, minibatch = divmod(step, self.args.num_mini_batches)
         self._rows = rows = self._minibatches(len(rollout), rollout_index, ppo_epoch)[minibatch]
         micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
@@ -314,7 +319,9 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         first = self.accelerator.process_index * len(prompts)
         rows = range(first, first + len(prompts))
         cut = partial(self._first_pass, rollout_index)
-        samples = self._sample(prompts, rows, ("rollout", rollout_index), leave=self._leave, cut=cut)
+        # A rollout that is given up is made again: what reward functions logged of it must not count twice.
+        with self._allow_interrupt(), self._progress.meter.unless_error():
+            samples = self._sample(prompts, rows, ("rollout", rollout_index), cut=cut)
         watch = Stopwatch()
         scores = samples.scores.clone()
         self._fire_on_scores(scores, samples.token_rewards)
@@ -344,8 +351,8 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         rows: range,
         position: tuple,
         meter: Meter | None = None,
-        leave: Callable[[], None] = go_on,
         cut: Cut | None = None,
+        score: bool = True,
     ) -> Samples:
         noise, seed = self._draw(rows, position)
         meter = meter or self._progress.meter
@@ -356,7 +363,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
         context = {"trainer_state": self.state, "log_metric": log_metric}
         with isolated_rng(seed):
-            return self.collector.sample(prompts, noise, context, leave, cut)
+            return self.collector.sample(prompts, noise, context, cut, score)
 
     def _draw(self, rows: range, position: tuple) -> tuple[Tensor, int]:
         # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.
@@ -365,6 +372,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
 
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
         self._fire("on_rollout_progress", phase=phase, done=done, total=total, tokens=tokens)
+        raise_if_interrupted()
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         # Looked up each time: Trainer replaces stateful callbacks when it resumes.
@@ -407,23 +415,44 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     ) -> Tensor:
         """Trainer's, over fewer rows at a time where memory does not suffice for a whole micro-batch.
 
-        The loss divides by the tokens of the minibatch, so the parts add up to the same gradient. The size that
-        fitted is kept for the run and not in checkpoints: a resumed run may have more memory.
+        The loss divides by the tokens of the minibatch, so the parts add up to the same gradient. A backward pass that
+        ran out of memory has added gradients to some parameters and not to others. Keeping a copy of the gradients
+        before it would take as much memory again, so they are dropped and the step's micro-batches are run once more.
+        The size is not in checkpoints: a resumed run may have more memory.
         """
         if self.accelerator.distributed_type != DistributedType.NO:
             with named_memory_error():
                 return super().training_step(model, inputs, num_items_in_batch)
         tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
-        losses: list[Tensor] = []
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        whole = True
 
-        def learn(rows: Tensor) -> None:
-            part = inputs if len(rows) == len(inputs["mask"]) else rows_of(inputs, rows)
-            with self._progress.meter.unless_error(), added_gradients(trained):
-                losses.append(super(PPOTrainer, self).training_step(model, part, tokens))
+        def attempt(size: int) -> Tensor:
+            nonlocal whole
+            if not whole:
+                self._accumulate_again(model, tokens, size)
+            whole = False
+            with self._progress.meter.unless_error():
+                return self._accumulate(model, inputs, tokens, size)
 
-        self._rows_at_a_time = in_chunks(torch.arange(len(inputs["mask"])), self._rows_at_a_time, learn)
-        return torch.stack(losses).sum()
+        loss = self._rows_at_a_time.retry(len(inputs["mask"]), attempt)
+        self._accumulated.append(inputs)
+        return loss
+
+    def _accumulate(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | int, size: int) -> Tensor:
+        """Add the gradients of a micro-batch, `size` rows per pass; return its loss."""
+        parts = torch.arange(len(inputs["mask"])).split(size)
+        cut = [inputs] if len(parts) == 1 else (rows_of(inputs, rows) for rows in parts)
+        return torch.stack([super(PPOTrainer, self).training_step(model, part, tokens) for part in cut]).sum()
+
+    def _accumulate_again(self, model: nn.Module, tokens: Tensor | int, size: int) -> None:
+        """Begin the step's gradients anew, up to the micro-batch that ran out of memory; metrics count once."""
+        model.zero_grad(set_to_none=True)
+        meter, self._progress.meter = self._progress.meter, Meter()
+        try:
+            for inputs in self._accumulated:
+                self._accumulate(model, inputs, tokens, size)
+        finally:
+            self._progress.meter = meter
 
     def compute_loss(
         self,

@@ -25,7 +25,7 @@ import ppo_plus.resume as resume_module
 import ppo_plus.trainer as trainer_module
 from ppo_plus import PPOCallback
 from ppo_plus.checkpoint import MANIFEST, damage, seal
-from ppo_plus.out_of_memory import in_chunks
+from ppo_plus.out_of_memory import BatchSize
 
 
 def steps(folder):
@@ -771,11 +771,13 @@ def test_memory_runs_out_under_several_names(error, survived):
 
     if not survived:
         with pytest.raises(type(error), match=re.escape(str(error))):
-            in_chunks(torch.arange(7), 4, run)
+            BatchSize(4).run(torch.arange(7), run)
         assert done == []
         return
     with pytest.warns(UserWarning, match="going on with 2 rows"):
-        assert in_chunks(torch.arange(7), 4, run) == 2
+        size = BatchSize(4)
+        size.run(torch.arange(7), run)
+    assert size.rows == 2
     assert done == list(range(7))
 
 
@@ -852,9 +854,9 @@ def test_out_of_memory_in_learning_halves_the_micro_batch_and_changes_nothing_el
 
 
 def test_a_gradient_left_by_a_pass_that_died_would_be_seen(tmp_path, monkeypatch, on_a_large_card):
-    """Negative control: without putting gradients aside the value head's would count twice."""
+    """Negative control: without beginning the step anew the value head's would count twice."""
     small_card(monkeypatch, "backward", most_rows=2)
-    monkeypatch.setattr(trainer_module, "added_gradients", lambda parameters: contextlib.nullcontext())
+    monkeypatch.setattr(trainer_module.PPOTrainer, "_accumulate_again", lambda self, *args: None)
     trainer = make_trainer(tmp_path, config={"max_steps": 4, "per_device_train_batch_size": 4})
     with pytest.warns(UserWarning, match="Out of memory"):
         trainer.train()
@@ -866,22 +868,6 @@ def test_out_of_memory_in_learning_with_a_single_row_is_an_error(tmp_path, monke
     small_card(monkeypatch, "backward", most_rows=0)
     with pytest.warns(UserWarning, match="1 rows"), pytest.raises(torch.OutOfMemoryError):
         make_trainer(tmp_path, config={"max_steps": 4}).train()
-
-
-def test_gradients_add_up_to_the_bit_as_autograd_adds_them():
-    from ppo_plus.out_of_memory import added_gradients
-
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(3, 5))
-    other = torch.nn.Parameter(weight.detach().clone())
-    unused = torch.nn.Parameter(torch.ones(1))
-    inputs = torch.randn(3, 7, 5)
-    for x in inputs:
-        (x @ weight.T).tanh().sum().backward()
-    for x in inputs:
-        with added_gradients([other, unused]):
-            (x @ other.T).tanh().sum().backward()
-    assert torch.equal(weight.grad, other.grad) and unused.grad is None
 
 
 def test_out_of_memory_in_a_reward_model_halves_its_batch_and_gives_the_same_scores(monkeypatch):

@@ -14,12 +14,15 @@ import pytest
 import yaml
 from conftest import make_model, make_tokenizer, make_trainer
 from hub_server import Hub
+from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ppo_plus import PPOTrainer
 from ppo_plus.card import curves_svg
 from ppo_plus.hub import HubMixin, without_tokens
+from ppo_plus.report import REPORT
+from ppo_plus.report.__main__ import COMPARISON
 
 TESTS = Path(__file__).parent
 SECRET = "hf_thisisasecretthatmustnotbeseen"
@@ -231,12 +234,11 @@ def test_tokens_are_blanked_wherever_they_stand():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["create_model_card", "_push_from_checkpoint"])
+@pytest.mark.parametrize("name", ["create_model_card", "_push_from_checkpoint", "push_to_hub"])
 def test_the_hooks_take_what_trainer_passes(name):
     theirs, ours = (inspect.signature(getattr(cls, name)).parameters for cls in (Trainer, PPOTrainer))
     assert [*ours][: len(theirs)] == [*theirs]
     assert getattr(PPOTrainer, name) is not getattr(Trainer, name)
-    assert PPOTrainer.push_to_hub is Trainer.push_to_hub
 
 
 class Job:
@@ -262,7 +264,7 @@ class Pusher(HubMixin):
         )
         self.state, self.control = types.SimpleNamespace(global_step=0), None
         self.callback_handler = types.SimpleNamespace(on_push_begin=lambda *args: self.calls.append("begin"))
-        self.hub_model_id, self.push_in_progress = "me/model", None
+        self.hub_model_id, self.push_in_progress, self.ignored = "me/model", None, None
 
     def _save(self, directory):
         self.calls.append("save")
@@ -274,6 +276,7 @@ class Pusher(HubMixin):
         self.calls.append("finish")
 
     def _upload(self, folder, message, path_in_repo=None, ignore_patterns=None):
+        self.ignored = ignore_patterns or self.ignored
         self.jobs.append(Job(folder, path_in_repo))
         return self.jobs[-1]
 
@@ -295,6 +298,58 @@ def test_each_strategy_uploads_what_it_says(strategy, uploads):
     pusher = Pusher(strategy)
     assert pusher.push() == uploads
     assert pusher.calls == ["wait", *(["begin", "save", "model"] if uploads else [])]
+
+
+@pytest.mark.parametrize("asked", [False, True, None])
+def test_the_report_is_pushed_only_where_it_is_asked_for(asked):
+    """With checkpoints, and without the option, as in `RewardConfig`."""
+    pusher = Pusher("all_checkpoints")
+    if asked is not None:
+        pusher.args.push_report = asked
+    pusher.push()
+    files = [REPORT, COMPARISON, "README.md", "adapter_model.safetensors", "checkpoint-2", "_private"]
+    uploaded = [*filter_repo_objects(files, ignore_patterns=pusher.ignored)]
+    assert uploaded == [*([REPORT, COMPARISON] if asked else []), "README.md", "adapter_model.safetensors"]
+
+
+PUSH_REPORT = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import *
+from ppo_plus import RewardConfig, RewardTrainer
+
+prompts = Dataset.from_dict({{"prompt": ["secret"] * 8}})
+for name, asked in (("me/kept", False), ("me/shared", True)):
+    config = {{"run_report": True, "push_report": asked, "push_to_hub": True, "hub_strategy": "every_save",
+               "hub_model_id": name, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}}
+    trainer = make_trainer(name, model={base!r}, train_dataset=prompts, config=config)
+    trainer.train()
+    trainer.push_to_hub(commit_message="done", dataset_name="me/prompts", tags="mine")
+
+pairs = Dataset.from_dict({{"chosen": ["he sees the sea"] * 8, "rejected": ["a bad plot"] * 8}})
+reward = RewardTrainer(
+    {base!r}, RewardConfig(output_dir="me/kept", hub_model_id="me/reward", report_to="none", use_cpu=True),
+    peft_config=lora(), train_dataset=pairs, processing_class=make_tokenizer(),
+)
+reward.push_to_hub()
+"""
+
+
+@pytest.mark.slow
+def test_prompts_and_answers_stay_where_they_are(tmp_path):
+    """Not through checkpoints, nor `push_to_hub`, nor a reward model's trainer in the same folder."""
+    base = tmp_path / "tiny-base"
+    make_model().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    with Hub() as hub:
+        run(PUSH_REPORT, tmp_path, hub, base=str(base))
+        for name, reported in (("me/kept", False), ("me/shared", True), ("me/reward", False)):
+            holders = [file for file, content in hub.repos[name].items() if b"secret" in content]
+            assert holders == ([REPORT] if reported else []), name
+        assert [message for message, _ in hub.commits["me/kept"]][-1] == "done"
+        card = hub.repos["me/kept"]["README.md"].decode()
+        assert "mine" in card and "ppo_plus" in card and "adapter_model.safetensors" in hub.repos["me/kept"]
+        assert b"secret" in (tmp_path / "me" / "kept" / REPORT).read_bytes()  # where it stays
 
 
 def test_a_checkpoint_is_not_pushed_while_another_is_unless_asked_for():

@@ -16,7 +16,8 @@ import transformers
 from conftest import make_prompts, make_trainer
 
 from ppo_plus import PPOCallback, PPOProgressCallback, progress
-from ppo_plus.collector import Tally, in_chunks
+from ppo_plus.collector import Tally
+from ppo_plus.out_of_memory import BatchSize
 
 PHASES = ["generating", "scoring", "log-probabilities", "reference", "learning"]
 
@@ -197,7 +198,7 @@ def test_a_chunk_that_ran_out_of_memory_counts_once():
         tally.add(len(chunk), 2 * len(chunk) - 1)
 
     with pytest.warns(UserWarning, match="Out of memory"):
-        in_chunks(torch.arange(4), 4, decode)
+        BatchSize(4).run(torch.arange(4), decode)
     assert reports == [
         ("generating", done, 4, tokens)
         for done, tokens in [(0, 0), (0, 0), (0, 0), (1, 2), (2, 3), (2, 3), (3, 5), (4, 6)]

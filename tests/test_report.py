@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
-from conftest import count_e, lora, make_prompts, make_tokenizer, make_trainer
+from conftest import classifier, count_e, lora, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -190,7 +190,7 @@ class TestRun:
             assert sum(response["reward"]) == pytest.approx(expected, abs=2e-3)
 
     def test_the_same_prompts_are_answered_over_time(self, tmp_path):
-        trainer = trained(tmp_path, eval_dataset=make_prompts(4))
+        trainer = trained(tmp_path, {"report_rewards": True}, eval_dataset=make_prompts(4))
         before, middle, after = read_run(tmp_path / REPORT)["answers"]
         assert (before["step"], middle["step"], after["step"]) == (0, 4, 8)
         now = trainer.generate_completions(make_prompts(4))
@@ -200,12 +200,54 @@ class TestRun:
         assert [row["kl"] for row in before["rows"]] == pytest.approx([0.0] * 4, abs=1e-4)
         assert before["rows"] != after["rows"]
 
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_reward_functions_are_called_for_the_report_only_if_asked_for(self, tmp_path, asked):
+        calls = []
+
+        def judge(prompts, completions, **kwargs):
+            calls.append(len(prompts))
+            return count_e(prompts, completions)
+
+        trained(tmp_path, {"report_rewards": asked, "max_steps": 8}, reward_funcs=judge)
+        assert calls == ([6, 8, 6, 8, 6] if asked else [8, 8])  # rollouts of 8, and the fixed prompts between them
+        answered = read_run(tmp_path / REPORT)["answers"]
+        assert [at["step"] for at in answered] == [0, 4, 8]
+        rewards = [row["reward"] for at in answered for row in at["rows"]]
+        assert len(rewards) == 18 and all((reward is not None) == asked for reward in rewards)
+
+    def test_reward_models_score_the_fixed_prompts_anyway(self, tmp_path, base):
+        judge = classifier(base)
+        trained(tmp_path, {"max_steps": 4}, reward_funcs=judge, reward_processing_classes=make_tokenizer())
+        rewards = [row["reward"] for at in read_run(tmp_path / REPORT)["answers"] for row in at["rows"]]
+        assert len(rewards) == 12 and all(math.isfinite(reward) for reward in rewards)
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_a_reward_is_shown_at_the_token_where_it_was_paid(self, tmp_path, whole):
+        def first(completion_ids, **kwargs):
+            return [[1.0] + [0.0] * (len(ids) - 1) for ids in completion_ids]
+
+        def last(completion_ids, **kwargs):
+            return [2.0] * len(completion_ids)
+
+        config = {"max_steps": 1, "kl_coef": 0.0, "missing_eos_penalty": 0.5}
+        recorder = Recorder()
+        trained(tmp_path, config, reward_funcs=[first, last] if whole else first, callbacks=[recorder])
+        ((_, rollout, samples, _),) = recorder.rollouts
+        shown = [response["reward"] for response in read_run(tmp_path / REPORT)["rollouts"][0]["responses"]]
+        rows = rollout.scores.argsort(descending=True, stable=True).tolist()
+        for row, rewards in zip(rows, shown, strict=True):
+            at_the_end = 2.0 * whole - 0.5 * (not samples.stopped[row])
+            expected = [1.0] + [0.0] * (len(rewards) - 1)
+            expected[-1] += at_the_end
+            assert rewards == pytest.approx(expected, abs=1e-4)
+
     def test_training_does_not_notice(self, tmp_path):
         weights = []
         for report in (True, False):
             torch.manual_seed(0)
             folder = tmp_path / str(report)
-            trainer = make_trainer(folder, config={"run_report": report}, peft_config=lora(lora_dropout=0.1))
+            config = {"run_report": report, "report_rewards": report}
+            trainer = make_trainer(folder, config=config, peft_config=lora(lora_dropout=0.1))
             trainer.train()
             weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
             assert (folder / REPORT).exists() == report

@@ -568,6 +568,8 @@ ELSEWHERE = {
     "restore_callback_states_from_checkpoint": "test_resume.py",
     "eval_win_rate": "test_evaluation.py",
     "run_report": "test_report.py",
+    "report_rewards": "test_report.py",
+    "push_report": "test_hub.py",
     "on_reward_error": "test_faults.py",
     "on_save_error": "test_faults.py",
     "reward_timeout": "test_faults.py",

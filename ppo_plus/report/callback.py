@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from transformers import TrainerState
 
-from ..callbacks import PPOCallback, is_due
+from ..callbacks import PPOCallback, RolloutSettings, is_due
 from ..config import PPOConfig
+from ..interrupt import Interrupted
 from .curves import POINTS, curves
 from .page import REPORT, read_run, write_page
 from .samples import answers, token_view
@@ -41,7 +43,7 @@ class RunReportCallback(PPOCallback):
     page that cannot be written does not end the run: that is said once, and tried again.
 
     Args:
-        answer: answers prompts and scores the answers, `PPOTrainer.answer_alone`; training must not notice.
+        answer: answers prompts, `PPOTrainer.answer_alone`; training must not notice.
         prompts: the fixed prompts, a few rows of a tokenized dataset.
         interrupted: whether a signal ends the run, which then does not wait for the last answers.
     """
@@ -83,19 +85,24 @@ class RunReportCallback(PPOCallback):
         self.run["settings"] = {name: value for name, value in settings.items() if value is not None}
         self._tokens, self._learning, self._failing = 0, [], False
 
+    def on_rollout_begin(
+        self, args: PPOConfig, state: TrainerState, control: Any, settings: RolloutSettings, **kwargs: Any
+    ) -> None:
+        """Answer the fixed prompts at a few moments of training; a signal ends it, with no rollout half done."""
+        if self.run is not None and is_due(args, state, MOMENTS):
+            self.run["answers"].append(answers(self.answer(self.prompts), state.global_step))
+
     def on_rollout_end(
         self, args: PPOConfig, state: TrainerState, control: Any, rollout: Rollout, samples: Samples,
         metrics: dict[str, float], processing_class: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Keep the tokens of the rollout and, at a few moments of training, the answers to the fixed prompts."""
+        """Keep the tokens of the rollout."""
         if self.run is None:
             return
         step = state.global_step
         view = token_view(rollout, samples, processing_class, args, kl_coef=metrics["ppo/kl_coef"], step=step)
         self.run["rollouts"] = [*self.run["rollouts"], view][-ROLLOUTS:]
         self._tokens, self._seconds, self._learning = int(rollout.mask.sum()), samples.seconds, []
-        if is_due(args, state, MOMENTS):
-            self.run["answers"].append(answers(self.answer(self.prompts), step))
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Time the learning."""
@@ -128,7 +135,8 @@ class RunReportCallback(PPOCallback):
     def on_train_end(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Answer the fixed prompts for the last time and write the page."""
         if self.run is not None and not self.interrupted():
-            self.run["answers"].append(answers(self.answer(self.prompts), state.global_step))
+            with contextlib.suppress(Interrupted):  # the run is over: nothing is left to give up but these answers
+                self.run["answers"].append(answers(self.answer(self.prompts), state.global_step))
         self._write(args, state)
 
     def _write(self, args: PPOConfig, state: TrainerState) -> None:

@@ -65,7 +65,7 @@ def _end(text: str) -> str:
 
 
 def answers(samples: Samples, step: int) -> dict[str, Any]:
-    """What the policy says to the fixed prompts at a step."""
+    """Return the policy's answers to the fixed prompts at a step; `reward` is NaN where they were not scored."""
     kl = ((samples.logprobs - samples.ref_logprobs) * samples.mask).sum(1)
     texts = samples.completions
     return {
@@ -95,7 +95,7 @@ def token_view(
 
     Args:
         rollout: the rollout, `(N, R)`.
-        samples: the texts of its responses.
+        samples: the texts of its responses, and what was paid at single tokens.
         tokenizer: of the policy.
         args: where the KL is penalized and how it is estimated.
         kl_coef: coefficient of the KL penalty, reward units per nat.
@@ -106,7 +106,9 @@ def token_view(
         (standard deviations), value, KL (nats), reward (before whitening) and log-probability (nats).
     """
     kl = kl_divergence(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator) * rollout.mask
-    rewards = shape_rewards(rollout.scores, kl, rollout.mask, kl_coef if args.kl_in == "reward" else 0.0)
+    at_tokens = samples.token_rewards * rollout.mask
+    in_reward = kl_coef if args.kl_in == "reward" else 0.0
+    rewards = shape_rewards(rollout.scores - at_tokens.sum(1), kl, rollout.mask, in_reward, at_tokens)
     ranked = rollout.scores.argsort(descending=True, stable=True)
     shown = min(RESPONSES, len(rollout))
     rows = ranked[torch.linspace(0, len(rollout) - 1, shown).round().long()]

@@ -28,7 +28,7 @@ from ..bases import Samples, read_configuration
 from ..data import left_pad, pad_id, unpadded
 from ..heads import read_v_head
 from ..modeling import ActorCritic, at_last_token
-from ..out_of_memory import in_chunks
+from ..out_of_memory import BatchSize
 from .completions import Completions, Score, checked
 from .reading import Reader, in_batches
 
@@ -52,7 +52,7 @@ class AdapterReward:
         self.head = model.mount_reward(name, path)
         self.pad_token_id = own_padding(path, self.info, tokenizer)
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+        self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
         self.read = Reader(tokenizer, name, model.context, embeddings=model.num_embeddings)
         self._seen: dict[tuple[int, ...], Tensor] = {}  # of the last batch: scores at its tokens, by the tokens
 
@@ -77,8 +77,7 @@ class AdapterReward:
                 self._seen[self._before_eos(row)] = at_tokens
             return at_last_token(scores, ids, mask, self.pad_token_id)
 
-        scores, self.batch_size = in_batches(texts, self.batch_size, score)
-        return checked(scores, batch, self.name)
+        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
 
     def _sequences(self, prompt_ids: list[list[int]], batch: Completions) -> list[list[int]]:
         eos = cast(int, self.tokenizer.eos_token_id)
@@ -101,7 +100,7 @@ class AdapterReward:
             self._seen.update((key, at_tokens[-len(key) :]) for key, at_tokens in zip(chosen, scores, strict=True))
 
         order = torch.tensor([len(key) for key in missing], dtype=torch.int64).argsort(stable=True)
-        self.batch_size = in_chunks(order, self.batch_size, score_rows)
+        self.batch_size.run(order, score_rows)
         return [self._seen[key][: len(key)] for key in keys]
 
     def _token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

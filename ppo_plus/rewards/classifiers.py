@@ -29,6 +29,7 @@ from ..backbone import CACHE_NAMES, is_recurrent
 from ..bases import local_folder, read_weight
 from ..data import unpadded
 from ..heads import make_score_head, read_v_head
+from ..out_of_memory import BatchSize
 from .completions import Completions, Score, checked
 from .reading import Reader, in_batches, most_tokens
 
@@ -72,7 +73,7 @@ class ClassifierReward:
         text_config = None if config is None else config.get_text_config()
         own_padding, known = (getattr(text_config, key, None) for key in ("pad_token_id", "vocab_size"))
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.batch_size, self.chat_template_kwargs = batch_size, chat_template_kwargs
+        self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
         self.read = Reader(tokenizer, name, most_tokens(model, tokenizer), own_padding, known)
         self.reads_pairs = is_encoder(config) and tokenizer.chat_template is None and not trained_on_one_text
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
@@ -91,8 +92,7 @@ class ClassifierReward:
             with set_padding(self.model, filler):
                 return self.model(**inputs.to(device)).logits[:, 0].float()
 
-        scores, self.batch_size = in_batches(texts, self.batch_size, score)
-        return checked(scores, batch, self.name)
+        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
 
     def _check_vocabulary(self, largest: int) -> None:
         known = getattr(getattr(self.model, "config", None), "vocab_size", None)

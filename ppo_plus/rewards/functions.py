@@ -7,15 +7,18 @@ import contextlib
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from typing import Any, cast
 
 import torch
 
+from ..interrupt import Interrupted, interruptible, raise_if_interrupted
 from .completions import Completions, Score, checked
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+POLL_SECONDS = 0.1  # between two looks at whether a signal came, while another thread works
 
 
 class FunctionReward:
@@ -48,7 +51,10 @@ class FunctionReward:
         )
         try:
             with without_autocast():
-                return call() if self.timeout is None else within(self.timeout, call)
+                if self.timeout is not None:
+                    return within(self.timeout, call)
+                with interruptible():  # in the main thread: `signal.alarm` and clients of one thread work there alone
+                    return call()
         except Unanswered:
             return self.too_late(batch)
         except Exception as error:
@@ -92,6 +98,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
 
     Raises:
         Unanswered: it did not return in time.
+        Interrupted: a signal came first.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
     gradients = torch.is_grad_enabled()  # torch keeps this by thread
@@ -105,8 +112,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True, name="reward function")
     thread.start()
-    thread.join(seconds)
-    if not outcome:
+    if not _poll(thread.join, lambda: bool(outcome), seconds):
         raise Unanswered
     result, error = outcome[0]
     if error is not None:
@@ -114,31 +120,64 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
     return result
 
 
+def _poll(wait_for: Callable[[float], Any], is_done: Callable[[], bool], seconds: float | None) -> bool:
+    """Wait for another thread up to some seconds; return whether it is done, or raise `Interrupted` if a signal came.
+
+    The handler of a signal does not raise here: an exception in the midst of `join` may leave its lock taken.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    while True:
+        left = POLL_SECONDS if end is None else max(min(POLL_SECONDS, end - time.monotonic()), 0.0)
+        wait_for(left)
+        if is_done():
+            return True
+        raise_if_interrupted()
+        if end is not None and time.monotonic() >= end:
+            return False
+
+
 def gathered(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) -> list[Any]:
     """Await what async reward functions returned, all at once; errors stand in the place of results."""
     answers: dict[int, Any] = {}
+    ended = threading.Event()
 
     async def wait_for(index: int, reward: FunctionReward, awaitable: Any) -> None:
         async def answer() -> Any:
             return await awaitable
 
         task = asyncio.ensure_future(answer())
-        done, _ = await asyncio.wait([task], timeout=reward.timeout)
-        task.cancel()
+        try:
+            done, _ = await asyncio.wait([task], timeout=reward.timeout)
+        finally:
+            task.cancel()
         if done:
             answers[index] = task.exception() or task.result()
 
     async def wait_for_all() -> None:
-        await asyncio.gather(*(wait_for(index, *pair) for index, pair in enumerate(waiting)))
+        try:
+            await asyncio.gather(*(wait_for(index, *pair) for index, pair in enumerate(waiting)))
+        finally:
+            ended.set()
 
     timeouts = [reward.timeout for reward, _ in waiting]
     # An async function may block its loop, or not let itself be cancelled; a second more than all were given is enough
     # to know, and the next rollout gets another loop.
     longest = None if None in timeouts else max(cast(list[float], timeouts)) + 1.0
     pending = asyncio.run_coroutine_threadsafe(wait_for_all(), event_loop())
-    if not wait([pending], longest).done:
-        event_loop.cache_clear()
+    try:
+        if not _poll(lambda seconds: wait([pending], seconds), pending.done, longest):
+            event_loop.cache_clear()
+    except Interrupted:
+        _cancel(pending, ended)
+        raise
     return [answers.get(index, reward.too_late(batch)) for index, (reward, _) in enumerate(waiting)]
+
+
+def _cancel(pending: Future, ended: threading.Event) -> None:
+    """Cancel async functions; a loop that does not answer within a second is left to itself."""
+    pending.cancel()
+    if not ended.wait(1.0):
+        event_loop.cache_clear()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..chat import is_conversational
 from ..data import right_pad, starts_twice
-from ..out_of_memory import in_chunks
+from ..out_of_memory import BatchSize
 from .completions import Completions
 
 
@@ -130,12 +130,8 @@ def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | N
 
 
 @torch.no_grad()
-def in_batches(texts: list, batch_size: int, score: Callable[[list], Tensor]) -> tuple[list[float], int]:
-    """Score texts (or pairs of them, or token ids) of similar length together.
-
-    Returns:
-        the scores in the order of the texts, and the batch size that fitted into memory.
-    """
+def in_batches(texts: list, batch_size: BatchSize, score: Callable[[list], Tensor]) -> list[float]:
+    """Score texts (or pairs of them, or token ids) of similar length together; scores in the order of the texts."""
     sizes = [len("".join(text)) if isinstance(text, str | tuple) else len(text) for text in texts]
     order = torch.tensor(sizes).argsort(stable=True)
     scores = torch.zeros(len(texts))
@@ -143,5 +139,5 @@ def in_batches(texts: list, batch_size: int, score: Callable[[list], Tensor]) ->
     def score_rows(rows: Tensor) -> None:
         scores[rows] = score([texts[int(i)] for i in rows]).cpu()
 
-    batch_size = in_chunks(order, batch_size, score_rows)
-    return scores.tolist(), batch_size
+    batch_size.run(order, score_rows)
+    return scores.tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interrupt import Interrupted, raise_if_interrupted
 from .adapters import AdapterReward
 from .completions import Completions, Reward, Score
 from .functions import FunctionReward, gathered
@@ -58,6 +59,17 @@ class RewardSet:
         """Names for metrics, one per reward, distinct."""
         return [reward.name for reward in self.rewards]
 
+    @property
+    def calls_functions(self) -> bool:
+        """Whether code of the user is called, which may cost money or keep a state; reward models do neither."""
+        return any(isinstance(reward, FunctionReward) for reward in self.rewards)
+
+    def leave_unscored(self, batch: Completions) -> Scores:
+        """Return no score for each completion, without a call."""
+        tokens = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
+        nothing = torch.full((len(batch), len(self.rewards)), torch.nan)
+        return Scores(nothing, tokens, nothing[:, 0].clone())
+
     def __call__(self, batch: Completions) -> Scores:
         """Score completions: functions in their order, then async ones, which run side by side."""
         self._failed: list[str] = []
@@ -98,14 +110,28 @@ class RewardSet:
 
     def _all_scores(self, batch: Completions) -> list[Sequence[Score]]:
         functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
-        begun = {reward.name: reward.begin(batch) for reward in functions}
+        begun = self._begin(functions, batch)
         waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
         if waiting:  # together: what they wait for, they wait for at the same time
             answers = gathered(waiting, batch)
             begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
         return [self._scores(reward, batch, begun) for reward in self.rewards]
 
+    def _begin(self, functions: Sequence[FunctionReward], batch: Completions) -> dict[str, Any]:
+        begun: dict[str, Any] = {}
+        try:
+            for reward in functions:
+                raise_if_interrupted()
+                begun[reward.name] = reward.begin(batch)
+        except Interrupted:
+            for result in begun.values():
+                if inspect.iscoroutine(result):  # nobody is going to await it
+                    result.close()
+            raise
+        return begun
+
     def _scores(self, reward: Reward, batch: Completions, begun: dict[str, Any]) -> Sequence[Score]:
+        raise_if_interrupted()
         try:
             return reward.finish(begun[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
         except Exception as error:
