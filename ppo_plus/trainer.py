@@ -424,13 +424,13 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             with named_memory_error():
                 return super().training_step(model, inputs, num_items_in_batch)
         tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
-        whole = True
+        first = True
 
         def attempt(size: int) -> Tensor:
-            nonlocal whole
-            if not whole:
+            nonlocal first
+            if not first:
                 self._accumulate_again(model, tokens, size)
-            whole = False
+            first = False
             with self._progress.meter.unless_error():
                 return self._accumulate(model, inputs, tokens, size)
 
