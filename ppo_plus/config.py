@@ -18,6 +18,8 @@ from trl import RewardConfig as TRLRewardConfig
 from .functional import KL_ESTIMATORS
 from .legacy import TRLFields, takes_derived_sizes
 
+TENSOR_CORES = (7, 0)  # the first compute capability with tensor cores for fp16: V100, then T4
+
 if TYPE_CHECKING:
     TokenIds = int | list[int] | None
 else:
@@ -59,7 +61,7 @@ def _without_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(repr=False)
 class RewardConfig(_Discreet, TRLRewardConfig):
-    """Configuration of `RewardTrainer`: TRL's `RewardConfig`, with full precision where bf16 is not native."""
+    """Configuration of `RewardTrainer`: TRL's `RewardConfig`, with fp16 or full precision where bf16 is not native."""
 
     # TRL turns on what transformers now calls activation_checkpointing, by its deprecated name.
     gradient_checkpointing: bool | None = _field(None, "Deprecated name of activation_checkpointing.")
@@ -182,7 +184,9 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     # Defaults that differ from TrainingArguments
     learning_rate: float = _field(1e-5, "Learning rate of the actor.")
     adam_epsilon: float = _field(1e-5, "Epsilon of Adam.")
-    bf16: bool | None = _field(None, "bf16 autocast; None means: where the GPU supports it.")
+    bf16: bool | None = _field(
+        None, "bf16 autocast; None means: where the GPU has it in hardware, and fp16 on V100, T4 and the like."
+    )
     logging_steps: float | None = _field(None, "Optimizer steps between logs; None means once per rollout.")
     logging_nan_inf_filter: bool = _field(False, "Hide NaN losses in the log.")
     remove_unused_columns: bool = _field(False, "Always off: reward functions get every column.")
@@ -464,9 +468,23 @@ def _check_length(config: Any) -> None:
 
 
 def _settle_precision(config: PPOConfig | RewardConfig) -> None:
+    """Choose autocast's dtype by the GPU: bf16 from Ampere on, fp16 on the cards with tensor cores before it.
+
+    Raises:
+        ValueError: bf16 is asked for on a CUDA card that has it in software only.
+    """
+    on_cuda = torch.cuda.is_available() and not config.use_cpu
+    native = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.bf16 is None:
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        config.bf16 = not config.fp16 and native
+        config.bf16 = native and not config.fp16
+        config.fp16 = config.fp16 or (on_cuda and not native and torch.cuda.get_device_capability() >= TENSOR_CORES)
+    elif config.bf16 and on_cuda and not native:
+        name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        raise ValueError(
+            f"{type(config).__name__}(bf16=True): {name} (compute capability {major}.{minor}) multiplies bf16 in "
+            "software, many times slower than fp16; native bf16 begins with 8.0 (Ampere). Leave bf16 out, and fp16 is "
+            "used where the card has tensor cores for it."
+        )
     if config.fp16 and (config.use_cpu or not torch.accelerator.is_available()):
         warnings.warn(
             "fp16=True does nothing on a CPU: weights are used in their own precision. Remove it; bf16=True is the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -191,6 +193,41 @@ def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
     if hasattr(config, "modules_to_save"):
         config.modules_to_save = modules or None
     return config
+
+
+def runs_in_fp16(args: TrainingArguments) -> bool:
+    """Whether autocast makes products in fp16, which `fp16=True` does not do on a CPU."""
+    return bool(args.fp16) and args.device.type != "cpu"
+
+
+def quantization_in_fp16(quantization_config: Any) -> Any:
+    """Return a quantization whose 4-bit layers multiply in fp16 where bf16 was asked for.
+
+    Args:
+        quantization_config: what `from_pretrained` takes; it is not changed.
+    """
+    if getattr(quantization_config, "bnb_4bit_compute_dtype", None) != torch.bfloat16:
+        return quantization_config
+    warnings.warn(
+        "bnb_4bit_compute_dtype=bfloat16 is taken as float16, because this run is in fp16: 4-bit layers would multiply "
+        "in bf16 (in software, on a card before Ampere), and all others in fp16. Set it to torch.float16.",
+        stacklevel=3,
+    )
+    quantization_config = copy.deepcopy(quantization_config)
+    quantization_config.bnb_4bit_compute_dtype = torch.float16
+    return quantization_config
+
+
+def warn_of_bf16(model: nn.Module) -> None:
+    """Name a base that is loaded in bf16 for a run in fp16, where each product casts its weights."""
+    base = unwrapped(cast(PreTrainedModel, model))
+    frozen = (p for p in base.parameters() if not p.requires_grad)
+    if any(p.dtype == torch.bfloat16 for p in frozen):
+        warnings.warn(
+            f"The base {getattr(base.config, '_name_or_path', '')!r} is loaded in bf16 and this run is in fp16, so its "
+            "weights are cast in each pass. Pass it by name without a dtype, or load it with dtype=torch.float16.",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

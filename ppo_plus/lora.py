@@ -10,8 +10,9 @@ mixed batches) goes through PEFT's own code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,26 +33,58 @@ except ImportError:
 FEW_ROWS = 64
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Get the dtype that autocast gives the factors of a product on this kind of device; None where it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn autocast off in the backward pass of an autograd function, which computes in the dtypes it has saved.
+
+    Autocast casts `mm` and no in-place product, so under it the two would meet in different dtypes.
+    """
+
+    @functools.wraps(backward)
+    def explicit(ctx: Any, grad: Tensor) -> Any:
+        kind = grad.device.type
+        if autocast_dtype(kind) is None:
+            return backward(ctx, grad)
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, grad)
+
+    return explicit
+
+
 class _AddLowRank(torch.autograd.Function):
-    """`base + scaling * (x A^T) B^T` (Hu et al. 2021, eq. 3)."""
+    """`base + scaling * (x A^T) B^T` (Hu et al. 2021, eq. 3).
+
+    The two thin products are computed in autocast's dtype where autocast is on, as PEFT's are, else in the dtype of
+    `base`; the sum has the dtype of `base`.
+    """
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        low_a, low_b = a.to(base.dtype), b.to(base.dtype)
-        flat = x.reshape(-1, x.shape[-1]).to(base.dtype)
+        dtype = autocast_dtype(x.device.type) or base.dtype
+        low_a, low_b = a.to(dtype), b.to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
         inner = flat.mm(low_a.t())
         # Into a tensor of its own: a view could not be added to in place, as Falcon does.
         result = torch.empty_like(base, memory_format=torch.contiguous_format)
         flat_base, flat_result = base.reshape(-1, base.shape[-1]), result.view(-1, base.shape[-1])
-        torch.addmm(flat_base, inner, low_b.t(), alpha=scaling, out=flat_result)
+        if dtype == base.dtype:
+            torch.addmm(flat_base, inner, low_b.t(), alpha=scaling, out=flat_result)
+        else:  # autocast casts no operator that writes into a given tensor
+            torch.add(flat_base, inner.mm(low_b.t()), alpha=scaling, out=flat_result)
         ctx.save_for_backward(flat, inner, low_a, low_b)
         ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = scaling, x.shape, x.dtype, a.dtype
         return result
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1]).to(b.dtype)
         through_b = flat.mm(b) * ctx.scaling
         grad_x = through_b.mm(a).view(ctx.x_shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
         grad_a = through_b.t().mm(x).to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
@@ -76,6 +109,7 @@ class _LowRankLinear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[-1]])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, a, b = ctx.saved_tensors
         flat, dtype = grad.reshape(-1, grad.shape[-1]), ctx.adapter_dtype
@@ -87,22 +121,15 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
-    """Whether `layer` is no more than a product with a frozen matrix, in the dtype that `x` comes in."""
+    """Whether `layer` is no more than a product with a frozen matrix, in the dtype of the matrix."""
     if type(layer) is not nn.Linear:
         return False
     weight, bias = layer.weight, layer.bias
     return (
-        x.dtype == weight.dtype
+        (autocast_dtype(x.device.type) or x.dtype) == weight.dtype
         and not weight.requires_grad
-        and (bias is None or not bias.requires_grad)
-        and autocast_dtype(x.device.type) in (None, x.dtype)
+        and (bias is None or (bias.dtype == weight.dtype and not bias.requires_grad))
     )
-
-
-def autocast_dtype(kind: str) -> torch.dtype | None:
-    """What autocast makes of the factors of a product on this kind of device; None where it is off."""
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
 
 
 @contextlib.contextmanager
@@ -150,9 +177,11 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if added is None:
         return type(layer).forward(layer, x)
     if len(added) == 1 and _is_frozen_linear(base, x):
-        return _LowRankLinear.apply(x, base.weight, base.bias, *added[0])
+        # Autocast computes layer norms in fp32 on CUDA, so `x` may be wider than the weights that autocast asks for.
+        return _LowRankLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, *added[0])
     if not added and _is_frozen_linear(base, x) and not torch.is_grad_enabled():
-        return product(x.reshape(-1, x.shape[-1]), base.weight.t(), base.bias).view(*x.shape[:-1], -1)
+        flat = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
+        return product(flat, base.weight.t(), base.bias).view(*x.shape[:-1], -1)
     result = base(x)
     for a, b, scaling in added:
         result = _AddLowRank.apply(result, x, a, b, scaling)
@@ -170,8 +199,9 @@ def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
     if not added:
         return result
     flat, rows = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
-    few = len(rows) <= FEW_ROWS and x.device.type == "cpu" and result.dtype != torch.float32
-    dtype = torch.float32 if few else result.dtype
+    autocast = autocast_dtype(x.device.type)
+    few = autocast is None and len(rows) <= FEW_ROWS and x.device.type == "cpu" and result.dtype != torch.float32
+    dtype = torch.float32 if few else autocast or result.dtype
     if (names, dtype) not in layer.at_rest:
         cast = [(a.to(dtype).t(), b.to(dtype).t(), scaling) for a, b, scaling in added]
         layer.at_rest[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
@@ -179,8 +209,10 @@ def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
         inner = flat.to(dtype).mm(a)
         if few:
             rows.add_(inner.mm(b).to(rows.dtype))
-        else:
+        elif dtype == rows.dtype:
             rows.addmm_(inner, b, alpha=scaling)
+        else:
+            rows.add_(inner.mm(b), alpha=scaling)
     return rows.view(result.shape)
 
 

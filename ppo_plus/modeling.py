@@ -31,6 +31,7 @@ from .attention import SDPA, choose_attention
 from .backbone import OTHER, backbone_interface, cache_of, check_decoding, is_recurrent
 from .baseline import REWARD_LINE, saved_reward_line
 from .devices import float64_device
+from .fp32_heads import apply_head
 from .functional import token_logprobs
 from .logits import chunked_logprobs, head_is_frozen, logits_function, sample
 from .lora import autocast_dtype, use_plain_lora, weights_at_rest
@@ -533,8 +534,7 @@ class ActorCritic(nn.Module):
         packing = self._packing(attention_mask, lengths)
         with use_adapter(self.policy, name):
             hidden = self._last_hidden(input_ids, attention_mask, packing)
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        return packing.spread(nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias)).squeeze(-1).float()
+        return packing.spread(apply_head(hidden, head.weight, head.bias)).squeeze(-1)
 
     def _packing(self, attention_mask: Tensor, lengths: Sequence[int] | None) -> Packing | Whole:
         # A compiler would make a graph for each number of rows and tokens.

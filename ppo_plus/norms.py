@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .lora import without_autocast
+
 
 def _scaled(x: Tensor, wide: Tensor, factor: Tensor) -> Tensor:
     """`wide * factor`, where `wide` is `x.float()`: in its place, unless that is the place of `x`."""
@@ -33,6 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         normed, upstream = _scaled(x, x.float(), inverse), (grad * weight).float()

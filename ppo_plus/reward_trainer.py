@@ -29,9 +29,18 @@ from .adapters import HEADS, REWARD_FILE, check_no_adapter, check_own_weights, t
 from .bases import encode_samples, sample_model
 from .config import RewardConfig, copy_arguments, refuse_sharding
 from .data import check_embedded
+from .fp32_heads import compute_heads_in_fp32
 from .hub import HubMixin, save_arguments
 from .liger import LigerMixin, apply_liger, check_liger, check_liger_model
-from .loading import config_to_train, count_embeddings, let_go_of_file, load_config
+from .loading import (
+    config_to_train,
+    count_embeddings,
+    let_go_of_file,
+    load_config,
+    quantization_in_fp16,
+    runs_in_fp16,
+    warn_of_bf16,
+)
 from .lora import use_plain_lora
 from .modeling import without_generation_parameters
 from .norms import use_lean_norms
@@ -82,9 +91,13 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             saved = getattr(peft_config, "modules_to_save", None) or []
             peft_config.modules_to_save = sorted({*saved, "score"})
         if peft_config is not None and isinstance(model, str):
-            # Weights that are not trained stay as they were saved; TRL would load them in fp32.
-            args.model_init_kwargs = {"dtype": "auto", **cast(dict, args.model_init_kwargs or {})}
+            # Weights that are not trained stay as they were saved; TRL would load them in fp32. In an fp16 run they are
+            # fp16, because nothing is done in bf16 and fp16 at once.
+            dtype = "float16" if runs_in_fp16(args) else "auto"
+            args.model_init_kwargs = {"dtype": dtype, **cast(dict, args.model_init_kwargs or {})}
         check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
+        if runs_in_fp16(args) and kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = quantization_in_fp16(kwargs["quantization_config"])
         if isinstance(model, str):
             options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
             config = load_config(model, options)
@@ -110,9 +123,11 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         if isinstance(self.model, PeftModel) or not isinstance(model, str):
             hold_trained_in_fp32(self.model)  # TRL casts adapters of a quantized model to bf16
         let_go_of_file(self.model)
+        if runs_in_fp16(args):
+            warn_of_bf16(self.model)
         use_plain_lora(self.model)
         use_lean_norms(self.model)
-        feed_head_its_dtype(self.model)
+        compute_heads_in_fp32(self.model)
         if args.use_liger_kernel:
             apply_liger([self.model], args)
 
@@ -331,12 +346,3 @@ def check_head_is_trained(model: PeftModel) -> None:
             f"The adapter of model has task_type={model.active_peft_config.task_type!s}, with which its score head is "
             "neither trained nor saved: make it with LoraConfig(task_type='SEQ_CLS'), or pass the base and peft_config."
         )
-
-
-def feed_head_its_dtype(model: nn.Module) -> None:
-    """Cast hidden states to the score head's dtype, since without autocast a head of another dtype raises."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "score":
-            weights = sorted(module.parameters(), key=lambda p: p.requires_grad)  # the trained one last
-            dtype = weights[-1].dtype
-            module.register_forward_pre_hook(lambda _, inputs, dtype=dtype: (inputs[0].to(dtype), *inputs[1:]))

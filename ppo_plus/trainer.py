@@ -61,7 +61,16 @@ from .evaluation import EvaluationMixin, WinRate
 from .interrupt import raise_if_interrupted
 from .legacy import with_named_adapters
 from .liger import LigerMixin, apply_liger
-from .loading import build_actor_critic, count_embeddings, critic_source, load_policy, load_tokenizer
+from .loading import (
+    build_actor_critic,
+    count_embeddings,
+    critic_source,
+    load_policy,
+    load_tokenizer,
+    quantization_in_fp16,
+    runs_in_fp16,
+    warn_of_bf16,
+)
 from .metrics import Meter
 from .modeling import ActorCritic, ActorCriticOutput
 from .out_of_memory import PATIENCE, BatchSize, named_memory_error
@@ -608,15 +617,19 @@ def max_steps_of(args: PPOConfig) -> Iterator[None]:
 
 def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_config: Any) -> Any:
     """The policy that `args` describes; an adapter's first weights are drawn here, from the seed alone."""
+    fp16 = runs_in_fp16(args)
     with isolated_rng(position_seed(args.seed, "adapter")):
-        return load_policy(
+        policy = load_policy(
             with_named_adapters(model, args.model_adapter_name, args.ref_adapter_name),
             peft_config=peft_config,
-            quantization_config=quantization_config,
+            quantization_config=quantization_in_fp16(quantization_config) if fp16 else quantization_config,
             model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
             # What 4-bit layers give has their own dtype, and nothing is done in bf16 and fp16 at once.
-            frozen_dtype=torch.float16 if args.fp16 and args.device.type != "cpu" else "auto",
+            frozen_dtype=torch.float16 if fp16 else "auto",
         )
+    if fp16:
+        warn_of_bf16(policy)
+    return policy
 
 
 def rows_of(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from ..backbone import CACHE_NAMES, is_recurrent
 from ..bases import local_folder, read_weight
 from ..data import unpadded
+from ..fp32_heads import compute_heads_in_fp32
 from ..heads import make_score_head, read_v_head
 from ..out_of_memory import BatchSize
 from .completions import Completions, Score, checked
@@ -73,6 +74,7 @@ class ClassifierReward:
         text_config = None if config is None else config.get_text_config()
         own_padding, known = (getattr(text_config, key, None) for key in ("pad_token_id", "vocab_size"))
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        compute_heads_in_fp32(model)
         self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
         self.read = Reader(tokenizer, name, most_tokens(model, tokenizer), own_padding, known)
         self.reads_pairs = is_encoder(config) and tokenizer.chat_template is None and not trained_on_one_text

@@ -1,0 +1,160 @@
+"""Which half precision a run is in: bf16 where the card has it in hardware, fp16 on the cards before, never both."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import lora, make_model, make_tokenizer
+from datasets import Dataset
+from transformers import BitsAndBytesConfig, TrainingArguments
+from trl import RewardConfig as TRLRewardConfig
+
+from ppo_plus import PPOConfig, RewardConfig, RewardTrainer
+from ppo_plus.trainer import loaded_policy
+
+KINDS = pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let a CUDA card of some compute capability be there, for what a configuration asks of it."""
+
+    def put_in(capability, name="Some card"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+        # Every card that torch runs on multiplies bf16 in software.
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True: including_emulation or capability >= (8, 0),
+        )
+        for kind in (TrainingArguments, TRLRewardConfig):
+            monkeypatch.setattr(kind, "__post_init__", lambda self: None)  # it would use the card
+
+    return put_in
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("capability", "bf16", "fp16"),
+    [
+        ((6, 1), False, False),
+        ((7, 0), False, True),
+        ((7, 5), False, True),
+        ((8, 0), True, False),
+        ((9, 0), True, False),
+    ],
+    ids=["GTX 1080", "V100", "T4", "A100", "H100"],
+)
+def test_the_card_decides(card, tmp_path, kind, capability, bf16, fp16):
+    card(capability)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = kind(str(tmp_path))
+    assert (bool(found.bf16), bool(found.fp16)) == (bf16, fp16)
+
+
+@KINDS
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"fp16": True}, (False, True)),
+        ({"bf16": False}, (False, False)),
+        ({"fp16": True, "bf16": False}, (False, True)),
+    ],
+)
+def test_what_is_asked_for_stays(card, tmp_path, kind, capability, given, wanted):
+    card(capability)
+    found = kind(str(tmp_path), **given)
+    assert (bool(found.bf16), bool(found.fp16)) == wanted
+
+
+@KINDS
+def test_bf16_in_software_is_refused_by_the_name_of_the_card(card, tmp_path, kind):
+    card((7, 5), "Tesla T4")
+    with pytest.raises(ValueError, match=r"bf16=True.*Tesla T4.*7\.5"):
+        kind(str(tmp_path), bf16=True)
+    card((8, 0))
+    assert kind(str(tmp_path), bf16=True).bf16
+
+
+@KINDS
+def test_a_card_does_not_decide_for_a_run_on_the_cpu(card, tmp_path, kind):
+    for capability in ((7, 5), (8, 0)):
+        card(capability)
+        found = kind(str(tmp_path), use_cpu=True)
+        assert not found.bf16 and not found.fp16
+    assert kind(str(tmp_path), use_cpu=True, bf16=True).bf16
+
+
+# --- what is loaded for a run in fp16 ---
+
+
+def arguments(device="cuda", **given):
+    """What `loaded_policy` reads of a configuration whose device is not there."""
+    names = {"seed": 0, "fp16": True, "model_adapter_name": None, "ref_adapter_name": None, "model_init_kwargs": None}
+    return SimpleNamespace(**names, device=torch.device(device), **given)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_model(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def nf4(dtype):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def frozen_dtypes(model):
+    return {p.dtype for p in model.parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float16), ("cpu", torch.bfloat16)])
+def test_a_base_in_bf16_is_loaded_in_fp16_for_a_run_in_fp16(base, device, dtype):
+    policy = loaded_policy(base, arguments(device), None, lora())
+    assert frozen_dtypes(policy) == {dtype}
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}  # or a scaler would refuse
+
+
+def test_4_bit_layers_multiply_in_fp16_in_a_run_in_fp16(base):
+    asked = nf4(torch.bfloat16)
+    with pytest.warns(UserWarning, match="bnb_4bit_compute_dtype"):
+        policy = loaded_policy(base, arguments(), asked, lora())
+    assert policy.base_model.model.model.layers[0].mlp.up_proj.base_layer.compute_dtype == torch.float16
+    assert asked.bnb_4bit_compute_dtype == torch.bfloat16  # the user's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded_policy(base, arguments(), nf4(torch.float16), lora())
+        policy = loaded_policy(base, arguments("cpu"), asked, lora())
+    assert policy.base_model.model.model.layers[0].mlp.up_proj.base_layer.compute_dtype == torch.bfloat16
+
+
+def test_a_model_that_is_there_in_bf16_is_named(base):
+    for dtype in (torch.float16, torch.float32):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            loaded_policy(make_model().to(dtype), arguments(), None, lora())
+    with pytest.warns(UserWarning, match="loaded in bf16"):
+        loaded_policy(make_model().to(torch.bfloat16), arguments(), None, lora())
+
+
+def test_a_reward_model_is_loaded_in_fp16_for_a_run_in_fp16(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("ppo_plus.reward_trainer.runs_in_fp16", lambda args: True)
+    args = RewardConfig(str(tmp_path), use_cpu=True, report_to="none", bf16=False, fp16=False)
+    pairs = Dataset.from_dict({"chosen": ["good"] * 2, "rejected": ["bad"] * 2})
+    with pytest.warns(UserWarning, match="bnb_4bit_compute_dtype"):
+        trainer = RewardTrainer(
+            base, args, peft_config=lora(), train_dataset=pairs, processing_class=make_tokenizer(),
+            quantization_config=nf4(torch.bfloat16),
+        )  # fmt: skip
+    assert frozen_dtypes(trainer.model) == {torch.float16, torch.uint8}
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
