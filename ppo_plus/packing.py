@@ -2,8 +2,9 @@
 
 What a layer does to each token by itself, which is nearly all of its arithmetic, is done to real tokens alone. For
 attention they are put into padded rows again, those of similar length together, under the model's own rule of who sees
-whom: so windows and shared heads stay as they are. Whether an architecture can be run like that is tried out, not
-listed.
+whom: so windows and shared heads stay as they are. The padding stands behind the real tokens, where a causal layer
+never looks: such a layer gets no mask, and with it the fastest kernel (flash attention takes none). Whether an
+architecture can be run like that is tried out, not listed.
 
 Nothing here asks a device for a number.
 
@@ -124,7 +125,7 @@ class Groups:
         order = [row for group in groups for row in group]
         self._order = None if order == sorted(order) else reordered(lengths, order, device)
         self._counts = [sum(lengths[row] for row in group) for group in groups]
-        self.masks = [right_aligned([lengths[row] for row in group], device) for group in groups]
+        self.masks = [left_aligned([lengths[row] for row in group], device) for group in groups]
         self._packings = [
             Packing(mask, [lengths[row] for row in group]) for mask, group in zip(self.masks, groups, strict=True)
         ]
@@ -151,12 +152,12 @@ def grouped(lengths: Sequence[int]) -> list[list[int]]:
     return [group[::-1] for group in groups[::-1]]
 
 
-def right_aligned(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """The mask of rows of these lengths, padded on the left to the longest, `(B, L)` bool."""
+def left_aligned(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Build the mask of rows of these lengths, padded on the right to the longest, `(B, L)` bool."""
     longest = max(lengths)
     mask = torch.zeros(len(lengths), longest, dtype=torch.bool, device=device)
     for row, length in enumerate(lengths):
-        mask[row, longest - length :] = True
+        mask[row, :length] = True
     return mask
 
 
@@ -172,7 +173,7 @@ class PackedMask:
 
     Attributes:
         groups: of the rows.
-        masks: of each group, as its attention function wants it.
+        masks: of each group, as its attention function wants it; None where it is causal by itself.
         functions: which that is.
     """
 
@@ -206,11 +207,11 @@ def packed_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> P
     for mask in groups.masks:
         rows, length = mask.shape
         plain = plain_is_faster(device, dtype, length, length)
-        sizes = {"batch_size": rows, "q_length": length, "kv_length": length, "attention_mask": mask}
-        kind = eager_mask if plain else sdpa_mask
-        # Whether there is padding at all, a device would have to be asked for.
-        own = {**kwargs, **sizes, "dtype": dtype, "device": device, "allow_is_causal_skip": False}
-        masks.append(kind(**own))
+        # transformers allows to skip the mask where a token sees none behind it, and so no padding. Elsewhere the
+        # padding is masked, and whether there is any at all, a device would have to be asked for.
+        padding = None if kwargs.get("allow_is_causal_skip", False) else mask
+        sizes = {"batch_size": rows, "q_length": length, "kv_length": length, "attention_mask": padding}
+        masks.append((eager_mask if plain else sdpa_mask)(**{**kwargs, **sizes, "dtype": dtype, "device": device}))
         functions.append(plain_attention if plain else sdpa_attention_forward)
     return PackedMask(groups, masks, functions)
 

@@ -113,14 +113,14 @@ def test_rows_of_a_group_are_at_least_half_as_long_as_its_longest_and_groups_are
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 7, 2, 7], [1, 2, 4, 8], [5], [2, 0, 9], [6, 6]])
-def test_groups_hold_each_row_right_aligned_and_give_it_back(lengths):
+def test_groups_hold_each_row_left_aligned_and_give_it_back(lengths):
     groups, tokens = Groups(lengths, CPU), torch.arange(1, sum(lengths) + 1).view(1, -1, 1)
     rows = [row[row != 0].tolist() for part in groups.take(tokens) for row in part[..., 0]]
     expected = [part.tolist() for part in tokens[0, :, 0].split(lengths)]
     assert sorted(rows) == sorted(part for part in expected if part)
     for part, mask in zip(groups.take(tokens), groups.masks, strict=True):
         assert torch.equal(part[..., 0] != 0, mask)
-        assert mask[:, -1].all() and bool((mask[:, 1:] >= mask[:, :-1]).all())
+        assert mask[:, 0].all() and bool((mask[:, 1:] <= mask[:, :-1]).all())
     assert torch.equal(groups.give(groups.take(tokens)), tokens)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -64,7 +63,7 @@ class DryRun(Prediction):
         """See `Prediction`; the same work has the same stretches whatever the number of layers."""
         self.actor.train(work == "learn")
         gradients = contextlib.nullcontext() if work == "learn" else torch.no_grad()
-        with self._fake, self.ledger, gradients, logits_in_one_piece():
+        with self._fake, self.ledger, gradients, logits_as_on_a_gpu():
             self.ledger.restart()
             return getattr(self, f"_{work}")(rows)
 
@@ -125,13 +124,15 @@ class DryRun(Prediction):
 
 
 @contextlib.contextmanager
-def logits_in_one_piece() -> Iterator[None]:
-    """Inside, the logits of a chunk are worked on as on a card, and not in slices for the caches of a CPU."""
-    slices, logits.SLICE_ELEMENTS = logits.SLICE_ELEMENTS, sys.maxsize
+def logits_as_on_a_gpu() -> Iterator[None]:
+    """Cut logits inside as on a GPU: tensors without data say that they are on a CPU, whose chunks are smaller."""
+    on_cpu = logits.CHUNK_ELEMENTS, logits.SLICE_ELEMENTS
+    logits.CHUNK_ELEMENTS = logits.chunk_elements(torch.device("cuda"), frozen_head=True)
+    logits.SLICE_ELEMENTS = logits.GPU_SLICE_ELEMENTS
     try:
         yield
     finally:
-        logits.SLICE_ELEMENTS = slices
+        logits.CHUNK_ELEMENTS, logits.SLICE_ELEMENTS = on_cpu
 
 
 def _actor_critic(config: PretrainedConfig, setup: Setup, value_config: PretrainedConfig | None) -> ActorCritic:
