@@ -598,9 +598,13 @@ def test_a_reward_model_of_4_bits_scores_in_ppo_as_by_itself(device, tmp_path):
         folder, num_labels=1, quantization_config=quantization("nf4"), device_map={"": device}
     )
     plain = PeftModel.from_pretrained(base, reward).eval()
-    sequences = [row[keep.bool()] for row, keep in zip(samples.input_ids, samples.attention_mask, strict=True)]
+    texts = samples.completions
+    sequences = [
+        make_tokenizer()(f"{prompt}{answer}<eos>", return_tensors="pt")["input_ids"].to(device)
+        for prompt, answer in zip(texts.prompts, texts.completions, strict=True)
+    ]
     with torch.no_grad():
-        expected = [plain(input_ids=ids[None].to(device)).logits.item() for ids in sequences]
+        expected = [plain(input_ids=ids).logits.item() for ids in sequences]
     torch.testing.assert_close(samples.scores, torch.tensor(expected), rtol=1e-3, atol=1e-3)
 
 
