@@ -93,8 +93,8 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         if peft_config is not None and isinstance(model, str):
             # Weights that are not trained stay as they were saved; TRL would load them in fp32. In an fp16 run they are
             # fp16, because nothing is done in bf16 and fp16 at once.
-            dtype = "float16" if runs_in_fp16(args) else "auto"
-            args.model_init_kwargs = {"dtype": dtype, **cast(dict, args.model_init_kwargs or {})}
+            frozen_dtype = "float16" if runs_in_fp16(args) else "auto"
+            args.model_init_kwargs = {"dtype": frozen_dtype, **cast(dict, args.model_init_kwargs or {})}
         check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
         if runs_in_fp16(args) and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_fp16(kwargs["quantization_config"])
