@@ -468,15 +468,18 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_reward_models_read_the_tools_that_the_policy_read(tmp_path, as_json):
+@pytest.mark.parametrize(("as_json", "num_keys"), [(False, 1), (True, 2)])  # a null in JSON text is the user's own
+def test_reward_models_read_the_tools_that_the_policy_read(tmp_path, as_json, num_keys):
     tools = [[{"name": "add", "day": None}], [{"name": "sub", "day": None}]]
     given = [json.dumps(each) for each in tools] if as_json else tools
     tokenizer = make_tokenizer(TEMPLATE)
-    batch = Completions([[USER], [USER]], [SAID, SAID], [[4], [4]], {"tools": given})
-    assert batch.texts(tokenizer, {}) == ["1add:of it", "1sub:of it"]
     rows = [{"prompt": [USER], "tools": given[i % 2]} for i in range(16)]
     trainer = make_trainer(tmp_path, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, config=SHORT)
+    read = trainer.train_dataset["tools"][:2]
+    batch = Completions([[USER], [USER]], [SAID, SAID], [[4], [4]], {"tools": read})
+    assert batch.texts(tokenizer, {}) == [f"{num_keys}add:of it", f"{num_keys}sub:of it"]
+    as_policy = tokenizer.apply_chat_template([USER], tools=json.loads(read[0]) if as_json else read[0], tokenize=False)
+    assert as_policy == f"{num_keys}add:why?"
     assert tokenizer.decode(trainer.train_dataset[0]["input_ids"]) == "<unk>add:why?"
 
 
