@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 FILES = ("adapter_model.safetensors", "value_head.safetensors")
 
 
@@ -52,5 +55,17 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def equal_weights(first: Path, second: Path) -> bool:
-    """Return whether two saved policies have the same adapter and value head, bit for bit."""
-    return all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
+    """Return whether two saved policies have the same adapter, value head and metadata, bit for bit.
+
+    Files are not compared by their bytes, because safetensors writes the entries of its metadata in any order.
+    """
+    return all(read_bits(first / name) == read_bits(second / name) for name in FILES)
+
+
+def read_bits(file: Path) -> tuple[dict, dict]:
+    """Return a safetensors file's metadata and, by name, each tensor's dtype, shape and bytes."""
+    with safe_open(file, "pt") as saved:
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118  # it is no dict
+        metadata = saved.metadata() or {}
+    bits = {name: (t.dtype, t.shape, t.contiguous().view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
+    return metadata, bits
