@@ -189,11 +189,11 @@ def test_no_further_batch_of_a_reward_model_is_scored(tmp_path, base, undisturbe
             signal.raise_signal(signal.SIGINT)
         return forward(*args, **kwargs)
 
-    judge.forward = interrupted
     config = {**CONFIG, "local_rollout_forward_batch_size": 2}
     trainer = make_trainer(
         tmp_path, config=config, reward_funcs=[count_e, judge], reward_processing_classes=[None, make_tokenizer()]
     )
+    judge.forward = interrupted  # after the trials that a new trainer makes
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert batches == [2] * 5  # four of the first rollout, one of the second
