@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .. import logits
-from ..backbone import cache_of
+from ..backbone import backbone_interface, cache_of
 from ..functional import token_logprobs
 from ..loading import CriticSource, build_actor_critic, language_model_class
 from ..lora import weights_at_rest
@@ -146,6 +146,8 @@ def _actor_critic(config: PretrainedConfig, setup: Setup, value_config: Pretrain
             parameter.requires_grad_(".reward." not in name and any(parameter is p for p in trained))
     value_model = None if value_config is None else classifier(value_config)
     actor = build_actor_critic(policy, critic=CriticSource(setup.critic, model=value_model))
+    if actor.value_model is not None:
+        backbone_interface(actor.value_model)  # tried here, on meta: fake tensors of a dry run cannot be compared
     actor._fused_attention = []  # the choice between kernels for CPUs is not that of a card
     if setup.activation_checkpointing:
         actor.activation_checkpointing_enable()
