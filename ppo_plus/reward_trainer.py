@@ -86,27 +86,14 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         model = str(model) if isinstance(model, Path) else model
         check_own_weights(peft_config, "peft_config")
         check_no_adapter(model, STARTS)
-        if peft_config is not None:
-            peft_config = config_to_train(peft_config, TaskType.SEQ_CLS)
-            saved = getattr(peft_config, "modules_to_save", None) or []
-            peft_config.modules_to_save = sorted({*saved, "score"})
-        if peft_config is not None and isinstance(model, str):
-            # Weights that are not trained stay as they were saved; TRL would load them in fp32. In an fp16 run they are
-            # fp16, because nothing is done in bf16 and fp16 at once.
-            frozen_dtype = "float16" if runs_in_fp16(args) else "auto"
-            args.model_init_kwargs = {"dtype": frozen_dtype, **cast(dict, args.model_init_kwargs or {})}
+        peft_config = train_score_head(peft_config)
+        if isinstance(model, str):
+            if peft_config is not None:
+                set_frozen_dtype(args)
+            check_named_model(model, args, is_trained_whole=peft_config is None)
         check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
         if runs_in_fp16(args) and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_fp16(kwargs["quantization_config"])
-        if isinstance(model, str):
-            options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
-            config = load_config(model, options)
-            provide_classifier(config)
-            if args.use_liger_kernel:
-                check_liger_model(config)
-            if peft_config is None:
-                dtype = options.get("dtype", options.get("torch_dtype"))
-                check_trained_dtype(config.dtype if dtype == "auto" else dtype, args.fp16, args.learning_rate)
         if (tokenizer := kwargs.get("processing_class")) is not None:
             kwargs["processing_class"] = copy.deepcopy(tokenizer)  # TRL sets its EOS, padding and chat template
         self._calibration: dict[str, Any] = {}
@@ -122,14 +109,18 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         self._base_weights = encode_samples(sample_model(self.model)) if isinstance(self.model, PeftModel) else None
         if isinstance(self.model, PeftModel) or not isinstance(model, str):
             hold_trained_in_fp32(self.model)  # TRL casts adapters of a quantized model to bf16
+        self._configure_forward()
+
+    def _configure_forward(self) -> None:
+        """Replace the forwards of adapters, norms and head by ours, or Liger's; the last step on a loaded model."""
         let_go_of_file(self.model)
-        if runs_in_fp16(args):
+        if runs_in_fp16(self.args):
             warn_of_bf16(self.model)
         use_plain_lora(self.model)
         use_lean_norms(self.model)
         compute_heads_in_fp32(self.model)
-        if args.use_liger_kernel:
-            apply_liger([self.model], args)
+        if self.args.use_liger_kernel:
+            apply_liger([self.model], self.args)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trainer's `train`, which makes other weights of those that were calibrated."""
@@ -304,6 +295,37 @@ def check_template_tokens(args: RewardConfig, tokenizer: PreTrainedTokenizerBase
             "would train embeddings for them that no actor on this base has. Pass the template alone, as a .jinja "
             "file, written with the base's own tokens; or add the tokens to the base, save it, and use it for both."
         )
+
+
+def train_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
+    """Return a copy of an adapter's configuration that trains the score head too; None for None."""
+    if peft_config is None:
+        return None
+    peft_config = config_to_train(peft_config, TaskType.SEQ_CLS)
+    saved = getattr(peft_config, "modules_to_save", None) or []
+    peft_config.modules_to_save = sorted({*saved, "score"})
+    return peft_config
+
+
+def set_frozen_dtype(args: RewardConfig) -> None:
+    """Let weights that are not trained stay as they were saved, where `model_init_kwargs` names no dtype.
+
+    TRL would load them in fp32. In an fp16 run they are fp16, because nothing is done in bf16 and fp16 at once.
+    """
+    frozen_dtype = "float16" if runs_in_fp16(args) else "auto"
+    args.model_init_kwargs = {"dtype": frozen_dtype, **cast(dict, args.model_init_kwargs or {})}
+
+
+def check_named_model(model: str, args: RewardConfig, *, is_trained_whole: bool) -> None:
+    """Register a classifier for the family of a model, and refuse what its configuration tells before it is loaded."""
+    options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
+    config = load_config(model, options)
+    provide_classifier(config)
+    if args.use_liger_kernel:
+        check_liger_model(config)
+    if is_trained_whole:
+        dtype = options.get("dtype", options.get("torch_dtype"))
+        check_trained_dtype(config.dtype if dtype == "auto" else dtype, args.fp16, args.learning_rate)
 
 
 def tokenizer_with_embeddings(

@@ -75,4 +75,6 @@ def test_the_installed_transformers_takes_one_of_the_names_without_a_deprecation
     name = backbone_interface(model).cache_name
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.model(input_ids=torch.tensor([[1]]), use_cache=True, **{name: DynamicCache(config=model.config)})
+        cache = DynamicCache(config=model.config)
+        model.model(input_ids=torch.tensor([[1]]), use_cache=True, **{name: cache})
+    assert cache.get_seq_length() == 1

@@ -119,7 +119,8 @@ def test_the_same_base_is_taken_under_any_name_and_in_any_form(bases, tmp_path, 
 
 def test_the_same_base_under_the_name_of_its_snapshot_trains(bases, tmp_path):
     adapter = plain_adapter(bases[0], tmp_path / "reward")
-    make_trainer(tmp_path / "out", model=str(copied(bases[0], tmp_path)), reward_funcs=str(adapter))
+    trainer = make_trainer(tmp_path / "out", model=str(copied(bases[0], tmp_path)), reward_funcs=str(adapter))
+    assert len(trainer.collector.rewards.names) == 1
 
 
 def test_a_loaded_model_is_told_by_its_weights_and_not_by_its_name(bases, tmp_path):

@@ -126,5 +126,5 @@ def test_an_argument_of_a_callback_that_could_not_work_is_named(callback, argume
 def test_arguments_at_the_edge_of_what_works_are_taken():
     RewardNormalizationCallback(decay=0, clip=1e-3)
     RewardNormalizationCallback(clip=None)
-    AdaptiveKLCallback(target=1e-3, horizon=1, band=[0, 1])
+    assert AdaptiveKLCallback(target=1e-3, horizon=1, band=[0, 1]).horizon == 1
     EarlyStoppingOnKLCallback(max_kl=1, patience=1)

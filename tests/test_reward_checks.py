@@ -144,9 +144,9 @@ def test_an_encoder_without_a_template_reads_pairs_of_any_conversation(tmp_path)
     make_tokenizer().save_pretrained(tmp_path / "judge")
     rows = Dataset.from_list([{"prompt": BRIEF}] * 8)
     options = {"processing_class": make_tokenizer(CHAT_TEMPLATE), "train_dataset": rows}
-    make_trainer(tmp_path / "out", reward_funcs=str(tmp_path / "judge"), **options)
+    assert make_trainer(tmp_path / "out", reward_funcs=str(tmp_path / "judge"), **options).collector.rewards.names
     (tmp_path / "judge" / "reward_model.json").write_text(json.dumps({}))  # nothing said: not trained by RewardTrainer
-    make_trainer(tmp_path / "out", reward_funcs=str(tmp_path / "judge"), **options)
+    assert make_trainer(tmp_path / "out", reward_funcs=str(tmp_path / "judge"), **options).collector.rewards.names
 
 
 def test_a_template_is_named_when_other_prompts_are_scored_later():

@@ -62,7 +62,7 @@ def test_a_model_that_was_loaded_with_offloading_is_refused(tmp_path, base):
 def test_a_map_without_offloading_trains(tmp_path, base):
     """Negative control."""
     config = {"model_init_kwargs": {"device_map": placed()}, "max_steps": 1}
-    make_trainer(tmp_path, model=str(base), config=config).train()
+    assert make_trainer(tmp_path, model=str(base), config=config).train().global_step == 1
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
