@@ -273,7 +273,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         )  # fmt: skip
         for name in at_least_one:
             _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a whole number, 1 or more")
-        for name in ("total_episodes", "generation_batch_size", "max_prompt_length"):
+        for name in ("total_episodes", "generation_batch_size", "max_prompt_length", "dataset_num_proc"):
             value = getattr(self, name)
             _require(
                 value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None"
@@ -338,11 +338,13 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         switches = (
             "include_eos", "skip_special_tokens", "whiten_rewards", "disable_dropout", "cache_lower_layers",
             "shuffle_dataset", "log_completions", "run_report", "report_rewards", "push_report", "eval_win_rate",
-            "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint",
+            "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint", "ds3_gather_for_generation",
         )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():
             _require(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
+        for name in ("sft_model_path", "reward_model_path", "exp_name", "model_adapter_name", "ref_adapter_name"):
+            _require(isinstance(getattr(self, name), str | os.PathLike | None), self, name, "text or None")
 
     def _check_combinations(self) -> None:
         if self.stop_token == "eos" and self.stop_token_id is not None:

@@ -118,7 +118,7 @@ def language_model_class(config: PreTrainedConfig) -> Any:
 
 def check_adapter_kind(peft_config: PeftConfig | None) -> None:
     """Refuse prompt learning, which adds virtual tokens in front of the prompt and changes nothing in the model."""
-    if peft_config is not None and peft_config.is_prompt_learning:
+    if getattr(peft_config, "is_prompt_learning", False):  # what is no configuration is refused by check_own_weights
         raise ValueError(
             f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
             "LoraConfig."

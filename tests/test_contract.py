@@ -44,6 +44,7 @@ SIGNATURES = {
     "_prepare_input": ["data"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_push_from_checkpoint": ["checkpoint_folder"],
+    "push_to_hub": ["commit_message", "blocking", "token", "revision", "private", "kwargs"],
     "create_model_card": [
         "language",
         "license",
@@ -58,7 +59,7 @@ SIGNATURES = {
 }
 INHERITED = [
     "_inner_training_loop", "_run_epoch", "create_optimizer", "create_scheduler",
-    "_maybe_log_save_evaluate", "_save_optimizer_and_scheduler", "save_model", "push_to_hub",
+    "_maybe_log_save_evaluate", "_save_optimizer_and_scheduler", "save_model",
 ]  # fmt: skip
 OURS = [cls for cls in PPOTrainer.__mro__ if cls.__module__.startswith("ppo_plus.")]
 OVERRIDDEN = [n for cls in OURS for n in vars(cls) if n != "__init__" and callable(getattr(Trainer, n, None))]

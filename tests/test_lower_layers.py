@@ -151,7 +151,7 @@ class Counted(LlamaDecoderLayer):
 
     def forward(self, hidden_states, *args, **kwargs):
         mask = kwargs["attention_mask"]
-        rows = sum(map(len, mask.masks)) if isinstance(mask, PackedMask) else len(hidden_states)
+        rows = sum(map(len, mask.groups.masks)) if isinstance(mask, PackedMask) else len(hidden_states)
         self.rows = getattr(self, "rows", 0) + rows * (hidden_states.shape[1] > 1)
         return super().forward(hidden_states, *args, **kwargs)
 
