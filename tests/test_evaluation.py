@@ -12,7 +12,7 @@ from ppo_plus import PPOCallback, RewardConfig
 
 
 def trained(tmp_path, steps=8, **overrides):
-    config = {"max_steps": steps, "eval_win_rate": True, "kl_coef": 0.0, **overrides.pop("config", {})}
+    config = {"max_steps": steps or 1, "eval_win_rate": True, "kl_coef": 0.0, **overrides.pop("config", {})}
     trainer = make_trainer(tmp_path, config=config, **{"eval_dataset": make_prompts(6), **overrides})
     if steps:
         trainer.train()
