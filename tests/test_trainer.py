@@ -567,6 +567,7 @@ ELSEWHERE = {
     "remove_unused_columns": "test_columns_cannot_be_kept_from_reward_functions",
     "restore_callback_states_from_checkpoint": "test_resume.py",
     "eval_win_rate": "test_evaluation.py",
+    "skip_special_tokens": "test_completions.py",
     "run_report": "test_report.py",
     "report_rewards": "test_report.py",
     "push_report": "test_hub.py",
