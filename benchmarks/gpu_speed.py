@@ -88,7 +88,7 @@ def limits(size: dict) -> dict[str, float]:
 
 
 def make_folder(shape: str, folder: str) -> None:
-    """The shape with random bf16 weights on disk, and a tokenizer with one id more, which nothing can sample."""
+    """The shape with random bf16 weights on disk, and a tokenizer whose EOS is the last of its ids, as likely as any."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
@@ -114,7 +114,7 @@ def make_trainer(policy, size: dict, folder: str, clock: PhaseClock):
     from ppo_plus import PPOConfig, PPOTrainer
 
     vocabulary, rows = policy.config.vocab_size, size["rows"]
-    tokenizer = word_tokenizer(vocabulary + 1)
+    tokenizer = word_tokenizer(vocabulary)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocabulary, (rows * (size["repeats"] + 1), size["prompt"]), generator=draw).tolist()
     config = PPOConfig(
