@@ -88,7 +88,7 @@ def limits(size: dict) -> dict[str, float]:
 
 
 def make_folder(shape: str, folder: str) -> None:
-    """The shape with random bf16 weights on disk, and a tokenizer whose EOS is the last of its ids, as likely as any."""
+    """The shape with random bf16 weights on disk, and a tokenizer whose EOS is the last of its ids."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
