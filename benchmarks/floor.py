@@ -27,7 +27,7 @@ from measuring import PhaseClock, benchmark_parser, by_phase, chosen_model, repo
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from ppo_plus.backbone import backbone_interface
+from ppo_plus.models.backbone import backbone_interface
 
 ATTENTION = ("eager", "sdpa")
 CHUNK = 256  # tokens

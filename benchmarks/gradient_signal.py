@@ -28,10 +28,11 @@ from measuring import report
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ppo_plus import functional as F
-from ppo_plus.adapters import adapter_weights, load_adapter
-from ppo_plus.baseline import RewardBaseline
-from ppo_plus.rollout import sampling_noise
+from ppo_plus import algo as F
+from ppo_plus.algo.prefix_reward_baseline import RewardBaseline
+from ppo_plus.data.seeding import sampling_noise
+from ppo_plus.models.adapter_files import adapter_weights
+from ppo_plus.models.adapter_loading import load_adapter
 
 ROWS = 16  # of a minibatch
 DECODED = 64  # rows side by side

@@ -186,7 +186,7 @@ def our_trainer(job: dict, callbacks: list, **changes: Any):
     from rm_then_ppo import lora
 
     from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer
-    from ppo_plus.callbacks import RewardNormalizationCallback
+    from ppo_plus.callbacks.reward_normalization import RewardNormalizationCallback
 
     tokenizer, train, held_out = openings(job)
     value_model = str(Path(job["work"]) / "merged") if changes.pop("value_model", False) else None
@@ -252,7 +252,8 @@ def evaluate(job: dict) -> dict:
     import torch
     from rm_then_ppo import look
 
-    from ppo_plus.adapters import adapter_weights, load_adapter
+    from ppo_plus.models.adapter_files import adapter_weights
+    from ppo_plus.models.adapter_loading import load_adapter
 
     trainer = our_trainer({**job, "seed": 0}, [])  # the seed of sampling, the same for all runs
 

@@ -23,9 +23,9 @@ from machine import smollm2
 from measuring import report
 from transformers import AutoModelForCausalLM
 
-from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
-from ppo_plus.logits import chunked_logprobs, logits_function
-from ppo_plus.modeling import ActorCritic
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.loading import CriticSource, build_actor_critic, load_policy
+from ppo_plus.models.logprobs import chunked_logprobs, logits_function
 
 
 def actor_with_reward(model: str, dtype: str) -> tuple[ActorCritic, torch.Tensor]:

@@ -110,11 +110,6 @@ def long_run(r: dict) -> str:
     )
 
 
-def halves(r: dict) -> str:
-    gains = f"**{r['median_gain']:.2f}×** as fast"
-    return f"{gains}, median of the shapes where halves are taken; at least {r['least_gain']:.2f}×"
-
-
 def demo(r: dict) -> str:
     rises = ", ".join(f"+{rise:.2f}" for rise in r["vader_rises"])
     return f"VADER score of held-out answers, by seed: {rises}"
@@ -136,7 +131,6 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("uneven", "64 responses, 60 short and 4 long, against `generate`", uneven),
     ("scaling", "cost as the work grows", scaling),
     ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),
-    ("products", "bf16 products that one core of two would do, by halves of their columns", halves),
     ("memory", "peak memory of an update against TRL 1.12's", memory),
     ("reward_model", "a reward model against TRL's RewardTrainer", reward_model),
     ("verifiable", "an exact checker as reward, beside TRL's GRPO and RLOO", verifiable),

@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from ppo_plus import ActorCritic, ValueHead
-from ppo_plus.loading import load_policy
+from ppo_plus.models.loading import load_policy
 
 LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 

@@ -28,8 +28,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from ppo_plus import ActorCritic, ValueHead
-from ppo_plus.loading import load_policy
-from ppo_plus.rollout import Rollout, micro_batch_rows, minibatch_rows, response_mask, sampling_noise
+from ppo_plus.data.batching import micro_batch_rows, minibatch_rows
+from ppo_plus.data.seeding import sampling_noise
+from ppo_plus.models.loading import load_policy
+from ppo_plus.rollout.buffer import Rollout, response_mask
 
 PROMPT, PAD, MINIBATCH = 14, 0, 16
 

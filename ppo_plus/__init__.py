@@ -1,24 +1,21 @@
 """PPO for the Hugging Face ecosystem: reward model, then PPO, on one backbone, in `Trainer.train()`."""
 
-from .versions import check_versions, installed_versions
+from .utils.versions import check_versions, installed_versions
 
 check_versions(installed_versions())  # first: on older libraries, the imports below fail with less helpful errors
 
 # ruff: noqa: E402
-from .callbacks import (
-    AdaptiveKLCallback,
-    EarlyStoppingOnKLCallback,
-    NumericsWatchCallback,
-    PPOCallback,
-    RewardNormalizationCallback,
-    RolloutSettings,
-    SamplesTableCallback,
-)
+from .callbacks.base import PPOCallback, RolloutSettings
+from .callbacks.completions import SamplesTableCallback
+from .callbacks.kl import AdaptiveKLCallback, EarlyStoppingOnKLCallback
+from .callbacks.progress import PPOProgressCallback
+from .callbacks.reward_normalization import RewardNormalizationCallback
+from .callbacks.training_health import NumericsWatchCallback
 from .config import PPOConfig, RewardConfig
-from .modeling import ActorCritic, ValueHead
-from .progress import PPOProgressCallback
+from .models.actor_critic import ActorCritic
+from .models.value_head import ValueHead
 from .reward_trainer import RewardTrainer
-from .rollout import Rollout
+from .rollout.buffer import Rollout
 from .trainer import PPOTrainer
 
 __all__ = [

@@ -25,14 +25,19 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
-from .adapters import HEADS, REWARD_FILE, check_no_adapter, check_own_weights, train_adapter
-from .bases import encode_samples, sample_model
 from .config import RewardConfig, copy_arguments, refuse_sharding
-from .data import check_embedded
-from .fp32_heads import compute_heads_in_fp32
-from .hub import HubMixin, save_arguments
-from .liger import LigerMixin, apply_liger, check_liger, check_liger_model
-from .loading import (
+from .data.preferences import tokenize_pairs
+from .data.tokenizers import check_embedded
+from .kernels.fp32_heads import compute_heads_in_fp32
+from .kernels.liger import LigerMixin, apply_liger, check_liger, check_liger_model
+from .kernels.lora import use_plain_lora
+from .kernels.rmsnorm import use_lean_norms
+from .models.adapter_checks import check_no_adapter, check_own_weights
+from .models.adapter_files import HEADS, REWARD_FILE
+from .models.adapters import train_adapter
+from .models.base_weights import encode_samples, sample_model
+from .models.classifier import provide_classifier
+from .models.loading import (
     config_to_train,
     count_embeddings,
     let_go_of_file,
@@ -41,14 +46,11 @@ from .loading import (
     runs_in_fp16,
     warn_of_bf16,
 )
-from .lora import use_plain_lora
-from .modeling import without_generation_parameters
-from .norms import use_lean_norms
-from .precision import check_trained_dtype, hold_trained_in_fp32
-from .preferences import tokenize_pairs
+from .models.precision import check_trained_dtype, hold_trained_in_fp32
+from .models.saving import without_generation_parameters
+from .models.weight_checks import check_device_map, check_model_weights
 from .rewards.adapters import template_hash
-from .rewards.classifiers import provide_classifier
-from .weights import check_device_map, check_model_weights
+from .training.hub import HubMixin, save_arguments
 
 STARTS = (
     "Pass the name of its base for a new reward adapter; to start from the adapter's weights, merge them into the base "

@@ -5,7 +5,7 @@ asks for the micro-batches of each optimizer step in one place, `get_batch_sampl
 
     1. generate            responses to the next N prompts          |
     2. score               by the reward functions                  |  when `global_step` is a multiple of
-    3. look                log-probabilities and values, one pass   |  `steps_per_rollout`; see collector.py
+    3. look                log-probabilities and values, one pass   |  `steps_per_rollout`; see rollout/collector.py
     4. look again          as the reference                         |
     5. advantages          KL penalty, score at the last token, GAE |
     6. learn               one minibatch per optimizer step; the loss is in `compute_loss`
@@ -39,29 +39,23 @@ from transformers import (
     TrainerCallback,
 )
 
-from . import functional as F
-from .callbacks import (
-    InterruptCallback,
-    NumericsWatchCallback,
-    PPOCallback,
-    RolloutSettings,
-    SamplesTableCallback,
-    WishesCallback,
-    hears_scores,
-)
-from .card import CardMixin
-from .checkpoint import (
-    Progress,
-    last_whole_checkpoint,
-)
-from .collector import Collector, Cut, Samples, Stopwatch
+from . import algo
+from .callbacks.base import PPOCallback, RolloutSettings, hears_scores
+from .callbacks.completions import SamplesTableCallback
+from .callbacks.progress import show_phases
+from .callbacks.training_health import NumericsWatchCallback
 from .config import PPOConfig, copy_arguments
-from .data import Row, check_embedded, check_tokenizer, checked_prompts, column_names, pad_id, stop_token_ids, tokenized
-from .evaluation import EvaluationMixin, WinRate
-from .interrupt import raise_if_interrupted
-from .legacy import with_named_adapters
-from .liger import LigerMixin, apply_liger
-from .loading import (
+from .data.batching import micro_batch_rows, minibatch_rows
+from .data.padding import pad_id
+from .data.prompt_loader import prompt_loader
+from .data.prompts import Row, checked_prompts, column_names, tokenized
+from .data.seeding import isolated_rng, position_seed, sampling_noise
+from .data.tokenizers import check_embedded, check_tokenizer, stop_token_ids
+from .integrations.trl_legacy import with_named_adapters
+from .kernels.batch_backoff import PATIENCE, BatchSize, named_memory_error
+from .kernels.liger import LigerMixin, apply_liger
+from .models.actor_critic import ActorCritic, ActorCriticOutput
+from .models.loading import (
     build_actor_critic,
     count_embeddings,
     critic_source,
@@ -71,17 +65,19 @@ from .loading import (
     runs_in_fp16,
     warn_of_bf16,
 )
-from .metrics import Meter
-from .modeling import ActorCritic, ActorCriticOutput
-from .out_of_memory import PATIENCE, BatchSize, named_memory_error
-from .progress import show_phases
-from .prompts import prompt_loader
 from .report import RunReportCallback, fixed_prompts
-from .resume import ResumeMixin
 from .rewards import build_rewards, usable_scores
 from .rewards.checks import check_templates
-from .rollout import Rollout, isolated_rng, micro_batch_rows, minibatch_rows, position_seed, sampling_noise
-from .validation import (
+from .rollout.buffer import Rollout
+from .rollout.collector import Collector, Cut, Samples
+from .rollout.phases import Stopwatch
+from .training.checkpoint import Progress, last_whole_checkpoint
+from .training.evaluation import EvaluationMixin, WinRate
+from .training.metrics import Meter
+from .training.model_card import CardMixin
+from .training.resume import ResumeMixin
+from .training.shutdown import InterruptCallback, WishesCallback
+from .training.validation import (
     check_adapters,
     check_arguments,
     check_callbacks,
@@ -96,6 +92,7 @@ from .validation import (
     check_stop_token,
     named_datasets,
 )
+from .utils.interrupt import raise_if_interrupted
 
 
 class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
@@ -496,7 +493,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     def _per_token_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
         # Elsewhere the old numbers belong to no token, and an infinite ratio would survive being masked later.
         values = torch.where(inputs["mask"], output.values + inputs["baselines"], inputs["values"])
-        value, clipped = F.clipped_value_loss(
+        value, clipped = algo.clipped_value_loss(
             values, inputs["values"], inputs["returns"], cliprange=self.args.cliprange_value
         )
         self._measure(inputs["mask"], {"ppo/value_loss": value, "clip_ratio/value": clipped})
@@ -518,7 +515,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         if args.entropy_coef:
             loss = loss - args.entropy_coef * output.entropy
         if args.kl_in == "loss":
-            loss = loss + self._progress.kl_coef * F.kl_divergence(new, inputs["ref_logprobs"], args.kl_estimator)
+            loss = loss + self._progress.kl_coef * algo.kl_divergence(new, inputs["ref_logprobs"], args.kl_estimator)
         return loss
 
     @torch.no_grad()
@@ -643,12 +640,12 @@ def rows_of(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 def policy_loss(args: PPOConfig, new: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """The objective that `args` names, per token, and where it was clipped; each `(B, R)`."""
     if args.objective == "clip":
-        return F.clipped_policy_loss(
+        return algo.clipped_policy_loss(
             new, old, advantages,
             cliprange=args.cliprange, cliprange_high=args.cliprange_high, dual_clip=args.dual_clip,
         )  # fmt: skip
     if args.objective == "kl_penalty":
-        loss = F.kl_penalty_policy_loss(new, old, advantages, beta=args.policy_kl_coef)
+        loss = algo.kl_penalty_policy_loss(new, old, advantages, beta=args.policy_kl_coef)
     else:
-        loss = F.unclipped_policy_loss(new, old, advantages)
+        loss = algo.unclipped_policy_loss(new, old, advantages)
     return loss, torch.zeros_like(loss, dtype=torch.bool)

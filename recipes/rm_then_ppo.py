@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from trl import TrlParser
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
-from ppo_plus.callbacks import print_samples
+from ppo_plus.callbacks.completions import print_samples
 from ppo_plus.report import REPORT, curves_png
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.loading import config_to_train
+from ppo_plus.models.loading import config_to_train
 
 SHORT = {"max_steps": 1}
 PAIRS = Dataset.from_dict({"chosen": ["see"] * 8, "rejected": ["xx"] * 8})

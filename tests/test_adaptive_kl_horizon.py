@@ -9,7 +9,8 @@ from conftest import make_config, make_trainer
 from transformers import TrainerControl, TrainerState
 
 from ppo_plus import AdaptiveKLCallback, PPOCallback
-from ppo_plus.callbacks import RolloutSettings, default_horizon
+from ppo_plus.callbacks.base import RolloutSettings
+from ppo_plus.callbacks.kl import default_horizon
 
 
 class FarAway(PPOCallback):

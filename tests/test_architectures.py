@@ -13,9 +13,10 @@ from conftest import lora, make_model, make_trainer
 from peft import PeftModel
 
 from ppo_plus import ActorCritic, ValueHead
-from ppo_plus.backbone import cache_of
-from ppo_plus.modeling import select_rows
-from ppo_plus.rollout import response_mask, sampling_noise
+from ppo_plus.data.seeding import sampling_noise
+from ppo_plus.models.backbone import cache_of
+from ppo_plus.models.generation import select_rows
+from ppo_plus.rollout.buffer import response_mask
 
 SIZES = {k: v for k, v in conftest.SIZES.items() if k != "tie_word_embeddings"} | {"initializer_range": 0.3}
 WINDOW = {"sliding_window": 4}  # shorter than the prompts

@@ -11,9 +11,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ppo_plus import attention
-from ppo_plus.attention import PLAIN, choose_attention, plain_attention
-from ppo_plus.modeling import ActorCritic, ValueHead
+from ppo_plus.kernels import cpu_attention as attention
+from ppo_plus.kernels.cpu_attention import PLAIN, choose_attention, plain_attention
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.value_head import ValueHead
 
 
 def pieces(key_heads: int, heads: int = 6, queries: int = 3, keys: int = 5, dtype=torch.float64):

@@ -10,7 +10,7 @@ from conftest import make_model
 from transformers import DynamicCache
 
 from ppo_plus import ActorCritic, ValueHead
-from ppo_plus.backbone import CACHE_NAMES, backbone_interface
+from ppo_plus.models.backbone import CACHE_NAMES, backbone_interface
 
 
 def renamed(name: str | None, forget: bool = False):

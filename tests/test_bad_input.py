@@ -45,9 +45,9 @@ from transformers import (
 )
 
 from ppo_plus import PPOCallback, PPOConfig
-from ppo_plus.checkpoint import seal
-from ppo_plus.data import encode_prompt
-from ppo_plus.functional import kl_divergence
+from ppo_plus.algo.kl import kl_divergence
+from ppo_plus.data.prompts import encode_prompt
+from ppo_plus.training.checkpoint import seal
 
 # Loading it raises OSError: whoever gets another error was stopped before any weight was read.
 NO_WEIGHTS = "nobody/there-is-no-such-model"
@@ -236,7 +236,7 @@ def in_place_of_a_file(tmp_path, _):
 def without_permission(tmp_path, _):
     # For the administrator every folder is writable, so the answer of the system is replaced.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppo_plus.validation.os.access", lambda path, mode: path != tmp_path)
+        patch.setattr("ppo_plus.training.validation.os.access", lambda path, mode: path != tmp_path)
         make_trainer(tmp_path / "out", model=NO_WEIGHTS)
 
 

@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ppo_plus import PPOCallback
-from ppo_plus.baseline import MEMORY, PRIOR, RewardBaseline
-from ppo_plus.data import unpadded
-from ppo_plus.modeling import ActorCritic
+from ppo_plus.algo.prefix_reward_baseline import MEMORY, PRIOR, RewardBaseline
+from ppo_plus.data.padding import unpadded
+from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.rewards import Completions
 
 
@@ -337,7 +337,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, base, reward_adapter, step,
         state = json.loads(file.read_text())
         assert state["baseline"]["responses"] > 0
         file.write_text(json.dumps(state | {"baseline": {}}))
-        from ppo_plus.checkpoint import seal
+        from ppo_plus.training.checkpoint import seal
 
         seal(checkpoint)
     resumed, _ = run(tmp_path / "resumed", base, reward_adapter, resume=str(checkpoint), config=config)

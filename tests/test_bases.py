@@ -15,8 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.adapters import check_base_weights, mount
-from ppo_plus.bases import are_different, decode_samples, encode_samples, local_folder, sample_files, sample_model
+from ppo_plus.models.adapter_checks import check_base_weights
+from ppo_plus.models.adapter_loading import mount
+from ppo_plus.models.base_weights import (
+    are_different,
+    decode_samples,
+    encode_samples,
+    local_folder,
+    sample_files,
+    sample_model,
+)
 from ppo_plus.rewards.adapters import check_same_base
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

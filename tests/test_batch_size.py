@@ -11,9 +11,9 @@ from conftest import PeakMemory, lora, make_model, make_trainer
 from datasets import Dataset
 from test_faults import DiesInBackward, weights
 
+from ppo_plus.kernels.batch_backoff import MOST_PATIENCE, PATIENCE, BatchSize, is_out_of_memory
 from ppo_plus.memory import DryRun, Setup
-from ppo_plus.modeling import ActorCritic
-from ppo_plus.out_of_memory import MOST_PATIENCE, PATIENCE, BatchSize, is_out_of_memory
+from ppo_plus.models.actor_critic import ActorCritic
 
 
 class Card:

@@ -28,8 +28,8 @@ from ppo_plus import (
     RolloutSettings,
     SamplesTableCallback,
 )
-from ppo_plus.callbacks import print_samples
-from ppo_plus.collector import Samples
+from ppo_plus.callbacks.completions import print_samples
+from ppo_plus.rollout.collector import Samples
 
 EXACT = {"rel": 1e-9, "abs": 1e-9}
 

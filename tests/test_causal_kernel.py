@@ -11,9 +11,10 @@ from test_modeling import adapted
 from test_packing import ROWS, actor_critic, lora, numbers, ragged_rows, right_aligned
 from torch import nn
 
-from ppo_plus import packing
-from ppo_plus.heads import make_score_head
-from ppo_plus.modeling import ActorCritic, ValueHead
+from ppo_plus.kernels import packing
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.score_heads import make_score_head
+from ppo_plus.models.value_head import ValueHead
 
 
 @pytest.fixture

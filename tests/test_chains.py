@@ -18,8 +18,8 @@ from peft import get_peft_model
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from ppo_plus import AdaptiveKLCallback, PPOCallback, PPOConfig, RewardNormalizationCallback
-from ppo_plus.adapters import scalings
-from ppo_plus.loading import load_policy
+from ppo_plus.models.adapters import scalings
+from ppo_plus.models.loading import load_policy
 from ppo_plus.rewards import Completions, FunctionReward
 from ppo_plus.trainer import loaded_policy
 

@@ -16,8 +16,8 @@ from datasets import Dataset, IterableDataset
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from ppo_plus.chat import find_generation_opening, find_opening_ids, fit_content
-from ppo_plus.data import tokenize_prompts, tokenized
+from ppo_plus.data.chat_templates import find_generation_opening, find_opening_ids, fit_content
+from ppo_plus.data.prompts import tokenize_prompts, tokenized
 from ppo_plus.rewards import Completions
 from ppo_plus.rewards.classifiers import ClassifierReward
 

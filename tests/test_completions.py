@@ -9,9 +9,9 @@ import torch
 from conftest import CHAT_TEMPLATE, make_config, make_tokenizer
 from datasets import Dataset
 
-from ppo_plus.collector import Collector
-from ppo_plus.data import tokenize_prompts
-from ppo_plus.rollout import response_mask
+from ppo_plus.data.prompts import tokenize_prompts
+from ppo_plus.rollout.buffer import response_mask
+from ppo_plus.rollout.collector import Collector
 
 ASK = [{"role": "user", "content": "why"}]
 STOP = 39  # the letter >

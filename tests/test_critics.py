@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from ppo_plus import PPOCallback
-from ppo_plus.adapters import use_adapter
-from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
+from ppo_plus.models.adapters import use_adapter
+from ppo_plus.models.loading import CriticSource, build_actor_critic, load_policy
 
 IDS = torch.arange(4, 34).view(3, 10)
 MASK = torch.ones_like(IDS)
@@ -324,7 +324,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, base, reward_adapter, kind)
 
 
 def test_the_folder_of_the_critic_is_part_of_what_makes_a_checkpoint_whole(tmp_path, base, reward_adapter):
-    from ppo_plus.checkpoint import damage
+    from ppo_plus.training.checkpoint import damage
 
     config = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer = trainer_with(tmp_path, base, reward_adapter, "adapter", config=config)

@@ -221,7 +221,8 @@ def reward_model(base, precision, folder):
 def run_matrix(family, work):
     torch.set_num_threads(1)
     cuda_autocast.set_up("cpu")
-    from ppo_plus import attention, lora, packing
+    from ppo_plus.kernels import cpu_attention as attention
+    from ppo_plus.kernels import lora, packing
 
     attention.plain_is_faster = packing.plain_is_faster = lambda *_: False  # as on CUDA
     lora.FEW_ROWS = 0

@@ -9,17 +9,9 @@ from datasets import Dataset
 from tokenizers import processors
 from transformers import GenerationConfig
 
-from ppo_plus.data import (
-    check_tokenizer,
-    checked_prompts,
-    columns_of,
-    encode_prompt,
-    is_conversational,
-    left_pad,
-    pad_id,
-    stop_token_ids,
-    tokenize_prompts,
-)
+from ppo_plus.data.padding import left_pad, pad_id
+from ppo_plus.data.prompts import checked_prompts, columns_of, encode_prompt, is_conversational, tokenize_prompts
+from ppo_plus.data.tokenizers import check_tokenizer, stop_token_ids
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "oh"}

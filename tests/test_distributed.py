@@ -210,7 +210,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number
 
 LEAVES = """
 import atexit, signal, torch
-from ppo_plus.callbacks import InterruptCallback
+from ppo_plus.training.shutdown import InterruptCallback
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -25,12 +25,12 @@ from test_architectures import TARGETS, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import ppo_plus.modeling
+import ppo_plus.models.actor_critic
 from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardConfig, RewardTrainer
-from ppo_plus.callbacks import RewardNormalizationCallback
-from ppo_plus.devices import generator_state
-from ppo_plus.modeling import ActorCritic
-from ppo_plus.rollout import isolated_rng
+from ppo_plus.callbacks.reward_normalization import RewardNormalizationCallback
+from ppo_plus.data.seeding import isolated_rng
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.utils.devices import generator_state
 
 pytestmark = pytest.mark.skipif(
     not hasattr(elsewhere.backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -325,7 +325,7 @@ def generator_of_the_device(folder, cpu, base, adapter):
 
 @group("control")
 def reference_left_behind(folder, cpu, base, adapter):
-    ppo_plus.modeling.place = lambda model, device: None
+    ppo_plus.models.actor_critic.place = lambda model, device: None
     return trained(folder, cpu, peft_config=None)
 
 

@@ -10,7 +10,7 @@ from conftest import make_model, make_trainer
 from safetensors import safe_open
 
 from ppo_plus import PPOCallback
-from ppo_plus.legacy import export_with_value_head, load_value_head
+from ppo_plus.integrations.trl_legacy import export_with_value_head, load_value_head
 
 STEPS = {"max_steps": 4, "missing_eos_penalty": None}
 

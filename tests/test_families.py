@@ -15,7 +15,7 @@ from test_architectures import TARGETS, build
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from ppo_plus import PPOCallback, RewardConfig, RewardTrainer
-from ppo_plus.rewards.classifiers import provide_classifier
+from ppo_plus.models.classifier import provide_classifier
 
 PAIRS = Dataset.from_dict({"chosen": ["a warm film"] * 4, "rejected": ["a cold dull one"] * 4})
 WITHOUT_CLASSIFIER = ["Cohere", "Falcon-H1", "Gemma 3n", "Gemma 4, with vision", "Granite 4", "LFM 2", "SmolVLM"]

@@ -21,11 +21,11 @@ import torch
 from conftest import make_prompts, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-import ppo_plus.resume as resume_module
 import ppo_plus.trainer as trainer_module
+import ppo_plus.training.resume as resume_module
 from ppo_plus import PPOCallback
-from ppo_plus.checkpoint import MANIFEST, damage, seal
-from ppo_plus.out_of_memory import BatchSize
+from ppo_plus.kernels.batch_backoff import BatchSize
+from ppo_plus.training.checkpoint import MANIFEST, damage, seal
 
 
 def steps(folder):
@@ -279,7 +279,7 @@ class RaiseInGeneration:
     """Sends a signal while the first decode batch of a rollout runs, and counts batches."""
 
     def __init__(self, monkeypatch, rollout, number):
-        from ppo_plus.modeling import ActorCritic
+        from ppo_plus.models.actor_critic import ActorCritic
 
         generate, self.calls = ActorCritic.sample, []
 
@@ -342,7 +342,7 @@ def evaluating(folder, **config):
 
 def interrupt_the_evaluation(trainer, monkeypatch, step, batch=2):
     """Sends a signal while that decode batch of the evaluation after a step runs; returns the batches there."""
-    from ppo_plus.modeling import ActorCritic
+    from ppo_plus.models.actor_critic import ActorCritic
 
     generate, calls = ActorCritic.sample, []
 
@@ -723,7 +723,7 @@ def test_async_reward_functions_wait_at_the_same_time(timeout):
 
 @pytest.mark.parametrize(("phase", "tried"), [("sample", [8, 4, 2, 2]), ("forward", [4, 2, 2, 2])])
 def test_out_of_memory_in_a_rollout_halves_the_chunk_and_changes_nothing_else(tmp_path, monkeypatch, phase, tried):
-    from ppo_plus.modeling import ActorCritic
+    from ppo_plus.models.actor_critic import ActorCritic
 
     sizes = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     plain = make_trainer(tmp_path, config=sizes)
@@ -782,7 +782,7 @@ def test_memory_runs_out_under_several_names(error, survived):
 
 
 def test_out_of_memory_with_a_single_row_is_an_error(tmp_path, monkeypatch):
-    from ppo_plus.modeling import ActorCritic
+    from ppo_plus.models.actor_critic import ActorCritic
 
     def no_card(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory (as if)")
@@ -806,7 +806,7 @@ class DiesInBackward(torch.autograd.Function):
 
 def small_card(monkeypatch, phase, most_rows):
     """While it learns, the model runs out of memory beyond so many rows; returns the sizes that were tried."""
-    from ppo_plus.modeling import ActorCritic
+    from ppo_plus.models.actor_critic import ActorCritic
 
     forward, hidden_states, sizes = ActorCritic.forward, ActorCritic._hidden_states, []
 

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.fp32_heads import apply_head, compute_heads_in_fp32
-from ppo_plus.modeling import ActorCritic, ValueHead
+from ppo_plus.kernels.fp32_heads import apply_head, compute_heads_in_fp32
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.value_head import ValueHead
 from ppo_plus.rewards import Completions
 from ppo_plus.rewards.classifiers import ClassifierReward
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import close
 from torch import tensor
 
-from ppo_plus import functional as pf
+from ppo_plus import algo as pf
 
 NAN, INF, LOG2 = float("nan"), float("inf"), math.log(2)
 

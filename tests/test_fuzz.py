@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ppo_plus import PPOConfig
-from ppo_plus.collector import continuation
-from ppo_plus.data import encode_prompt, left_pad, tokenize_prompts
+from ppo_plus.data.padding import left_pad
+from ppo_plus.data.prompts import encode_prompt, tokenize_prompts
+from ppo_plus.rollout.decoding import continuation
 
 # The same examples every time: a failure here must be one that the next person can see too.
 fuzz = functools.partial(settings, deadline=None, derandomize=True, database=None)

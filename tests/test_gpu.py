@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from ppo_plus import ActorCritic, PPOCallback, RewardConfig, RewardTrainer, ValueHead
-from ppo_plus.logits import chunked_logprobs, sample
-from ppo_plus.packing import WHOLE
-from ppo_plus.rollout import RightAligned
+from ppo_plus.kernels.packing import WHOLE
+from ppo_plus.models.logprobs import chunked_logprobs, sample
+from ppo_plus.rollout.buffer import RightAligned
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from ppo_plus.attention import PLAIN
+from ppo_plus.kernels.cpu_attention import PLAIN
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -19,10 +19,10 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ppo_plus import PPOTrainer
-from ppo_plus.card import curves_svg
-from ppo_plus.hub import HubMixin, without_tokens
 from ppo_plus.report import REPORT
 from ppo_plus.report.__main__ import COMPARISON
+from ppo_plus.training.hub import HubMixin, without_tokens
+from ppo_plus.training.model_card import curves_svg
 
 TESTS = Path(__file__).parent
 SECRET = "hf_thisisasecretthatmustnotbeseen"
@@ -76,7 +76,7 @@ from conftest import *
 from huggingface_hub import snapshot_download
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from ppo_plus.adapters import use_adapter
+from ppo_plus.models.adapters import use_adapter
 
 logprobs, values, ids = torch.load("pushed.pt")
 name = "me/out-all-checkpoints"

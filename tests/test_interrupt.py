@@ -15,10 +15,10 @@ from conftest import classifier, count_e, lora, make_prompts, make_tokenizer, ma
 from test_faults import equal, evaluating, steps, weights
 
 from ppo_plus import PPOCallback
-from ppo_plus.checkpoint import damage
-from ppo_plus.interrupt import Interrupt, Interrupted, interruptible, raise_if_interrupted
 from ppo_plus.report import REPORT, read_run
 from ppo_plus.rewards import Completions, FunctionReward, RewardSet
+from ppo_plus.training.checkpoint import damage
+from ppo_plus.utils.interrupt import Interrupt, Interrupted, interruptible, raise_if_interrupted
 
 CONFIG = {"max_steps": 6, "logging_steps": 1}
 

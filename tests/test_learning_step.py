@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_plus import PPOCallback
-from ppo_plus.modeling import ActorCritic, ValueHead
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.value_head import ValueHead
 
 # Each makes the host wait for a GPU: it reads numbers, or makes a tensor whose shape depends on them.
 OPERATORS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal")

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from ppo_plus import PPOConfig, PPOTrainer
-from ppo_plus.legacy import DERIVED, export_with_value_head, load_value_head
+from ppo_plus.config.trl_fields import DERIVED
+from ppo_plus.integrations.trl_legacy import export_with_value_head, load_value_head
 
 # The steps of TRL's examples: policy, reference, reward and value model from paths in PPOConfig, a padding token that
 # only the tokenizer knows, prompts made token ids beforehand with a column too many, everything by keyword.

@@ -15,7 +15,7 @@ from conftest import classifier, count_e, lora, make_model, make_tokenizer, make
 from datasets import Dataset
 from transformers import TrainerCallback
 
-import ppo_plus.liger
+import ppo_plus.kernels.liger
 import ppo_plus.trainer
 from ppo_plus import RewardConfig, RewardTrainer
 
@@ -41,8 +41,8 @@ def patched(monkeypatch):
     table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": patch}
     for module in (types.ModuleType("liger_kernel"), package, table):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(ppo_plus.liger, "DEVICES", ("cpu",))
-    monkeypatch.setattr(ppo_plus.liger, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(ppo_plus.kernels.liger, "DEVICES", ("cpu",))
+    monkeypatch.setattr(ppo_plus.kernels.liger, "is_liger_kernel_available", lambda: True)
     patch.calls = calls
     return patch
 
@@ -84,9 +84,9 @@ def test_a_patched_norm_is_the_one_that_computes(tmp_path, patched):
     trainer = make_trainer(tmp_path, config=LIGER)
     model = trainer.model.language_model.model
     assert model.norm.forward.__func__.__name__ == "<lambda>"
-    assert model.layers[0].self_attn.q_proj.forward.__func__.__module__ == "ppo_plus.lora"
+    assert model.layers[0].self_attn.q_proj.forward.__func__.__module__ == "ppo_plus.kernels.lora"
     plain = make_trainer(tmp_path)
-    assert plain.model.language_model.model.norm.forward.__func__.__module__ == "ppo_plus.norms"
+    assert plain.model.language_model.model.norm.forward.__func__.__module__ == "ppo_plus.kernels.rmsnorm"
 
 
 def test_a_reward_model_is_patched_once_and_without_losses(tmp_path, base, patched):
@@ -117,7 +117,7 @@ def test_a_loss_of_ligers_is_refused(tmp_path, patched, no_weights):
 
 
 def test_a_machine_without_the_package_is_told(tmp_path, base, patched, no_weights, monkeypatch):
-    monkeypatch.setattr(ppo_plus.liger, "is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr(ppo_plus.kernels.liger, "is_liger_kernel_available", lambda: False)
     with pytest.raises(ValueError, match="PPOConfig: use_liger_kernel=True .* pip install liger-kernel"):
         make_trainer(tmp_path, config=LIGER)
     with pytest.raises(ValueError, match="RewardConfig: use_liger_kernel=True .* pip install liger-kernel"):

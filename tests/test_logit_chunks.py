@@ -9,10 +9,10 @@ import torch
 from conftest import make_model
 from transformers import LlamaConfig
 
-from ppo_plus import logits
-from ppo_plus.logits import chunk_elements, chunked_logprobs, slices
 from ppo_plus.memory.dry_run import DryRun
 from ppo_plus.memory.prediction import Setup
+from ppo_plus.models import logprobs as logits
+from ppo_plus.models.logprobs import chunk_elements, chunked_logprobs, slices
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 VOCABULARY = 152_000

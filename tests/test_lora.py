@@ -9,8 +9,8 @@ import torch
 from conftest import lora, make_model
 from peft import get_peft_model
 
-import ppo_plus.lora as plain
-from ppo_plus.lora import use_plain_lora, weights_at_rest
+import ppo_plus.kernels.lora as plain
+from ppo_plus.kernels.lora import use_plain_lora, weights_at_rest
 
 
 def peft_model(**options):

@@ -21,9 +21,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from ppo_plus import PPOCallback
-from ppo_plus.lower_layers import apart, decoder_layers
-from ppo_plus.modeling import ActorCritic, ValueHead
-from ppo_plus.packing import PackedMask
+from ppo_plus.kernels.frozen_layers import apart, decoder_layers
+from ppo_plus.kernels.packing import PackedMask
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.value_head import ValueHead
 
 LAYERS = 4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -22,14 +22,14 @@ from transformers import (
     T5Config,
 )
 
-from ppo_plus import logits as logits_module
-from ppo_plus import modeling
-from ppo_plus.loading import CriticSource, build_actor_critic
 from ppo_plus.memory import DryRun, Ledger, Setup, plan, planning
 from ppo_plus.memory.__main__ import main
 from ppo_plus.memory.dry_run import causal
 from ppo_plus.memory.layers import LayeredRun, fewer_layers, predict
 from ppo_plus.memory.planning import GIB, table
+from ppo_plus.models import actor_critic as modeling
+from ppo_plus.models import logprobs as logits_module
+from ppo_plus.models.loading import CriticSource, build_actor_critic
 
 SIZES = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,

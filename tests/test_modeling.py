@@ -33,14 +33,17 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from ppo_plus import logits, modeling
-from ppo_plus.adapters import use_adapter
-from ppo_plus.collector import truncation
-from ppo_plus.data import left_pad
-from ppo_plus.loading import CriticSource, build_actor_critic, load_policy
-from ppo_plus.logits import chunked_logprobs, head_is_frozen, logits_function, nucleus, sample
-from ppo_plus.modeling import ActorCritic, ValueHead, place
-from ppo_plus.rollout import response_mask
+from ppo_plus.data.padding import left_pad
+from ppo_plus.models import actor_critic as modeling
+from ppo_plus.models import logprobs as logits
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.adapters import use_adapter
+from ppo_plus.models.backbone import place
+from ppo_plus.models.loading import CriticSource, build_actor_critic, load_policy
+from ppo_plus.models.logprobs import chunked_logprobs, head_is_frozen, logits_function, nucleus, sample
+from ppo_plus.models.value_head import ValueHead
+from ppo_plus.rollout.buffer import response_mask
+from ppo_plus.rollout.decoding import truncation
 
 VOCABULARY, PAD, EOS = 42, 0, 2
 SIZES = {

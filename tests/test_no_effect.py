@@ -10,12 +10,7 @@ import pytest
 from conftest import make_config, make_prompts, make_trainer
 
 import ppo_plus.trainer
-from ppo_plus import (
-    AdaptiveKLCallback,
-    EarlyStoppingOnKLCallback,
-    RewardConfig,
-    RewardNormalizationCallback,
-)
+from ppo_plus import AdaptiveKLCallback, EarlyStoppingOnKLCallback, RewardConfig, RewardNormalizationCallback
 
 NAN, INF = float("nan"), float("inf")
 

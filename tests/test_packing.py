@@ -13,13 +13,15 @@ from test_architectures import FAMILIES, build
 from test_modeling import VOCABULARY, adapted, as_batch, moved, plain, ragged_rows
 from torch import nn
 
-from ppo_plus import PPOCallback, packing
-from ppo_plus.attention import PACKED
-from ppo_plus.logits import logits_function
-from ppo_plus.lower_layers import decoder_layers, entering
-from ppo_plus.modeling import ActorCritic, ValueHead
-from ppo_plus.packing import WHOLE, Groups, Packing, grouped, picked
-from ppo_plus.rollout import RightAligned
+from ppo_plus import PPOCallback
+from ppo_plus.kernels import packing
+from ppo_plus.kernels.cpu_attention import PACKED
+from ppo_plus.kernels.frozen_layers import decoder_layers, entering
+from ppo_plus.kernels.packing import WHOLE, Groups, Packing, grouped, picked
+from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.logprobs import logits_function
+from ppo_plus.models.value_head import ValueHead
+from ppo_plus.rollout.buffer import RightAligned
 
 CPU = torch.device("cpu")
 ROWS = ragged_rows(prompts=(7, 3, 1, 5, 12), responses=(4, 6, 2, 1, 9))
@@ -247,7 +249,7 @@ def test_the_vocabulary_is_asked_for_response_tokens_alone(monkeypatch):
 
         return logits
 
-    monkeypatch.setattr("ppo_plus.modeling.logits_function", counting)
+    monkeypatch.setattr("ppo_plus.models.actor_critic.logits_function", counting)
     actor = actor_critic(adapted())
     for asked, padded in ((True, False), (False, True)):
         *inputs, real = right_aligned()
@@ -334,7 +336,7 @@ def test_padding_costs_less_than_a_twentieth_of_the_tokens(tmp_path, monkeypatch
             passes.append((sum(lengths), mask.numel() if found is WHOLE else sum(lengths), mask.numel()))
         return found
 
-    monkeypatch.setattr("ppo_plus.modeling.picked", watched)
+    monkeypatch.setattr("ppo_plus.models.actor_critic.picked", watched)
     trained(tmp_path, True)
     assert len(passes) > 8
     assert all(taken <= real / 0.95 for real, taken, _ in passes)

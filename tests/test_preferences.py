@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import processors
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.preferences import tokenize_pairs
+from ppo_plus.data.preferences import tokenize_pairs
 
 USER = {"role": "user", "content": "why"}
 

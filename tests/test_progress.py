@@ -15,9 +15,10 @@ import torch
 import transformers
 from conftest import make_prompts, make_trainer
 
-from ppo_plus import PPOCallback, PPOProgressCallback, progress
-from ppo_plus.collector import Tally
-from ppo_plus.out_of_memory import BatchSize
+from ppo_plus import PPOCallback, PPOProgressCallback
+from ppo_plus.callbacks import progress
+from ppo_plus.kernels.batch_backoff import BatchSize
+from ppo_plus.rollout.phases import Tally
 
 PHASES = ["generating", "scoring", "log-probabilities", "reference", "learning"]
 

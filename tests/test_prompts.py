@@ -8,7 +8,7 @@ from conftest import count_e, make_prompts, make_trainer
 from datasets import Dataset, IterableDataset
 
 from ppo_plus import PPOCallback
-from ppo_plus.prompts import PromptStream
+from ppo_plus.data.prompt_loader import PromptStream
 
 STEPS = 12  # three rollouts of 8 prompts in 4 steps each
 

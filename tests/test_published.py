@@ -14,8 +14,8 @@ from conftest import close
 from torch import tensor
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from ppo_plus import functional as pf
-from ppo_plus.rollout import response_mask
+from ppo_plus import algo as pf
+from ppo_plus.rollout.buffer import response_mask
 
 SEEDS = range(3)
 

@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.loading import load_policy
-from ppo_plus.lora import use_plain_lora
+from ppo_plus.kernels.lora import use_plain_lora
+from ppo_plus.models.loading import load_policy
 
 
 def nf4():

@@ -22,14 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ppo_plus import PPOCallback
-from ppo_plus.collector import Samples
 from ppo_plus.report import REPORT, callback, curves_png, fixed_prompts, read_run, write_page
 from ppo_plus.report.__main__ import main
 from ppo_plus.report.curves import POINTS, curves
 from ppo_plus.report.page import embedded
 from ppo_plus.report.samples import PROMPTS, RESPONSES, TOKENS, answers, token_texts, token_view
 from ppo_plus.rewards import Completions
-from ppo_plus.rollout import Rollout
+from ppo_plus.rollout.buffer import Rollout
+from ppo_plus.rollout.collector import Samples
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- & \u2028"
 

@@ -16,7 +16,7 @@ from conftest import lora, make_model, make_prompts, make_trainer
 from transformers import LlamaForSequenceClassification
 
 from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardNormalizationCallback, Rollout
-from ppo_plus.checkpoint import seal
+from ppo_plus.training.checkpoint import seal
 
 STEPS = 13  # rollouts at steps 0, 4, 8 and 12; the second data epoch begins at step 8
 TIMES = ("time/", "train_", "epoch")
@@ -183,7 +183,7 @@ def test_a_missing_rollout_is_named(undisturbed, tmp_path):
 )
 def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest_gap, monkeypatch):
     """Negative controls: leave one piece out of what is restored, and the weights must differ."""
-    import ppo_plus.rollout as rollout_module
+    import ppo_plus.rollout.buffer as rollout_module
     import ppo_plus.trainer as trainer_module
 
     folder, whole = undisturbed()
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_another_base_with_the_same_shapes_is_refused(undisturbe
 
 def test_the_base_is_told_by_what_training_does_not_change(undisturbed, tmp_path):
     """Adapters come and go on the same base, and another one is told from its first numbers."""
-    from ppo_plus.checkpoint import weights_digest
+    from ppo_plus.training.checkpoint import weights_digest
 
     trainer = make_trainer(tmp_path, config={"max_steps": 1})
     before = weights_digest(trainer.model.frozen_models)
@@ -267,7 +267,7 @@ class Packed(torch.Tensor):
 
 
 def test_a_base_with_weights_of_several_tensors_has_a_name():
-    from ppo_plus.checkpoint import weights_digest
+    from ppo_plus.training.checkpoint import weights_digest
 
     def digest(seed):
         model = make_model(seed=seed).requires_grad_(False)

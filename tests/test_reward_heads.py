@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.heads import read_v_head
-from ppo_plus.legacy import export_with_value_head
+from ppo_plus.integrations.trl_legacy import export_with_value_head
+from ppo_plus.models.score_heads import read_v_head
 from ppo_plus.rewards import Completions
 
 BATCH = Completions(["the sea", "so"], [" is", " x"], [[10, 11, 12], [5]])

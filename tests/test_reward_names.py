@@ -11,8 +11,8 @@ import pytest
 from conftest import make_trainer
 from huggingface_hub import constants
 
-from ppo_plus.adapters import adapter_folder, reward_description
-from ppo_plus.checkpoint import MANIFEST, damage, load_progress, seal
+from ppo_plus.models.adapter_files import adapter_folder, reward_description
+from ppo_plus.training.checkpoint import MANIFEST, damage, load_progress, seal
 
 STATUS = {"forbidden": 403, "down": 503, "gated": 403, "gone": 404, "locked": 401}
 

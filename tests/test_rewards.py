@@ -24,7 +24,7 @@ from transformers import (
 
 from ppo_plus import PPOCallback, RewardNormalizationCallback
 from ppo_plus.rewards import ClassifierReward, Completions, FunctionReward, RewardSet
-from ppo_plus.rewards.reading import most_tokens
+from ppo_plus.rewards.tokenization import most_tokens
 
 PLAIN = {"missing_eos_penalty": None, "kl_coef": 0.0, "gamma": 1.0, "lam": 1.0, "max_steps": 4}
 BATCH = Completions(["p", "q", "r"], ["ab", "c", "def"], [[4, 5], [6], [7, 8, 9]])

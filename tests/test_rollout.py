@@ -11,17 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_plus.rollout import (
-    PromptSampler,
-    RightAligned,
-    Rollout,
-    isolated_rng,
-    micro_batch_rows,
-    minibatch_rows,
-    position_seed,
-    response_mask,
-    sampling_noise,
-)
+from ppo_plus.data.batching import PromptSampler, micro_batch_rows, minibatch_rows
+from ppo_plus.data.seeding import isolated_rng, position_seed, sampling_noise
+from ppo_plus.rollout.buffer import RightAligned, Rollout, response_mask
 
 PER_TOKEN = ("mask", "logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
 

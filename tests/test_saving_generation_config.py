@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.legacy import export_with_value_head
+from ppo_plus.integrations.trl_legacy import export_with_value_head
 
 MISTAKES = {
     "temperature alone": {"temperature": 0.6},

@@ -13,10 +13,10 @@ import torch
 from conftest import make_config, make_model, make_tokenizer, make_trainer
 
 from ppo_plus import PPOConfig, RewardConfig
-from ppo_plus.callbacks import print_samples, printable
-from ppo_plus.checkpoint import seal
-from ppo_plus.loading import load_policy
-from ppo_plus.rollout import Rollout
+from ppo_plus.callbacks.completions import print_samples, printable
+from ppo_plus.models.loading import load_policy
+from ppo_plus.rollout.buffer import Rollout
+from ppo_plus.training.checkpoint import seal
 
 SECRET = "hf_thisIsNobodysToken"
 

@@ -124,11 +124,6 @@ def test_every_result_becomes_words(tmp_path):
     ]  # fmt: skip
 
 
-def test_products_in_words(tmp_path):
-    ((_, figures, _),) = table_of(tmp_path, {"products": {"median_gain": 1.5, "least_gain": 0.75}})
-    assert figures == "**1.50×** as fast, median of the shapes where halves are taken; at least 0.75×"
-
-
 def test_a_result_that_is_not_there_has_no_row(tmp_path):
     assert table_of(tmp_path, {}) == []
     (row,) = table_of(tmp_path, {"uneven": UNEVEN})

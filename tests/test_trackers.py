@@ -10,7 +10,7 @@ import pytest
 from conftest import make_prompts, make_trainer
 from transformers.integrations import TensorBoardCallback
 
-from ppo_plus.trackers import markdown_table, send_table
+from ppo_plus.callbacks.trackers import markdown_table, send_table
 
 NASTY = "a|b *c* `d` <img src=x> [l](http://x) ![i](http://y)\n# e"
 

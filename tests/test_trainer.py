@@ -32,8 +32,8 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
-from ppo_plus.legacy import TRLFields
-from ppo_plus.loading import load_tokenizer
+from ppo_plus.config.trl_fields import TRLFields
+from ppo_plus.models.loading import load_tokenizer
 
 # One step costs least like this: a rollout of 4 short responses, 4 steps each.
 QUICK = {"gradient_accumulation_steps": 1, "response_length": 6, "max_steps": 8, "temperature": 1.0}

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
-import ppo_plus.logits as logits
+import ppo_plus.models.logprobs as logits
 from ppo_plus import PPOCallback, PPOTrainer
 
 EOS = 2

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ppo_plus.versions import SUPPORTED_VERSIONS, check_versions, installed_versions
+from ppo_plus.utils.versions import SUPPORTED_VERSIONS, check_versions, installed_versions
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = [*SUPPORTED_VERSIONS]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import ppo_plus.trainer
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.validation import check_quantized_device
-from ppo_plus.weights import check_model_weights, first_not_finite, offloaded_parts
+from ppo_plus.models.weight_checks import check_model_weights, first_not_finite, offloaded_parts
+from ppo_plus.training.validation import check_quantized_device
 
 PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 

@@ -15,7 +15,8 @@ import torch
 from conftest import count_e, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from ppo_plus.rollout import minibatch_rows, position_seed, sampling_noise
+from ppo_plus.data.batching import minibatch_rows
+from ppo_plus.data.seeding import position_seed, sampling_noise
 
 EOS, RESPONSE, ROLLOUT, EPOCHS, MINIBATCHES, STEPS = 2, 8, 8, 2, 2, 12
 SEED = 42

@@ -23,8 +23,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.callbacks import InterruptCallback, print_samples
-from ppo_plus.checkpoint import damage, seal
+from ppo_plus.callbacks.completions import print_samples
+from ppo_plus.training.checkpoint import damage, seal
+from ppo_plus.training.shutdown import InterruptCallback
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("ppo_plus", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -100,7 +101,7 @@ def test_a_sample_that_the_encoding_of_a_log_lacks_does_not_end_training(monkeyp
 
 def test_sigbreak_is_listened_to_where_there_is_one(monkeypatch):
     """A service manager on Windows sends it; SIGUSR1 stands for it here."""
-    monkeypatch.setattr("ppo_plus.callbacks.SIGNALS", (signal.SIGUSR1,))
+    monkeypatch.setattr("ppo_plus.training.shutdown.SIGNALS", (signal.SIGUSR1,))
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with InterruptCallback() as callback:

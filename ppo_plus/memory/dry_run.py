@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .. import logits
-from ..backbone import backbone_interface, cache_of
-from ..functional import token_logprobs
-from ..loading import CriticSource, build_actor_critic, language_model_class
-from ..lora import weights_at_rest
-from ..modeling import ActorCritic, unwrapped
-from ..rewards.classifiers import provide_classifier
+from ..algo.logprobs import token_logprobs
+from ..kernels.lora import weights_at_rest
+from ..models import logprobs as logits
+from ..models.actor_critic import ActorCritic
+from ..models.backbone import backbone_interface, cache_of, unwrapped
+from ..models.classifier import provide_classifier
+from ..models.loading import CriticSource, build_actor_critic, language_model_class
 from .ledger import Ledger
 from .prediction import PARTS, Parts, Prediction, Setup
 from .quantized import quantize

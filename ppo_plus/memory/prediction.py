@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..modeling import Critic
+from ..models.actor_critic import Critic
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "kv_cache", "activations", "logits")
 Quantization = Literal["nf4", "int8", "bf16", "fp32"]

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling import ActorCritic
+from ..models.actor_critic import ActorCritic
 
 
 class QuantizedLinear(nn.Module):

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from transformers import TrainerState
 
-from ..callbacks import PPOCallback, RolloutSettings, is_due
+from ..callbacks.base import PPOCallback, RolloutSettings, is_due
 from ..config import PPOConfig
-from ..interrupt import Interrupted
+from ..utils.interrupt import Interrupted
 from .curves import POINTS, curves
 from .page import REPORT, read_run, write_page
 from .samples import answers, token_view
 
 if TYPE_CHECKING:
-    from ..collector import Samples
-    from ..rollout import Rollout
+    from ..rollout.buffer import Rollout
+    from ..rollout.collector import Samples
 
 MOMENTS = 10  # at which the fixed prompts are answered, spread over training, besides its end
 ROLLOUTS = 4  # the last ones, whose tokens are shown

@@ -10,13 +10,14 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks import as_text
+from ..algo.advantages import shape_rewards
+from ..algo.kl import kl_divergence
+from ..callbacks.completions import as_text
 from ..config import PPOConfig
-from ..functional import kl_divergence, shape_rewards
 
 if TYPE_CHECKING:
-    from ..collector import Samples
-    from ..rollout import Rollout
+    from ..rollout.buffer import Rollout
+    from ..rollout.collector import Samples
 
 # What keeps a page below two megabytes, however long the run and its responses.
 PROMPTS = 6  # answered again and again

@@ -16,21 +16,15 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..adapters import (
-    REWARD_FILE,
-    base_samples,
-    check_base_weights,
-    local_base,
-    reward_description,
-    trained_on,
-)
-from ..bases import Samples, read_configuration
-from ..data import left_pad, pad_id, unpadded
-from ..heads import read_v_head
-from ..modeling import ActorCritic, at_last_token
-from ..out_of_memory import BatchSize
+from ..data.padding import left_pad, pad_id, unpadded
+from ..kernels.batch_backoff import BatchSize
+from ..models.actor_critic import ActorCritic, at_last_token
+from ..models.adapter_checks import check_base_weights
+from ..models.adapter_files import REWARD_FILE, base_samples, local_base, reward_description, trained_on
+from ..models.base_weights import Samples, read_configuration
+from ..models.score_heads import read_v_head
 from .completions import Completions, Score, checked
-from .reading import Reader, in_batches
+from .tokenization import Reader, in_batches
 
 
 class AdapterReward:

@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters import adapter_folder, reward_description
-from ..modeling import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, place
-from ..weights import check_model_weights
+from ..models.actor_critic import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic
+from ..models.adapter_files import adapter_folder, reward_description
+from ..models.backbone import place
+from ..models.classifier import load_classifier, own_tokenizer
+from ..models.weight_checks import check_model_weights
 from .adapters import AdapterReward
-from .classifiers import ClassifierReward, load_classifier, own_tokenizer
+from .classifiers import ClassifierReward
 from .completions import Reward
 from .functions import REWARD_ARGUMENTS, FunctionReward
 from .reward_set import RewardSet

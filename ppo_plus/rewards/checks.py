@@ -12,10 +12,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..adapters import adapter_folder, reward_description
-from ..chat import is_conversational
+from ..data.chat_templates import is_conversational
+from ..models.adapter_files import adapter_folder, reward_description
+from ..models.classifier import is_encoder, own_tokenizer
 from .build import listed_rewards, reward_name
-from .classifiers import is_encoder, own_tokenizer
 from .completions import Completions
 
 # Classes whose outputs are no score of a text, by the end of their names in a model's `architectures`.

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..backbone import CACHE_NAMES, is_recurrent
-from ..bases import local_folder, read_weight
-from ..data import unpadded
-from ..fp32_heads import compute_heads_in_fp32
-from ..heads import make_score_head, read_v_head
-from ..out_of_memory import BatchSize
+from ..data.padding import unpadded
+from ..kernels.batch_backoff import BatchSize
+from ..kernels.fp32_heads import compute_heads_in_fp32
+from ..models.classifier import is_encoder, set_padding
 from .completions import Completions, Score, checked
-from .reading import Reader, in_batches, most_tokens
-
-# A head among the weights that a classifier's class does not have; a language model's own is no head for scores.
-HEAD_KEY = re.compile(r"^(?!lm_head\.)\w*(?:head|score|classifier|reward|regression)\w*\.")
+from .tokenization import Reader, in_batches, most_tokens
 
 
 class ClassifierReward:
@@ -103,112 +81,3 @@ class ClassifierReward:
                 f"The reward model {self.name!r} has embeddings for {known} tokens, but its tokenizer gave the id "
                 f"{largest}. Pass the reward model's own tokenizer in reward_processing_classes."
             )
-
-
-def is_encoder(config: PreTrainedConfig | str | None) -> bool:
-    """Whether a configuration, or the `model_type` in its file, is that of an encoder such as BERT."""
-    kind = config if isinstance(config, str) else getattr(config, "model_type", None)
-    return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-@contextlib.contextmanager
-def set_padding(model: nn.Module, pad_token_id: int) -> Iterator[None]:
-    """Set a classifier's padding token inside the block: it reads its score at the last token that is not this one."""
-    config = getattr(model, "config", None)
-    if config is None:
-        yield
-        return
-    config, before = config.get_text_config(), config.get_text_config().pad_token_id
-    config.pad_token_id = pad_token_id
-    try:
-        yield
-    finally:
-        config.pad_token_id = before
-
-
-def provide_classifier(config: PreTrainedConfig) -> None:
-    """Let `AutoModelForSequenceClassification` know a family that transformers has no classifier for.
-
-    Half of its decoders have none (in 5.24: Gemma 4, Granite, LFM 2, Cohere). They get what most of the others have,
-    its generic classifier: a linear head `score` on the last hidden state of the last token.
-    """
-    kind = type(config)
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
-        return
-    backbone = cast(Any, MODEL_MAPPING[kind])
-    has_cache = not {*CACHE_NAMES}.isdisjoint(inspect.signature(backbone.forward).parameters)
-    if not has_cache or is_recurrent(DynamicCache(config=config.get_text_config())):
-        return  # Mamba, whose states the generic classifier does not know
-    family = next(base for base in backbone.__mro__ if PreTrainedModel in base.__bases__)
-    # By its module transformers tells its own classes, and whether buffers that are in no file are to be filled.
-    names = {"config_class": kind, "base_model_prefix": family.base_model_prefix, "__module__": backbone.__module__}
-    name = kind.__name__.removesuffix("Config") + "ForSequenceClassification"
-    made = type(name, (GenericForSequenceClassification, family), names)
-    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)  # without, its own families are passed over
-
-
-def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, list[str]]:
-    """Load a sequence classifier with one label; a bias of its head is loaded too, and so is a value head beside it.
-
-    Args:
-        name: of a sequence classifier, or of a language model with a value head (`v_head.*`), as LLaMA-Factory writes.
-        dtype: of the weights.
-
-    Returns:
-        the model, and the names of those of its weights that its files do not hold.
-
-    Raises:
-        ValueError: it was trained with another number of labels, or with a head that transformers would not load.
-    """
-    provide_classifier(AutoConfig.from_pretrained(name, trust_remote_code=False))
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=1, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    if info["mismatched_keys"]:
-        raise ValueError(
-            f"{name!r} was trained with more than one label, so its outputs are classes. A reward model or critic "
-            "gives one number: train one with num_labels=1."
-        )
-    missing, unexpected = sorted(info["missing_keys"]), set(info["unexpected_keys"])
-    if missing == ["score.weight"] and (head := read_v_head(local_folder(name))):
-        _set_score_head(model, head)
-        model.config.get_text_config().pad_token_id = None  # its score is read at the last token
-        return model, []
-    if "score.bias" in unexpected and "score.weight" not in missing:
-        bias = read_weight(local_folder(name), "score.bias")
-        _set_score_head(model, {"weight": cast(Any, model).score.weight.detach(), "bias": bias})
-        unexpected.remove("score.bias")
-    if left_out := sorted(key for key in unexpected if not missing and HEAD_KEY.search(key)):
-        raise ValueError(
-            f"{name!r} has a head that {type(model).__name__} does not load ({', '.join(left_out[:3])}), so its scores "
-            "would be others than it was trained for. Load it with the code that trained it, and pass a function that "
-            "asks it."
-        )
-    return model, missing
-
-
-def _set_score_head(model: PreTrainedModel, head: Mapping[str, Tensor]) -> None:
-    like = cast(Any, model).score.weight
-    cast(Any, model).score = make_score_head(head).to(like.device, like.dtype).requires_grad_()
-
-
-def own_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a reward model was saved with; None for an instance that does not say where it came from.
-
-    Raises:
-        ValueError: there is none, or it knows no text: for a folder that has only a model, transformers may make one
-            up that turns every text into unknown tokens.
-    """
-    named = isinstance(reward, str | Path)
-    source = str(reward) if named else getattr(getattr(reward, "config", None), "_name_or_path", "")
-    if not source:
-        return None
-    fix = "Pass the reward model's tokenizer in reward_processing_classes, or save it beside the model"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The tokenizer of the reward model {source!r} cannot be loaded: {reason} {fix}.") from error
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(f"The reward model {source!r} was saved without a tokenizer, so it could read no text. {fix}.")
-    return tokenizer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..chat import fit_content, is_conversational, merge_template_kwargs, shorten
+from ..data.chat_templates import fit_content, is_conversational, merge_template_kwargs, shorten
 
 LARGEST = torch.finfo(torch.float32).max
 

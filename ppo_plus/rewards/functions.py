@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from ..interrupt import Interrupted, interruptible, raise_if_interrupted
+from ..utils.interrupt import Interrupted, interruptible, raise_if_interrupted
 from .completions import Completions, Score, checked
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

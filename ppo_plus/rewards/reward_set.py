@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interrupt import Interrupted, raise_if_interrupted
+from ..utils.interrupt import Interrupted, raise_if_interrupted
 from .adapters import AdapterReward
 from .completions import Completions, Reward, Score
 from .functions import FunctionReward, gathered

@@ -1,0 +1,54 @@
+"""The mathematics of PPO for language models, per token: what would be true on a whiteboard.
+
+Notation:
+    B: sequences in the batch. R: response tokens, right-padded. V: vocabulary size.
+    mask: 1 (or True) for response tokens up to and including EOS, else 0, `(B, R)`.
+    logprobs: natural log of the probability of the token that was sampled, nats.
+    policy, old, reference: the model being trained, the same model when it sampled, the frozen model.
+
+Losses are returned per token and never reduced: the trainer masks, sums and divides once, by the token
+count of the whole minibatch, so that the gradient does not depend on how the minibatch is split.
+What stands outside `mask` never reaches a result of a function that takes one, not even NaN.
+"""
+
+from .advantages import gae, shape_rewards, truncated_importance_weights
+from .kl import KL_ESTIMATORS, MAX_KL_ERROR, band_kl_coef, full_kl, kl_divergence, proportional_kl_coef
+from .logprobs import entropy, entropy_of_logprobs, logprobs_and_entropy, scaled_log_softmax, token_logprobs
+from .losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    kl_penalty_policy_loss,
+    pairwise_loss,
+    unclipped_policy_loss,
+)
+from .statistics import Average, Reduce, ema, explained_variance, masked_mean, masked_moments, masked_var, whiten
+
+__all__ = [
+    "KL_ESTIMATORS",
+    "MAX_KL_ERROR",
+    "Average",
+    "Reduce",
+    "band_kl_coef",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "ema",
+    "entropy",
+    "entropy_of_logprobs",
+    "explained_variance",
+    "full_kl",
+    "gae",
+    "kl_divergence",
+    "kl_penalty_policy_loss",
+    "logprobs_and_entropy",
+    "masked_mean",
+    "masked_moments",
+    "masked_var",
+    "pairwise_loss",
+    "proportional_kl_coef",
+    "scaled_log_softmax",
+    "shape_rewards",
+    "token_logprobs",
+    "truncated_importance_weights",
+    "unclipped_policy_loss",
+    "whiten",
+]

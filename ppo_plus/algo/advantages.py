@@ -1,0 +1,90 @@
+"""From scores to advantages: reward shaping, GAE, importance weights of sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .statistics import _masked
+
+
+def shape_rewards(
+    scores: Tensor,
+    kl: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    token_rewards: Tensor | None = None,
+) -> Tensor:
+    """Reward per token: KL penalty everywhere, score at the last real token (Ziegler et al. 2019, eq. 2).
+
+    Args:
+        scores: one score per response, `(B,)`, reward units.
+        kl: KL of policy against reference per token, `(B, R)`, nats.
+        mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`.
+        kl_coef: price of one nat, reward units per nat.
+        token_rewards: rewards for single tokens, `(B, R)`, reward units, added as they are.
+
+    Returns:
+        Rewards, `(B, R)` float32, reward units; 0 outside `mask`, and all 0 for a row whose mask is empty.
+    """
+    real = mask.bool()
+    rewards = -kl_coef * kl
+    if token_rewards is not None:
+        rewards = rewards + token_rewards
+    last = real & (real.flip(1).cumsum(1).flip(1) == 1)
+    return _masked(rewards, real) + _masked(scores.unsqueeze(1).expand_as(kl), last)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation over response tokens (Schulman et al. 2016, eq. 16).
+
+    `delta_t = r_t + gamma V(s_{t+1}) - V(s_t)` and `A_t = delta_t + gamma lam A_{t+1}`, backwards from the
+    last real token, after which both V and A are 0.
+
+    Args:
+        rewards: reward for emitting token t, `(B, R)` float32, reward units.
+        values: `V(s_t)` before token t is emitted, `(B, R)`, reward units.
+        mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`; ones, then zeros.
+        gamma: discount per token, 0 to 1.
+        lam: 0 trusts the values (one-step TD), 1 trusts the rewards (Monte Carlo).
+
+    Returns:
+        advantages and returns, both `(B, R)`, zero outside `mask`; advantages are not whitened. Returns
+        are `advantages + values`, the target of the critic.
+    """
+    rewards, values = _masked(rewards, mask), _masked(values, mask)
+    advantage = next_value = torch.zeros_like(values[:, 0])
+    backwards = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * advantage
+        next_value = values[:, t]
+        backwards.append(advantage)
+    advantages = torch.stack(backwards[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:
+    """`min(pi_old(a_t | s_t) / mu(a_t | s_t), cap)`, where mu is what decoding sampled from.
+
+    mu and pi_old are the same policy by other kernels (a cache, quantized products, another precision), so the weight
+    is 1 up to numerics. Truncated as in Espeholt et al. 2018 (IMPALA, eq. 1), per token. A gap below 1e-3 nats is
+    rounding and weighs exactly 1, so in fp32 nothing depends on how many rows were decoded side by side.
+
+    Args:
+        logprobs: of the forward pass that the loss uses, `(B, R)`, nats.
+        sampled_logprobs: as decoding computed them, `(B, R)`, nats.
+        cap: the largest weight.
+
+    Returns:
+        weights, `(B, R)` float32.
+    """
+    gap = logprobs - sampled_logprobs
+    return gap.masked_fill(gap.abs() < 1e-3, 0.0).exp().clamp(max=cap)

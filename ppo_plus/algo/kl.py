@@ -1,0 +1,108 @@
+"""KL divergence between policies, its estimators, and the controllers of its coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_KL_ERROR = 0.2  # bound on the relative error in the proportional controller of the KL coefficient
+
+
+def full_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """`KL(P || Q) = sum_v p_v (log p_v - log q_v)` over the whole vocabulary, not estimated from a sample.
+
+    The order of the arguments is the direction:
+        `full_kl(policy, reference)`: what `kl_divergence` estimates, the KL of the RLHF reward.
+        `full_kl(original, current)`: the penalty `KL(orig || current)`, where the frozen model weighs the
+        terms. It is another quantity: large where the current model no longer says what the original did.
+
+    Args:
+        logits_p: logits of P, over which the expectation runs, `(B, R, V)`, divided by the temperature.
+        logits_q: logits of Q, `(B, R, V)`, divided by the temperature.
+
+    Returns:
+        The divergence per position, `(B, R)` float32, nats, at least 0 up to rounding.
+    """
+    logprobs_p, logprobs_q = F.log_softmax(logits_p.float(), dim=-1), F.log_softmax(logits_q.float(), dim=-1)
+    probs = logprobs_p.exp()
+    # A token that P never emits adds nothing, also where Q excludes it too (-inf minus -inf).
+    return (probs * (logprobs_p - logprobs_q).masked_fill(probs == 0, 0.0)).sum(-1)
+
+
+_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda log_ratio: -log_ratio,
+    "k2": lambda log_ratio: log_ratio.square() / 2,
+    "k3": lambda log_ratio: torch.expm1(log_ratio) - log_ratio,
+    "abs": lambda log_ratio: log_ratio.abs(),
+}
+
+
+KL_ESTIMATORS = tuple(_ESTIMATES)
+
+
+def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+    """Per-token estimate of `KL(policy || reference)` from tokens that the policy sampled.
+
+    Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). With the log ratio
+    `log r = ref_logprobs - logprobs`, which is negative where the policy likes the token more:
+        `k1 = -log r = logprobs - ref_logprobs`: unbiased; a single token's may be negative.
+        `k2 = (log r)^2 / 2`: never negative, biased, low variance.
+        `k3 = (r - 1) - log r`: never negative and unbiased.
+        `abs = |log r|`: never negative; not an estimate of the KL but an upper bound on the size of k1.
+    They estimate the value, for the reward. As a loss on `logprobs` k1 does nothing: its gradient there is
+    0 in expectation.
+
+    Args:
+        logprobs: of the sampled tokens under the policy that sampled them, `(B, R)`, nats.
+        ref_logprobs: of the same tokens under the reference, `(B, R)`, nats.
+        estimator: one of `KL_ESTIMATORS`.
+
+    Returns:
+        The estimate per token, `(B, R)`, nats.
+    """
+    if estimator not in _ESTIMATES:
+        raise ValueError(f"unknown KL estimator {estimator!r}; choose one of {', '.join(KL_ESTIMATORS)}")
+    return _ESTIMATES[estimator](ref_logprobs - logprobs)
+
+
+def proportional_kl_coef(
+    kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int, max_error: float = MAX_KL_ERROR
+) -> float:
+    """Proportional controller of the KL coefficient in log space (Ziegler et al. 2019, section 2.2).
+
+    `kl_coef (1 + clip(kl / target - 1, -max_error, max_error) episodes / horizon)`.
+
+    Args:
+        kl_coef: the coefficient that held for these episodes, reward units per nat.
+        kl: the KL that was measured, nats per sequence.
+        target: the KL that is wanted, nats per sequence, above 0.
+        horizon: episodes over which the coefficient changes by about `max_error` at most.
+        episodes: episodes since the last call, over all processes.
+        max_error: bound on the relative error.
+
+    Returns:
+        The coefficient for the next episodes.
+    """
+    error = min(max(kl / target - 1, -max_error), max_error)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+def band_kl_coef(kl_coef: float, kl: float, *, low: float, high: float, factor: float = 2.0) -> float:
+    """Keep the KL in a band: a lower price below, a higher one above (after Schulman et al. 2017, section 4).
+
+    Args:
+        kl_coef: the coefficient that held so far, reward units per nat.
+        kl: the KL that was measured, in the unit of `low` and `high`.
+        low: below it the policy hardly moves: the coefficient is divided by `factor`.
+        high: above it the policy moves too far: the coefficient is multiplied by `factor`.
+        factor: above 1.
+
+    Returns:
+        The coefficient from now on; unchanged inside the band, its ends included.
+    """
+    if kl < low:
+        return kl_coef / factor
+    return kl_coef * factor if kl > high else kl_coef

@@ -1,0 +1,132 @@
+"""The losses of actor, critic and reward model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kl import kl_divergence
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate, negated to be minimised (Schulman et al. 2017, eq. 7).
+
+    `-min(r A, clip(r, 1 - cliprange, 1 + cliprange_high) A)` with `r = exp(logprobs - old_logprobs)`.
+
+    Args:
+        logprobs: of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
+        old_logprobs: of the same tokens when they were sampled, `(B, R)`, nats.
+        advantages: of the same tokens, `(B, R)`.
+        cliprange: how far below 1 the ratio may usefully go.
+        cliprange_high: how far above 1; `cliprange` when None ("clip-higher", DAPO, 2503.14476).
+        dual_clip: c above 1 bounds the loss of a negative advantage to `-c A`, however large the ratio
+            (Ye et al. 2020, 1912.09729, eq. 5); unbounded when None.
+
+    Returns:
+        The loss, `(B, R)`, unit of the advantages, and a bool `(B, R)`: True where a bound took the place
+        of the ratio (a tie does not count), so that the token has no gradient.
+    """
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
+    high = cliprange if cliprange_high is None else cliprange_high
+    ratio = torch.exp(logprobs - old_logprobs)
+    unclipped = -ratio * advantages
+    bounded = -ratio.clamp(1 - cliprange, 1 + high) * advantages
+    clipped = bounded > unclipped
+    loss = torch.where(clipped, bounded, unclipped)
+    if dual_clip is not None:
+        ceiling = -dual_clip * advantages
+        too_large = (advantages < 0) & (loss > ceiling)
+        loss, clipped = torch.where(too_large, ceiling, loss), clipped | too_large
+    return loss, clipped
+
+
+def unclipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Importance-sampled policy gradient `-r A`, of unlimited step (Schulman et al. 2017, eq. 6).
+
+    Args:
+        logprobs: of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
+        old_logprobs: of the same tokens when they were sampled, `(B, R)`, nats.
+        advantages: of the same tokens, `(B, R)`.
+
+    Returns:
+        The loss, `(B, R)`, unit of the advantages.
+    """
+    return -torch.exp(logprobs - old_logprobs) * advantages
+
+
+def kl_penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
+    """PPO1: `-r A + beta KL(old || policy)` (Schulman et al. 2017, eq. 8).
+
+    The tokens were sampled by the old policy, so the KL that can be estimated from them is the one that
+    the old policy weighs. Its k3 estimate, `(r - 1) - log r`, is never negative, and its gradient
+    `(r - 1) grad log pi` is in expectation that of the KL; the gradient is 0 where policy and old agree.
+
+    Args:
+        logprobs: of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
+        old_logprobs: of the same tokens when they were sampled, `(B, R)`, nats.
+        advantages: of the same tokens, `(B, R)`.
+        beta: price of one nat, in the unit of the advantages.
+
+    Returns:
+        The loss, `(B, R)`, unit of the advantages.
+    """
+    penalty = kl_divergence(old_logprobs, logprobs, "k3")
+    return unclipped_policy_loss(logprobs, old_logprobs, advantages) + beta * penalty
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float | None = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the critic, pessimistic about leaving its old value (2403.17031, appendix).
+
+    `0.5 max((V - G)^2, (clip(V, V_old - cliprange, V_old + cliprange) - G)^2)`.
+
+    Args:
+        values: of the critic, with gradient, `(B, R)`, reward units.
+        old_values: of the critic when the tokens were sampled, `(B, R)`, reward units.
+        returns: the target G, `(B, R)`, reward units.
+        cliprange: how far a value may usefully move, reward units; None means a plain squared error.
+
+    Returns:
+        The loss, `(B, R)`, squared reward units, and a bool `(B, R)`: True where the clipped error is the
+        larger one, so that the token has no gradient.
+    """
+    error = (values - returns).square()
+    if cliprange is None:
+        return 0.5 * error, torch.zeros_like(error, dtype=torch.bool)
+    # Clamped in place rather than as old + clamp(values - old), whose rounding would count as clipping.
+    bounded_error = (values.clamp(old_values - cliprange, old_values + cliprange) - returns).square()
+    clipped = bounded_error > error
+    return 0.5 * torch.where(clipped, bounded_error, error), clipped
+
+
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | None = None, centre: float = 0.0
+) -> Tensor:
+    """Bradley-Terry loss of a reward model, `-log sigmoid(chosen - rejected)` (Ouyang et al. 2022, eq. 1).
+
+    Args:
+        chosen: scores of the preferred responses, `(B,)`, reward units.
+        rejected: scores of the other responses to the same prompts, `(B,)`, reward units.
+        margin: by how much the chosen response is better, `(B,)` or one number, reward units (Touvron et
+            al. 2023, Llama 2, eq. 2).
+        centre: weight of `(chosen + rejected)^2`, which pins the otherwise free level of the scores to 0
+            (Eisenstein et al. 2023, 2312.09244, eq. 2).
+
+    Returns:
+        The loss per pair, `(B,)`, nats; `log 2` for equal scores.
+    """
+    gap = chosen - rejected
+    if margin is not None:
+        gap = gap - margin
+    return -F.logsigmoid(gap) + centre * (chosen + rejected).square()

@@ -1,0 +1,136 @@
+"""Masked statistics of per-token quantities: means, variances, whitening, explained variance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes; every process calls it equally often, also one with an empty mask."""
+
+
+Average = TypeVar("Average", float, Tensor)
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` in at least float32, 0 outside `mask`."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    # Filling rather than multiplying: 0 * inf is NaN, and padding may hold anything.
+    return values.masked_fill(~mask.bool(), 0.0)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean over the positions where `mask` is 1; 0, not NaN, where there is none.
+
+    Args:
+        values: any quantity, `(B, R)`.
+        mask: 1 for the positions that count, same shape as `values`.
+        dim: the dimension to average over; all of them when None.
+
+    Returns:
+        The mean, float32, in the unit of `values`: a scalar, or `values` without `dim`.
+    """
+    total, count = _masked(values, mask), mask.bool()
+    if dim is None:
+        return total.sum() / count.sum().clamp(min=1)
+    return total.sum(dim) / count.sum(dim).clamp(min=1)
+
+
+def masked_moments(values: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all masked positions of all processes (two-pass, corrected: Chan et al. 1983).
+
+    Args:
+        values: any quantity, `(B, R)`; B and R may differ between processes.
+        mask: 1 for the positions that count, same shape as `values`.
+        reduce: sums a tensor over all processes; None means that there is one process.
+
+    Returns:
+        The mean and the biased variance (divided by the count, so one position gives 0 and never NaN),
+        float32 scalars, equal on all processes; both 0 where no position counts.
+    """
+    reduce = reduce or (lambda tensor: tensor)
+    kept = _masked(values, mask)
+    total, count = reduce(torch.stack([kept.sum(), mask.bool().sum().to(kept.dtype)]))
+    count = count.clamp(min=1)
+    mean = total / count
+
+    centred = _masked(kept - mean, mask)
+    residual, squares = reduce(torch.stack([centred.sum(), centred.square().sum()])) / count
+    # What rounding left in the mean: without this, equal values get a variance a hair above 0, and
+    # whoever divides by it amplifies noise.
+    return mean + residual, (squares - residual.square()).clamp(min=0)
+
+
+def masked_var(values: Tensor, mask: Tensor) -> Tensor:
+    """Biased variance over the positions where `mask` is 1, of this process.
+
+    Args:
+        values: any quantity, `(B, R)`.
+        mask: 1 for the positions that count, same shape as `values`.
+
+    Returns:
+        The variance, a float32 scalar, in the squared unit of `values`; 0 for one position or none.
+    """
+    return masked_moments(values, mask)[1]
+
+
+def whiten(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    reduce: Reduce | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Scale masked values to variance 1 and, with `shift_mean`, to mean 0 (Huang et al. 2024, 2403.17031).
+
+    Args:
+        values: advantages or rewards, `(B, R)`.
+        mask: 1 for the positions that count, same shape as `values`.
+        shift_mean: True gives mean 0 (advantages). False scales the spread around the mean and keeps the
+            mean itself (rewards, whose level tells good from bad).
+        reduce: sums a tensor over all processes; the statistics are then those of all of them.
+        eps: added to the variance.
+
+    Returns:
+        The whitened values, `(B, R)` float32, unit: standard deviations; 0 outside `mask`. One single
+        valid position is finite: 0 when shifted, itself when not.
+    """
+    mean, var = masked_moments(values, mask, reduce=reduce)
+    whitened = (_masked(values, mask) - mean) * torch.rsqrt(var + eps)
+    return _masked(whitened if shift_mean else whitened + mean, mask)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
+    """Share of the variance of the returns that the critic predicts, `1 - Var[G - V] / Var[G]`.
+
+    Args:
+        values: of the critic, `(B, R)`, reward units.
+        returns: what it should have said, `(B, R)`, reward units.
+        mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`.
+        reduce: sums a tensor over all processes.
+
+    Returns:
+        A float32 scalar without unit: 1 is perfect, 0 no better than a constant, below 0 worse; 0 where
+        the returns do not vary.
+    """
+    _, total = masked_moments(returns, mask, reduce=reduce)
+    _, unexplained = masked_moments(returns - values, mask, reduce=reduce)
+    return torch.where(total > 0, 1 - unexplained / total, torch.zeros_like(total))
+
+
+def ema(old: Average, new: Average, decay: float) -> Average:
+    """Exponential moving average, `decay old + (1 - decay) new`.
+
+    Args:
+        old: the average so far.
+        new: the value that was just measured, in the same unit.
+        decay: share of `old` that remains, 0 to 1.
+
+    Returns:
+        The new average.
+    """
+    return decay * old + (1 - decay) * new

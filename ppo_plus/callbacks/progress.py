@@ -1,0 +1,84 @@
+"""Trainer's progress bar, with the phase of PPO in front of it: `generating 12/64, 210 tokens/s`.
+
+On a terminal it is one bar. Where output is not a terminal (logs, pipes) there is no bar: a line of its own for each
+phase that ended. A notebook keeps the table that Trainer draws there.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState
+
+from ..config import PPOConfig
+from .base import PPOCallback
+
+
+class PPOProgressCallback(ProgressCallback, PPOCallback):
+    """Shows which phase training is in, how far it is, and its tokens per second.
+
+    Generating and scoring count responses, learning counts optimizer steps. It reads the clock and numbers that the
+    host has already, so nothing waits for the device because of it.
+    """
+
+    def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open the bar; without a terminal it stays silent and only writes lines."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
+        self.current_step = 0
+        self._tokens_per_step = 0.0  # unknown until a rollout ends, as where training resumes inside one
+        self._begin("")
+
+    def on_rollout_progress(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, phase: str, done: int, total: int,
+        tokens: int, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Show a phase of the rollout."""
+        if self.training_bar is not None:
+            self._show(state, phase, done, total, tokens)
+
+    def on_rollout_end(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, rollout: Any, samples: Any,
+        metrics: dict[str, float], **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Note how many response tokens an optimizer step learns from, on average."""
+        self._tokens_per_step = float(rollout.mask.sum()) / args.num_mini_batches
+
+    def on_step_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Learning starts, or goes on after an evaluation."""
+        if self.training_bar is not None and self._phase != "learning":
+            self._begin("learning")
+            self._first_step = state.global_step
+            self._show(state, "learning", state.global_step % args.steps_per_rollout, args.steps_per_rollout)
+
+    def on_step_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One optimizer step further."""
+        if self.training_bar is not None:
+            done = (state.global_step - 1) % args.steps_per_rollout + 1
+            tokens = self._tokens_per_step * (state.global_step - self._first_step)
+            self._show(state, "learning", done, args.steps_per_rollout, tokens)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def _begin(self, phase: str) -> None:
+        self._phase, self._started, self._shown = phase, time.perf_counter(), 0.0
+
+    def _show(self, state: TrainerState, phase: str, done: int, total: int, tokens: float = 0) -> None:
+        if phase != self._phase:
+            self._begin(phase)
+        bar, now = self.training_bar, time.perf_counter()
+        seconds, ended = now - self._started, done == total
+        text = f"{phase} {done}/{total}" + (f", {tokens / seconds:.0f} tokens/s" if tokens else "")
+        if bar.disable:
+            if ended:
+                bar.write(f"step {state.global_step}/{state.max_steps}: {text}, {seconds:.1f} s")
+        elif ended or now - self._shown >= bar.mininterval:
+            bar.set_description_str(text)
+            self._shown = now
+
+
+def show_phases(trainer: Trainer) -> None:
+    """Let `PPOProgressCallback` take the place of Trainer's own bar, where Trainer has put that one up."""
+    callbacks = trainer.callback_handler.callbacks
+    callbacks[:] = [PPOProgressCallback() if type(c) is ProgressCallback else c for c in callbacks]

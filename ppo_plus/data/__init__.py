@@ -1,0 +1,1 @@
+"""From datasets to token ids, batches and seeds."""

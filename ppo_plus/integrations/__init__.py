@@ -1,0 +1,1 @@
+"""Files and scripts of other libraries."""

@@ -1,0 +1,231 @@
+"""Plain LoRA in two thin matrix products, in place of PEFT's general forward pass.
+
+PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` as four operations on whole activations, and keeps an
+fp32 copy of `x` for the backward pass where the adapter is fp32. A rank-16 update deserves neither: here it is added
+to the base layer's output by one fused product, in place where the base is a frozen `nn.Linear`, and the backward pass
+keeps `x` as it came. Weights, names and files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, a bias, merged,
+mixed batches) goes through PEFT's own code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+try:  # only there where bitsandbytes is installed
+    from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+
+    _KINDS: tuple[type, ...] = (LoraLinear, Linear4bit, Linear8bitLt)
+except ImportError:
+    _KINDS = (LoraLinear,)
+
+
+# Up to as many rows, a thin product on a CPU takes less time in fp32: in bf16 most of it is oneDNN's setting out.
+FEW_ROWS = 64
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Get the dtype that autocast gives the factors of a product on this kind of device; None where it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn autocast off in the backward pass of an autograd function, which computes in the dtypes it has saved.
+
+    Autocast casts `mm` and no in-place product, so under it the two would meet in different dtypes.
+    """
+
+    @functools.wraps(backward)
+    def explicit(ctx: Any, grad: Tensor) -> Any:
+        kind = grad.device.type
+        if autocast_dtype(kind) is None:
+            return backward(ctx, grad)
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, grad)
+
+    return explicit
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` of `(rows, K)`; not differentiable."""
+    return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+class _AddLowRank(torch.autograd.Function):
+    """`base + scaling * (x A^T) B^T` (Hu et al. 2021, eq. 3).
+
+    The two thin products are computed in autocast's dtype where autocast is on, as PEFT's are, else in the dtype of
+    `base`; the sum has the dtype of `base`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        dtype = autocast_dtype(x.device.type) or base.dtype
+        low_a, low_b = a.to(dtype), b.to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        inner = flat.mm(low_a.t())
+        # Into a tensor of its own: a view could not be added to in place, as Falcon does.
+        result = torch.empty_like(base, memory_format=torch.contiguous_format)
+        flat_base, flat_result = base.reshape(-1, base.shape[-1]), result.view(-1, base.shape[-1])
+        if dtype == base.dtype:
+            torch.addmm(flat_base, inner, low_b.t(), alpha=scaling, out=flat_result)
+        else:  # autocast casts no operator that writes into a given tensor
+            torch.add(flat_base, inner.mm(low_b.t()), alpha=scaling, out=flat_result)
+        ctx.save_for_backward(flat, inner, low_a, low_b)
+        ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = scaling, x.shape, x.dtype, a.dtype
+        return result
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, a, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1]).to(b.dtype)
+        through_b = flat.mm(b) * ctx.scaling
+        grad_x = through_b.mm(a).view(ctx.x_shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
+        grad_a = through_b.t().mm(x).to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+        grad_b = (flat.t().mm(inner) * ctx.scaling).to(ctx.weight_dtype) if ctx.needs_input_grad[3] else None
+        return grad, grad_x, grad_a, grad_b, None
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """`x W^T + bias + scaling * (x A^T) B^T` over a frozen linear layer, and its gradient, summed in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        inner = flat.mm(low_a.t())
+        result = _affine(flat, weight, bias).addmm_(inner, low_b.t(), alpha=scaling)
+        ctx.save_for_backward(flat, inner, weight, low_a, low_b)
+        ctx.scaling, ctx.x_shape, ctx.adapter_dtype = scaling, x.shape, a.dtype
+        # Not `view`: what a function made as a view may not be changed in place, as Gemma 3n does.
+        return torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[-1]])
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, a, b = ctx.saved_tensors
+        flat, dtype = grad.reshape(-1, grad.shape[-1]), ctx.adapter_dtype
+        through_b = flat.mm(b).mul_(ctx.scaling)
+        grad_x = flat.mm(weight).addmm_(through_b, a).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        grad_a = through_b.t().mm(x).to(dtype) if ctx.needs_input_grad[3] else None
+        grad_b = flat.t().mm(inner).mul_(ctx.scaling).to(dtype) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
+    """Whether `layer` is no more than a product with a frozen matrix, in the dtype of the matrix."""
+    if type(layer) is not nn.Linear:
+        return False
+    weight, bias = layer.weight, layer.bias
+    return (
+        (autocast_dtype(x.device.type) or x.dtype) == weight.dtype
+        and not weight.requires_grad
+        and (bias is None or (bias.dtype == weight.dtype and not bias.requires_grad))
+    )
+
+
+@contextlib.contextmanager
+def weights_at_rest(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters do not change and nothing is differentiated: what a layer adds is looked up and cast once, and
+    not at each of the hundreds of steps of decoding.
+    """
+    layers: list[Any] = [module for module in model.modules() if type(module) in _KINDS]
+    with torch.no_grad():
+        try:
+            for layer in layers:
+                layer.at_rest = {}
+            yield
+        finally:
+            for layer in layers:
+                layer.at_rest = None
+
+
+def _low_rank(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
+    """A, B and scaling of what the layer adds to its base; None where that is not all there is to it."""
+    if layer.merged:
+        return None
+    if layer.disable_adapters:
+        return []
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not all(_is_two_matrices(layer, name) for name in names):
+        return None
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
+
+
+def _is_two_matrices(layer: Any, name: str) -> bool:
+    return (
+        name not in layer.lora_variant
+        and type(layer.lora_dropout[name]) is nn.Identity
+        and getattr(layer.lora_B[name], "bias", None) is None
+    )
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    if layer.at_rest is not None:
+        return _forward_at_rest(layer, x)
+    added, base = _low_rank(layer), layer.base_layer
+    if added is None:
+        return type(layer).forward(layer, x)
+    if len(added) == 1 and _is_frozen_linear(base, x):
+        # Autocast computes layer norms in fp32 on CUDA, so `x` may be wider than the weights that autocast asks for.
+        return _LowRankLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, *added[0])
+    if not added and _is_frozen_linear(base, x) and not torch.is_grad_enabled():
+        flat = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
+        return _affine(flat, base.weight, base.bias).view(*x.shape[:-1], -1)
+    result = base(x)
+    for a, b, scaling in added:
+        result = _AddLowRank.apply(result, x, a, b, scaling)
+    return result
+
+
+def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
+    names = None if layer.disable_adapters else tuple(layer.active_adapters)
+    if names not in layer.at_rest:
+        layer.at_rest[names] = _low_rank(layer)
+    added = layer.at_rest[names]
+    if added is None:
+        return type(layer).forward(layer, x)
+    result = layer.base_layer(x)
+    if not added:
+        return result
+    flat, rows = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
+    autocast = autocast_dtype(x.device.type)
+    few = autocast is None and len(rows) <= FEW_ROWS and x.device.type == "cpu" and result.dtype != torch.float32
+    dtype = torch.float32 if few else autocast or result.dtype
+    if (names, dtype) not in layer.at_rest:
+        cast = [(a.to(dtype).t(), b.to(dtype).t(), scaling) for a, b, scaling in added]
+        layer.at_rest[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
+    for a, b, scaling in layer.at_rest[names, dtype]:
+        inner = flat.to(dtype).mm(a)
+        if few:
+            rows.add_(inner.mm(b).to(rows.dtype))
+        elif dtype == rows.dtype:
+            rows.addmm_(inner, b, alpha=scaling)
+        else:
+            rows.add_(inner.mm(b), alpha=scaling)
+    return rows.view(result.shape)
+
+
+def use_plain_lora(model: nn.Module) -> None:
+    """Give every LoRA linear layer of a PEFT model the forward pass of this module."""
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 at the first evaluation, for a kernel that has no
+        # backward pass: every gradient after it would be wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+        if type(module) in _KINDS:
+            vars(module)["at_rest"] = None
+            module.forward = types.MethodType(_forward, module)

@@ -1,0 +1,155 @@
+"""Adapters on disk and on the Hub: find them, read their weights and load them onto a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, load_peft_weights
+from torch import Tensor
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG
+
+from ..training.checkpoint import checkpoints
+from ..utils.files import read_json_object, readable
+from .base_weights import Samples, decode_samples, local_folder, sample_files
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward model, beside it
+
+
+# Files that say how an adapter is to be used, where it has them.
+BESIDE = (REWARD_FILE, "tokenizer_config.json", "value_head.safetensors", "value_head.bin")
+
+
+PREFIX = "base_model.model."  # of the names in an adapter's file
+
+
+HEADS = ("score", "classifier")  # PEFT adds both to what an adapter of a sequence classifier saves
+
+
+def adapter_folder(model: Any) -> Path | None:
+    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name.
+
+    Raises:
+        ValueError: neither a folder nor a name on the Hub, or the Hub did not answer what it was asked.
+    """
+    if not isinstance(model, str | Path):
+        return None
+    local = Path(model)
+    if (local / CONFIG_NAME).is_file():
+        if not (local / WEIGHTS_FILE).is_file():
+            raise ValueError(f"{model} has an {CONFIG_NAME} but no {WEIGHTS_FILE}: no weights.")
+        read_json_object(local / CONFIG_NAME)
+        return local
+    if local.exists():
+        if (saved := checkpoints(local)) and not (local / MODEL_CONFIG).is_file():
+            raise ValueError(
+                f"{model} holds checkpoints and no model: training has not ended, or save_model() was not called. Pass "
+                f"one of its checkpoints, the newest is {saved[-1][1]}, or call trainer.save_model()."
+            )
+        return None
+    found = [download(str(model), file) for file in (CONFIG_NAME, WEIGHTS_FILE)]
+    if found[0] is None or found[1] is None:
+        return None
+    read_json_object(found[0])
+    for file in BESIDE:
+        download(str(model), file)
+    return found[0].parent
+
+
+def download(name: str, file: str) -> Path | None:
+    """Download a file of a model on the Hub; None where there is no such file or model.
+
+    Raises:
+        ValueError: the name is none of the Hub's, or the Hub refused or failed to answer.
+    """
+    try:
+        return Path(hf_hub_download(name, file))
+    except HFValidationError as error:
+        raise ValueError(
+            f"There is no folder {name!r}, and it cannot be a name on the Hub ({error}). Check the path; it is looked "
+            f"for from {Path.cwd()}."
+        ) from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{name!r} is gated: accept its terms on the Hub, and log in with a token that may read it (hf auth login)."
+        ) from error
+    except (RepositoryNotFoundError, RemoteEntryNotFoundError):
+        return None
+    except LocalEntryNotFoundError as error:  # not in the cache, and the Hub could not be asked
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            return None
+        raise ValueError(_of_hub(name, file, error.__cause__)) from error
+    except HfHubHTTPError as error:
+        raise ValueError(_of_hub(name, file, error)) from error
+
+
+def _of_hub(name: str, file: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    fix = "Try again later, or pass a local folder."
+    if status in (401, 403):
+        fix = "Log in with a token that may read it (hf auth login), or pass a local folder."
+    return f"The Hub answered {status} when asked for {file} of {name!r}. {fix}"
+
+
+def reward_description(model: str | Path) -> dict[str, Any]:
+    """What `RewardTrainer` wrote about a reward model, downloaded if it is on the Hub; empty where it wrote nothing."""
+    file: Path | None = Path(model) / REWARD_FILE
+    if not Path(model).exists():
+        file = download(str(model), REWARD_FILE) if is_hub_name(str(model)) else None
+    return read_json_object(file) if file is not None and file.is_file() else {}
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model on the Hub could have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def base_samples(directory: Path) -> Samples:
+    """Samples of the base that an adapter was trained on: those written beside it, or of that base's local files."""
+    described = reward_description(directory).get("base_weights")
+    if described:
+        return decode_samples(described)
+    return sample_files(local_base(directory))
+
+
+def trained_on(directory: Path) -> str:
+    """The name of the base that an adapter was trained on; empty where the adapter does not say."""
+    config = PeftConfig.from_pretrained(str(directory))
+    return cast(str, reward_description(directory).get("base_model") or config.base_model_name_or_path or "")
+
+
+def local_base(directory: Path) -> Path | None:
+    """The folder of the base that an adapter was trained on, if that base is on this machine."""
+    return local_folder(trained_on(directory), PeftConfig.from_pretrained(str(directory)).revision)
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's tensors; PEFT would look for a missing one on the Hub."""
+    file = directory / WEIGHTS_FILE
+    if not file.is_file():
+        raise ValueError(f"{directory} has no {file.name}: it holds no adapter, or was not finished.")
+    return file
+
+
+def adapter_weights(directory: Path, names: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter on disk, renamed as `key_mapping` of PEFT says."""
+    with readable(weights_file(directory)):
+        return load_peft_weights(str(directory), device="cpu", key_mapping=names)

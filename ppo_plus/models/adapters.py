@@ -1,0 +1,91 @@
+"""Adapters on one base: which of them speaks, and their weights on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Make one adapter the active one inside the block, or none; put back what was active, also after an error.
+
+    Only the two fields that PEFT's layers read are changed. PEFT's own switches turn `requires_grad` on for an adapter
+    that they activate and off for the others; here nothing is trained that was not trained before.
+    """
+    if name is not None and name not in cast(Any, model).peft_config:
+        raise ValueError(f"There is no adapter {name!r} here, only {list(cast(Any, model).peft_config)}.")
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = layer._active_adapter if name is None else [name]
+            # A layer that trains single tokens knows of no adapter but those that do.
+            layer._disable_adapters = name is None or name not in getattr(layer, "trainable_tokens_delta", [name])
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The adapters that speak now."""
+    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return [] if layer.disable_adapters else list(layer.active_adapters)
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The adapter that speaks now; None if none does."""
+    return next(iter(active_adapters(model)), None)
+
+
+def scalings(model: nn.Module, adapter: str = "default") -> list[float]:
+    """By what an adapter's products are multiplied in its layers (LoRA's alpha over r), each number once."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    found = (getattr(layer, "scaling", {}) for layer in layers)
+    return sorted({float(by_name[adapter]) for by_name in found if adapter in by_name})
+
+
+@contextlib.contextmanager
+def same_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Put back after the block what was trained before it; adding an adapter turns on and off whole adapters."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+def belongs_to(parameter: str, adapter: str) -> bool:
+    """Whether a parameter of that name is one of the adapter's."""
+    return adapter in parameter.split(".")
+
+
+def set_trained(model: nn.Module, adapter: str, trained: bool) -> None:
+    """Whether the weights of one adapter are trained."""
+    for name, parameter in model.named_parameters():
+        if belongs_to(name, adapter):
+            parameter.requires_grad_(trained)
+
+
+def train_adapter(model: nn.Module) -> None:
+    """Train the active adapters of a model whose adapters were loaded frozen, as `PeftModel.from_pretrained` does."""
+    if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
+        for adapter in active_adapters(model):
+            set_trained(model, adapter, True)
+
+
+def weights_as(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
+    """Copies of one adapter's weights, by the names that they have in another adapter of the same form."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(name, adapter)}
+    return {
+        ".".join(other if part == adapter else part for part in name.split(".")): tensor.detach().clone()
+        for name, tensor in own.items()
+    }

@@ -1,0 +1,411 @@
+"""From a name or a model to an actor-critic: base, adapter, reference, critic."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import CONFIG_NAME, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from ..config import PPOConfig
+from ..data.seeding import isolated_rng, position_seed
+from .actor_critic import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, Critic
+from .adapter_checks import check_base_is_frozen, check_own_weights
+from .adapter_files import HEADS, adapter_folder
+from .adapter_loading import check_complete, fitting, mount, names_for, weights_for
+from .adapters import active_adapters, same_requires_grad, set_trained, train_adapter, weights_as
+from .backbone import check_architecture, unwrapped
+from .classifier import load_classifier
+from .precision import hold_trained_in_fp32
+from .value_head import ValueHead
+from .weight_checks import check_model_weights
+
+# What finds a config, of what loads a model.
+REMOTE = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "gguf_file")
+
+
+def model_name(model: Any) -> str:
+    """Where a model came from."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        raise ValueError("This model does not say where it came from: pass its tokenizer as processing_class.")
+    return name
+
+
+def base_name(model: str) -> str:
+    """The name of the base where `model` is that of an adapter, else the name as it is."""
+    folder = adapter_folder(model)
+    if folder is None:
+        return model
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"model={model!r} is an adapter that does not say what its base is: put base_model_name_or_path into its "
+            f"{CONFIG_NAME}, or pass PeftModel.from_pretrained(base, name, is_trainable=True)."
+        )
+    return cast(str, base)
+
+
+def load_tokenizer(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model was saved with; of an adapter that was saved without one, its base's."""
+    name = model_name(model)
+    own = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(name if own else base_name(name), trust_remote_code=trust_remote_code)
+
+
+def load_config(name: str, init_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration that a model will be loaded with, given what its `from_pretrained` gets."""
+    given = {key: value for key, value in init_kwargs.items() if key in REMOTE}
+    return init_kwargs.get("config") or AutoConfig.from_pretrained(name, **given)
+
+
+def count_embeddings(model: Any, init_kwargs: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model embeds: of an instance as it is, of a name by its configuration.
+
+    None for an adapter's name, whose files may hold embeddings of their own, and where the configuration has no size.
+    """
+    if not isinstance(model, str):
+        return len(model.get_input_embeddings().weight)
+    if adapter_folder(model) is not None:
+        return None
+    return getattr(load_config(model, init_kwargs).get_text_config(), "vocab_size", None)
+
+
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """What loads a language model by its name: of some multimodal families (Ministral 3, SmolVLM) another class."""
+    kind = type(config)
+    multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
+def check_adapter_kind(peft_config: PeftConfig | None) -> None:
+    """Refuse prompt learning, which adds virtual tokens in front of the prompt and changes nothing in the model."""
+    if getattr(peft_config, "is_prompt_learning", False):  # what is no configuration is refused by check_own_weights
+        raise ValueError(
+            f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
+            "LoraConfig."
+        )
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel,
+    *,
+    peft_config: PeftConfig | None,
+    quantization_config: Any = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+    frozen_dtype: torch.dtype | str = "auto",
+) -> PreTrainedModel | PeftModel:
+    """The policy from a name or a model: loaded, adapted, and with a frozen `ref` copy of an adapter it came with.
+
+    The name may be that of an adapter, which then is loaded onto its base. A base under an adapter has `frozen_dtype`,
+    unless `model_init_kwargs` says otherwise.
+
+    Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
+
+    The trained weights of a model that is loaded already are cast to fp32 in place.
+    """
+    check_adapter_kind(peft_config)
+    by_name = isinstance(model, str)
+    if isinstance(model, str):
+        folder = adapter_folder(model)
+        kwargs = {
+            "trust_remote_code": False,
+            "dtype": frozen_dtype if peft_config is not None or folder is not None else torch.float32,
+            **(model_init_kwargs or {}),
+        }
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        auto = language_model_class(load_config(base_name(model), kwargs))
+        model = auto.from_pretrained(base_name(model), **kwargs)
+        let_go_of_file(model)
+        if folder is not None:
+            model = _adapted(model, folder)
+    elif quantization_config is not None or model_init_kwargs:
+        raise ValueError(
+            "quantization_config and model_init_kwargs apply to a model that is loaded by name; this model is "
+            "loaded already. Pass its name, or load it with these arguments yourself."
+        )
+    if isinstance(model, PeftModel):
+        return _refusing_to_merge(_with_reference_adapter(model, peft_config))
+    check_architecture(model)
+    if peft_config is None:
+        if getattr(model, "is_quantized", False):
+            raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
+                "train an adapter, or call model.requires_grad_(True) to train the whole."
+            )
+        if not by_name:
+            hold_trained_in_fp32(model)  # `check_precision` has spoken of a name's dtype
+        return model
+    return _refusing_to_merge(get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM)))
+
+
+def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
+    """Copy an adapter's configuration for a new adapter that is trained for a task.
+
+    One that was read from a saved adapter says `inference_mode`, under which PEFT trains nothing. PEFT writes into the
+    configuration that it gets, so it never gets the user's own.
+    """
+    config = copy.deepcopy(peft_config)
+    config.inference_mode, config.task_type = False, task_type
+    heads = HEADS if task_type == TaskType.CAUSAL_LM and peft_config.task_type != task_type else ()
+    modules = [name for name in getattr(config, "modules_to_save", None) or [] if name not in heads]
+    if hasattr(config, "modules_to_save"):
+        config.modules_to_save = modules or None
+    return config
+
+
+def runs_in_fp16(args: TrainingArguments) -> bool:
+    """Whether autocast makes products in fp16, which `fp16=True` does not do on a CPU."""
+    return bool(args.fp16) and args.device.type != "cpu"
+
+
+def quantization_in_fp16(quantization_config: Any) -> Any:
+    """Return a quantization whose 4-bit layers multiply in fp16 where bf16 was asked for.
+
+    Args:
+        quantization_config: what `from_pretrained` takes; it is not changed.
+    """
+    if getattr(quantization_config, "bnb_4bit_compute_dtype", None) != torch.bfloat16:
+        return quantization_config
+    warnings.warn(
+        "bnb_4bit_compute_dtype=bfloat16 is taken as float16, because this run is in fp16: 4-bit layers would multiply "
+        "in bf16 (in software, on a card before Ampere), and all others in fp16. Set it to torch.float16.",
+        stacklevel=3,
+    )
+    quantization_config = copy.deepcopy(quantization_config)
+    quantization_config.bnb_4bit_compute_dtype = torch.float16
+    return quantization_config
+
+
+def warn_of_bf16(model: nn.Module) -> None:
+    """Name a base that is loaded in bf16 for a run in fp16, where each product casts its weights."""
+    base = unwrapped(cast(PreTrainedModel, model))
+    frozen = (p for p in base.parameters() if not p.requires_grad)
+    if any(p.dtype == torch.bfloat16 for p in frozen):
+        warnings.warn(
+            f"The base {getattr(base.config, '_name_or_path', '')!r} is loaded in bf16 and this run is in fp16, so its "
+            "weights are cast in each pass. Pass it by name without a dtype, or load it with dtype=torch.float16.",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def let_go_of_file(model: nn.Module) -> None:
+    """Copy what quantization has left as it was: on a CPU it is part of the file, which stays in memory for it."""
+    if getattr(model, "is_quantized", False):
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.is_floating_point():
+                tensor.data = tensor.data.clone()
+
+
+def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A base with the adapter in a folder, to be trained further."""
+    names, weights = names_for(base, folder), weights_for(base, folder)
+    embeddings = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is embeddings)
+    saved = [tensor.shape for key, tensor in weights.items() if f".{name}." in f".{key}"]
+    # Whoever adds tokens resizes the base, and PEFT saves the embeddings with the adapter.
+    rows = max((shape[0] for shape in saved if shape[1:] == embeddings.weight.shape[1:]), default=0)
+    if rows > len(cast(Tensor, embeddings.weight)):
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    fix = "Is its base another one now than when it was trained?"
+    with fitting(f"The adapter in {folder}", fix):
+        policy = PeftModel.from_pretrained(base, str(folder), is_trainable=True, key_mapping=names)
+    lost = {key for key in weights if ".lora_" in key} - get_peft_model_state_dict(policy).keys()
+    check_complete(policy, "default", weights, lost, folder, fix)
+    return policy
+
+
+def _refusing_to_merge(policy: PeftModel) -> PeftModel:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "This adapter is not merged: its base is quantized, and rounding the sum to a few bits again would change "
+            "the policy, and with it the base that is its reference. Save the adapter, load the base in bf16, put the "
+            "adapter on it with PeftModel.from_pretrained, and merge there."
+        )
+
+    if getattr(policy.get_base_model(), "is_quantized", False):
+        policy.merge_and_unload = policy.merge_adapter = refuse
+    return policy
+
+
+def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
+    if peft_config is not None:
+        raise ValueError("This model has an adapter already: pass it without peft_config to go on training it.")
+    if "default" not in model.peft_config:
+        raise ValueError(f"The adapter to train must be named 'default'; this model has {list(model.peft_config)}.")
+    if active_adapters(model) != ["default"]:
+        raise ValueError(
+            f"'default' is the adapter that is trained and saved, but {active_adapters(model)} would speak in this "
+            "model: call model.set_adapter('default') first (and model.base_model.enable_adapter_layers(), where they "
+            "are off). To train another adapter, load it under the name 'default'."
+        )
+    check_own_weights(model.peft_config["default"], "The adapter of model")
+    if REFERENCE_ADAPTER not in model.peft_config:
+        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config["default"]))
+        model.load_state_dict(weights_as(model, "default", REFERENCE_ADAPTER), strict=False)
+    set_trained(model, "default", True)
+    set_trained(model, REFERENCE_ADAPTER, False)
+    check_base_is_frozen(model)
+    return model
+
+
+@dataclass
+class CriticSource:
+    """Where a critic comes from.
+
+    Attributes:
+        kind: see `ActorCritic`.
+        adapter: of a reward model on the same base, where the critic's own adapter starts; its score head, times
+            `scale`, is where a linear value head starts.
+        scale: weight of that reward.
+        model: a critic of its own; a linear value head starts from its `score`, where it has one.
+        head: shape and activation of the value head.
+        seed: of what starts at random.
+    """
+
+    kind: Critic = "shared"
+    adapter: Path | None = None
+    scale: float = 1.0
+    model: PreTrainedModel | PeftModel | None = None
+    head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]] = ("linear", "silu")
+    seed: int = 0
+
+
+def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSource:
+    """The critic that a user asked for; passing a `value_model` selects it."""
+    head, seed = (args.value_head, args.value_head_activation), position_seed(args.seed, "value head")
+    adapter = adapter_folder(value_model)
+    if adapter is not None and args.critic != "adapter":
+        raise ValueError(f"value_model={str(value_model)!r} is an adapter: set critic='adapter' to start from it.")
+    if value_model is None or adapter is not None:
+        if args.critic == "separate":
+            raise ValueError("critic='separate' needs a critic of its own: pass value_model.")
+        scale = 1.0
+        if args.critic == "adapter" and adapter is None:
+            adapter, scale = _first_reward_adapter(args, reward_funcs)
+        return CriticSource(args.critic, adapter, scale, None, head, seed)
+    if args.critic not in ("shared", "separate"):
+        raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
+    args.critic = "separate"
+    if isinstance(value_model, str | Path):
+        value_model, missing = load_classifier(str(value_model), torch.float32)
+        if "score.weight" in missing:  # of a language model; drawn at random it would be noise in every value
+            nn.init.zeros_(value_model.score.weight)
+    train_adapter(value_model)
+    hold_trained_in_fp32(value_model)
+    return CriticSource(args.critic, None, 1.0, value_model, head, seed)
+
+
+def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | None, float]:
+    funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for func, weight in zip(funcs, args.reward_weights or [1.0] * len(funcs), strict=True):
+        if (folder := adapter_folder(func)) is not None:
+            return folder, weight
+    return None, 1.0
+
+
+def build_actor_critic(
+    policy: PreTrainedModel | PeftModel,
+    *,
+    critic: CriticSource,
+    ref_model: PreTrainedModel | None = None,
+    disable_dropout: bool = True,
+) -> ActorCritic:
+    """A policy with its critic, and a frozen copy as reference where there is no adapter to switch off.
+
+    Args:
+        policy: from `load_policy`.
+        critic: where the critic comes from.
+        ref_model: a reference of the user's own.
+        disable_dropout: zero the base model's dropout.
+    """
+    for name, model in (("model", policy), ("ref_model", ref_model), ("value_model", critic.model)):
+        if model is not None:
+            check_model_weights(model, name)
+    if ref_model is None and not isinstance(policy, PeftModel):
+        ref_model = copy.deepcopy(policy)  # which ActorCritic freezes
+    if isinstance(ref_model, PeftModel):
+        ref_model = cast(PreTrainedModel, ref_model.get_base_model())
+    check_apart(policy, ref_model, "ref_model", "the reference would move with the policy: leave ref_model out (the "
+                "model without its adapter, or a frozen copy, is the reference)")  # fmt: skip
+    check_apart(policy, critic.model, "value_model", "actor and critic would overwrite each other: leave value_model "
+                "out (critic='detached' reads the actor's hidden states)")  # fmt: skip
+    if ref_model is not None and critic.model is not None:
+        check_apart(critic.model, ref_model, "ref_model", "the critic would be frozen with the reference: leave one of "
+                    "them out", of="value_model")  # fmt: skip
+    for model in (policy, critic.model):
+        if disable_dropout and model is not None:
+            disable_base_dropout(model)
+    with isolated_rng(critic.seed):
+        start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_head(critic.model)
+        own = policy if critic.model is None else critic.model
+        value_head = ValueHead(own.config.get_text_config().hidden_size, *critic.head)
+    if isinstance(policy, PeftModel):  # with the critic's adapter on it
+        hold_trained_in_fp32(policy)
+    if start is not None and critic.head[0] == "linear":
+        linear = cast(nn.Linear, value_head.layers[0])
+        linear.weight.data.copy_(start.weight * critic.scale)
+        if start.bias is not None:
+            linear.bias.data.copy_(start.bias * critic.scale)
+    return ActorCritic(policy, value_head, critic=critic.kind, value_model=critic.model, ref_model=ref_model)
+
+
+def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSource) -> nn.Linear | None:
+    if not isinstance(policy, PeftModel):
+        raise ValueError(
+            "critic='adapter' puts an adapter on a frozen base: pass peft_config, or choose another critic."
+        )
+    if critic.adapter is not None:
+        return mount(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
+    with same_requires_grad(policy):
+        policy.add_adapter(CRITIC_ADAPTER, copy.deepcopy(policy.peft_config["default"]))
+    set_trained(policy, CRITIC_ADAPTER, True)
+    return None
+
+
+def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:
+    """Freeze and return the linear head, H to 1, of a sequence classifier; None where there is none."""
+    head = None if model is None else getattr(unwrapped(model), "score", None)
+    if head is None or getattr(head, "weight", None) is None:
+        return None
+    return cast(nn.Linear, head.requires_grad_(False))
+
+
+def check_apart(policy: nn.Module, other: nn.Module | None, name: str, why: str, of: str = "model") -> None:
+    """Refuse a second model that shares trained weights with the policy, or with another that is trained."""
+    if other is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, other.parameters())):
+        raise ValueError(f"{of} and {name} share their weights, so {why}, or load it a second time.")
+
+
+def disable_base_dropout(model: nn.Module) -> None:
+    """Zero the dropout of the base model. `lora_dropout` is the user's choice and stays."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        # Some models keep rates for functional dropout, under several names (`attention_dropout`, `hidden_dropout`).
+        for attribute in [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]:
+            setattr(module, attribute, 0.0)

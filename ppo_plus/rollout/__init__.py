@@ -1,0 +1,1 @@
+"""Rollouts: generation, scores and advantages, and the buffer that learning reads."""

@@ -1,0 +1,1 @@
+"""What a run needs beside the algorithm: checkpoints, resuming, evaluation, validation, the Hub."""

@@ -1,0 +1,1 @@
+"""Files, devices, versions and interrupts; imports nothing else of the package."""
