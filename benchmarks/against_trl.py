@@ -72,7 +72,7 @@ def our_trainer(model: str, dtype: str, updates: int, folder: str, callback, com
         output_dir=folder, total_episodes=EPISODES * (updates + 1), per_device_train_batch_size=MICRO,
         gradient_accumulation_steps=EPISODES // MINIBATCHES // MICRO, num_mini_batches=MINIBATCHES,
         num_ppo_epochs=EPOCHS, response_length=RESPONSE, missing_eos_penalty=None, report_to="none",
-        save_strategy="no", num_sample_generations=0, run_report=False, disable_tqdm=True, torch_compile=compiled,
+        save_strategy="no", num_sample_generations=0, html_report=False, disable_tqdm=True, torch_compile=compiled,
         bf16=None if dtype == "bfloat16" else False,
     )  # fmt: skip
     return PPOTrainer(

@@ -150,12 +150,12 @@ def run_parts(parts: list[Part], output: Path, about: dict[str, Any]) -> dict[st
         found = run_part(part, allowed, output / f"{part.name}.log")
         spare = max(0.0, allowed - found["seconds"])
         result["parts"][part.name] = found
-        write_whole(output / "gpu.json", result)
+        write_atomically(output / "gpu.json", result)
         print(f"{part.name}: {json.dumps(found)}", flush=True)
     return result
 
 
-def write_whole(file: Path, result: dict[str, Any]) -> None:
+def write_atomically(file: Path, result: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     aside = file.with_name(f".{file.name}")
     aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -69,8 +69,8 @@ class Progress(PPOCallback):
         self.started = time.perf_counter()
 
     def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-        names = ("reward", "reward_std", "kl", "rollout/logprob_gap", "critic/explained_variance")
-        self.rows.append({name: metrics[name] for name in names} | {"tokens": int(rollout.mask.sum())})
+        names = ("reward", "reward_std", "kl", "sampling/logp_difference", "critic/explained_variance")
+        self.rows.append({name: metrics[name] for name in names} | {"tokens": int(rollout.action_mask.sum())})
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.steps_per_rollout == 0:
@@ -117,9 +117,9 @@ def build_trainer(model: str, random_model: bool, size: dict, callback: PPOCallb
     args = PPOConfig(
         output_dir=folder, total_episodes=len(ids), per_device_train_batch_size=size["micro"], num_mini_batches=2,
         gradient_accumulation_steps=size["rows"] // 2 // size["micro"], response_length=size["response"],
-        temperature=1.0, gamma=0.0, kl_coef=0.01, learning_rate=size["learning_rate"], value_learning_rate=1e-3,
+        temperature=1.0, gamma=0.0, kl_coef=0.01, learning_rate=size["learning_rate"], value_head_learning_rate=1e-3,
         lr_scheduler_type="constant", missing_eos_penalty=None, report_to="none", save_strategy="no",
-        num_sample_generations=0, run_report=False, disable_tqdm=True,
+        num_sample_generations=0, html_report=False, disable_tqdm=True,
     )  # fmt: skip
     return PPOTrainer(
         model,

@@ -65,10 +65,10 @@ def config_of(name: str, tiny: bool):
 
 
 def setup_of(tiny: bool, checkpointing: bool):
-    from ppo_plus.memory import Setup
+    from ppo_plus.memory import PlannerConfig
 
     sizes = {"prompt_length": 6, "response_length": 8, "rollout_batch_size": 4, "lora_r": 4} if tiny else {}
-    return Setup(**sizes, activation_checkpointing=checkpointing)
+    return PlannerConfig(**sizes, activation_checkpointing=checkpointing)
 
 
 def planned(config, tiny: bool, cap: int):
@@ -159,9 +159,9 @@ class Peaks:
         import torch
         from measuring import cap_memory
 
-        from ppo_plus.memory import Ledger
+        from ppo_plus.memory import MemoryTracker
 
-        self.cuda, self.ledger, self.phases = torch.cuda.is_available(), Ledger(), {}
+        self.cuda, self.ledger, self.phases = torch.cuda.is_available(), MemoryTracker(), {}
         cap_memory(cap)
 
     def counting(self):
@@ -188,7 +188,7 @@ def trainer_of(config, found, folder: Path, device, peaks: Peaks):
     class Phases(PPOCallback):
         def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
             peaks.book("collect")
-            self.response_tokens = int(rollout.mask.sum())
+            self.response_tokens = int(rollout.action_mask.sum())
 
     setup, phases = found.setup, Phases()
     shape = (setup.rollout_batch_size, setup.prompt_length)
@@ -196,7 +196,7 @@ def trainer_of(config, found, folder: Path, device, peaks: Peaks):
     args = PPOConfig(
         output_dir=str(folder / "out"), total_episodes=len(ids), response_length=setup.response_length,
         activation_checkpointing=setup.activation_checkpointing, temperature=1.0, save_strategy="no", report_to="none",
-        num_sample_generations=0, run_report=False, disable_tqdm=True, use_cpu=device.type == "cpu",
+        num_sample_generations=0, html_report=False, disable_tqdm=True, use_cpu=device.type == "cpu",
         bf16=True, **found.sizes,
     )  # fmt: skip
     lora = LoraConfig(r=setup.lora_r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -235,8 +235,8 @@ def child(name: str, cap: int, tiny: bool) -> dict:
     return {
         **result, "ran": True, "response_tokens": phases.response_tokens, "measured_bytes": peaks.phases,
         "planned_bytes": plans, "planner_error": errors,
-        "decode_rows": [found.sizes["generation_batch_size"], trainer.collector.decode_size.rows],
-        "forward_rows": [found.sizes["local_rollout_forward_batch_size"], trainer.collector.forward_size.rows],
+        "decode_rows": [found.sizes["generation_batch_size"], trainer.collector.generation_batch_size.rows],
+        "forward_rows": [found.sizes["local_rollout_forward_batch_size"], trainer.collector.forward_batch_size.rows],
     }  # fmt: skip
 
 

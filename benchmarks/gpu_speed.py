@@ -121,7 +121,7 @@ def make_trainer(policy, size: dict, folder: str, clock: PhaseClock):
         output_dir=folder, total_episodes=len(ids), per_device_train_batch_size=size["micro"],
         gradient_accumulation_steps=rows // 2 // size["micro"], num_mini_batches=2, num_ppo_epochs=2,
         response_length=size["response"], missing_eos_penalty=None, report_to="none", save_strategy="no",
-        num_sample_generations=0, run_report=False, disable_tqdm=True, bf16=True,
+        num_sample_generations=0, html_report=False, disable_tqdm=True, bf16=True,
     )  # fmt: skip
     return PPOTrainer(
         policy, different_words, config, train_dataset=Dataset.from_dict({"input_ids": ids}),
@@ -225,8 +225,8 @@ def profiled(works: dict[str, Callable[[], object]]) -> str:
 
 def one_micro_batch(trainer) -> Callable[[], object]:
     rollout = trainer._progress.rollout
-    batch = rollout.take(torch.arange(trainer.args.per_device_train_batch_size))
-    tokens = batch["mask"].sum().to(DEVICE)
+    batch = rollout.micro_batch(torch.arange(trainer.args.per_device_train_batch_size))
+    tokens = batch["action_mask"].sum().to(DEVICE)
     return lambda: trainer.training_step(trainer.model, dict(batch), tokens)
 
 

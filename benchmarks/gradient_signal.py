@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 from ppo_plus import algo as F
 from ppo_plus.algo.prefix_reward_baseline import RewardBaseline
-from ppo_plus.data.seeding import sampling_noise
+from ppo_plus.data.seeding import sampling_uniforms
 from ppo_plus.models.adapter_files import adapter_weights
 from ppo_plus.models.adapter_loading import load_adapter
 
@@ -65,7 +65,7 @@ def gains(gradients: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 def measure(trainer: Any, minibatches: int) -> tuple[dict[str, Tensor], float]:
     """Gradients by estimator, `(M, P)` bf16, and the policy's KL to the reference, nats per response."""
     rows, length = minibatches * ROWS, trainer.args.response_length
-    noise, prompts = sampling_noise(0, rows, length), trainer.train_dataset
+    noise, prompts = sampling_uniforms(0, rows, length), trainer.train_dataset
     answers = [
         trainer.collector.sample(
             [prompts[i % len(prompts)] for i in range(first, min(first + DECODED, rows))],
@@ -77,13 +77,13 @@ def measure(trainer: Any, minibatches: int) -> tuple[dict[str, Tensor], float]:
     def all_rows(tensors: list[Tensor]) -> Tensor:
         return torch.cat([pad(tensor, (0, length - tensor.shape[1])) for tensor in tensors])
 
-    mask, prefixes = all_rows([a.mask for a in answers]), all_rows([a.prefix_scores for a in answers])
-    kl = all_rows([(a.logprobs - a.ref_logprobs) * a.mask for a in answers])
+    mask, prefixes = all_rows([a.action_mask for a in answers]), all_rows([a.prefix_scores for a in answers])
+    kl = all_rows([(a.logprobs - a.ref_logprobs) * a.action_mask for a in answers])
     scores = torch.cat([a.scores for a in answers])
     rewards = F.shape_rewards(scores, kl, mask, trainer.args.kl_coef, torch.zeros_like(kl))
     none = torch.zeros_like(rewards)
-    earned, _ = F.gae(rewards, none, mask, gamma=1.0, lam=1.0)
-    values = {"off": none, "on": RewardBaseline().foretell(prefixes, earned, mask)}
+    mc_returns, _ = F.gae(rewards, none, mask, gamma=1.0, lam=1.0)
+    values = {"off": none, "on": RewardBaseline().fit_predict(prefixes, mc_returns, mask)}
     advantages = {
         f"{baseline} {lam}": F.whiten(F.gae(rewards, value, mask, gamma=1.0, lam=lam)[0], mask)
         for baseline, value in values.items()
@@ -94,11 +94,11 @@ def measure(trainer: Any, minibatches: int) -> tuple[dict[str, Tensor], float]:
     for first in range(0, rows, ROWS):
         batch, at = answers[first // DECODED], slice(first % DECODED, first % DECODED + ROWS)
         with trainer.accelerator.autocast():
-            ids, attention, width = batch.input_ids[at], batch.attention_mask[at], batch.mask.shape[1]
+            ids, attention, width = batch.input_ids[at], batch.attention_mask[at], batch.action_mask.shape[1]
             logprobs = trainer.model(ids, attention, width, trainer.args.temperature).logprobs
         for name, advantage in advantages.items():
             of = advantage[first : first + ROWS, :width]
-            loss = -(of * logprobs * batch.mask[at]).sum() / batch.mask[at].sum()
+            loss = -(of * logprobs * batch.action_mask[at]).sum() / batch.action_mask[at].sum()
             parts = torch.autograd.grad(loss, trained, retain_graph=True)
             gradients[name].append(torch.cat([part.flatten() for part in parts]).bfloat16())
     return {name: torch.stack(found) for name, found in gradients.items()}, kl.sum(1).mean().item()

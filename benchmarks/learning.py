@@ -57,24 +57,24 @@ HALVES = (6, 12)  # the same for ablations
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "detached": {"critic": "detached"},
-    "adapter": {"critic": "adapter", "critic_learning_rate": 6e-4},  # twice the actor's, as by default
+    "adapter": {"critic": "adapter", "critic_backbone_learning_rate": 6e-4},  # twice the actor's, as by default
     "separate": {"value_model": True},
     "proportional": {"adaptive_kl": {"target": 2.0, "horizon": 64}},
     "band": {"adaptive_kl": {"band": [1.0, 2.0]}},
     "k3": {"kl_estimator": "k3"},
-    "in_loss": {"kl_estimator": "k3", "kl_in": "loss"},
+    "in_loss": {"kl_estimator": "k3", "kl_penalty_in": "loss"},
     "normalized": {"reward_normalization": True},
     "1x1": {"num_ppo_epochs": 1, "num_mini_batches": 1},
     "4x1": {"num_ppo_epochs": 4, "num_mini_batches": 1},
     "mlp": {"value_head": "mlp"},
-    "no_baseline": {"reward_baseline": False},
+    "no_baseline": {"prefix_reward_baseline": False},
     "lam_80": {"lam": 0.8},
     "lam_65": {"lam": 0.65},
     "lam_50": {"lam": 0.5},
 }
 ABLATIONS: dict[str, dict[str, str]] = {
     "critic": {"shared": "default", "detached": "detached", "adapter": "adapter", "separate": "separate"},
-    "reward_baseline": {"on": "default", "off": "no_baseline"},
+    "prefix_reward_baseline": {"on": "default", "off": "no_baseline"},
     "kl_controller": {"fixed": "default", "proportional": "proportional", "band": "band"},
     "kl_penalty": {"k1 in the reward": "default", "k3 in the reward": "k3", "k3 in the loss": "in_loss"},
     "reward_normalization": {"off": "default", "on": "normalized"},
@@ -194,7 +194,7 @@ def our_trainer(job: dict, callbacks: list, **changes: Any):
         callbacks = [*callbacks, AdaptiveKLCallback(**adaptive)]
     if changes.pop("reward_normalization", False):
         callbacks = [*callbacks, RewardNormalizationCallback()]
-    given = settings(job) | {"value_learning_rate": 1e-3, "bf16": job["dtype"] == "bfloat16", "run_report": False}
+    given = settings(job) | {"value_head_learning_rate": 1e-3, "bf16": job["dtype"] == "bfloat16", "html_report": False}
     given |= {"model_init_kwargs": {"dtype": job["dtype"]}, **changes}
     given["per_device_train_batch_size"] = job["rollout"] // 2
     given["gradient_accumulation_steps"] = 2 // given["num_mini_batches"]

@@ -166,7 +166,7 @@ def train(folder: Path, prepared: Path, sizes: dict, measurements: Path) -> None
     )
     args = PPOConfig(
         output_dir=str(folder), total_episodes=2 * sizes["rollouts"], per_device_train_batch_size=2, num_mini_batches=1,
-        num_ppo_epochs=2, response_length=sizes["response_tokens"], learning_rate=1e-4, value_learning_rate=1e-3,
+        num_ppo_epochs=2, response_length=sizes["response_tokens"], learning_rate=1e-4, value_head_learning_rate=1e-3,
         missing_eos_penalty=None, report_to="none", disable_tqdm=True, use_cpu=True, bf16=False,
         model_init_kwargs={"dtype": "float32"}, save_strategy="steps", save_steps=sizes["save_steps"],
         save_total_limit=2, eval_strategy="steps", eval_steps=2 * sizes["eval_rollouts"],
@@ -181,7 +181,7 @@ def train(folder: Path, prepared: Path, sizes: dict, measurements: Path) -> None
         peft_config=make_lora(model, sizes, lora_dropout=0.05),
         callbacks=[AdaptiveKLCallback(target=1.0, horizon=200), Watch(measurements)],
     )
-    if not trainer.model.lower_layers:
+    if not trainer.model.num_cached_layers:
         raise RuntimeError("No layer lies below the adapters: the cache of frozen layers is not in use.")
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(folder / "final"))

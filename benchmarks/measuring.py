@@ -133,7 +133,7 @@ class PhaseClock(PPOCallback):
         self._started = now()
 
     def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-        self.tokens.append(int(rollout.mask.sum()))
+        self.tokens.append(int(rollout.action_mask.sum()))
         spent = samples.seconds
         self.rows.append({"generate": spent["generate"], "score": sum(spent.values()) - spent["generate"]})
 

@@ -19,9 +19,9 @@ def planned(model: str, dtype: str) -> dict[str, float]:
     """The planner's peak of each phase in MB, by part, at the sizes of the run."""
     from transformers import AutoConfig
 
-    from ppo_plus.memory import DryRun, Setup
+    from ppo_plus.memory import DryRun, PlannerConfig
 
-    setup = Setup(
+    setup = PlannerConfig(
         prompt_length=PROMPT, response_length=RESPONSE, rollout_batch_size=EPISODES, num_mini_batches=MINIBATCHES,
         quantization={"float32": "fp32", "bfloat16": "bf16"}[dtype],
     )  # fmt: skip

@@ -24,7 +24,7 @@ from measuring import report
 from transformers import AutoModelForCausalLM
 
 from ppo_plus.models.actor_critic import ActorCritic
-from ppo_plus.models.loading import CriticSource, build_actor_critic, load_policy
+from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
 from ppo_plus.models.logprobs import chunked_logprobs, logits_function
 
 
@@ -37,7 +37,7 @@ def actor_with_reward(model: str, dtype: str) -> tuple[ActorCritic, torch.Tensor
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    actor = build_actor_critic(policy, critic=CriticSource()).to(policy.device)
+    actor = build_actor_critic(policy, critic=CriticSpec()).to(policy.device)
     torch.nn.init.normal_(actor.value_head.layers[0].weight, std=0.02)
     head = torch.nn.Linear(base.config.get_text_config().hidden_size, 1, bias=False, device=policy.device)
     torch.nn.init.normal_(head.weight, std=0.02)

@@ -62,7 +62,7 @@ ON_PAIRS: dict[str, Any] = {
 ON_PROMPTS: dict[str, Any] = {
     "total_episodes": EPISODES, "response_length": 24, "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1, "local_rollout_forward_batch_size": 32, "learning_rate": 3e-4,
-    "value_learning_rate": 1e-3, "lr_scheduler_type": "constant", "eval_rows": HELD_OUT_PROMPTS,
+    "value_head_learning_rate": 1e-3, "lr_scheduler_type": "constant", "eval_rows": HELD_OUT_PROMPTS,
     "eval_on_start": True, "eval_steps": EPISODES,  # before and after, and not between
 }  # fmt: skip
 KL = {"kl_coef": 0.15, "kl_horizon": EPISODES // 4}  # what a nat may cost depends on the reward

@@ -79,14 +79,14 @@ def tensor_peak():
     import torch
     from transformers import TrainerCallback
 
-    from ppo_plus.memory import Ledger
+    from ppo_plus.memory import MemoryTracker
 
     class TensorPeak(TrainerCallback):
         mb = math.nan
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                self.ledger = Ledger()
+                self.ledger = MemoryTracker()
                 self.ledger.hold(found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
                 self.ledger.__enter__()
 

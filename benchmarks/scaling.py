@@ -50,7 +50,7 @@ def run(episodes: int, response: int, width: int, updates: int) -> dict:
             output_dir=folder, total_episodes=episodes * (updates + 1), per_device_train_batch_size=micro,
             gradient_accumulation_steps=episodes // minibatches // micro, num_mini_batches=minibatches,
             response_length=response, missing_eos_penalty=None, report_to="none", save_strategy="no",
-            num_sample_generations=0, run_report=False, disable_tqdm=True,
+            num_sample_generations=0, html_report=False, disable_tqdm=True,
         )  # fmt: skip
         trainer = PPOTrainer(
             model, count_words, config, train_dataset=Dataset.from_dict({"input_ids": ids}),

@@ -232,7 +232,7 @@ def headline(r: dict) -> str:
 
 QUESTIONS = {
     "critic": "critic",
-    "reward_baseline": "baseline from prefix scores",
+    "prefix_reward_baseline": "baseline from prefix scores",
     "kl_controller": "KL coefficient",
     "kl_penalty": "KL penalty",
     "reward_normalization": "reward normalization",

@@ -3,7 +3,7 @@
     python benchmarks/top_layers.py [--top 10 5] [--prompt 64] [--repeats 3] [--dtype bfloat16|float32]
 
 The scoring and learning passes of one update of vs_trl.py (SmolLM2-135M, 32 episodes with responses of 48 tokens, 4
-PPO epochs in micro-batches of 16), with LoRA on all layers, and on the top k with and without `cache_lower_layers`:
+PPO epochs in micro-batches of 16), with LoRA on all layers, and on the top k with and without `cache_frozen_layers`:
 
     score   a pass as reward model through all layers, one each as actor and reference; cached, the lower layers once
     learn   8 forward and backward passes
@@ -42,7 +42,7 @@ class Passes:
         policy = load_policy(model, peft_config=adapter, model_init_kwargs={"dtype": dtype})
         self.model = ActorCritic(policy, ValueHead(policy.config.hidden_size))
         if cached:
-            self.model.reuse_lower_layers()
+            self.model.enable_frozen_layer_cache()
         if torch.cuda.is_available():
             self.model.cuda()
         draw = torch.Generator().manual_seed(0)
@@ -54,17 +54,17 @@ class Passes:
         model, ids, mask = self.model.eval(), self.ids, torch.ones_like(self.ids)
         with torch.no_grad():
             model.language_model.base_model(input_ids=ids, use_cache=False)
-            self.lower = model.lower_states(ids, mask) if model.lower_layers else None
-            model(ids, mask, RESPONSE, with_entropy=True, lower_states=self.lower)
+            self.lower = model.frozen_hidden_states(ids, mask) if model.num_cached_layers else None
+            model(ids, mask, RESPONSE, with_entropy=True, frozen_hidden_states=self.lower)
             with model.reference():
-                model(ids, mask, RESPONSE, with_values=False, lower_states=self.lower)
+                model(ids, mask, RESPONSE, with_values=False, frozen_hidden_states=self.lower)
 
     def learn(self) -> None:
         self.model.train()
         for rows in torch.arange(EPISODES).split(MICRO) * EPOCHS:
             ids = self.ids[rows]
             lower = None if self.lower is None else self.lower[rows]
-            out = self.model(ids, torch.ones_like(ids), RESPONSE, lower_states=lower)
+            out = self.model(ids, torch.ones_like(ids), RESPONSE, frozen_hidden_states=lower)
             (out.logprobs.sum() + out.values.sum()).backward()
 
 

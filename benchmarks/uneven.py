@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from ppo_plus import ActorCritic, ValueHead
-from ppo_plus.data.batching import micro_batch_rows, minibatch_rows
-from ppo_plus.data.seeding import sampling_noise
+from ppo_plus.data.batching import micro_batch_indices, minibatch_indices
+from ppo_plus.data.seeding import sampling_uniforms
 from ppo_plus.models.loading import load_policy
 from ppo_plus.rollout.buffer import Rollout, response_mask
 
@@ -60,7 +60,7 @@ class EndAt(LogitsProcessor):
 
 def noise_that_ends(lengths: Tensor) -> Tensor:
     """Uniform noise that never reaches the last id, and is 1, which selects it, at each row's last step."""
-    noise = sampling_noise(0, len(lengths), int(lengths.max())) * 0.99
+    noise = sampling_uniforms(0, len(lengths), int(lengths.max())) * 0.99
     noise[torch.arange(len(lengths)), lengths - 1] = 1.0
     return noise
 
@@ -74,8 +74,12 @@ def micro_batches(lengths: Tensor) -> list[dict]:
     none = torch.zeros(mask.shape)
     one = none[:, 0]
     rollout = Rollout(ids, attended, mask, none, none, none, none, none, none, one, one)
-    minibatches = minibatch_rows(len(lengths), len(lengths) // MINIBATCH, seed=0, rollout_index=0, ppo_epoch=0)
-    return [rollout.take(part) for rows in minibatches for part in micro_batch_rows(rows, rollout.lengths(), MINIBATCH)]
+    minibatches = minibatch_indices(len(lengths), len(lengths) // MINIBATCH, seed=0, rollout_index=0, ppo_epoch=0)
+    return [
+        rollout.micro_batch(part)
+        for rows in minibatches
+        for part in micro_batch_indices(rows, rollout.lengths(), MINIBATCH)
+    ]
 
 
 def passes(model: ActorCritic, lengths: Tensor, repeats: int) -> dict[str, float]:
@@ -87,11 +91,11 @@ def passes(model: ActorCritic, lengths: Tensor, repeats: int) -> dict[str, float
 
     def run(learn: bool, packed: bool) -> None:
         for batch in batches:
-            known = {name: batch[name] for name in ("asked", "sizes")} if packed else {}
+            known = {name: batch[name] for name in ("response_mask", "seq_lens")} if packed else {}
             with torch.set_grad_enabled(learn):
-                out = model(batch["input_ids"], batch["attention_mask"], batch["mask"].shape[1], **known)
+                out = model(batch["input_ids"], batch["attention_mask"], batch["action_mask"].shape[1], **known)
                 if learn:
-                    ((out.logprobs + out.values) * batch["mask"]).sum().backward()
+                    ((out.logprobs + out.values) * batch["action_mask"]).sum().backward()
         model.zero_grad()
 
     works = {f"{name} {kind}": partial(run, name == "learn", kind == "packed")

@@ -93,7 +93,8 @@ def arguments(side: str, args: argparse.Namespace, folder: str) -> dict[str, Any
         # The last token of an answer may be any: a missing end of line is not penalized on the other sides either.
         return shared | {
             "num_mini_batches": 2, "num_ppo_epochs": 2, "response_length": LENGTH, "kl_coef": 0.01,
-            "missing_eos_penalty": None, "value_learning_rate": 1e-3, "num_sample_generations": 0, "run_report": False,
+            "missing_eos_penalty": None, "value_head_learning_rate": 1e-3, "num_sample_generations": 0,
+            "html_report": False,
         }  # fmt: skip
     return shared | {
         "num_generations": GROUP, "steps_per_generation": RESPONSES // MICRO, "num_iterations": 2, "beta": 0.01,

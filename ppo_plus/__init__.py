@@ -6,11 +6,11 @@ check_versions(installed_versions())  # first: on older libraries, the imports b
 
 # ruff: noqa: E402
 from .callbacks.base import PPOCallback, RolloutSettings
-from .callbacks.completions import SamplesTableCallback
+from .callbacks.completions import CompletionsTableCallback
 from .callbacks.kl import AdaptiveKLCallback, EarlyStoppingOnKLCallback
 from .callbacks.progress import PPOProgressCallback
 from .callbacks.reward_normalization import RewardNormalizationCallback
-from .callbacks.training_health import NumericsWatchCallback
+from .callbacks.training_health import TrainingHealthCallback
 from .config import PPOConfig, RewardConfig
 from .models.actor_critic import ActorCritic
 from .models.value_head import ValueHead
@@ -21,8 +21,8 @@ from .trainer import PPOTrainer
 __all__ = [
     "ActorCritic",
     "AdaptiveKLCallback",
+    "CompletionsTableCallback",
     "EarlyStoppingOnKLCallback",
-    "NumericsWatchCallback",
     "PPOCallback",
     "PPOConfig",
     "PPOProgressCallback",
@@ -32,7 +32,7 @@ __all__ = [
     "RewardTrainer",
     "Rollout",
     "RolloutSettings",
-    "SamplesTableCallback",
+    "TrainingHealthCallback",
     "ValueHead",
 ]
 __version__ = "0.1.0"

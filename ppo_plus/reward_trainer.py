@@ -25,22 +25,22 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
-from .config import RewardConfig, copy_arguments, refuse_sharding
+from .config import RewardConfig, check_no_sharding, copy_arguments
 from .data.preferences import tokenize_pairs
 from .data.tokenizers import check_embedded
 from .kernels.fp32_heads import compute_heads_in_fp32
 from .kernels.liger import LigerMixin, apply_liger, check_liger, check_liger_model
-from .kernels.lora import use_plain_lora
-from .kernels.rmsnorm import use_lean_norms
-from .models.adapter_checks import check_no_adapter, check_own_weights
+from .kernels.lora import patch_lora_forward
+from .kernels.rmsnorm import patch_rmsnorm
+from .models.adapter_checks import check_no_adapter, check_preserves_base
 from .models.adapter_files import HEADS, REWARD_FILE
 from .models.adapters import train_adapter
 from .models.base_weights import encode_samples, sample_model
-from .models.classifier import provide_classifier
+from .models.classifier import register_sequence_classifier
 from .models.loading import (
+    clone_mmapped_tensors,
     config_to_train,
     count_embeddings,
-    let_go_of_file,
     load_config,
     quantization_in_fp16,
     runs_in_fp16,
@@ -50,9 +50,9 @@ from .models.precision import check_trained_dtype, hold_trained_in_fp32
 from .models.saving import without_generation_parameters
 from .models.weight_checks import check_device_map, check_model_weights
 from .rewards.adapters import template_hash
-from .training.hub import HubMixin, save_arguments
+from .training.hub import HubMixin, save_training_args_json
 
-STARTS = (
+ADAPTER_HINT = (
     "Pass the name of its base for a new reward adapter; to start from the adapter's weights, merge them into the base "
     "(merge_and_unload) and save that; to train the adapter further, pass "
     "PeftModel.from_pretrained(base, name, is_trainable=True)."
@@ -83,11 +83,11 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         **kwargs: Any,
     ) -> None:
         args = copy_arguments(args) if args is not None else RewardConfig(output_dir="reward_model")
-        refuse_sharding(args)
+        check_no_sharding(args)
         check_liger(args)
         model = str(model) if isinstance(model, Path) else model
-        check_own_weights(peft_config, "peft_config")
-        check_no_adapter(model, STARTS)
+        check_preserves_base(peft_config, "peft_config")
+        check_no_adapter(model, ADAPTER_HINT)
         peft_config = train_score_head(peft_config)
         if isinstance(model, str):
             if peft_config is not None:
@@ -115,11 +115,11 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
 
     def _configure_forward(self) -> None:
         """Replace the forwards of adapters, norms and head by ours, or Liger's; the last step on a loaded model."""
-        let_go_of_file(self.model)
+        clone_mmapped_tensors(self.model)
         if runs_in_fp16(self.args):
             warn_of_bf16(self.model)
-        use_plain_lora(self.model)
-        use_lean_norms(self.model)
+        patch_lora_forward(self.model)
+        patch_rmsnorm(self.model)
         compute_heads_in_fp32(self.model)
         if self.args.use_liger_kernel:
             apply_liger([self.model], self.args)
@@ -150,7 +150,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         chosen, rejected = [], []
         training = self.model.training
         self.model.eval()
-        for loader in self._held_out(dataset):
+        for loader in self._calibration_loaders(dataset):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 batch.pop("margin", None)
@@ -178,7 +178,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         }
         return dict(self._calibration)
 
-    def _held_out(self, dataset: Any) -> Iterator[DataLoader]:
+    def _calibration_loaders(self, dataset: Any) -> Iterator[DataLoader]:
         if dataset is None:
             names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
             yield from map(self.get_eval_dataloader, names)
@@ -264,7 +264,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             directory = Path(cast(str, output_dir or self.args.output_dir))
             (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2), encoding="utf-8")
             (directory / TRAINING_ARGS_NAME).unlink()  # pickled, and with the token in it
-            save_arguments(self.args, directory)
+            save_training_args_json(self.args, directory)
 
     def _description(self) -> dict[str, Any]:
         config = self.accelerator.unwrap_model(self.model).config
@@ -322,7 +322,7 @@ def check_named_model(model: str, args: RewardConfig, *, is_trained_whole: bool)
     """Register a classifier for the family of a model, and refuse what its configuration tells before it is loaded."""
     options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     config = load_config(model, options)
-    provide_classifier(config)
+    register_sequence_classifier(config)
     if args.use_liger_kernel:
         check_liger_model(config)
     if is_trained_whole:

@@ -41,27 +41,27 @@ from transformers import (
 
 from . import algo
 from .callbacks.base import PPOCallback, RolloutSettings, hears_scores
-from .callbacks.completions import SamplesTableCallback
-from .callbacks.progress import show_phases
-from .callbacks.training_health import NumericsWatchCallback
+from .callbacks.completions import CompletionsTableCallback
+from .callbacks.progress import install_progress_bar
+from .callbacks.training_health import TrainingHealthCallback
 from .config import PPOConfig, copy_arguments
-from .data.batching import micro_batch_rows, minibatch_rows
+from .data.batching import micro_batch_indices, minibatch_indices
 from .data.padding import pad_id
 from .data.prompt_loader import prompt_loader
-from .data.prompts import Row, checked_prompts, column_names, tokenized
-from .data.seeding import isolated_rng, position_seed, sampling_noise
+from .data.prompts import Row, column_names, tokenize_datasets, validate_prompts
+from .data.seeding import derive_seed, isolated_rng, sampling_uniforms
 from .data.tokenizers import check_embedded, check_tokenizer, stop_token_ids
-from .integrations.trl_legacy import with_named_adapters
-from .kernels.batch_backoff import PATIENCE, BatchSize, named_memory_error
+from .integrations.trl_legacy import rename_adapters
+from .kernels.batch_backoff import PATIENCE, BatchSize, annotate_oom
 from .kernels.liger import LigerMixin, apply_liger
 from .models.actor_critic import ActorCritic, ActorCriticOutput
 from .models.loading import (
     build_actor_critic,
     count_embeddings,
-    critic_source,
     load_policy,
     load_tokenizer,
     quantization_in_fp16,
+    resolve_critic,
     runs_in_fp16,
     warn_of_bf16,
 )
@@ -69,14 +69,14 @@ from .report import RunReportCallback, fixed_prompts
 from .rewards import build_rewards, usable_scores
 from .rewards.checks import check_templates
 from .rollout.buffer import Rollout
-from .rollout.collector import Collector, Cut, Samples
-from .rollout.phases import Stopwatch
-from .training.checkpoint import Progress, last_whole_checkpoint
+from .rollout.collector import BatchingFn, Experience, RolloutCollector
+from .rollout.phases import PhaseTimer
+from .training.checkpoint import PPOState, find_last_valid_checkpoint
 from .training.evaluation import EvaluationMixin, WinRate
 from .training.metrics import Meter
 from .training.model_card import CardMixin
 from .training.resume import ResumeMixin
-from .training.shutdown import InterruptCallback, WishesCallback
+from .training.shutdown import DeferredControlCallback, GracefulShutdownCallback
 from .training.validation import (
     check_adapters,
     check_arguments,
@@ -171,7 +171,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_adapters(args, model, peft_config, reward_funcs, value_model)
         check_precision(args, model, peft_config)
         check_quantized_device(args, model, quantization_config)
-        datasets = tokenized(datasets, tokenizer, **args.prompt_options)
+        datasets = tokenize_datasets(datasets, tokenizer, **args.tokenize_kwargs)
         check_enough_prompts(args, datasets["train_dataset"])
         check_templates(
             reward_funcs, reward_tokenizers, tokenizer, datasets, cast(dict, args.chat_template_kwargs or {})
@@ -179,16 +179,16 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         check_effects(args, datasets["train_dataset"], evaluates=eval_dataset is not None)
         if (embedded := count_embeddings(model, cast(dict, args.model_init_kwargs or {}))) is not None:
             tokenizer = with_embedded_padding(tokenizer, embedded)
-        critic = critic_source(args, value_model, reward_funcs)
-        policy = loaded_policy(model, args, quantization_config, peft_config)
+        critic = resolve_critic(args, value_model, reward_funcs)
+        policy = load_policy_from_args(model, args, quantization_config, peft_config)
         actor_critic = build_actor_critic(
             policy, critic=critic, ref_model=ref_model, disable_dropout=args.disable_dropout
         )
         tokenizer = with_embedded_padding(tokenizer, actor_critic.num_embeddings)
         limits = (args.response_length, actor_critic.context, actor_critic.num_embeddings)
-        datasets = {name: checked_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
+        datasets = {name: validate_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
 
-        with max_steps_of(args):  # Trainer wants to know how long a stream is trained on
+        with override_max_steps(args):  # Trainer wants to know how long a stream is trained on
             super().__init__(
                 model=actor_critic,
                 args=args,
@@ -198,30 +198,32 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
-        actor_critic.place_others(args.device)
-        self._choose_passes()
+        actor_critic.move_auxiliary_modules(args.device)
+        self._configure_forward()
         actor_critic.add_model_tags(self._tag_names)
         self.stop_ids = stop_token_ids(actor_critic.generation_config, tokenizer, args.extra_stop_ids)
         self.collector = self._build_collector(reward_funcs, reward_tokenizers)
-        actor_critic.adds_reward_baseline = args.adds_reward_baseline and self.collector.rewards.scores_prefixes
+        actor_critic.uses_prefix_reward_baseline = (
+            args.uses_prefix_reward_baseline and self.collector.rewards.scores_prefixes
+        )
         if args.use_liger_kernel:  # last: weights are probed on the CPU before, where its kernels do not run
             apply_liger(actor_critic.transformers_models, args)
         self._add_callbacks()
-        self._progress = Progress(kl_coef=args.kl_coef)
+        self._progress = PPOState(kl_coef=args.kl_coef)
         self._critic_grad_norm: Tensor | float = 0.0
         micro_batches = args.steps_per_rollout * args.gradient_accumulation_steps
-        self._rows_at_a_time = BatchSize(args.rollout_batch_size, PATIENCE * micro_batches)
+        self._max_rows_per_pass = BatchSize(args.rollout_batch_size, PATIENCE * micro_batches)
         self._accumulated: list[dict[str, Any]] = []  # micro-batches whose gradients there are
         self._win_rate = WinRate(self.collector)
 
-    def _choose_passes(self) -> None:
-        if self.args.cache_lower_layers and self.args.disable_dropout:
-            self.model.reuse_lower_layers()
+    def _configure_forward(self) -> None:
+        if self.args.cache_frozen_layers and self.args.disable_dropout:
+            self.model.enable_frozen_layer_cache()
         if self.args.torch_compile:
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole
             self.model.compile_layers(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
-    def _build_collector(self, reward_funcs: Any, reward_tokenizers: list) -> Collector:
+    def _build_collector(self, reward_funcs: Any, reward_tokenizers: list) -> RolloutCollector:
         args, tokenizer = self.args, self.processing_class
         rewards = build_rewards(
             reward_funcs,
@@ -234,20 +236,22 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             on_error=args.on_reward_error,
             timeout=args.reward_timeout,
         )
-        return Collector(self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids, self._report)
+        return RolloutCollector(
+            self.model, rewards, tokenizer, args, self.accelerator, self.stop_ids, self._on_progress
+        )
 
     def _add_callbacks(self) -> None:
-        self._interrupt = InterruptCallback(self._highest)
+        self._interrupt = GracefulShutdownCallback(self._all_reduce_max)
         self.add_callback(self._interrupt)
-        self._wishes = WishesCallback()
+        self._wishes = DeferredControlCallback()
         self.add_callback(self._wishes)
-        self.add_callback(NumericsWatchCallback())
-        show_phases(self)
+        self.add_callback(TrainingHealthCallback())
+        install_progress_bar(self)
         if self.args.num_sample_generations or self.args.log_completions:
-            self.add_callback(SamplesTableCallback(lambda: self.callback_handler.callbacks))
-        if self.args.run_report:
+            self.add_callback(CompletionsTableCallback(lambda: self.callback_handler.callbacks))
+        if self.args.html_report:
             prompts = fixed_prompts(self.train_dataset, self.eval_dataset)
-            self.add_callback(RunReportCallback(self.answer_alone, prompts, lambda: self._interrupt.came))
+            self.add_callback(RunReportCallback(self._generate_on_main_process, prompts, lambda: self._interrupt.came))
 
     # Serving minibatches
 
@@ -257,13 +261,13 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         Prompts that were put into `train_dataset` later are tokenized first.
         """
         if "input_ids" not in column_names(self.train_dataset):
-            self.train_dataset = self._as_prompts(self.train_dataset, "train_dataset")
+            self.train_dataset = self._tokenize_prompts(self.train_dataset, "train_dataset")
             check_enough_prompts(self.args, self.train_dataset)
         return prompt_loader(self.train_dataset, self.args, self.accelerator)
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: DataLoader) -> tuple:
         """Trainer's sizes, with `total_episodes` turned into steps."""
-        with max_steps_of(args):
+        with override_max_steps(args):
             return super().set_initial_training_values(args, dataloader)
 
     def get_batch_samples(
@@ -271,8 +275,8 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
     ) -> tuple[list, Tensor]:
         """The micro-batches of one optimizer step and their response tokens over all processes."""
         self._accumulated.clear()
-        if due := self._progress.evaluation_due:
-            self._make_due_evaluation()
+        if due := self._progress.evaluation_pending:
+            self._run_pending_evaluation()
         finished = self.state.global_step >= self.state.max_steps
         if finished or (due and self.control.should_training_stop):  # resumed; Trainer would go on for a step
             self.control.should_training_stop = True
@@ -294,18 +298,18 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
                 "checkpoint holds no rollout (was it saved with save_only_model?). Resume from a checkpoint whose "
                 f"step is a multiple of {self.args.steps_per_rollout}."
             )
-        if rollout.lower_states is None and self.model.lower_layers:  # from a checkpoint
-            passes = self._first_pass(rollout_index, rollout.lengths())
+        if rollout.frozen_hidden_states is None and self.model.num_cached_layers:  # from a checkpoint
+            passes = self._scoring_micro_batches(rollout_index, rollout.lengths())
             with self._allow_interrupt():
-                rollout = self._progress.rollout = self.collector.with_lower_states(rollout, passes)
+                rollout = self._progress.rollout = self.collector.recompute_frozen_states(rollout, passes)
         ppo_epoch, minibatch = divmod(step, self.args.num_mini_batches)
         self._rows = rows = self._minibatches(len(rollout), rollout_index, ppo_epoch)[minibatch]
-        micro_batches = micro_batch_rows(rows, rollout.lengths(), self.args.per_device_train_batch_size)
-        tokens = self.collector.reduce(rollout.mask[rows].sum()).clamp(min=1)
-        return [rollout.take(micro_batch) for micro_batch in micro_batches], tokens.to(device)
+        micro_batches = micro_batch_indices(rows, rollout.lengths(), self.args.per_device_train_batch_size)
+        tokens = self.collector.reduce(rollout.action_mask[rows].sum()).clamp(min=1)
+        return [rollout.micro_batch(micro_batch) for micro_batch in micro_batches], tokens.to(device)
 
     def _minibatches(self, n: int, rollout_index: int, ppo_epoch: int) -> list[Tensor]:
-        return minibatch_rows(
+        return minibatch_indices(
             n,
             self.args.num_mini_batches,
             seed=self.args.seed,
@@ -314,28 +318,28 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             process_index=self.accelerator.process_index,
         )
 
-    def _first_pass(self, rollout_index: int, lengths: Tensor) -> list[Tensor]:
+    def _scoring_micro_batches(self, rollout_index: int, lengths: Tensor) -> list[Tensor]:
         """The micro-batches of the first PPO epoch."""
         size, minibatches = self.args.per_device_train_batch_size, self._minibatches(len(lengths), rollout_index, 0)
-        return [part for rows in minibatches for part in micro_batch_rows(rows, lengths, size)]
+        return [part for rows in minibatches for part in micro_batch_indices(rows, lengths, size)]
 
     def _collect(self, prompts: list[Row], rollout_index: int) -> Rollout:
         settings = RolloutSettings(kl_coef=self.args.kl_coef)
-        self._fire("on_rollout_begin", settings=settings)
+        self._call_event("on_rollout_begin", settings=settings)
         first = self.accelerator.process_index * len(prompts)
         rows = range(first, first + len(prompts))
-        cut = partial(self._first_pass, rollout_index)
+        cut = partial(self._scoring_micro_batches, rollout_index)
         # A rollout that is given up is made again: what reward functions logged of it must not count twice.
-        with self._allow_interrupt(), self._progress.meter.unless_error():
-            samples = self._sample(prompts, rows, ("rollout", rollout_index), cut=cut)
-        watch = Stopwatch()
+        with self._allow_interrupt(), self._progress.meter.rollback_on_error():
+            samples = self._generate_and_score(prompts, rows, ("rollout", rollout_index), cut=cut)
+        watch = PhaseTimer()
         scores = samples.scores.clone()
         self._fire_on_scores(scores, samples.token_rewards)
         scores = usable_scores(scores, samples.completions.prompts)
         rollout = self.collector.rollout(samples, scores, settings.kl_coef, self._progress.baseline)
         self.model.reward_line = None if samples.prefix_scores is None else self._progress.baseline.line()
         metrics = self.collector.metrics(samples)
-        watch.lap("advantages")
+        watch.record("advantages")
         self._progress.num_tokens += int(self.collector.reduce(samples.attention_mask.sum()))
         metrics |= {
             "num_tokens": self._progress.num_tokens,
@@ -343,7 +347,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             "critic/explained_variance": self.collector.explained_variance(rollout),
             **{f"time/{phase}": seconds for phase, seconds in (samples.seconds | watch.seconds).items()},
         }
-        self._fire("on_rollout_end", rollout=rollout, samples=samples, metrics=metrics)
+        self._call_event("on_rollout_end", rollout=rollout, samples=samples, metrics=metrics)
         for name, value in metrics.items():
             if not math.isnan(value):  # of what nobody scored there is no mean
                 self._progress.meter.add(name, value)
@@ -351,16 +355,16 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self._wishes.note(self.control)
         return rollout
 
-    def _sample(
+    def _generate_and_score(
         self,
         prompts: list[Row],
         rows: range,
         position: tuple,
         meter: Meter | None = None,
-        cut: Cut | None = None,
+        cut: BatchingFn | None = None,
         score: bool = True,
-    ) -> Samples:
-        noise, seed = self._draw(rows, position)
+    ) -> Experience:
+        noise, seed = self._sampling_uniforms(rows, position)
         meter = meter or self._progress.meter
 
         def log_metric(name: str, value: Any) -> None:
@@ -371,16 +375,16 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         with isolated_rng(seed):
             return self.collector.sample(prompts, noise, context, cut, score)
 
-    def _draw(self, rows: range, position: tuple) -> tuple[Tensor, int]:
+    def _sampling_uniforms(self, rows: range, position: tuple) -> tuple[Tensor, int]:
         # Noise belongs to a row among those of all processes, so how many they are does not change what is sampled.
-        noise = sampling_noise(position_seed(self.args.seed, *position, 0), rows.stop, self.args.response_length)
-        return noise[list(rows)], position_seed(self.args.seed, *position, self.accelerator.process_index)
+        noise = sampling_uniforms(derive_seed(self.args.seed, *position, 0), rows.stop, self.args.response_length)
+        return noise[list(rows)], derive_seed(self.args.seed, *position, self.accelerator.process_index)
 
-    def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
-        self._fire("on_rollout_progress", phase=phase, done=done, total=total, tokens=tokens)
+    def _on_progress(self, phase: str, done: int, total: int, tokens: int) -> None:
+        self._call_event("on_rollout_progress", phase=phase, done=done, total=total, tokens=tokens)
         raise_if_interrupted()
 
-    def _fire(self, event: str, **kwargs: Any) -> None:
+    def _call_event(self, event: str, **kwargs: Any) -> None:
         # Looked up each time: Trainer replaces stateful callbacks when it resumes.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PPOCallback):
@@ -396,13 +400,19 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         # and one after each that all of them have.
         listening = [c for c in self.callback_handler.callbacks if isinstance(c, PPOCallback) and hears_scores(c)]
         shared = self.collector.shared([type(callback).__name__ for callback in listening])
-        all_scores = self._gather_scores(scores)
+        gathered_scores = self._gather_scores(scores)
         for callback in listening:
-            self._call(callback, "on_scores", scores=scores, token_rewards=token_rewards, all_scores=all_scores.clone())
+            self._call(
+                callback,
+                "on_rewards_computed",
+                scores=scores,
+                token_rewards=token_rewards,
+                gathered_scores=gathered_scores.clone(),
+            )
             name = type(callback).__name__
             if shared[name]:
                 shared[name] -= 1
-                all_scores = self._gather_scores(scores)
+                gathered_scores = self._gather_scores(scores)
 
     def _gather_scores(self, scores: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.gather(scores.to(self.args.device))).cpu()
@@ -427,9 +437,9 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         The size is not in checkpoints: a resumed run may have more memory.
         """
         if self.accelerator.distributed_type != DistributedType.NO:
-            with named_memory_error():
+            with annotate_oom():
                 return super().training_step(model, inputs, num_items_in_batch)
-        tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
+        tokens = num_items_in_batch if num_items_in_batch is not None else inputs["action_mask"].sum().clamp(min=1)
         first = True
 
         def attempt(size: int) -> Tensor:
@@ -437,17 +447,17 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             if not first:
                 self._accumulate_again(model, tokens, size)
             first = False
-            with self._progress.meter.unless_error():
+            with self._progress.meter.rollback_on_error():
                 return self._accumulate(model, inputs, tokens, size)
 
-        loss = self._rows_at_a_time.retry(len(inputs["mask"]), attempt)
+        loss = self._max_rows_per_pass.retry(len(inputs["action_mask"]), attempt)
         self._accumulated.append(inputs)
         return loss
 
     def _accumulate(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | int, size: int) -> Tensor:
         """Add the gradients of a micro-batch, `size` rows per pass; return its loss."""
-        parts = torch.arange(len(inputs["mask"])).split(size)
-        cut = [inputs] if len(parts) == 1 else (rows_of(inputs, rows) for rows in parts)
+        parts = torch.arange(len(inputs["action_mask"])).split(size)
+        cut = [inputs] if len(parts) == 1 else (index_batch(inputs, rows) for rows in parts)
         return torch.stack([super(PPOTrainer, self).training_step(model, part, tokens) for part in cut]).sum()
 
     def _accumulate_again(self, model: nn.Module, tokens: Tensor | int, size: int) -> None:
@@ -476,33 +486,33 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         output = model(
             inputs["input_ids"],
             inputs["attention_mask"],
-            inputs["mask"].shape[1],
+            inputs["action_mask"].shape[1],
             self.args.temperature,
             with_logprobs=train_actor,
             with_entropy=train_actor and self.args.entropy_coef > 0,
-            lower_states=inputs.get("lower_states"),
-            asked=inputs.get("asked"),
-            sizes=inputs.get("sizes"),
+            frozen_hidden_states=inputs.get("frozen_hidden_states"),
+            response_mask=inputs.get("response_mask"),
+            seq_lens=inputs.get("seq_lens"),
         )
         per_token = self._per_token_loss(output, inputs)
-        tokens = num_items_in_batch if num_items_in_batch is not None else inputs["mask"].sum().clamp(min=1)
+        tokens = num_items_in_batch if num_items_in_batch is not None else inputs["action_mask"].sum().clamp(min=1)
         # DDP averages gradients over processes, the division is by the tokens of all of them.
-        loss = per_token.masked_fill(~inputs["mask"], 0.0).sum() / tokens * self.accelerator.num_processes
+        loss = per_token.masked_fill(~inputs["action_mask"], 0.0).sum() / tokens * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def _per_token_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
         # Elsewhere the old numbers belong to no token, and an infinite ratio would survive being masked later.
-        values = torch.where(inputs["mask"], output.values + inputs["baselines"], inputs["values"])
+        values = torch.where(inputs["action_mask"], output.values + inputs["value_baselines"], inputs["values"])
         value, clipped = algo.clipped_value_loss(
             values, inputs["values"], inputs["returns"], cliprange=self.args.cliprange_value
         )
-        self._measure(inputs["mask"], {"ppo/value_loss": value, "clip_ratio/value": clipped})
-        loss = self.args.value_coef * value
+        self._log_token_means(inputs["action_mask"], {"ppo/value_loss": value, "clip_ratio/value": clipped})
+        loss = self.args.resolved_vf_coef * value
         return loss if output.logprobs is None else loss + self._actor_loss(output, inputs)
 
     def _actor_loss(self, output: ActorCriticOutput, inputs: dict[str, Tensor]) -> Tensor:
         args, old = self.args, inputs["logprobs"]
-        new = torch.where(inputs["mask"], output.logprobs, old)
+        new = torch.where(inputs["action_mask"], output.logprobs, old)
         loss, clipped = policy_loss(args, new, old, inputs["advantages"])
         log_ratio = (new - old).detach()
         ratio = log_ratio.exp()
@@ -510,16 +520,16 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         measured["ppo/approx_kl"] = ratio - 1 - log_ratio  # k3 of Schulman 2020
         if self.state.global_step % args.steps_per_rollout == 0:
             # Nothing was learned from this rollout yet: any distance from 1 is numerical noise or LoRA dropout.
-            measured["ppo/first_ratio_error"] = (ratio - 1).abs()
-        self._measure(inputs["mask"], measured)
+            measured["ppo/initial_ratio_error"] = (ratio - 1).abs()
+        self._log_token_means(inputs["action_mask"], measured)
         if args.entropy_coef:
             loss = loss - args.entropy_coef * output.entropy
-        if args.kl_in == "loss":
-            loss = loss + self._progress.kl_coef * algo.kl_divergence(new, inputs["ref_logprobs"], args.kl_estimator)
+        if args.kl_penalty_in == "loss":
+            loss = loss + self._progress.kl_coef * algo.kl_estimate(new, inputs["ref_logprobs"], args.kl_estimator)
         return loss
 
     @torch.no_grad()
-    def _measure(self, mask: Tensor, per_token: dict[str, Tensor]) -> None:
+    def _log_token_means(self, mask: Tensor, per_token: dict[str, Tensor]) -> None:
         for name, numbers in per_token.items():
             self._progress.meter.add(name, (numbers * mask).sum(), mask.sum())
 
@@ -528,20 +538,20 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         groups = (
             (self.model.actor_parameters(), args.learning_rate, args.weight_decay),
-            (list(self.model.value_head.parameters()), args.value_learning_rate, 0.0),
-            (self.model.critic_parameters(), args.critic_learning_rate, args.weight_decay),
+            (list(self.model.value_head.parameters()), args.value_head_learning_rate, 0.0),
+            (self.model.critic_parameters(), args.critic_backbone_learning_rate, args.weight_decay),
         )
         kwargs["params"] = [{"params": p, "lr": rate, "weight_decay": decay} for p, rate, decay in groups if p]
         return cls, kwargs
 
     @cached_property
-    def _trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def _trainable_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         # Of actor and critic; with adapters there are thousands of names to go through, too many for each step.
         return self.model.actor_parameters(), [*self.model.value_head.parameters(), *self.model.critic_parameters()]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         # Apart: an early critic's large gradients would shrink the actor's step under one common norm.
-        actor, critic = self._trained
+        actor, critic = self._trainable_parameters
         norm = self.accelerator.clip_grad_norm_(actor, self.args.max_grad_norm)
         self._critic_grad_norm = nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm)
         self._progress.meter.add("critic/grad_norm", self._critic_grad_norm)
@@ -554,32 +564,34 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
             self._progress.skipped = 0
         else:
             model.zero_grad(set_to_none=True)  # an optimizer leaves parameters without gradients alone
-            self._skipped_a_step()
+            self._on_nonfinite_gradients()
         return norm
 
-    def _skipped_a_step(self) -> None:
+    def _on_nonfinite_gradients(self) -> None:
         self._progress.meter.add("ppo/skipped_steps", 1.0)
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() > 1:
             return  # fp16: most likely the loss was scaled too high; the scaler halves it and Trainer goes on
         self._progress.skipped += 1
         rollout = cast(Rollout, self._progress.rollout)
-        rows = [row for row in self._rows.tolist() if not self._learnable(rollout, row)] or self._rows.tolist()
+        rows = [
+            row for row in self._rows.tolist() if not self._has_finite_gradient(rollout, row)
+        ] or self._rows.tolist()
         texts = self.processing_class.batch_decode(rollout.input_ids[rows[:2]], skip_special_tokens=True)
         what = (
             f"Step {self.state.global_step} has gradients that are not finite and is skipped; its responses: {texts!r}"
         )
         if self._progress.skipped >= self.args.max_skipped_steps:
-            last = last_whole_checkpoint(cast(str, self.args.output_dir))
+            last = find_last_valid_checkpoint(cast(str, self.args.output_dir))
             raise RuntimeError(
                 f"{what}. That makes {self._progress.skipped} steps in a row (max_skipped_steps): lower the learning "
                 f"rate or look at the rewards. The last whole checkpoint is {last}."
             )
         warnings.warn(what, stacklevel=2)
 
-    def _learnable(self, rollout: Rollout, row: int) -> bool:
+    def _has_finite_gradient(self, rollout: Rollout, row: int) -> bool:
         # By itself, and without a trace in gradients, metrics or generators.
-        inputs = self._prepare_inputs(rollout.take(torch.tensor([row])))
+        inputs = self._prepare_inputs(rollout.micro_batch(torch.tensor([row])))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         meter, self._progress.meter = self._progress.meter, Meter()
         with isolated_rng(0), self.compute_loss_context_manager():
@@ -603,21 +615,21 @@ def with_embedded_padding(tokenizer: PreTrainedTokenizerBase, num_embeddings: in
 
 
 @contextlib.contextmanager
-def max_steps_of(args: PPOConfig) -> Iterator[None]:
+def override_max_steps(args: PPOConfig) -> Iterator[None]:
     """`total_episodes` as steps inside the block; they stay a wish in episodes, for the next run of these arguments."""
-    given, args.max_steps = args.max_steps, args.total_steps
+    given, args.max_steps = args.max_steps, args.requested_max_steps
     try:
         yield
     finally:
         args.max_steps = given
 
 
-def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_config: Any) -> Any:
+def load_policy_from_args(model: Any, args: PPOConfig, quantization_config: Any, peft_config: Any) -> Any:
     """The policy that `args` describes; an adapter's first weights are drawn here, from the seed alone."""
     fp16 = runs_in_fp16(args)
-    with isolated_rng(position_seed(args.seed, "adapter")):
+    with isolated_rng(derive_seed(args.seed, "adapter")):
         policy = load_policy(
-            with_named_adapters(model, args.model_adapter_name, args.ref_adapter_name),
+            rename_adapters(model, args.model_adapter_name, args.ref_adapter_name),
             peft_config=peft_config,
             quantization_config=quantization_in_fp16(quantization_config) if fp16 else quantization_config,
             model_init_kwargs=cast(dict | None, args.model_init_kwargs),  # TrainingArguments has parsed JSON
@@ -629,7 +641,7 @@ def loaded_policy(model: Any, args: PPOConfig, quantization_config: Any, peft_co
     return policy
 
 
-def rows_of(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+def index_batch(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """The part of a micro-batch that belongs to these rows."""
     return {
         name: values[rows] if isinstance(values, Tensor) else [values[row] for row in rows.tolist()]
@@ -645,7 +657,7 @@ def policy_loss(args: PPOConfig, new: Tensor, old: Tensor, advantages: Tensor) -
             cliprange=args.cliprange, cliprange_high=args.cliprange_high, dual_clip=args.dual_clip,
         )  # fmt: skip
     if args.objective == "kl_penalty":
-        loss = algo.kl_penalty_policy_loss(new, old, advantages, beta=args.policy_kl_coef)
+        loss = algo.kl_penalty_policy_loss(new, old, advantages, beta=args.old_policy_kl_coef)
     else:
         loss = algo.unclipped_policy_loss(new, old, advantages)
     return loss, torch.zeros_like(loss, dtype=torch.bool)

@@ -29,7 +29,7 @@ from trl import TrlParser
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from ppo_plus.callbacks.completions import print_samples
-from ppo_plus.report import REPORT, curves_png
+from ppo_plus.report import REPORT, plot_curves
 
 
 @dataclass
@@ -147,13 +147,14 @@ def look(trainer: PPOTrainer) -> tuple[dict[str, float], list[str], list[str]]:
     texts = samples.completions.completions
     figures = {
         "reward": samples.scores.mean().item(),
-        "kl": ((samples.logprobs - samples.ref_logprobs) * samples.mask).sum(1).mean().item(),
+        "kl": ((samples.logprobs - samples.ref_logprobs) * samples.action_mask).sum(1).mean().item(),
         "vader": sum(judge(texts)) / len(texts),
-        "tokens": samples.mask.sum(1).float().mean().item(),
+        "tokens": samples.action_mask.sum(1).float().mean().item(),
         "distinct_2": distinct_n(texts, 2),
         "repetition_3": repetition(texts, 3),
         # How surprised the untrained model is by the answers: text that broke would surprise it more.
-        "reference_nats_per_token": -(samples.ref_logprobs * samples.mask).sum().item() / samples.mask.sum().item(),
+        "reference_nats_per_token": -(samples.ref_logprobs * samples.action_mask).sum().item()
+        / samples.action_mask.sum().item(),
     }
     return figures, samples.completions.prompts, texts
 
@@ -175,7 +176,7 @@ def main() -> None:
     after, _, last_answers = look(trainer)
     trainer.save_model()
 
-    curves_png(trainer.state.log_history, out / "curves.png")
+    plot_curves(trainer.state.log_history, out / "curves.png")
     shown = slice(0, 8)
     print_samples(
         "The same held-out prompts and seeds, before and after PPO",

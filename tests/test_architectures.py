@@ -13,7 +13,7 @@ from conftest import lora, make_model, make_trainer
 from peft import PeftModel
 
 from ppo_plus import ActorCritic, ValueHead
-from ppo_plus.data.seeding import sampling_noise
+from ppo_plus.data.seeding import sampling_uniforms
 from ppo_plus.models.backbone import cache_of
 from ppo_plus.models.generation import select_rows
 from ppo_plus.rollout.buffer import response_mask
@@ -191,7 +191,7 @@ def sampled(model):
     """Answers of unequal length to left-padded prompts: (input_ids, attention_mask, response mask, generation)."""
     ids, mask = left_padded()
     out = model.sample(
-        ids, mask, sampling_noise(0, len(ids), LENGTH), stop_ids=STOPS, pad_token_id=0, temperature=TEMPERATURE
+        ids, mask, sampling_uniforms(0, len(ids), LENGTH), stop_ids=STOPS, pad_token_id=0, temperature=TEMPERATURE
     )
     real = response_mask(out.tokens, STOPS)
     return torch.cat([ids, out.tokens], 1), torch.cat([mask, real.long()], 1), real, out
@@ -220,8 +220,8 @@ def test_a_rollout_is_learned_from_saved_and_loaded(family, tmp_path):
     trainer = make_trainer(tmp_path, model=build(family), config=config, peft_config=adapter, reward_funcs=spread_out)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
-    assert trainer.state.log_history[0]["ppo/first_ratio_error"] < 1e-4
-    assert trainer.state.log_history[0]["rollout/logprob_gap"] < 1e-4
+    assert trainer.state.log_history[0]["ppo/initial_ratio_error"] < 1e-4
+    assert trainer.state.log_history[0]["sampling/logp_difference"] < 1e-4
     after = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert any(not torch.equal(before[name], after[name]) for name in before if "lora" in name)
     trainer.save_model()

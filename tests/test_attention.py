@@ -12,7 +12,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ppo_plus.kernels import cpu_attention as attention
-from ppo_plus.kernels.cpu_attention import PLAIN, choose_attention, plain_attention
+from ppo_plus.kernels.cpu_attention import EAGER_GQA, eager_gqa_attention, select_attention
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.value_head import ValueHead
 
@@ -50,7 +50,7 @@ def slow_attention(query, key, value, seen, scaling):
 @pytest.mark.parametrize("queries", [1, 3])
 def test_it_is_attention(key_heads, queries):
     (query, key, value), mask, seen = pieces(key_heads, queries=queries)
-    found, weights = plain_attention(Layer(6 // key_heads), query, key, value, mask, scaling=0.3)
+    found, weights = eager_gqa_attention(Layer(6 // key_heads), query, key, value, mask, scaling=0.3)
     assert weights is None and found.shape == (2, queries, 6, 4)
     torch.testing.assert_close(found, slow_attention(query, key, value, seen, 0.3), rtol=1e-6, atol=1e-6)
 
@@ -59,7 +59,7 @@ def test_it_is_attention(key_heads, queries):
 @pytest.mark.parametrize("scaling", [None, 0.5])
 def test_numbers_and_gradients_are_those_of_sdpa(key_heads, scaling):
     results = []
-    for function in (plain_attention, sdpa_attention_forward):
+    for function in (eager_gqa_attention, sdpa_attention_forward):
         tensors, mask, _ = pieces(key_heads, dtype=torch.float32)
         out, _ = function(Layer(6 // key_heads), *tensors, mask, scaling=scaling)
         out.square().sum().backward()
@@ -70,8 +70,8 @@ def test_numbers_and_gradients_are_those_of_sdpa(key_heads, scaling):
 def test_a_bias_on_the_scores_is_left_to_sdpa():
     (query, key, value), mask, _ = pieces(2, dtype=torch.float32)
     bias = torch.randn(2, 6, 3, 5)
-    found, _ = plain_attention(Layer(3), query, key, value, mask, position_bias=bias)
-    without, _ = plain_attention(Layer(3), query, key, value, mask)
+    found, _ = eager_gqa_attention(Layer(3), query, key, value, mask, position_bias=bias)
+    without, _ = eager_gqa_attention(Layer(3), query, key, value, mask)
     expected, _ = sdpa_attention_forward(Layer(3), query, key, value, mask, position_bias=bias)
     assert torch.equal(found, expected) and not torch.allclose(found, without, atol=1e-2)
 
@@ -79,16 +79,16 @@ def test_a_bias_on_the_scores_is_left_to_sdpa():
 def test_without_a_mask_it_is_causal():
     (query, key, value), mask, _ = pieces(2, queries=5, dtype=torch.float32)
     mask[0] = mask[1]  # no padding
-    masked, _ = plain_attention(Layer(3), query, key, value, mask)
-    found, _ = plain_attention(Layer(3), query, key, value, None)
+    masked, _ = eager_gqa_attention(Layer(3), query, key, value, mask)
+    found, _ = eager_gqa_attention(Layer(3), query, key, value, None)
     torch.testing.assert_close(found, masked, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_drops_weights_and_keeps_their_mean():
     (query, key, value), mask, _ = pieces(6)
     torch.manual_seed(0)
-    whole, _ = plain_attention(Layer(1), query, key, value, mask)
-    dropped = torch.stack([plain_attention(Layer(1), query, key, value, mask, dropout=0.5)[0] for _ in range(3000)])
+    whole, _ = eager_gqa_attention(Layer(1), query, key, value, mask)
+    dropped = torch.stack([eager_gqa_attention(Layer(1), query, key, value, mask, dropout=0.5)[0] for _ in range(3000)])
     assert not torch.allclose(dropped[0], whole)
     standard_error = dropped.std(0) / len(dropped) ** 0.5
     assert ((dropped.mean(0) - whole).abs() < 5 * standard_error).all()
@@ -109,8 +109,8 @@ def test_on_a_cpu_in_half_precision_short_sequences_take_plain_products_and_the_
     actor = actor_critic(torch.bfloat16)
     ROWS[1][0, :3] = 0  # padded on the left
     plain = actor(*ROWS, 6).logprobs
-    assert actor.config._attn_implementation == PLAIN
-    actor._fused_attention.clear()
+    assert actor.config._attn_implementation == EAGER_GQA
+    actor._sdpa_models.clear()
     actor.config._attn_implementation = "sdpa"
     fused = actor(*ROWS, 6).logprobs
     assert not torch.equal(plain, fused) and (plain - fused).abs().max() < 0.1
@@ -123,9 +123,9 @@ def test_only_short_sequences_and_single_queries_do():
     backbone = make_model().to(torch.bfloat16).model
     chosen = []
     for queries, keys in ((128, 128), (129, 129), (1, 5000), (2, 5000)):
-        choose_attention(backbone, queries, keys)
+        select_attention(backbone, queries, keys)
         chosen.append(backbone.config._attn_implementation)
-    assert chosen == [PLAIN, "sdpa", PLAIN, "sdpa"]
+    assert chosen == [EAGER_GQA, "sdpa", EAGER_GQA, "sdpa"]
 
 
 @torch.no_grad()
@@ -142,4 +142,4 @@ def test_it_is_not_written_into_the_files_of_a_model(tmp_path):
     actor(*ROWS, 6)
     actor.language_model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert PLAIN not in json.dumps(saved)
+    assert EAGER_GQA not in json.dumps(saved)

@@ -45,9 +45,9 @@ from transformers import (
 )
 
 from ppo_plus import PPOCallback, PPOConfig
-from ppo_plus.algo.kl import kl_divergence
+from ppo_plus.algo.kl import kl_estimate
 from ppo_plus.data.prompts import encode_prompt
-from ppo_plus.training.checkpoint import seal
+from ppo_plus.training.checkpoint import write_manifest
 
 # Loading it raises OSError: whoever gets another error was stopped before any weight was read.
 NO_WEIGHTS = "nobody/there-is-no-such-model"
@@ -137,7 +137,7 @@ def checkpoint(says: str, spoil: Callable[[Path], object], *, args=None, **overr
         copy = tmp_path / "checkpoint-2"
         shutil.copytree(good, copy)
         spoil(copy)
-        seal(copy)  # past the manifest, as if it had been damaged before it was sealed
+        write_manifest(copy)  # past the manifest, as if it had been damaged before it was sealed
         make_trainer(tmp_path / "out", config=args, **overrides).train(resume_from_checkpoint=str(copy))
 
     return Case(act, says)
@@ -328,7 +328,7 @@ CASES = {
     "model_init_kwargs as text": config("model_init_kwargs must be a dict, one as JSON", model_init_kwargs="dtype=x"),
     "kl_coef None": config("kl_coef must be a number.*; got None", kl_coef=None),
     "learning_rate negative": config("learning_rate must be 0 or more; got -0.1", learning_rate=-0.1),
-    "value_learning_rate negative": config("value_learning_rate must be", value_learning_rate=-1e-4),
+    "value_head_learning_rate negative": config("value_head_learning_rate must be", value_head_learning_rate=-1e-4),
     "cliprange 0": config("cliprange must be between 0 and 1; got 0", cliprange=0),
     "cliprange_value negative": config("cliprange_value must be above 0, or None; got -1", cliprange_value=-1),
     "vf_coef negative": config("vf_coef must be 0 or more, or None; got -1", vf_coef=-1),
@@ -341,18 +341,20 @@ CASES = {
     "reward_weights not numbers": config("reward_weights must be a list of numbers.*'much'", reward_weights=["much"]),
     "reward_weights NaN": config("reward_weights must be a list of numbers.*nan", reward_weights=[float("nan")]),
     "reward_weights one number": config("reward_weights must be a list of numbers.*; got 1.0", reward_weights=1.0),
-    "a switch that is text": config("include_eos must be one of True, False; got 'no'", include_eos="no"),
+    "a switch that is text": config("train_on_eos must be one of True, False; got 'no'", train_on_eos="no"),
     "num_sample_generations fraction": config("num_sample_generations must be", num_sample_generations=2.5),
     # Names that do not exist
     "unknown estimator": config("kl_estimator must be one of 'k1', 'k2', 'k3', 'abs'; got 'k4'", kl_estimator="k4"),
-    "unknown kl_in": config("kl_in must be one of 'reward', 'loss'; got 'both'", kl_in="both"),
+    "unknown kl_penalty_in": config("kl_penalty_in must be one of 'reward', 'loss'; got 'both'", kl_penalty_in="both"),
     "unknown objective": config("objective must be one of 'clip', .*; got 'trpo'", objective="trpo"),
     "unknown critic": config("critic must be one of 'shared', .*; got 'twin'", critic="twin"),
     "unknown value head": config("value_head must be one of 'linear', 'mlp'; got 'deep'", value_head="deep"),
     "a value head that cannot go below 0": config("value_head_activation must be", value_head_activation="relu"),
     "unknown stop token": config("stop_token must be one of 'eos', None; got 'period'", stop_token="period"),
     # Arguments that do not go together
-    "k1 as a loss": config("kl_in='loss' .*gradient is zero in expectation.*kl_estimator='k3'", kl_in="loss"),
+    "k1 as a loss": config(
+        "kl_penalty_in='loss' .*gradient is zero in expectation.*kl_estimator='k3'", kl_penalty_in="loss"
+    ),
     "two stop tokens": config("exclude each other: keep one", stop_token="eos", stop_token_id=5),
     "auto_find_batch_size": config("auto_find_batch_size.*change the rollout size.*Remove", auto_find_batch_size=True),
     "modules for GaLore": config(
@@ -783,7 +785,7 @@ def test_rewards_may_come_as(kind, convert, tmp_path):
 
     _, _, seen = trained(tmp_path, reward_funcs=score, config={"max_steps": 1, "missing_eos_penalty": None})
     expected = [float("e" in c) for c in seen.samples[0].completions.completions]
-    assert seen.rollouts[0].scores.tolist() == expected
+    assert seen.rollouts[0].sequence_scores.tolist() == expected
     assert len(set(expected)) == 2
 
 
@@ -793,7 +795,7 @@ def test_a_reward_of_none_leaves_the_response_out_of_learning(tmp_path):
 
     with pytest.warns(UserWarning, match="returned None for 2 of 8 responses, which are left out of learning"):
         _, _, seen = trained(tmp_path, reward_funcs=score, config={"max_steps": 1})
-    learned = seen.rollouts[0].mask.any(1)
+    learned = seen.rollouts[0].action_mask.any(1)
     assert learned.tolist() == [True, False, True, True, False, True, True, True]
 
 
@@ -819,12 +821,12 @@ def test_as_a_loss_every_estimator_but_k1_pulls_toward_the_reference(estimator, 
         return (logprobs.exp() * (logprobs - reference)).sum()
 
     logprobs = logits.log_softmax(-1)
-    (logprobs.exp().detach() * kl_divergence(logprobs, reference, estimator)).sum().backward()
+    (logprobs.exp().detach() * kl_estimate(logprobs, reference, estimator)).sum().backward()
     moved = distance(logits) - distance(logits - 1e-2 * logits.grad)
     assert (moved > 1e-4) == pulls
     assert pulls or logits.grad.abs().max() < 1e-6
     if pulls:
-        assert make_config(tmp_path, kl_in="loss", kl_estimator=estimator).kl_in == "loss"
+        assert make_config(tmp_path, kl_penalty_in="loss", kl_estimator=estimator).kl_penalty_in == "loss"
 
 
 UNICODE = {

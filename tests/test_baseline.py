@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ppo_plus import PPOCallback
-from ppo_plus.algo.prefix_reward_baseline import MEMORY, PRIOR, RewardBaseline
-from ppo_plus.data.padding import unpadded
+from ppo_plus.algo.prefix_reward_baseline import SHRINKAGE, TIME_CONSTANT, RewardBaseline
+from ppo_plus.data.padding import unpad
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.rewards import Completions
 
@@ -53,11 +53,11 @@ def fitted(rollouts, kept=None) -> tuple[float, float]:
     x = np.concatenate([scores[mask].numpy() for scores, _, mask in rollouts])
     y = np.concatenate([returns[mask].numpy() for _, returns, mask in rollouts])
     weights = np.concatenate(
-        [np.full(int(m.sum()), math.exp(-a / MEMORY)) for (_, _, m), a in zip(rollouts, ages, strict=True)]
+        [np.full(int(m.sum()), math.exp(-a / TIME_CONSTANT)) for (_, _, m), a in zip(rollouts, ages, strict=True)]
     )
     slope, _ = np.polyfit(x, y, 1, w=np.sqrt(weights))
-    responses = sum(n * math.exp(-a / MEMORY) for n, a in zip(sizes, ages, strict=True))
-    slope *= responses / (responses + PRIOR)
+    responses = sum(n * math.exp(-a / TIME_CONSTANT) for n, a in zip(sizes, ages, strict=True))
+    slope *= responses / (responses + SHRINKAGE)
     return slope, np.average(y, weights=weights) - slope * np.average(x, weights=weights)
 
 
@@ -70,7 +70,7 @@ def drawn(rows, seed, slope=0.7, noise=0.5):
 def test_the_line_is_that_of_weighted_least_squares():
     baseline, rollouts = RewardBaseline(), [drawn(rows, seed) for seed, rows in enumerate((32, 8, 64))]
     for i, rollout in enumerate(rollouts):
-        baseline.foretell(*rollout)
+        baseline.fit_predict(*rollout)
         assert baseline.line() == pytest.approx(fitted(rollouts[: i + 1]), rel=1e-6)
     assert 0.5 < baseline.line()[0] < 0.75
 
@@ -79,7 +79,7 @@ def test_each_response_has_the_line_of_all_others():
     baseline, before = RewardBaseline(), []
     for seed, rows in enumerate((12, 3)):
         scores, returns, mask = drawn(rows, seed)
-        found = baseline.foretell(scores, returns, mask)
+        found = baseline.fit_predict(scores, returns, mask)
         for row in range(rows):
             others = mask & (torch.arange(rows) != row)[:, None]
             slope, intercept = fitted([*before, (scores, returns, others)], kept=rows)
@@ -92,10 +92,10 @@ def test_each_response_has_the_line_of_all_others():
 
 def test_a_return_is_in_every_baseline_but_its_own():
     found = []
-    for earned in (0.0, 100.0):
+    for mc_returns in (0.0, 100.0):
         scores, returns, mask = drawn(8, seed=3)
-        returns[5] += earned
-        found.append(RewardBaseline().foretell(scores, returns, mask))
+        returns[5] += mc_returns
+        found.append(RewardBaseline().fit_predict(scores, returns, mask))
     same = torch.isclose(*found, rtol=1e-5).all(1)
     assert same.tolist() == [row == 5 for row in range(8)]
 
@@ -103,8 +103,8 @@ def test_a_return_is_in_every_baseline_but_its_own():
 def test_one_response_alone_is_foretold_nothing():
     scores, returns, mask = drawn(1, seed=0)
     baseline = RewardBaseline()
-    assert not baseline.foretell(scores, returns, mask).any()
-    assert baseline.foretell(scores, returns, mask)[mask].all()  # by the first
+    assert not baseline.fit_predict(scores, returns, mask).any()
+    assert baseline.fit_predict(scores, returns, mask)[mask].all()  # by the first
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
@@ -112,8 +112,8 @@ def test_it_follows_the_scale_of_the_returns(scale):
     """Callbacks may normalize scores; the reward adapter knows nothing of that."""
     plain, scaled = RewardBaseline(), RewardBaseline()
     scores, returns, mask = drawn(64, seed=0)
-    found = plain.foretell(scores, returns, mask)
-    assert torch.allclose(scaled.foretell(scores, returns * scale, mask), found * scale, rtol=1e-4)
+    found = plain.fit_predict(scores, returns, mask)
+    assert torch.allclose(scaled.fit_predict(scores, returns * scale, mask), found * scale, rtol=1e-4)
     assert scaled.line() == pytest.approx([scale * number for number in plain.line()])
 
 
@@ -122,7 +122,7 @@ def test_scores_that_foretell_nothing_count_little(rows):
     slopes = []
     for seed in range(50):
         baseline = RewardBaseline()
-        baseline.foretell(*drawn(rows, seed, slope=0.0))
+        baseline.fit_predict(*drawn(rows, seed, slope=0.0))
         slopes.append(abs(baseline.line()[0]))
     assert np.median(slopes) < 0.1
 
@@ -130,7 +130,7 @@ def test_scores_that_foretell_nothing_count_little(rows):
 def test_equal_scores_leave_the_mean():
     baseline = RewardBaseline()
     returns = torch.tensor([[1.0, 1.0], [2.0, 2.0], [6.0, 6.0]])
-    found = baseline.foretell(torch.full((3, 2), 1e3), returns, torch.ones(3, 2) > 0)
+    found = baseline.fit_predict(torch.full((3, 2), 1e3), returns, torch.ones(3, 2) > 0)
     assert baseline.line() == (0.0, 3.0)
     assert torch.equal(found, torch.tensor([[4.0, 4.0], [3.5, 3.5], [1.5, 1.5]]))
 
@@ -138,13 +138,13 @@ def test_equal_scores_leave_the_mean():
 def test_two_processes_with_half_the_rows_each_learn_the_same():
     scores, returns, mask = drawn(16, seed=1)
     whole, seen = RewardBaseline(), []
-    found = whole.foretell(scores, returns, mask)
+    found = whole.fit_predict(scores, returns, mask)
     halves = slice(0, 8), slice(8, 16)
     for half in halves:
-        RewardBaseline().foretell(scores[half], returns[half], mask[half], lambda sums: seen.append(sums) or sums)
+        RewardBaseline().fit_predict(scores[half], returns[half], mask[half], lambda sums: seen.append(sums) or sums)
     for half in halves:
         one = RewardBaseline()
-        part = one.foretell(scores[half], returns[half], mask[half], lambda _: seen[0] + seen[1])
+        part = one.fit_predict(scores[half], returns[half], mask[half], lambda _: seen[0] + seen[1])
         assert one.line() == pytest.approx(whole.line(), rel=1e-12)
         assert torch.allclose(part, found[half], rtol=1e-6)
 
@@ -157,7 +157,7 @@ def test_they_are_what_the_reward_model_alone_says_of_each_prefix(tmp_path, base
     _, recorder = run(tmp_path, base, reward_adapter, config={"max_steps": 4, "stop_token_id": 7, "temperature": 2.0})
     alone = PeftModel.from_pretrained(classifier(base), reward_adapter).eval()
     (samples,) = recorder.samples
-    lengths = samples.attention_mask[:, -samples.mask.shape[1] :].sum(1)
+    lengths = samples.attention_mask[:, -samples.action_mask.shape[1] :].sum(1)
     assert len(lengths.unique()) > 1
     for ids, mask, length, found in zip(
         samples.input_ids, samples.attention_mask.bool(), lengths.tolist(), samples.prefix_scores, strict=True
@@ -187,8 +187,8 @@ def test_they_cost_a_pass_only_where_the_text_has_other_tokens(tmp_path, base, r
         prompts = [[{"role": "user", "content": text}] for text in prompts]
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     reward(Completions(prompts, completions, [s[-3:] for s in sequences]))
-    passes, inner = [], trainer.model.token_scores
-    trainer.model.token_scores = lambda *args: passes.append(len(args[2])) or inner(*args)
+    passes, inner = [], trainer.model.prefix_rewards
+    trainer.model.prefix_rewards = lambda *args: passes.append(len(args[2])) or inner(*args)
     if spoil:
         sequences[1] = sequences[1][::-1]
     found = reward.prefix_scores(sequences)
@@ -216,7 +216,7 @@ def test_prompts_that_are_token_ids_are_scored_as_they_are(tmp_path, base, rewar
     by_text = reward(Completions(*texts, completions))
     assert by_text != pytest.approx(wanted, rel=1e-2)  # negative control
     assert reward(Completions(*texts, completions, prompt_ids=prompts)) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    inner, model.token_scores = model.token_scores, None  # what follows asks nobody
+    inner, model.prefix_rewards = model.prefix_rewards, None  # what follows asks nobody
     found = reward.prefix_scores([p + c for p, c in zip(prompts, completions, strict=True)])
     for ids, scores in zip(sequences, found, strict=True):
         wanted = inner(reward.name, reward.head, ids, torch.ones_like(ids))[0, :-1]
@@ -225,17 +225,17 @@ def test_prompts_that_are_token_ids_are_scored_as_they_are(tmp_path, base, rewar
 
 def test_a_dataset_of_token_ids_is_scored_in_one_look(tmp_path, base, reward_adapter):
     dataset = Dataset.from_dict({"input_ids": [[9, 2, 5, 9], [8, 6], [1, 4, 4], [10]] * 4})
-    looks, inner = [], ActorCritic.token_scores
+    looks, inner = [], ActorCritic.prefix_rewards
 
     def counted(model, name, head, input_ids, attention_mask, lengths):
-        looks.append(unpadded(input_ids, attention_mask))
+        looks.append(unpad(input_ids, attention_mask))
         return inner(model, name, head, input_ids, attention_mask, lengths)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ActorCritic, "token_scores", counted)
+        patch.setattr(ActorCritic, "prefix_rewards", counted)
         trainer, recorder = run(tmp_path, base, reward_adapter, train_dataset=dataset, config={"max_steps": 4})
     (samples,), (look,), eos = recorder.samples, looks, trainer.processing_class.eos_token_id
-    rows = unpadded(samples.input_ids, samples.attention_mask)
+    rows = unpad(samples.input_ids, samples.attention_mask)
     assert sorted(look) == sorted(ids if ids[-1] == eos else [*ids, eos] for ids in rows)
 
 
@@ -257,9 +257,9 @@ def test_values_are_the_critics_and_the_line_of_other_responses(tmp_path, base, 
     line = RewardBaseline()
     for rollout, samples in zip(recorder.rollouts, recorder.samples, strict=True):
         # What each token's return was, by hand: the KL penalty at each token, and the score at the last.
-        rewards = -0.5 * (samples.logprobs - samples.ref_logprobs) * rollout.mask
-        rewards[torch.arange(8), rollout.mask.sum(1) - 1] += rollout.scores
-        found = line.foretell(samples.prefix_scores, rewards.flip(1).cumsum(1).flip(1), rollout.mask)
+        rewards = -0.5 * (samples.logprobs - samples.ref_logprobs) * rollout.action_mask
+        rewards[torch.arange(8), rollout.action_mask.sum(1) - 1] += rollout.sequence_scores
+        found = line.fit_predict(samples.prefix_scores, rewards.flip(1).cumsum(1).flip(1), rollout.action_mask)
         assert torch.allclose(rollout.baselines, found, atol=1e-6) and found.std() > 0
         assert torch.allclose(rollout.values, samples.values + rollout.baselines, atol=1e-6)
 
@@ -271,14 +271,14 @@ def test_the_critic_learns_what_the_baseline_lacks(tmp_path, base, reward_adapte
     trainer, recorder = run(tmp_path, base, reward_adapter, config=config)
     logged = [row["ppo/value_loss"] for row in trainer.state.log_history if "ppo/value_loss" in row]
     for rollout, loss in zip(recorder.rollouts, logged, strict=True):
-        wanted = 0.5 * ((rollout.values - rollout.returns)[rollout.mask] ** 2).mean().item()
+        wanted = 0.5 * ((rollout.values - rollout.returns)[rollout.action_mask] ** 2).mean().item()
         assert loss == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("telling", [True, False])
 def test_scores_that_tell_make_values_that_foresee(tmp_path, telling):
     """The reward counts a letter; a prefix is scored by its count so far, or by numbers that mean nothing."""
-    config = {"max_steps": 16, "learning_rate": 0.0, "value_learning_rate": 0.0, "per_device_train_batch_size": 16,
+    config = {"max_steps": 16, "learning_rate": 0.0, "value_head_learning_rate": 0.0, "per_device_train_batch_size": 16,
               "kl_coef": 0.0, "missing_eos_penalty": None, "logging_steps": 4}  # fmt: skip
     trainer = make_trainer(tmp_path, config=config, train_dataset=make_prompts(64))
     (letter,) = trainer.processing_class("e")["input_ids"]
@@ -296,7 +296,7 @@ def test_scores_that_tell_make_values_that_foresee(tmp_path, telling):
 @pytest.mark.parametrize(
     ("config", "on"),
     [({}, True), ({"critic": "detached"}, True), ({"critic": "adapter"}, False),
-     ({"critic": "adapter", "reward_baseline": True}, True), ({"reward_baseline": False}, False)],
+     ({"critic": "adapter", "prefix_reward_baseline": True}, True), ({"prefix_reward_baseline": False}, False)],
     ids=str,
 )  # fmt: skip
 def test_who_gets_one(tmp_path, base, reward_adapter, config, on):
@@ -309,8 +309,8 @@ def test_without_a_reward_adapter_there_is_none(tmp_path):
     recorder = Recorder()
     make_trainer(tmp_path, callbacks=[recorder]).train()
     assert not any(rollout.baselines.any() for rollout in recorder.rollouts)
-    with pytest.raises(ValueError, match="reward_baseline=True reads the scores of a reward adapter"):
-        make_trainer(tmp_path, config={"reward_baseline": True})
+    with pytest.raises(ValueError, match="prefix_reward_baseline=True reads the scores of a reward adapter"):
+        make_trainer(tmp_path, config={"prefix_reward_baseline": True})
 
 
 def test_evaluations_ask_for_none(tmp_path, base, reward_adapter):
@@ -337,9 +337,9 @@ def test_training_resumes_to_the_same_bits(tmp_path, base, reward_adapter, step,
         state = json.loads(file.read_text())
         assert state["baseline"]["responses"] > 0
         file.write_text(json.dumps(state | {"baseline": {}}))
-        from ppo_plus.training.checkpoint import seal
+        from ppo_plus.training.checkpoint import write_manifest
 
-        seal(checkpoint)
+        write_manifest(checkpoint)
     resumed, _ = run(tmp_path / "resumed", base, reward_adapter, resume=str(checkpoint), config=config)
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs if a.requires_grad) != forget

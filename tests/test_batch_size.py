@@ -12,7 +12,7 @@ from datasets import Dataset
 from test_faults import DiesInBackward, weights
 
 from ppo_plus.kernels.batch_backoff import MOST_PATIENCE, PATIENCE, BatchSize, is_out_of_memory
-from ppo_plus.memory import DryRun, Setup
+from ppo_plus.memory import DryRun, PlannerConfig
 from ppo_plus.models.actor_critic import ActorCritic
 
 
@@ -207,11 +207,11 @@ class TestPeak:
         model = make_model(**sizes, eos_token_id=499)
         config = {
             "max_steps": 1, "num_mini_batches": 1, "per_device_train_batch_size": rows, "response_length": 40,
-            "gradient_accumulation_steps": 3, "cache_lower_layers": False, "stop_token_id": None,
+            "gradient_accumulation_steps": 3, "cache_frozen_layers": False, "stop_token_id": None,
         }  # fmt: skip
         prompts = Dataset.from_dict({"prompt": ["abcdefgh" * 3] * 32})
         trainer = make_trainer(tmp_path, model=model, peft_config=lora(), config=config, train_dataset=prompts)
-        trainer.model._fused_attention = []  # the planner plans for a card
+        trainer.model._sdpa_models = []  # the planner plans for a card
         step, found = trainer.training_step, []
 
         def measured(model, inputs, tokens):
@@ -219,13 +219,13 @@ class TestPeak:
             known += [p.grad for p in trainer.model.parameters() if p.grad is not None]
             with PeakMemory([*known, *(x for x in inputs.values() if isinstance(x, torch.Tensor))]) as memory:
                 loss = step(model, inputs, tokens)
-            found.append((inputs["mask"].shape, memory.peak))
+            found.append((inputs["action_mask"].shape, memory.peak))
             return loss
 
         monkeypatch.setattr(trainer, "training_step", measured)
         trainer.train()
         assert [shape for shape, _ in found] == [(rows, 40)] * 3
-        setup = Setup(prompt_length=24, response_length=40, quantization="fp32", lora_r=4, reward="none")
+        setup = PlannerConfig(prompt_length=24, response_length=40, quantization="fp32", lora_r=4, reward="none")
         parts = DryRun(model.config, setup).learn(rows).parts
         assert max(peak for _, peak in found[1:]) == pytest.approx(parts["activations"] + parts["logits"], rel=0.05)
         trained = sum(p.numel() * 4 for p in trainer.model.parameters() if p.requires_grad)

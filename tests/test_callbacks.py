@@ -19,17 +19,17 @@ from trl.trainer.callbacks import LogCompletionsCallback
 from ppo_plus import (
     ActorCritic,
     AdaptiveKLCallback,
+    CompletionsTableCallback,
     EarlyStoppingOnKLCallback,
-    NumericsWatchCallback,
     PPOCallback,
     PPOConfig,
     RewardNormalizationCallback,
     Rollout,
     RolloutSettings,
-    SamplesTableCallback,
+    TrainingHealthCallback,
 )
 from ppo_plus.callbacks.completions import print_samples
-from ppo_plus.rollout.collector import Samples
+from ppo_plus.rollout.collector import Experience
 
 EXACT = {"rel": 1e-9, "abs": 1e-9}
 
@@ -111,8 +111,8 @@ def test_the_coefficient_in_force_is_the_price_of_kl_in_the_reward(tmp_path):
     run(tmp_path, Price(), watch, rollouts=3, config={"lam": 1.0})
     assert watch.kl_coefs == pytest.approx([0.7, 1.7, 2.7])
     for rollout, price in zip(watch.rollouts, (0.7, 1.7, 2.7), strict=True):
-        assert torch.allclose(rollout.returns[:, 0], rollout.scores - price * rollout.kl, atol=1e-5)
-    assert watch.rollouts[2].kl.abs().max() > 0.1
+        assert torch.allclose(rollout.returns[:, 0], rollout.sequence_scores - price * rollout.sequence_kl, atol=1e-5)
+    assert watch.rollouts[2].sequence_kl.abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_normalization_by_hand(tmp_path):
     watch = Watch()
     callback = RewardNormalizationCallback(decay=0.75, clip=2.0)
     trainer = run(tmp_path, callback, watch, rollouts=2, reward_funcs=two_heights, config=PLAIN)
-    first, second = (rollout.scores.tolist() for rollout in watch.rollouts)
+    first, second = (rollout.sequence_scores.tolist() for rollout in watch.rollouts)
     assert first == pytest.approx([-1.0, 1.0] * 4, abs=1e-5)
     assert second == pytest.approx([2 / math.sqrt(4.75), 2.0] * 4, abs=1e-5)  # (6 - 4) / 2.18; 10 / 2.18 is clipped
     kept = installed(trainer, RewardNormalizationCallback)
@@ -158,7 +158,7 @@ def test_without_a_clip_the_score_goes_as_far_as_it_goes(tmp_path):
     watch = Watch()
     callback = RewardNormalizationCallback(decay=0.75, clip=None)
     run(tmp_path, callback, watch, rollouts=2, reward_funcs=two_heights, config=PLAIN)
-    assert watch.rollouts[1].scores[1].item() == pytest.approx(10 / math.sqrt(4.75), abs=1e-5)
+    assert watch.rollouts[1].sequence_scores[1].item() == pytest.approx(10 / math.sqrt(4.75), abs=1e-5)
 
 
 def test_responses_without_a_score_take_no_part_in_the_statistics(tmp_path):
@@ -171,8 +171,8 @@ def test_responses_without_a_score_take_no_part_in_the_statistics(tmp_path):
         trainer = run(tmp_path, callback, watch, rollouts=1, reward_funcs=score, config=PLAIN)
     kept = installed(trainer, RewardNormalizationCallback)
     assert (kept.mean, kept.var) == pytest.approx((2.0, 1.0), abs=1e-6)
-    assert watch.rollouts[0].scores.tolist() == pytest.approx([0, -1, 1, 0, -1, 1, -1, 1], abs=1e-5)
-    assert watch.rollouts[0].mask.any(1).tolist() == [False, True, True, False, True, True, True, True]
+    assert watch.rollouts[0].sequence_scores.tolist() == pytest.approx([0, -1, 1, 0, -1, 1, -1, 1], abs=1e-5)
+    assert watch.rollouts[0].action_mask.any(1).tolist() == [False, True, True, False, True, True, True, True]
 
 
 def test_equal_scores_become_zero_and_not_infinite(tmp_path):
@@ -181,7 +181,7 @@ def test_equal_scores_become_zero_and_not_infinite(tmp_path):
 
     watch = Watch()
     run(tmp_path, RewardNormalizationCallback(), watch, rollouts=2, reward_funcs=score, config=PLAIN)
-    assert all(rollout.scores.tolist() == [0.0] * 8 for rollout in watch.rollouts)
+    assert all(rollout.sequence_scores.tolist() == [0.0] * 8 for rollout in watch.rollouts)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
@@ -216,7 +216,7 @@ def test_states_are_in_the_checkpoint_and_a_resumed_run_goes_on_from_them(tmp_pa
         resume=str(tmp_path / "checkpoint-2"),
     )  # fmt: skip
     assert resumed.kl_coefs == watch.kl_coefs[2:]
-    assert torch.equal(resumed.rollouts[0].scores, watch.rollouts[2].scores)
+    assert torch.equal(resumed.rollouts[0].sequence_scores, watch.rollouts[2].sequence_scores)
     assert installed(trainer, AdaptiveKLCallback).kl_coef == pytest.approx(0.0504798, **EXACT)
 
 
@@ -245,38 +245,38 @@ def test_training_again_from_the_start_forgets_the_states(tmp_path):
 
 def test_a_callback_may_change_scores_in_place(tmp_path):
     class Halve(PPOCallback):
-        def on_scores(self, args, state, control, scores, **kwargs):
+        def on_rewards_computed(self, args, state, control, scores, **kwargs):
             scores.mul_(0.5).add_(100)
 
     watch = Watch()
     run(tmp_path, Halve(), watch, rollouts=1, reward_funcs=two_heights, config={**PLAIN, "lam": 1.0})
-    assert watch.rollouts[0].scores.tolist() == [100.5, 101.5] * 4
+    assert watch.rollouts[0].sequence_scores.tolist() == [100.5, 101.5] * 4
     assert watch.rollouts[0].returns[:, 0].tolist() == pytest.approx([100.5, 101.5] * 4, abs=1e-4)
     assert watch.metrics[0]["reward"] == 2.0
 
 
 def test_a_callback_may_leave_a_response_out_of_learning(tmp_path):
     class Drop(PPOCallback):
-        def on_scores(self, args, state, control, scores, **kwargs):
+        def on_rewards_computed(self, args, state, control, scores, **kwargs):
             scores[3] = float("nan")
 
     watch = Watch()
     run(tmp_path, Drop(), watch, rollouts=1)
-    assert [i for i, learned in enumerate(watch.rollouts[0].mask.any(1)) if not learned] == [3]
+    assert [i for i, learned in enumerate(watch.rollouts[0].action_mask.any(1)) if not learned] == [3]
 
 
 def test_each_callback_sees_all_scores_as_the_one_before_left_them(tmp_path):
     class Double(PPOCallback):
-        def on_scores(self, args, state, control, scores, all_scores, **kwargs):
-            before = all_scores.clone()
+        def on_rewards_computed(self, args, state, control, scores, gathered_scores, **kwargs):
+            before = gathered_scores.clone()
             scores.mul_(2)
-            assert torch.equal(all_scores, before)
+            assert torch.equal(gathered_scores, before)
 
     watch = Watch()
     callback = RewardNormalizationCallback(clip=None)
     trainer = run(tmp_path, Double(), callback, watch, rollouts=1, reward_funcs=two_heights, config=PLAIN)
     assert installed(trainer, RewardNormalizationCallback).mean == pytest.approx(4.0)  # twice 2
-    assert watch.rollouts[0].scores.tolist() == pytest.approx([-1.0, 1.0] * 4, abs=1e-5)
+    assert watch.rollouts[0].sequence_scores.tolist() == pytest.approx([-1.0, 1.0] * 4, abs=1e-5)
 
 
 # Events
@@ -302,17 +302,19 @@ class Diary(PPOCallback):
         assert settings.kl_coef == args.kl_coef
         assert not kwargs
 
-    def on_scores(self, args, state, control, scores, all_scores, token_rewards, model, processing_class, **kwargs):
+    def on_rewards_computed(
+        self, args, state, control, scores, gathered_scores, token_rewards, model, processing_class, **kwargs
+    ):
         self.note("scores", args, state, control, model, processing_class)
         assert scores.shape == (8,)
         assert token_rewards.shape[0] == 8 and not token_rewards.any()
-        assert torch.equal(scores, all_scores)
+        assert torch.equal(scores, gathered_scores)
         assert not kwargs
 
     def on_rollout_end(self, args, state, control, rollout, samples, metrics, model, processing_class, **kwargs):
         self.note("rollout ends", args, state, control, model, processing_class)
         assert isinstance(rollout, Rollout)
-        assert isinstance(samples, Samples)
+        assert isinstance(samples, Experience)
         assert len(rollout) == len(samples) == 8
         assert metrics["reward"] == pytest.approx(samples.scores.mean().item())
         metrics["mine/step"] = float(state.global_step)
@@ -394,7 +396,7 @@ def test_trls_callback_that_generates_gets_answers_and_changes_nothing(tmp_path)
 
 def test_every_event_can_be_overridden_with_keywords_alone():
     """A user's signature may be (self, **kwargs) after the three that Trainer passes by position."""
-    for event in ("on_rollout_begin", "on_rollout_progress", "on_scores", "on_rollout_end"):
+    for event in ("on_rollout_begin", "on_rollout_progress", "on_rewards_computed", "on_rollout_end"):
         parameters = list(inspect.signature(getattr(PPOCallback, event)).parameters.values())
         assert [p.name for p in parameters[:4]] == ["self", "args", "state", "control"]
         assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
@@ -482,7 +484,7 @@ def test_a_table_shows_messages_as_lines(tmp_path, capsys, monkeypatch):
 
 def test_a_user_may_install_the_table_too(tmp_path, capsys):
     config = {"num_sample_generations": 0, "num_completions_to_print": 1}
-    run(tmp_path, SamplesTableCallback(), rollouts=2, config=config, peft_config=lora(r=2))
+    run(tmp_path, CompletionsTableCallback(), rollouts=2, config=config, peft_config=lora(r=2))
     assert capsys.readouterr().out.count("Samples at step 0") == 1
 
 
@@ -509,7 +511,7 @@ def test_a_healthy_run_is_not_warned_about(tmp_path):
 
 
 def test_truncated_sampling_is_named_as_the_cause_of_a_negative_kl(tmp_path):
-    callback, args = NumericsWatchCallback(), make_config(tmp_path, top_k=1)
+    callback, args = TrainingHealthCallback(), make_config(tmp_path, top_k=1)
     samples = SimpleNamespace(completions=SimpleNamespace(completions=["a", "b"]))
     with pytest.warns(UserWarning, match=r"KL to the reference is -3.10 nats.*top_p, top_k or min_p.*turn them off"):
         callback.on_rollout_end(args, None, None, Rows(torch.tensor([-3.0, -3.2])), samples, {"kl": -3.1, "entropy": 1})
@@ -525,7 +527,7 @@ def test_truncated_sampling_is_named_as_the_cause_of_a_negative_kl(tmp_path):
     ],
 )
 def test_what_looks_wrong_is_said_once(tmp_path, metrics, texts, words):
-    callback, args = NumericsWatchCallback(), make_config(tmp_path)
+    callback, args = TrainingHealthCallback(), make_config(tmp_path)
     samples = SimpleNamespace(completions=SimpleNamespace(completions=texts))
     with pytest.warns(UserWarning, match=words) as caught:
         for _ in range(3):
@@ -536,7 +538,7 @@ def test_what_looks_wrong_is_said_once(tmp_path, metrics, texts, words):
 @pytest.mark.parametrize(("kl", "said"), [([-5.0, 3.0], False), ([-1.4, -0.6], False), ([-3.5, -2.5], True)])
 def test_what_scatters_around_zero_is_no_negative_kl(tmp_path, kl, said):
     """Of two responses: means of -1, -1 and -3 nats, whose standard errors are 2.8, 0.28 and 0.35."""
-    callback, kl = NumericsWatchCallback(), torch.tensor(kl)
+    callback, kl = TrainingHealthCallback(), torch.tensor(kl)
     samples = SimpleNamespace(completions=SimpleNamespace(completions=["a", "b"]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -546,12 +548,12 @@ def test_what_scatters_around_zero_is_no_negative_kl(tmp_path, kl, said):
 
 
 def test_a_first_ratio_that_is_not_one_is_named(tmp_path):
-    callback = NumericsWatchCallback()
+    callback = TrainingHealthCallback()
     with pytest.warns(UserWarning, match="the ratio was off 1 by 0.40"):
-        callback.on_log(None, None, None, logs={"ppo/first_ratio_error": 0.4})
+        callback.on_log(None, None, None, logs={"ppo/initial_ratio_error": 0.4})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        callback.on_log(None, None, None, logs={"ppo/first_ratio_error": 0.01})
+        callback.on_log(None, None, None, logs={"ppo/initial_ratio_error": 0.01})
 
 
 def test_an_actor_without_a_gradient_is_named(tmp_path):

@@ -44,7 +44,7 @@ def test_no_mask_is_built_and_the_numbers_stay(masks, rows):
         assert actor.config._attn_implementation == packing.PACKED
     assert masks and all(mask is None and causal for mask, causal in masks)
     masks.clear()
-    expected = numbers(actor, inputs) * real["asked"]
+    expected = numbers(actor, inputs) * real["response_mask"]
     assert any(mask is not None for mask, _ in masks) == (rows is ROWS)  # negative control: padded rows need one
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -59,9 +59,9 @@ def test_rows_of_equal_length_within_wider_ones_are_packed_without_a_mask(masks)
     ids = torch.randint(4, 40, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(12) < 7).long().expand(3, -1)
     masks.clear()
-    found = actor.token_scores("reward", head, ids, mask, [7, 7, 7])
+    found = actor.prefix_rewards("reward", head, ids, mask, [7, 7, 7])
     assert masks and all(given is None and causal for given, causal in masks)
-    alone = torch.cat([actor.token_scores("reward", head, row[None, :7], mask[:1, :7]) for row in ids])
+    alone = torch.cat([actor.prefix_rewards("reward", head, row[None, :7], mask[:1, :7]) for row in ids])
     torch.testing.assert_close(found[:, :7], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -89,9 +89,9 @@ def test_a_sliding_window_keeps_its_mask(masks):
     window = actor.config.sliding_window
     masks.clear()
     found = numbers(actor, inputs, **real)
-    assert window < max(tokens for tokens, _ in real["sizes"])
+    assert window < max(tokens for tokens, _ in real["seq_lens"])
     assert any(mask is not None for mask, _ in masks)
-    torch.testing.assert_close(found, numbers(actor, inputs) * real["asked"], rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(found, numbers(actor, inputs) * real["response_mask"], rtol=2e-4, atol=2e-5)
 
 
 @torch.no_grad()

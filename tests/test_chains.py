@@ -18,10 +18,10 @@ from peft import get_peft_model
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from ppo_plus import AdaptiveKLCallback, PPOCallback, PPOConfig, RewardNormalizationCallback
-from ppo_plus.models.adapters import scalings
+from ppo_plus.models.adapters import lora_scalings
 from ppo_plus.models.loading import load_policy
 from ppo_plus.rewards import Completions, FunctionReward
-from ppo_plus.trainer import loaded_policy
+from ppo_plus.trainer import load_policy_from_args
 
 SHORT = {"max_steps": 4, "response_length": 5}
 
@@ -91,13 +91,13 @@ def test_a_frozen_base_has_the_precision_that_was_asked_for(base):
 def test_fp16_on_a_gpu_wants_a_frozen_base_in_fp16(tmp_path, base, monkeypatch):
     args = make_config(tmp_path)
     args.fp16 = True
-    assert loaded_policy(str(base), args, None, lora()).get_base_model().dtype == torch.float32
+    assert load_policy_from_args(str(base), args, None, lora()).get_base_model().dtype == torch.float32
     monkeypatch.setattr(PPOConfig, "device", torch.device("cuda"))
-    policy = loaded_policy(str(base), args, None, lora())
+    policy = load_policy_from_args(str(base), args, None, lora())
     assert policy.get_base_model().dtype == torch.float16
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     args.fp16 = False
-    assert loaded_policy(str(base), args, None, lora()).get_base_model().dtype == torch.float32
+    assert load_policy_from_args(str(base), args, None, lora()).get_base_model().dtype == torch.float32
 
 
 def test_full_determinism_reaches_cublas_before_a_model_does(tmp_path, monkeypatch):
@@ -215,13 +215,13 @@ def test_what_would_make_another_policy_of_a_checkpoint_is_refused(saved, tmp_pa
 
 def test_scalings_are_each_numbers_once():
     config = lora(rank_pattern={"q_proj": 2})
-    assert scalings(get_peft_model(make_model(), config)) == [2.0, 4.0]
+    assert lora_scalings(get_peft_model(make_model(), config)) == [2.0, 4.0]
 
 
 class Halves(PPOCallback):
     """Not the same before and after a normalization."""
 
-    def on_scores(self, args, state, control, scores, **kwargs):
+    def on_rewards_computed(self, args, state, control, scores, **kwargs):
         scores.copy_(scores.clamp(max=0.5) / 2)
 
 
@@ -296,7 +296,7 @@ class SignalAt(TrainerCallback):
 
 def test_a_signal_is_answered_by_a_checkpoint_though_only_the_best_is_saved(tmp_path):
     config = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "learning_rate": 0.0,
-              "value_learning_rate": 0.0}  # fmt: skip
+              "value_head_learning_rate": 0.0}  # fmt: skip
     handled = []
     before = signal.signal(signal.SIGTERM, lambda *given: handled.append(given))
     try:
@@ -507,7 +507,7 @@ class Wish(PPOCallback):
         self.seen.append(("should_evaluate", state.global_step))
 
 
-@pytest.mark.parametrize("event", ["on_rollout_begin", "on_scores", "on_rollout_end"])
+@pytest.mark.parametrize("event", ["on_rollout_begin", "on_rewards_computed", "on_rollout_end"])
 @pytest.mark.parametrize("name", ["should_save", "should_evaluate"])
 def test_what_is_wished_for_in_a_rollout_happens_after_its_first_step(tmp_path, event, name):
     wish = Wish(event, name)

@@ -10,7 +10,7 @@ from conftest import make_model, make_trainer
 from torch._dynamo.utils import counters
 
 from ppo_plus.kernels import lora
-from ppo_plus.kernels.cpu_attention import PLAIN
+from ppo_plus.kernels.cpu_attention import EAGER_GQA
 
 # Traces as inductor does, and spares the tests its minutes in a C++ compiler.
 BACKEND = "eager"
@@ -79,7 +79,7 @@ class TestCompiledLayers:
         model = make_trainer(tmp_path, model=make_model().to(torch.bfloat16), config=config).model
         ids = torch.arange(4, 31).view(3, 9)
         model(ids, torch.ones_like(ids), 4).logprobs.sum().backward()
-        assert model.config._attn_implementation == PLAIN
+        assert model.config._attn_implementation == EAGER_GQA
         assert graphs() > 0
         assert not counters["graph_break"]
 

@@ -49,16 +49,16 @@ def test_derived_sizes_by_hand(micro_batch, accumulation, minibatches, epochs, r
     ],
 )
 def test_the_weight_of_the_value_loss_follows_the_critic_unless_it_is_set(critic, vf_coef, used):
-    assert config(critic=critic, vf_coef=vf_coef).value_coef == used
+    assert config(critic=critic, vf_coef=vf_coef).resolved_vf_coef == used
 
 
 def test_the_defaults_are_those_that_are_documented():
     args = config()
     expected = {
-        "num_ppo_epochs": 2, "num_mini_batches": 2, "learning_rate": 1e-5, "value_learning_rate": 1e-4,
+        "num_ppo_epochs": 2, "num_mini_batches": 2, "learning_rate": 1e-5, "value_head_learning_rate": 1e-4,
         "adam_epsilon": 1e-5, "weight_decay": 0.0, "max_grad_norm": 1.0, "kl_coef": 0.05, "kl_estimator": "k1",
-        "kl_in": "reward", "gamma": 1.0, "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2, "objective": "clip",
-        "missing_eos_penalty": 1.0, "whiten_rewards": False, "logging_nan_inf_filter": False,
+        "kl_penalty_in": "reward", "gamma": 1.0, "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2,
+        "objective": "clip", "missing_eos_penalty": 1.0, "whiten_rewards": False, "logging_nan_inf_filter": False,
         "remove_unused_columns": False, "restore_callback_states_from_checkpoint": True,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
@@ -101,7 +101,7 @@ FLAGS = {
     "generation_batch_size": ("16", 16),
     "kl_coef": ("1e-1", 0.1),
     "kl_estimator": ("k3", "k3"),
-    "kl_in": ("loss", "loss"),
+    "kl_penalty_in": ("loss", "loss"),
     "cliprange_value": ("0.3", 0.3),
     "cliprange_high": ("0.28", 0.28),
     "missing_eos_penalty": ("2", 2.0),
@@ -109,7 +109,7 @@ FLAGS = {
     "critic": ("detached", "detached"),
     "value_head": ("mlp", "mlp"),
     "value_head_activation": ("gelu", "gelu"),
-    "value_learning_rate": ("3e-4", 3e-4),
+    "value_head_learning_rate": ("3e-4", 3e-4),
     "learning_rate": ("3e-5", 3e-5),
     "shuffle_dataset": ("false", False),
     "log_completions": ("true", True),
@@ -138,7 +138,8 @@ def test_without_flags_the_parser_gives_the_defaults():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--kl_in", "both"], ["--critic", "twin"], ["--response_length", "many"], ["--no_such_option", "1"]]
+    "flags",
+    [["--kl_penalty_in", "both"], ["--critic", "twin"], ["--response_length", "many"], ["--no_such_option", "1"]],
 )
 def test_flags_that_mean_nothing_are_refused(flags, capsys):
     with pytest.raises((SystemExit, ValueError)):
@@ -151,7 +152,7 @@ output_dir: out
 use_cpu: true
 report_to: none
 learning_rate: 3.0e-5
-value_learning_rate: 1.0e-4
+value_head_learning_rate: 1.0e-4
 num_mini_batches: 4
 reward_weights: [1, 0.5]
 model_init_kwargs: {dtype: float32}
@@ -161,7 +162,7 @@ stop_token: eos
 shuffle_dataset: false
 """
 FROM_YAML = {
-    "learning_rate": 3e-5, "value_learning_rate": 1e-4, "num_mini_batches": 4, "reward_weights": [1, 0.5],
+    "learning_rate": 3e-5, "value_head_learning_rate": 1e-4, "num_mini_batches": 4, "reward_weights": [1, 0.5],
     "model_init_kwargs": {"dtype": "float32"}, "cliprange_value": None, "missing_eos_penalty": None,
     "stop_token": "eos", "shuffle_dataset": False,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from transformers import (
 
 from ppo_plus import PPOCallback
 from ppo_plus.models.adapters import use_adapter
-from ppo_plus.models.loading import CriticSource, build_actor_critic, load_policy
+from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
 
 IDS = torch.arange(4, 34).view(3, 10)
 MASK = torch.ones_like(IDS)
@@ -118,7 +118,7 @@ def test_a_value_model_starts_with_its_own_score_head(tmp_path, base, reward_ada
     torch.nn.init.normal_(value_model.score.weight)
     expected = prefix_scores(copy.deepcopy(value_model).eval(), IDS, 4)
     trainer = trainer_with(tmp_path, base, reward_adapter, "shared", value_model=value_model)
-    assert trainer.args.critic == "separate" and trainer.args.value_coef == 1.0
+    assert trainer.args.critic == "separate" and trainer.args.resolved_vf_coef == 1.0
     with torch.no_grad():
         assert torch.allclose(trainer.model.eval()(IDS, MASK, 4).values, expected, rtol=1e-4, atol=1e-5)
 
@@ -201,7 +201,7 @@ def test_in_the_warm_up_only_the_critic_learns(tmp_path, base, reward_adapter, k
 
 
 def test_each_part_has_its_own_rate(tmp_path, base, reward_adapter):
-    rates = {"learning_rate": 1e-3, "value_learning_rate": 2e-3, "critic_learning_rate": 3e-3}
+    rates = {"learning_rate": 1e-3, "value_head_learning_rate": 2e-3, "critic_backbone_learning_rate": 3e-3}
     for kind in ("adapter", "separate"):
         trainer = trainer_with(tmp_path, base, reward_adapter, kind, config={**rates, "weight_decay": 0.1})
         model, groups = trainer.model, trainer.create_optimizer().param_groups
@@ -236,7 +236,7 @@ def test_a_large_gradient_of_the_critic_does_not_shrink_the_actors(tmp_path, bas
 def gradients(base, reward_adapter, checkpointing, spoil=False):
     torch.manual_seed(0)
     policy = load_policy(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), peft_config=lora())
-    source = CriticSource("adapter", adapter=Path(reward_adapter))
+    source = CriticSpec("adapter", adapter=Path(reward_adapter))
     model = build_actor_critic(policy, critic=source).train()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -324,15 +324,15 @@ def test_training_resumes_to_the_same_bits(tmp_path, base, reward_adapter, kind)
 
 
 def test_the_folder_of_the_critic_is_part_of_what_makes_a_checkpoint_whole(tmp_path, base, reward_adapter):
-    from ppo_plus.training.checkpoint import damage
+    from ppo_plus.training.checkpoint import integrity_error
 
     config = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer = trainer_with(tmp_path, base, reward_adapter, "adapter", config=config)
     trainer.train()
-    assert damage(tmp_path / "checkpoint-2") is None
+    assert integrity_error(tmp_path / "checkpoint-2") is None
     file = tmp_path / "checkpoint-2" / "critic" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert "critic/adapter_model.safetensors is not as it was written" in damage(tmp_path / "checkpoint-2")
+    assert "critic/adapter_model.safetensors is not as it was written" in integrity_error(tmp_path / "checkpoint-2")
 
 
 # --- what is refused ---
@@ -447,4 +447,4 @@ def test_a_reference_says_at_first_what_the_policy_says_and_never_moves(tmp_path
 
 def test_make_config_is_untouched(tmp_path):
     """The cases above change `args.critic` of their own configuration only."""
-    assert make_config(tmp_path).critic == "shared" and replace(CriticSource()).kind == "shared"
+    assert make_config(tmp_path).critic == "shared" and replace(CriticSpec()).kind == "shared"

@@ -176,9 +176,9 @@ def policy(base, precision, folder):
     twins = plain_twin(trainer.model.policy), exact_twin(trainer.model.policy)
     found = learning(trainer, *twins) | rollout(trainer, *twins)
     moved = trained(trainer)
-    rows = [row for row in trainer.state.log_history if "ppo/first_ratio_error" in row]
+    rows = [row for row in trainer.state.log_history if "ppo/initial_ratio_error" in row]
     found["moved"] = min(moved.values())
-    found["first ratio"] = max(row["ppo/first_ratio_error"] for row in rows)
+    found["first ratio"] = max(row["ppo/initial_ratio_error"] for row in rows)
     return found
 
 
@@ -224,8 +224,8 @@ def run_matrix(family, work):
     from ppo_plus.kernels import cpu_attention as attention
     from ppo_plus.kernels import lora, packing
 
-    attention.plain_is_faster = packing.plain_is_faster = lambda *_: False  # as on CUDA
-    lora.FEW_ROWS = 0
+    attention.prefer_eager = packing.prefer_eager = lambda *_: False  # as on CUDA
+    lora.MAX_FP32_ROWS = 0
     found = {}
     for base in BASES:
         folder = work / f"{family} {base}".replace(" ", "-")

@@ -10,7 +10,7 @@ from tokenizers import processors
 from transformers import GenerationConfig
 
 from ppo_plus.data.padding import left_pad, pad_id
-from ppo_plus.data.prompts import checked_prompts, columns_of, encode_prompt, is_conversational, tokenize_prompts
+from ppo_plus.data.prompts import encode_prompt, is_conversational, to_columns, tokenize_prompts, validate_prompts
 from ppo_plus.data.tokenizers import check_tokenizer, stop_token_ids
 
 USER = {"role": "user", "content": "hi"}
@@ -204,19 +204,19 @@ def test_padding_is_taken_from_eos_only_where_there_is_none():
 def test_a_prompt_and_a_full_response_fit_the_context_exactly(context, fits):
     rows = Dataset.from_dict({"input_ids": [[4] * 3, [4] * 6, [4] * 5]})
     if fits:
-        checked_prompts(rows, 8, context, 99, "rows")
+        validate_prompts(rows, 8, context, 99, "rows")
         return
     with pytest.raises(ValueError, match=r"rows\[1\] has 6 tokens.*max_prompt_length=5"):
-        checked_prompts(rows, 8, context, 99, "rows")
+        validate_prompts(rows, 8, context, 99, "rows")
 
 
 def test_the_largest_id_that_has_an_embedding_is_allowed():
     rows = Dataset.from_dict({"input_ids": [[4, 9], [10, 3]]})
-    assert checked_prompts(rows, 8, None, 11, "rows") is rows
+    assert validate_prompts(rows, 8, None, 11, "rows") is rows
     with pytest.raises(ValueError, match=r"rows\[1\] has token id 10, but the model has embeddings for 10"):
-        checked_prompts(rows, 8, None, 10, "rows")
+        validate_prompts(rows, 8, None, 10, "rows")
 
 
 def test_rows_become_lists_by_column():
     rows = [{"prompt": "a", "input_ids": [4], "wanted": 1}, {"prompt": "b", "input_ids": [5], "wanted": None}]
-    assert columns_of(rows) == {"prompt": ["a", "b"], "wanted": [1, None]}
+    assert to_columns(rows) == {"prompt": ["a", "b"], "wanted": [1, None]}

@@ -210,13 +210,13 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number
 
 LEAVES = """
 import atexit, signal, torch
-from ppo_plus.training.shutdown import InterruptCallback
+from ppo_plus.training.shutdown import GracefulShutdownCallback
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 atexit.register(lambda: print("at the end:", torch.distributed.is_initialized()))
 try:
-    with InterruptCallback():
+    with GracefulShutdownCallback():
         if {interrupted}:
             signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
@@ -254,7 +254,7 @@ def test_two_processes_evaluate_and_predict_what_one_does(tmp_path):
     """Five prompts: one process answers three of them, the other two."""
     folder = tmp_path / "two"
     folder.mkdir()
-    found = launch(folder, steps=1, config={"run_report": True}, prepare=EVALUATE, result="EVALUATED")
+    found = launch(folder, steps=1, config={"html_report": True}, prepare=EVALUATE, result="EVALUATED")
     report = read_run(folder / "report.html")
     assert [len(answers["rows"]) for answers in report["answers"]] == [6, 6]  # process 0 answers all fixed prompts
     one = make_trainer(tmp_path / "one", config={"eval_win_rate": True})
@@ -272,15 +272,15 @@ from ppo_plus import PPOCallback
 seen = []
 
 class Look(PPOCallback):
-    def on_scores(self, args, state, control, scores, all_scores, **kwargs):
-        seen.append(all_scores.tolist())
+    def on_rewards_computed(self, args, state, control, scores, gathered_scores, **kwargs):
+        seen.append(gathered_scores.tolist())
         Path(args.output_dir, "seen.json").write_text(json.dumps(seen))
 
     def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
         metrics["look"] = metrics["reward"]
 
 class Double(PPOCallback):
-    def on_scores(self, args, state, control, scores, all_scores, **kwargs):
+    def on_rewards_computed(self, args, state, control, scores, gathered_scores, **kwargs):
         scores.mul_(2)
 
 callbacks, main = trainer.callback_handler.callbacks, trainer.accelerator.is_main_process

@@ -84,14 +84,20 @@ def default(folder, cpu, base, adapter):
 
 @group("training")
 def all_losses(folder, cpu, base, adapter):
-    config = {"entropy_coef": 0.1, "kl_in": "loss", "kl_estimator": "k3", "dual_clip": 3.0, "cliprange_high": 0.3}
+    config = {
+        "entropy_coef": 0.1,
+        "kl_penalty_in": "loss",
+        "kl_estimator": "k3",
+        "dual_clip": 3.0,
+        "cliprange_high": 0.3,
+    }
     return trained(folder, cpu, config)
 
 
 @group("training")
 def all_rewards(folder, cpu, base, adapter):
-    config = {"lam": 0.5, "gamma": 0.9, "kl_coef": 0.2, "include_eos": False, "whiten_rewards": True,
-              "importance_cap": 2.0, "missing_eos_penalty": 0.5}  # fmt: skip
+    config = {"lam": 0.5, "gamma": 0.9, "kl_coef": 0.2, "train_on_eos": False, "whiten_rewards": True,
+              "importance_sampling_cap": 2.0, "missing_eos_penalty": 0.5}  # fmt: skip
     return trained(folder, cpu, config, train_dataset=make_prompts(32).to_iterable_dataset())
 
 
@@ -206,7 +212,7 @@ def adapter_as_reward_and_critic(folder, cpu, base, adapter):
 
 
 class PaysTheFirstToken(PPOCallback):
-    def on_scores(self, args, state, control, scores, token_rewards, **kwargs):
+    def on_rewards_computed(self, args, state, control, scores, token_rewards, **kwargs):
         token_rewards[:, 0] += 0.5
         scores *= 2
 
@@ -222,7 +228,7 @@ def callbacks(folder, cpu, base, adapter):
 
 @group("Trainer")
 def evaluation_and_reports(folder, cpu, base, adapter):
-    config = {"eval_strategy": "steps", "eval_steps": 2, "run_report": True, "num_sample_generations": 2,
+    config = {"eval_strategy": "steps", "eval_steps": 2, "html_report": True, "num_sample_generations": 2,
               "log_completions": True}  # fmt: skip
     return trained(folder, cpu, config, eval_dataset=make_prompts(8))
 

@@ -37,12 +37,12 @@ def line_in(folder):
 @pytest.mark.parametrize("form", ["trl", "llama_factory"])
 def test_an_export_that_would_lack_the_baseline_is_refused(tmp_path, base, reward_adapter, form):
     trainer, keep = trained(tmp_path, base, reward_adapter)
-    returns = keep.rollout.returns[keep.rollout.mask]
+    returns = keep.rollout.returns[keep.rollout.action_mask]
     with torch.no_grad():
         out = trainer.model.eval()(keep.rollout.input_ids, keep.rollout.attention_mask, keep.rollout.response_length)
-    gap = returns.mean() - out.values[keep.rollout.mask].mean()
+    gap = returns.mean() - out.values[keep.rollout.action_mask].mean()
     assert gap.abs() > 0.5 * returns.mean().abs()  # what the exported head would have been off by
-    with pytest.raises(ValueError, match="reward_baseline"):
+    with pytest.raises(ValueError, match="prefix_reward_baseline"):
         export_with_value_head(trainer.model, tmp_path / "exported", form)
     assert not (tmp_path / "exported").exists()
 
@@ -58,23 +58,23 @@ def test_the_saved_head_says_which_line_was_added_to_it(tmp_path, base, reward_a
     for without in (
         make_trainer(tmp_path / "3", model=str(base)),
         make_trainer(
-            tmp_path / "4", model=str(base), reward_funcs=str(reward_adapter), config={"reward_baseline": False}
+            tmp_path / "4", model=str(base), reward_funcs=str(reward_adapter), config={"prefix_reward_baseline": False}
         ),
     ):
-        with pytest.raises(ValueError, match="reward_baseline=True"):
+        with pytest.raises(ValueError, match="prefix_reward_baseline=True"):
             load_value_head(without.model, tmp_path)
         assert not without.model.value_head.layers[0].weight.any()
 
 
 def test_a_head_that_is_the_whole_value_gets_no_baseline_added(tmp_path, base, reward_adapter):
     """Otherwise the first values are about twice the returns."""
-    trainer, _ = trained(tmp_path, base, reward_adapter, reward_baseline=False)
+    trainer, _ = trained(tmp_path, base, reward_adapter, prefix_reward_baseline=False)
     export_with_value_head(trainer.model, tmp_path / "exported")
     trainer.save_model()
     assert line_in(tmp_path) is None
     second = make_trainer(tmp_path / "2", model=str(base), reward_funcs=str(reward_adapter))
     for folder in (tmp_path, tmp_path / "exported"):
-        with pytest.raises(ValueError, match="reward_baseline=False"):
+        with pytest.raises(ValueError, match="prefix_reward_baseline=False"):
             load_value_head(second.model, folder)
 
 
@@ -86,7 +86,7 @@ def test_a_run_resumed_without_the_baseline_can_be_exported(tmp_path, base, rewa
     again = make_trainer(tmp_path, config={**STEPS, **config}, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.model.reward_line is not None
-    later = make_trainer(tmp_path, config={**STEPS, **config, "reward_baseline": False}, **options)
+    later = make_trainer(tmp_path, config={**STEPS, **config, "prefix_reward_baseline": False}, **options)
     later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     export_with_value_head(later.model, tmp_path / "exported")
     assert (tmp_path / "exported" / "pytorch_model.bin").is_file()
@@ -105,4 +105,4 @@ def test_without_a_reward_adapter_everything_is_exported(tmp_path):
     trainer = make_trainer(tmp_path, model=make_model(), config={"max_steps": 4})
     trainer.train()
     export_with_value_head(trainer.model, tmp_path / "exported")
-    assert not trainer.model.adds_reward_baseline
+    assert not trainer.model.uses_prefix_reward_baseline

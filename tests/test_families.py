@@ -15,7 +15,7 @@ from test_architectures import TARGETS, build
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from ppo_plus import PPOCallback, RewardConfig, RewardTrainer
-from ppo_plus.models.classifier import provide_classifier
+from ppo_plus.models.classifier import register_sequence_classifier
 
 PAIRS = Dataset.from_dict({"chosen": ["a warm film"] * 4, "rejected": ["a cold dull one"] * 4})
 WITHOUT_CLASSIFIER = ["Cohere", "Falcon-H1", "Gemma 3n", "Gemma 4, with vision", "Granite 4", "LFM 2", "SmolVLM"]
@@ -85,7 +85,7 @@ def test_a_family_gets_the_classifier_that_others_have(family, tmp_path):
     base = on_disk(family, tmp_path)
     config = transformers.AutoConfig.from_pretrained(base)
     assert type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    provide_classifier(config)
+    register_sequence_classifier(config)
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).eval()
     ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -99,7 +99,7 @@ def test_a_family_gets_the_classifier_that_others_have(family, tmp_path):
 
 def test_classifiers_of_transformers_stay_what_they_are():
     for name in ("Llama", "Mamba"):
-        provide_classifier(build(name).config)
+        register_sequence_classifier(build(name).config)
     assert MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING._extra_content == {}
 
 

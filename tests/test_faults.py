@@ -25,7 +25,7 @@ import ppo_plus.trainer as trainer_module
 import ppo_plus.training.resume as resume_module
 from ppo_plus import PPOCallback
 from ppo_plus.kernels.batch_backoff import BatchSize
-from ppo_plus.training.checkpoint import MANIFEST, damage, seal
+from ppo_plus.training.checkpoint import MANIFEST, integrity_error, write_manifest
 
 
 def steps(folder):
@@ -83,15 +83,15 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(copy, whole_run, name):
     spoil, words = DAMAGES[name]
-    assert damage(copy / "checkpoint-6") is None
+    assert integrity_error(copy / "checkpoint-6") is None
     spoil(copy / "checkpoint-6")
-    assert words in damage(copy / "checkpoint-6")
+    assert words in integrity_error(copy / "checkpoint-6")
     shutil.rmtree(copy / "checkpoint-5")
     trainer = saving(copy)
     with pytest.warns(UserWarning, match=f"checkpoint-6 is skipped: .*{words}"):
         trainer.train(resume_from_checkpoint=True)
     assert equal(weights(trainer), whole_run[1])
-    assert damage(copy / "checkpoint-6") is None  # written again, whole
+    assert integrity_error(copy / "checkpoint-6") is None  # written again, whole
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(copy):
@@ -112,8 +112,8 @@ def test_the_checkpoint_before_stays_until_the_new_one_is_whole(tmp_path, monkey
     at_seal = []
 
     def watched(directory):
-        at_seal.append([s for s in steps(tmp_path) if damage(tmp_path / f"checkpoint-{s}") is None])
-        seal(directory)
+        at_seal.append([s for s in steps(tmp_path) if integrity_error(tmp_path / f"checkpoint-{s}") is None])
+        write_manifest(directory)
 
     monkeypatch.setattr(resume_module, "seal", watched)
     trainer.train()
@@ -146,7 +146,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(tmp_path, an
     words = r"checkpoint-3 could not be written .* MiB are free there.*last whole checkpoint is .*checkpoint-2\."
     with pytest.raises(OSError, match=words):
         trainer.train()
-    assert steps(tmp_path) == [2] and damage(tmp_path / "checkpoint-2") is None
+    assert steps(tmp_path) == [2] and integrity_error(tmp_path / "checkpoint-2") is None
     assert trainer.args.save_total_limit == 1
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_is_passed_over_if_so_chosen(tmp_path, any_file_size, whole_
         trainer.train()
     assert sum("could not be written" in str(w.message) for w in told) == 2
     assert equal(weights(trainer), whole_run[1])
-    assert steps(tmp_path) == [6] and damage(tmp_path / "checkpoint-6") is None
+    assert steps(tmp_path) == [6] and integrity_error(tmp_path / "checkpoint-6") is None
 
 
 def test_a_best_checkpoint_that_could_not_be_written_is_not_taken_for_one(tmp_path, any_file_size):
@@ -248,7 +248,7 @@ def test_one_interrupt_finishes_the_step_saves_and_then_interrupts(tmp_path, who
         trainer.train()
     assert "SIGINT: finishing this step and saving" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
-    assert steps(tmp_path) == [3] and damage(tmp_path / "checkpoint-3") is None
+    assert steps(tmp_path) == [3] and integrity_error(tmp_path / "checkpoint-3") is None
 
     resumed = saving(tmp_path, save_strategy="no")
     resumed.train(resume_from_checkpoint=True)
@@ -306,7 +306,7 @@ def test_an_interrupt_while_generating_leaves_the_state_before_the_rollout(tmp_p
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     assert len(sent.calls) == 4 + 1 and scored == [8]  # one batch of four of the second rollout; nothing was scored
-    assert steps(tmp_path) == [4] and damage(tmp_path / "checkpoint-4") is None
+    assert steps(tmp_path) == [4] and integrity_error(tmp_path / "checkpoint-4") is None
 
     resumed = make_trainer(tmp_path, config=config)
     resumed.train(resume_from_checkpoint=True)
@@ -347,7 +347,7 @@ def interrupt_the_evaluation(trainer, monkeypatch, step, batch=2):
     generate, calls = ActorCritic.sample, []
 
     def interrupted(model, *args, **kwargs):
-        if trainer._progress.evaluation_due and trainer.state.global_step == step:
+        if trainer._progress.evaluation_pending and trainer.state.global_step == step:
             calls.append(step)
             if len(calls) == batch:
                 signal.raise_signal(signal.SIGINT)
@@ -401,11 +401,11 @@ def test_an_evaluation_that_a_signal_ended_is_made_by_the_resumed_run(tmp_path, 
             trainer.train()
     assert len(batches) == last and trainer.state.global_step == step  # not all of them, and no step more
     checkpoint = tmp_path / "parts" / f"checkpoint-{step}"
-    assert damage(checkpoint) is None
+    assert integrity_error(checkpoint) is None
     if spoil:
         file = checkpoint / "ppo_state_0.json"
-        file.write_text(file.read_text().replace('"evaluation_due": true', '"evaluation_due": false'))
-        seal(checkpoint)
+        file.write_text(file.read_text().replace('"evaluation_pending": true', '"evaluation_pending": false'))
+        write_manifest(checkpoint)
 
     resumed = evaluating(tmp_path / "parts", **config)
     resumed.train(resume_from_checkpoint=True)
@@ -418,7 +418,7 @@ def test_an_evaluation_that_a_signal_ended_is_made_by_the_resumed_run(tmp_path, 
     assert (kept(resumed.state) == kept(whole.state)) == (not spoil)
     if not spoil:
         assert equal(weights(resumed), weights(whole))
-        assert not resumed._progress.evaluation_due
+        assert not resumed._progress.evaluation_pending
 
 
 def test_a_signal_in_a_step_does_not_begin_the_evaluation_after_it(tmp_path, monkeypatch):
@@ -457,7 +457,9 @@ def test_the_evaluation_on_start_is_given_up_and_is_not_the_one_that_is_due(tmp_
     assert steps(tmp_path / "parts") == [2]
     _, batches = run(tmp_path / "parts", stop_at=2, resume=True)  # on start again, and the one that is due still is
     assert (
-        len(batches) == 2 and steps(tmp_path / "parts") == [2] and damage(tmp_path / "parts" / "checkpoint-2") is None
+        len(batches) == 2
+        and steps(tmp_path / "parts") == [2]
+        and integrity_error(tmp_path / "parts" / "checkpoint-2") is None
     )
     resumed, _ = run(tmp_path / "parts", resume=True)
     assert equal(weights(resumed), weights(whole))  # its schedule has read what was due
@@ -495,7 +497,7 @@ def test_the_exit_status_is_the_conventional_one(tmp_path, number, phase):
     assert done.returncode == -number, done.stderr[-2000:]
     assert f"{number.name}: finishing this step and saving" in done.stderr and "went on" not in done.stdout
     assert steps(tmp_path) == [6 if phase == "learning" else 4]
-    assert damage(tmp_path / f"checkpoint-{steps(tmp_path)[0]}") is None
+    assert integrity_error(tmp_path / f"checkpoint-{steps(tmp_path)[0]}") is None
 
 
 def test_an_error_in_training_puts_the_handlers_back(tmp_path):

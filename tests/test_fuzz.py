@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from ppo_plus import PPOConfig
 from ppo_plus.data.padding import left_pad
 from ppo_plus.data.prompts import encode_prompt, tokenize_prompts
-from ppo_plus.rollout.decoding import continuation
+from ppo_plus.rollout.decoding import decode_completion
 
 # The same examples every time: a failure here must be one that the next person can see too.
 fuzz = functools.partial(settings, deadline=None, derandomize=True, database=None)
@@ -107,7 +107,7 @@ def test_padding_can_be_taken_away_again(sequences, pad):
 @given(st.text(LETTERS, max_size=12), st.text(LETTERS, max_size=12))
 def test_a_continuation_is_what_was_answered(prompt, response):
     ids = [TOKENIZER.convert_tokens_to_ids(list(text)) for text in (prompt, response)]
-    assert continuation(TOKENIZER, *ids) == response
+    assert decode_completion(TOKENIZER, *ids) == response
 
 
 @fuzz(max_examples=300)
@@ -115,7 +115,7 @@ def test_a_continuation_is_what_was_answered(prompt, response):
 def test_a_continuation_that_begins_inside_a_character_is_text_all_the_same(text, data):
     ids = BYTES(text)["input_ids"]
     cut = data.draw(st.integers(0, len(ids)))
-    found = continuation(BYTES, ids[:cut], ids[cut:])
+    found = decode_completion(BYTES, ids[:cut], ids[cut:])
     found.encode()  # no half of a pair of surrogates
     whole = [len(text[:i].encode()) for i in range(len(text) + 1)]
     if cut in whole and "<eos>" not in text:

@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from ppo_plus import ActorCritic, PPOCallback, RewardConfig, RewardTrainer, ValueHead
-from ppo_plus.kernels.packing import WHOLE
+from ppo_plus.kernels.packing import NO_PACKING
 from ppo_plus.models.logprobs import chunked_logprobs, sample
-from ppo_plus.rollout.buffer import RightAligned
+from ppo_plus.rollout.buffer import LeftPaddedLayout
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ def trainer_on(device, folder, *, config=None, **arguments):
     """The tiny trainer of conftest on a device, in fp32."""
     on_cuda = device.type == "cuda"
     defaults = {"use_cpu": not on_cuda, "dataloader_pin_memory": on_cuda, "bf16": False, "learning_rate": 1e-3}
-    return make_trainer(folder, config={**defaults, "value_learning_rate": 1e-3, **(config or {})}, **arguments)
+    return make_trainer(folder, config={**defaults, "value_head_learning_rate": 1e-3, **(config or {})}, **arguments)
 
 
 def small_model(family, dtype=torch.float32):
@@ -144,13 +144,13 @@ def columns(layout):
 def our_logprobs(actor, device, layout):
     """Log-probabilities of the answers by one pass, and those answers, `(tokens,)`."""
     ids, mask, length, rows = columns(layout)
-    aligned = RightAligned.of(mask, length)
-    sizes = aligned.sizes if layout == "packed" else None
-    ids, mask = (aligned.sequences(x).to(device) for x in (ids, mask))
-    asked = aligned.asked.to(device)
+    aligned = LeftPaddedLayout.from_attention_mask(mask, length)
+    sizes = aligned.seq_lens if layout == "packed" else None
+    ids, mask = (aligned.align_tokens(x).to(device) for x in (ids, mask))
+    asked = aligned.response_mask.to(device)
     packing = actor._packing(mask[:, :-1], None if sizes is None else [tokens - 1 for tokens, _ in sizes])
-    assert (packing is not WHOLE) == (layout == "packed")
-    out = actor(ids, mask, aligned.end, TEMPERATURE, asked=asked, sizes=sizes)
+    assert (packing is not NO_PACKING) == (layout == "packed")
+    out = actor(ids, mask, aligned.max_response_len, TEMPERATURE, response_mask=asked, seq_lens=sizes)
     return out.logprobs[asked], rows
 
 
@@ -199,12 +199,12 @@ def test_a_packed_pass_asks_the_device_for_no_number(cuda):
     """Each question would wait for all that the device has still to do."""
     actor = actor_on(cuda, adapted(small_model("RMSNorm")))
     ids, mask, length, _ = columns("packed")
-    aligned = RightAligned.of(mask, length)
-    ids, mask = (aligned.sequences(x).to(cuda) for x in (ids, mask))
-    asked = aligned.asked.to(cuda)
+    aligned = LeftPaddedLayout.from_attention_mask(mask, length)
+    ids, mask = (aligned.align_tokens(x).to(cuda) for x in (ids, mask))
+    asked = aligned.response_mask.to(cuda)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        actor(ids, mask, aligned.end, TEMPERATURE, asked=asked, sizes=aligned.sizes)
+        actor(ids, mask, aligned.max_response_len, TEMPERATURE, response_mask=asked, seq_lens=aligned.seq_lens)
         with pytest.raises(RuntimeError):  # negative control
             int(mask.sum())
     finally:
@@ -224,7 +224,9 @@ def test_greedy_sampling_gives_the_tokens_of_generate(device, family):
 
     noise = torch.full((len(PROMPTS), 12), 0.5, dtype=torch.float64)
     with torch.no_grad():
-        found = actor.sample(ids, mask, noise, stop_ids=[41], pad_token_id=0, warp=keep_the_likeliest).tokens
+        found = actor.sample(
+            ids, mask, noise, stop_ids=[41], pad_token_id=0, logits_processor=keep_the_likeliest
+        ).tokens
     for prompt, answer in zip(PROMPTS, found.cpu().tolist(), strict=True):
         expected = policy.generate(
             input_ids=torch.tensor([prompt], device=device), attention_mask=torch.ones(1, len(prompt), device=device),
@@ -352,10 +354,10 @@ def test_every_base_is_trained_under_every_autocast(device, tmp_path, family, ba
     trainer.train()
     assert all(torch.equal(frozen[n], p) for n, p in trainer.model.named_parameters() if n in frozen)
     assert gap(trained_weights(trainer), before) > 1e-4
-    (collected,) = [row for row in logs.rows if "rollout/logprob_gap" in row]
+    (collected,) = [row for row in logs.rows if "sampling/logp_difference" in row]
     exact = base in ("fp32", "nf4") and autocast == "off"
-    assert collected["rollout/logprob_gap"] < (1e-3 if exact else 0.1)
-    assert collected["ppo/first_ratio_error"] < (1e-3 if exact else 0.1)
+    assert collected["sampling/logp_difference"] < (1e-3 if exact else 0.1)
+    assert collected["ppo/initial_ratio_error"] < (1e-3 if exact else 0.1)
     assert all(math.isfinite(row["loss"]) for row in logs.rows if "loss" in row)
 
 
@@ -427,13 +429,13 @@ def test_frozen_layers_that_are_cached_change_no_number(device, tmp_path):
     for cached in (True, False):
         trainer = trainer_on(
             device, tmp_path / str(cached), model=make_model(num_hidden_layers=4), peft_config=top,
-            config={"cache_lower_layers": cached, "max_steps": 4},
+            config={"cache_frozen_layers": cached, "max_steps": 4},
         )  # fmt: skip
-        assert bool(trainer.model.lower_layers) == cached
+        assert bool(trainer.model.num_cached_layers) == cached
         before = trained_weights(trainer)
         trainer.train()
         runs[cached] = trained_weights(trainer)
-        states = trainer._progress.rollout.lower_states
+        states = trainer._progress.rollout.frozen_hidden_states
         assert states is None if not cached else states.device.type == "cpu"  # the card keeps none of a whole rollout
     assert gap(runs[True], before) > 1e-3
     assert gap(runs[True], runs[False]) < 1e-4
@@ -527,7 +529,9 @@ def test_recomputed_activations_give_the_same_weights(device, tmp_path, critic):
     runs = []
     for checkpointing in (False, True):
         config = {"critic": critic, "activation_checkpointing": checkpointing, "max_steps": 4}
-        trainer = trainer_on(device, tmp_path / str(checkpointing), config={**config, "critic_learning_rate": 1e-3})
+        trainer = trainer_on(
+            device, tmp_path / str(checkpointing), config={**config, "critic_backbone_learning_rate": 1e-3}
+        )
         trainer.train()
         runs.append(trained_weights(trainer))
     assert gap(*runs) < 1e-4
@@ -612,7 +616,7 @@ def test_evaluation_and_report_are_those_of_the_cpu(device, tmp_path):
     found = []
     for where in (torch.device("cpu"), device):
         folder = tmp_path / where.type
-        config = {"run_report": True, "max_steps": 4, "eval_win_rate": True}
+        config = {"html_report": True, "max_steps": 4, "eval_win_rate": True}
         trainer = trainer_on(where, folder, eval_dataset=make_prompts(6), config=config)
         metrics = trainer.evaluate()
         found.append({n: v for n, v in metrics.items() if "runtime" not in n and "per_second" not in n})

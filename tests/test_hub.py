@@ -21,7 +21,7 @@ from transformers.trainer_utils import HubStrategy
 from ppo_plus import PPOTrainer
 from ppo_plus.report import REPORT
 from ppo_plus.report.__main__ import COMPARISON
-from ppo_plus.training.hub import HubMixin, without_tokens
+from ppo_plus.training.hub import HubMixin, redact_tokens
 from ppo_plus.training.model_card import curves_svg
 
 TESTS = Path(__file__).parent
@@ -228,7 +228,7 @@ def test_the_curves_are_drawn_to_scale():
 
 
 def test_tokens_are_blanked_wherever_they_stand():
-    found = without_tokens({"hub_token": "x", "stop_token": "eos", "model_init_kwargs": {"token": "y", "dtype": "z"}})
+    found = redact_tokens({"hub_token": "x", "stop_token": "eos", "model_init_kwargs": {"token": "y", "dtype": "z"}})
     assert found == {
         "hub_token": "<HUB_TOKEN>", "stop_token": "eos", "model_init_kwargs": {"token": "<TOKEN>", "dtype": "z"}
     }  # fmt: skip
@@ -320,7 +320,7 @@ from ppo_plus import RewardConfig, RewardTrainer
 
 prompts = Dataset.from_dict({{"prompt": ["secret"] * 8}})
 for name, asked in (("me/kept", False), ("me/shared", True)):
-    config = {{"run_report": True, "push_report": asked, "push_to_hub": True, "hub_strategy": "every_save",
+    config = {{"html_report": True, "push_report": asked, "push_to_hub": True, "hub_strategy": "every_save",
                "hub_model_id": name, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}}
     trainer = make_trainer(name, model={base!r}, train_dataset=prompts, config=config)
     trainer.train()

@@ -17,7 +17,7 @@ from test_faults import equal, evaluating, steps, weights
 from ppo_plus import PPOCallback
 from ppo_plus.report import REPORT, read_run
 from ppo_plus.rewards import Completions, FunctionReward, RewardSet
-from ppo_plus.training.checkpoint import damage
+from ppo_plus.training.checkpoint import integrity_error
 from ppo_plus.utils.interrupt import Interrupt, Interrupted, interruptible, raise_if_interrupted
 
 CONFIG = {"max_steps": 6, "logging_steps": 1}
@@ -60,16 +60,16 @@ def undisturbed(tmp_path_factory):
 
 
 def resumed_ends_in_the_same_bits(folder, undisturbed, **overrides):
-    assert steps(folder) == [4] and damage(folder / "checkpoint-4") is None  # the step before the second rollout
+    assert (
+        steps(folder) == [4] and integrity_error(folder / "checkpoint-4") is None
+    )  # the step before the second rollout
     trainer = make_trainer(folder, config=CONFIG, **overrides)
     trainer.train(resume_from_checkpoint=True)
     assert equal(weights(trainer), undisturbed[0])
     assert kept(trainer.state) == undisturbed[1]
 
 
-@pytest.mark.parametrize(
-    ("phase", "tokens"), [("generating", 9), ("scoring", 0), ("log-probabilities", 1), ("reference", 1)]
-)
+@pytest.mark.parametrize(("phase", "tokens"), [("generating", 9), ("scoring", 0), ("logprobs", 1), ("reference", 1)])
 def test_a_rollout_is_left_within_one_token_or_pass(tmp_path, undisturbed, phase, tokens):
     """All prompts are decoded in one batch: the next token would be the next report."""
     sent = Signal(phase, tokens=tokens)
@@ -210,7 +210,7 @@ def evaluated(tmp_path_factory):
     return weights(trainer), kept(trainer.state)
 
 
-@pytest.mark.parametrize("phase", ["generating", "scoring", "log-probabilities", "reward function"])
+@pytest.mark.parametrize("phase", ["generating", "scoring", "logprobs", "reward function"])
 def test_an_evaluation_is_left_within_one_token_call_or_pass(tmp_path, phase, evaluated):
     """And is made by the resumed run, to the same history."""
     later = []
@@ -248,13 +248,13 @@ def test_a_passed_over_check_would_be_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize("step", [4, 6])
 def test_the_reports_answers_are_left_within_one_token(tmp_path, step, undisturbed):
     """At a rollout, which is then made by the resumed run; and after the last step, which is saved all the same."""
-    config = {**CONFIG, "run_report": True}
+    config = {**CONFIG, "html_report": True}
     sent = Signal("generating", step=step, tokens=3)
     trainer = make_trainer(tmp_path, config=config, callbacks=[sent], eval_dataset=make_prompts(3))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert sent.sent and sent.later == 0
-    assert steps(tmp_path) == [step] and damage(tmp_path / f"checkpoint-{step}") is None
+    assert steps(tmp_path) == [step] and integrity_error(tmp_path / f"checkpoint-{step}") is None
     assert [at["step"] for at in read_run(tmp_path / REPORT)["answers"]] == [0, 4][: 1 + (step == 6)]
     resumed = make_trainer(tmp_path, config=config, eval_dataset=make_prompts(3))
     resumed.train(resume_from_checkpoint=True)
@@ -269,7 +269,7 @@ def test_hidden_states_that_are_looked_at_again_are_left_too(tmp_path):
     config = {**CONFIG, "save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path, config={**config, "max_steps": 2}, peft_config=lora(**top)).train()
     before = (tmp_path / "checkpoint-2" / "manifest.json").read_text()
-    sent = Signal("lower layers", step=2)
+    sent = Signal("frozen_layers", step=2)
     trainer = make_trainer(tmp_path, config=config, peft_config=lora(**top), callbacks=[sent])
     with pytest.raises(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=True)

@@ -233,17 +233,17 @@ class TestGradientSignal:
 
 def test_measured_gradients_are_those_of_the_trainer(world, monkeypatch, tmp_path):
     """Without a baseline, and with nothing in the loss but the policy."""
-    given = {"reward_baseline": False, "vf_coef": 0.0, "importance_cap": None, "cliprange_value": None}
+    given = {"prefix_reward_baseline": False, "vf_coef": 0.0, "importance_sampling_cap": None, "cliprange_value": None}
     job = job_of(world, monkeypatch, folder=str(tmp_path), rollout=32)
     found, kl = gradient_signal.measure(learning.our_trainer(job, []), 2)
     assert kl == pytest.approx(0, abs=1e-4)
     trainer = learning.our_trainer(job, [], **given)
-    noise = gradient_signal.sampling_noise(0, 32, trainer.args.response_length)
+    noise = gradient_signal.sampling_uniforms(0, 32, trainer.args.response_length)
     samples = trainer.collector.sample([trainer.train_dataset[i] for i in range(32)], noise, {})
     rollout = trainer.collector.rollout(samples, samples.scores, trainer.args.kl_coef)
     trained = trainer.model.actor_parameters()
     for minibatch in range(2):
-        inputs = rollout.take(torch.arange(16 * minibatch, 16 * minibatch + 16))
+        inputs = rollout.micro_batch(torch.arange(16 * minibatch, 16 * minibatch + 16))
         loss = trainer.compute_loss(trainer.model, inputs)
         wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
         assert wanted.abs().max() > 0

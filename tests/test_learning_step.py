@@ -79,12 +79,14 @@ def learning(tmp_path, config=None, **overrides):
     shorter = torch.arange(rollout.response_length) <= torch.arange(len(rollout))[:, None]
     attention_mask = rollout.attention_mask.clone()
     attention_mask[:, rollout.prompt_length :] *= shorter
-    return trainer, dataclasses.replace(rollout, attention_mask=attention_mask, mask=rollout.mask & shorter)
+    return trainer, dataclasses.replace(
+        rollout, attention_mask=attention_mask, action_mask=rollout.action_mask & shorter
+    )
 
 
 def waits(trainer, rollout):
     """What would have waited in one micro-batch of Trainer's own `training_step`, and how many operators ran."""
-    batch, tokens = rollout.take(torch.arange(4, 8)), rollout.mask.sum()
+    batch, tokens = rollout.micro_batch(torch.arange(4, 8)), rollout.action_mask.sum()
     with Operators() as operators, Methods() as methods:
         trainer.training_step(trainer.model, batch, tokens)
     return operators.found + methods.found, operators.seen
@@ -93,7 +95,7 @@ def waits(trainer, rollout):
 CONFIGS = [
     {},
     {"objective": "kl_penalty", "entropy_coef": 0.1},
-    {"kl_in": "loss", "kl_estimator": "k3", "dual_clip": 3.0, "cliprange_value": None},
+    {"kl_penalty_in": "loss", "kl_estimator": "k3", "dual_clip": 3.0, "cliprange_value": None},
     {"activation_checkpointing": True, "critic": "detached", "value_head": "mlp"},
     {"critic": "adapter"},
 ]
@@ -117,7 +119,7 @@ def test_without_padding_neither(tmp_path, config):
 def test_with_padding_sdpa_of_transformers_asks_once_per_forward_whether_there_is_any(tmp_path, layers):
     """Its masking_utils reads the attention mask before the first layer; what is ours still waits for nothing."""
     trainer, rollout = learning(tmp_path, model=make_model(attn_implementation="sdpa", num_hidden_layers=layers))
-    trainer.model._packable = []
+    trainer.model._packable_models = []
     found, _ = waits(trainer, rollout)
     assert {who for _, who in found} == {"masking_utils._ignore_causal_mask_sdpa"}
     assert len(found) <= 4
@@ -127,7 +129,7 @@ def test_with_padding_sdpa_of_transformers_asks_once_per_forward_whether_there_i
 def test_copies_to_a_gpu_do_not_wait_where_memory_may_be_pinned(tmp_path, monkeypatch, pinned):
     trainer, rollout = learning(tmp_path)
     trainer.args.dataloader_pin_memory = pinned
-    batch, copies, locked = rollout.take(torch.arange(4)), [], set()
+    batch, copies, locked = rollout.micro_batch(torch.arange(4)), [], set()
 
     def pin_memory(tensor):
         locked.add(id(tensor))
@@ -202,18 +204,20 @@ def gradients(trainer, parts, tokens):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("config", [{}, {"kl_in": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}], ids=["", "k3"])
+@pytest.mark.parametrize(
+    "config", [{}, {"kl_penalty_in": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}], ids=["", "k3"]
+)
 def test_a_row_leaves_no_trace_in_its_neighbours(tmp_path, implementation, config):
     """The gradient of a micro-batch is the sum over its rows alone; a short row's prompt, which stands in the columns
     of longer responses, is so unlikely at this temperature that its ratio to anything overflows."""
     model = make_model(attn_implementation=implementation)
     trainer, rollout = learning(tmp_path, {"temperature": 0.02, "learning_rate": 1e-6, **config}, model=model)
-    batch, tokens = rollout.take(torch.arange(8)), rollout.mask.sum()
-    assert not batch["mask"].all() and not batch["attention_mask"].all()
-    output = trainer.model(batch["input_ids"], batch["attention_mask"], batch["mask"].shape[1], 0.02)
-    assert output.logprobs[~batch["mask"]].min() < -100
+    batch, tokens = rollout.micro_batch(torch.arange(8)), rollout.action_mask.sum()
+    assert not batch["action_mask"].all() and not batch["attention_mask"].all()
+    output = trainer.model(batch["input_ids"], batch["attention_mask"], batch["action_mask"].shape[1], 0.02)
+    assert output.logprobs[~batch["action_mask"]].min() < -100
     together = gradients(trainer, [batch], tokens)
-    alone = gradients(trainer, [rollout.take(torch.tensor([row])) for row in range(8)], tokens)
+    alone = gradients(trainer, [rollout.micro_batch(torch.tensor([row])) for row in range(8)], tokens)
     assert alone.abs().max() > 1e-3
     assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
     assert all(torch.isfinite(pair).all() for pair in trainer._progress.meter._sums.values())

@@ -10,9 +10,9 @@ from conftest import make_model
 from transformers import LlamaConfig
 
 from ppo_plus.memory.dry_run import DryRun
-from ppo_plus.memory.prediction import Setup
+from ppo_plus.memory.prediction import PlannerConfig
 from ppo_plus.models import logprobs as logits
-from ppo_plus.models.logprobs import chunk_elements, chunked_logprobs, slices
+from ppo_plus.models.logprobs import chunk_elements, chunked_logprobs, row_slices
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 VOCABULARY = 152_000
@@ -26,12 +26,12 @@ def test_a_gpu_multiplies_some_hundred_tokens_by_the_head_at_a_time():
 
 def test_no_fp32_copy_on_a_gpu_is_larger_than_64_mb():
     """A head that is trained has its chunks whole in fp32."""
-    pieces = slices(torch.empty(1000, VOCABULARY, device="meta"))
+    pieces = row_slices(torch.empty(1000, VOCABULARY, device="meta"))
     longest = max(piece.stop - piece.start for piece in pieces)
     assert 2**25 < longest * VOCABULARY * 4 <= 2**26 == chunk_elements(GPU, False) * 4
     assert pieces[0].start == 0 and all(a.stop == b.start for a, b in pairwise(pieces))
     assert pieces[-1].stop >= 1000
-    assert len(slices(torch.empty(1000, 8))) == 1
+    assert len(row_slices(torch.empty(1000, 8))) == 1
 
 
 @pytest.mark.parametrize("frozen_head", [True, False])
@@ -58,7 +58,7 @@ def test_the_device_decides_how_many_chunks_there_are(monkeypatch, frozen_head):
 def test_the_planner_counts_the_chunks_of_a_gpu(monkeypatch):
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
-    setup = Setup(prompt_length=1, response_length=1000, rollout_batch_size=2, quantization="bf16", lora_r=2)
+    setup = PlannerConfig(prompt_length=1, response_length=1000, rollout_batch_size=2, quantization="bf16", lora_r=2)
 
     def planned():
         return DryRun(config, setup).learn(1).parts["logits"]

@@ -10,7 +10,7 @@ from conftest import lora, make_model
 from peft import get_peft_model
 
 import ppo_plus.kernels.lora as plain
-from ppo_plus.kernels.lora import use_plain_lora, weights_at_rest
+from ppo_plus.kernels.lora import cached_lora_weights, patch_lora_forward
 
 
 def peft_model(**options):
@@ -39,19 +39,19 @@ def calls(monkeypatch):
         original = kind.apply
         monkeypatch.setattr(kind, "apply", lambda *a: counted.append(kind) or original(*a))
 
-    count(plain._AddLowRank)
-    count(plain._LowRankLinear)
+    count(plain._LoRAAdd)
+    count(plain._LoRALinear)
     return counted
 
 
 def test_outputs_and_gradients_equal_pefts(calls):
     model = peft_model()
     ours = copy.deepcopy(model)
-    use_plain_lora(ours)
+    patch_lora_forward(ours)
     expected, expected_gradients = outputs_and_gradients(model)
     assert not calls
     found, gradients = outputs_and_gradients(ours)
-    assert calls == [plain._LowRankLinear] * 14  # seven linear layers in each of two blocks
+    assert calls == [plain._LoRALinear] * 14  # seven linear layers in each of two blocks
     assert torch.allclose(found, expected, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys() and len(gradients) == 28
     for name, gradient in gradients.items():
@@ -64,11 +64,11 @@ def test_a_base_that_is_trained_too_gets_its_gradients(calls, part):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f"q_proj.base_layer.{part}" in name or "lora_" in name)
     ours = copy.deepcopy(model)
-    use_plain_lora(ours)
+    patch_lora_forward(ours)
     _, expected = outputs_and_gradients(model)
     calls.clear()
     _, gradients = outputs_and_gradients(ours)
-    assert calls.count(plain._AddLowRank) == 2  # q_proj of two blocks
+    assert calls.count(plain._LoRAAdd) == 2  # q_proj of two blocks
     assert gradients.keys() == expected.keys() and any("base_layer" in name for name in gradients)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name
@@ -77,25 +77,25 @@ def test_a_base_that_is_trained_too_gets_its_gradients(calls, part):
 def test_autocast_goes_through_the_base_layer(calls):
     """The frozen weights are fp32 there, and the product is not."""
     model = peft_model()
-    use_plain_lora(model)
+    patch_lora_forward(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs_and_gradients(model)
-    assert set(calls) == {plain._AddLowRank}
+    assert set(calls) == {plain._LoRAAdd}
 
 
 def test_autocast_to_the_dtype_of_the_weights_changes_neither_way_nor_bit(calls):
     model = peft_model().bfloat16()
-    use_plain_lora(model)
+    patch_lora_forward(model)
     expected, expected_gradients = outputs_and_gradients(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, gradients = outputs_and_gradients(model)
-    assert calls == [plain._LowRankLinear] * 28
+    assert calls == [plain._LoRALinear] * 28
     assert torch.equal(found, expected)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())
     calls.clear()
     with torch.autocast("cpu", dtype=torch.float16):
         outputs_and_gradients(model)
-    assert set(calls) == {plain._AddLowRank}
+    assert set(calls) == {plain._LoRAAdd}
 
 
 def test_without_the_adapter_it_would_differ():
@@ -109,7 +109,7 @@ def test_without_the_adapter_it_would_differ():
 def test_a_switched_off_adapter_is_the_base(calls):
     model = peft_model()
     base = copy.deepcopy(model).unload()
-    use_plain_lora(model)
+    patch_lora_forward(model)
     ids = torch.arange(4, 31).view(3, 9)
     with model.disable_adapter(), torch.no_grad():
         assert torch.equal(model(ids).logits, base(ids).logits)
@@ -120,7 +120,7 @@ def test_a_switched_off_adapter_is_the_base(calls):
 def test_what_is_not_plain_goes_through_peft(calls, options):
     model = peft_model(**options).train()
     ours = copy.deepcopy(model)
-    use_plain_lora(ours)
+    patch_lora_forward(ours)
     torch.manual_seed(1)
     expected, _ = outputs_and_gradients(model)
     torch.manual_seed(1)
@@ -130,7 +130,7 @@ def test_what_is_not_plain_goes_through_peft(calls, options):
 
 def test_activation_checkpointing_recomputes_the_same_gradients():
     model = peft_model()
-    use_plain_lora(model)
+    patch_lora_forward(model)
     _, expected = outputs_and_gradients(model)
     model.get_base_model().activation_checkpointing_enable()
     model.train()
@@ -142,7 +142,7 @@ def test_activation_checkpointing_recomputes_the_same_gradients():
 def test_bf16_autocast_keeps_fp32_gradients():
     model = peft_model()
     ours = copy.deepcopy(model)
-    use_plain_lora(ours)
+    patch_lora_forward(ours)
     with torch.autocast("cpu", torch.bfloat16):
         _, gradients = outputs_and_gradients(ours)
         _, expected = outputs_and_gradients(model)
@@ -159,27 +159,27 @@ def test_weights_at_rest_are_cast_once_and_change_no_bit(dtype):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    use_plain_lora(model)
+    patch_lora_forward(model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
-    ids = (torch.arange(plain.FEW_ROWS + 2) % 27 + 4).view(2, -1)
+    ids = (torch.arange(plain.MAX_FP32_ROWS + 2) % 27 + 4).view(2, -1)
     with torch.no_grad():
         expected = model(ids).logits
-    with weights_at_rest(model):
-        first, kept = model(ids).logits, layer.at_rest[("default",), dtype][0]
+    with cached_lora_weights(model):
+        first, kept = model(ids).logits, layer._cache[("default",), dtype][0]
         assert torch.equal(first, expected) and kept[0].dtype == dtype
-        assert torch.equal(model(ids).logits, expected) and layer.at_rest[("default",), dtype][0] is kept
+        assert torch.equal(model(ids).logits, expected) and layer._cache[("default",), dtype][0] is kept
         with model.disable_adapter():
             assert not torch.equal(model(ids).logits, expected)
-    assert layer.at_rest is None
+    assert layer._cache is None
 
 
-@pytest.mark.parametrize("rows", [1, plain.FEW_ROWS, plain.FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, plain.MAX_FP32_ROWS, plain.MAX_FP32_ROWS + 1])
 def test_few_rows_are_added_to_in_fp32(rows):
     """As decoding has them; against double precision, over the same output of the base layer."""
     model = peft_model()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if "lora_" in name else torch.bfloat16)
-    use_plain_lora(model)
+    patch_lora_forward(model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     x = torch.randn(rows, 1, layer.in_features).bfloat16()
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
@@ -187,10 +187,10 @@ def test_few_rows_are_added_to_in_fp32(rows):
     assert added.abs().mean() > 0.01  # there is something to see
     with torch.no_grad():
         exact, moving = layer.base_layer(x).double() + added, layer(x)
-    with weights_at_rest(model):
+    with cached_lora_weights(model):
         resting = layer(x)
     assert resting.dtype == torch.bfloat16 and resting.shape == moving.shape
-    if rows > plain.FEW_ROWS:
+    if rows > plain.MAX_FP32_ROWS:
         assert torch.equal(resting, moving)
     else:
         # Rounded twice, in the sum and before it, and nothing else.
@@ -200,21 +200,21 @@ def test_few_rows_are_added_to_in_fp32(rows):
 
 def test_what_was_cast_is_forgotten_when_weights_move_again():
     model = peft_model()
-    use_plain_lora(model)
+    patch_lora_forward(model)
     ids = torch.arange(4, 31).view(3, 9)
-    with weights_at_rest(model):
+    with cached_lora_weights(model):
         before = model(ids).logits
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = parameter.data * 2
-    with weights_at_rest(model):
+    with cached_lora_weights(model):
         assert not torch.allclose(model(ids).logits, before, atol=1e-3)
 
 
 def test_gradients_flow_again_after_an_error_inside():
     model = peft_model()
-    use_plain_lora(model)
-    with pytest.raises(RuntimeError, match="inside"), weights_at_rest(model):
+    patch_lora_forward(model)
+    with pytest.raises(RuntimeError, match="inside"), cached_lora_weights(model):
         raise RuntimeError("inside")
     _, gradients = outputs_and_gradients(model)
     assert len(gradients) == 28

@@ -57,7 +57,7 @@ def trained(folder, cached, *, config=None, callbacks=(), **arguments):
     """A trainer that has trained, and all weights that it trained."""
     trainer = make_trainer(
         folder,
-        config={"cache_lower_layers": cached, "logging_steps": 1, **(config or {})},
+        config={"cache_frozen_layers": cached, "logging_steps": 1, **(config or {})},
         **{"model": deep_model(), "peft_config": top(2, 3), "callbacks": list(callbacks), **arguments},
     )
     trainer.train()
@@ -92,7 +92,7 @@ def test_where_all_passes_have_one_shape_training_is_the_same_to_the_last_bit(tm
         for cached in (True, False)
     ]
     (cached, weights), (plain, expected) = found
-    assert (cached.model.lower_layers, plain.model.lower_layers) == (2, 0)
+    assert (cached.model.num_cached_layers, plain.model.num_cached_layers) == (2, 0)
     assert losses(cached) == losses(plain) and len(losses(plain)) == 12
     assert gap(weights, expected) == 0.0
 
@@ -101,7 +101,7 @@ SETTINGS = {
     "shared": {},
     "detached": {"critic": "detached"},
     "its own adapter": {"critic": "adapter"},
-    "KL in the loss": {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.5},
+    "KL in the loss": {"kl_penalty_in": "loss", "kl_estimator": "k3", "kl_coef": 0.5},
     "entropy bonus": {"entropy_coef": 0.1},
     "critic warm-up": {"critic_warmup_steps": 2},
     "activation checkpointing": {"activation_checkpointing": True},
@@ -116,7 +116,7 @@ def test_with_padding_training_is_the_same_up_to_rounding(tmp_path, setting):
     config = {"max_steps": 8, **SETTINGS[setting]}
     cached, weights = trained(tmp_path / "cached", True, config=config)
     plain, expected = trained(tmp_path / "plain", False, config=config)
-    assert (cached.model.lower_layers, plain.model.lower_layers) == (2, 0)
+    assert (cached.model.num_cached_layers, plain.model.num_cached_layers) == (2, 0)
     assert gap(weights, expected) < 1e-5
     start = make_trainer(tmp_path, model=deep_model(), peft_config=top(2, 3), config=SETTINGS[setting])
     assert distance(start.model, expected) > 1e-3
@@ -127,7 +127,7 @@ def test_states_of_other_rows_would_be_noticed(tmp_path):
 
     class Mix(PPOCallback):
         def on_rollout_end(self, args, state, control, rollout, **kwargs):
-            rollout.lower_states.copy_(rollout.lower_states.roll(1, 0))
+            rollout.frozen_hidden_states.copy_(rollout.frozen_hidden_states.roll(1, 0))
 
     config = {"max_steps": 4}
     _, weights = trained(tmp_path / "mixed", True, config=config, callbacks=[Mix()])
@@ -140,7 +140,7 @@ def test_a_value_model_runs_by_itself(tmp_path):
     found = [
         trained(tmp_path / str(c), c, config=config, value_model=copy.deepcopy(value_model)) for c in (True, False)
     ]
-    assert found[0][0].model.lower_layers == 2
+    assert found[0][0].model.num_cached_layers == 2
     assert gap(found[0][1], found[1][1]) < 1e-5
 
 
@@ -162,7 +162,7 @@ def test_lower_layers_run_once_per_response_and_rollout(tmp_path, cached, below)
     """Each of 8 responses: its prompt in generation, 2 PPO epochs, actor, reference; or all but the prompt once."""
     model = deep_model()
     trainer = make_trainer(
-        tmp_path, model=model, peft_config=top(2, 3), config={"cache_lower_layers": cached, "max_steps": 4}
+        tmp_path, model=model, peft_config=top(2, 3), config={"cache_frozen_layers": cached, "max_steps": 4}
     )
     for layer in model.model.layers:
         layer.__class__ = Counted
@@ -190,26 +190,26 @@ def test_lower_layers_run_once_per_response_and_rollout(tmp_path, cached, below)
 def test_layers_are_shared_up_to_the_lowest_that_is_trained(options, count):
     policy = get_peft_model(deep_model(), options)
     actor = ActorCritic(policy, ValueHead(32))
-    actor.reuse_lower_layers()
-    assert actor.lower_layers == count
+    actor.enable_frozen_layer_cache()
+    assert actor.num_cached_layers == count
 
 
 def test_what_the_user_trains_besides_counts_too():
     policy = get_peft_model(deep_model(), top(3))
     decoder_layers(policy.get_base_model().model)[1].input_layernorm.weight.requires_grad_(True)
     actor = ActorCritic(policy, ValueHead(32))
-    actor.reuse_lower_layers()
-    assert actor.lower_layers == 1
+    actor.enable_frozen_layer_cache()
+    assert actor.num_cached_layers == 1
 
 
 def test_a_model_trained_in_full_has_none(tmp_path):
-    assert make_trainer(tmp_path, peft_config=None).model.lower_layers == 0
+    assert make_trainer(tmp_path, peft_config=None).model.num_cached_layers == 0
 
 
 def test_dropout_in_the_base_model_keeps_all_layers_running(tmp_path):
     config = {"disable_dropout": False}
     trainer = make_trainer(tmp_path, model=deep_model(), peft_config=top(3), config=config)
-    assert trainer.model.lower_layers == 0
+    assert trainer.model.num_cached_layers == 0
 
 
 def test_a_critic_whose_adapter_reaches_further_down_runs_all_layers(tmp_path):
@@ -220,13 +220,13 @@ def test_a_critic_whose_adapter_reaches_further_down_runs_all_layers(tmp_path):
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
-    actor.reuse_lower_layers()
-    assert actor.lower_layers == 2
+    actor.enable_frozen_layer_cache()
+    assert actor.num_cached_layers == 2
     ids, mask = left_padded()
     with torch.no_grad():
-        states = actor.lower_states(ids, mask)
-        found, expected = actor(ids, mask, 3, lower_states=states), actor(ids, mask, 3)
-        other = actor(ids, mask, 3, lower_states=states.roll(1, 0))
+        states = actor.frozen_hidden_states(ids, mask)
+        found, expected = actor(ids, mask, 3, frozen_hidden_states=states), actor(ids, mask, 3)
+        other = actor(ids, mask, 3, frozen_hidden_states=states.roll(1, 0))
     assert torch.equal(found.values, expected.values) and torch.equal(found.logprobs, expected.logprobs)
     assert torch.equal(other.values, expected.values) and not torch.equal(other.logprobs, expected.logprobs)
 
@@ -234,13 +234,13 @@ def test_a_critic_whose_adapter_reaches_further_down_runs_all_layers(tmp_path):
 def test_a_reward_adapter_further_down_changes_nothing(tmp_path):
     reward_folder(tmp_path)
     actor = ActorCritic(moved(get_peft_model(make_model(), top(1))), ValueHead(32)).eval()
-    actor.reuse_lower_layers()
+    actor.enable_frozen_layer_cache()
     ids, mask = left_padded()
     with torch.no_grad():
-        states = actor.lower_states(ids, mask)
-        actor.mount_reward("judge", tmp_path)
-        assert torch.equal(actor.lower_states(ids, mask), states)
-        assert torch.equal(actor(ids, mask, 3, lower_states=states).logprobs, actor(ids, mask, 3).logprobs)
+        states = actor.frozen_hidden_states(ids, mask)
+        actor.load_reward_adapter("judge", tmp_path)
+        assert torch.equal(actor.frozen_hidden_states(ids, mask), states)
+        assert torch.equal(actor(ids, mask, 3, frozen_hidden_states=states).logprobs, actor(ids, mask, 3).logprobs)
 
 
 # --- architectures ---
@@ -258,18 +258,20 @@ def test_every_family_goes_on_to_the_same_numbers(family):
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     actor = ActorCritic(policy, ValueHead(policy.config.get_text_config().hidden_size)).eval()
-    actor.reuse_lower_layers()
-    assert actor.lower_layers == (family not in HAND_ON_MORE)
+    actor.enable_frozen_layer_cache()
+    assert actor.num_cached_layers == (family not in HAND_ON_MORE)
     if family in HAND_ON_MORE:
         return
     ids, mask = left_padded()
     with torch.no_grad():
-        states, scored = actor.lower_states(ids, mask), {}
+        states, scored = actor.frozen_hidden_states(ids, mask), {}
         for role in (nullcontext, actor.reference):
             with role():
                 scored[role] = actor(ids, mask, 3).logprobs
-                assert torch.equal(actor(ids, mask, 3, lower_states=states).logprobs, scored[role])
-                assert (actor(ids, mask, 3, lower_states=states.roll(1, 1)).logprobs - scored[role]).abs().max() > 1e-4
+                assert torch.equal(actor(ids, mask, 3, frozen_hidden_states=states).logprobs, scored[role])
+                assert (
+                    actor(ids, mask, 3, frozen_hidden_states=states.roll(1, 1)).logprobs - scored[role]
+                ).abs().max() > 1e-4
     assert (scored[nullcontext] - scored[actor.reference]).abs().max() > 1e-4
 
 
@@ -291,7 +293,7 @@ def test_layers_that_hand_on_more_than_hidden_states_all_run(tmp_path):
     model.model.register_forward_pre_hook(lambda module, args: Leaky.left.clear())
     with pytest.warns(UserWarning, match=r"^All layers of Llama\w+ run in every pass: .* other numbers, by \d\.\de"):
         trainer = make_trainer(tmp_path, model=model, peft_config=top(2, 3))
-    assert isinstance(model, LlamaForCausalLM) and trainer.model.lower_layers == 0
+    assert isinstance(model, LlamaForCausalLM) and trainer.model.num_cached_layers == 0
 
 
 def test_states_are_apart_by_more_than_rounding():
@@ -309,11 +311,11 @@ def test_layers_are_themselves_again_after_each_pass():
     policy = get_peft_model(deep_model(), top(2, 3))
     actor = ActorCritic(policy, ValueHead(32)).eval()
     own = [dict(vars(layer)) for layer in decoder_layers(actor.language_model.base_model)]
-    actor.reuse_lower_layers()
+    actor.enable_frozen_layer_cache()
     ids, mask = left_padded()
-    states = actor.lower_states(ids, mask)
+    states = actor.frozen_hidden_states(ids, mask)
     with pytest.raises(RuntimeError):
-        actor(ids, mask, 3, lower_states=states[:, :-1])
+        actor(ids, mask, 3, frozen_hidden_states=states[:, :-1])
     for layer, before in zip(decoder_layers(actor.language_model.base_model), own, strict=True):
         assert "forward" not in vars(layer) and vars(layer).keys() == before.keys()
         assert layer.training == before["training"]
@@ -342,11 +344,12 @@ def test_states_move_with_their_tokens(tmp_path):
     keep = Keep()
     trainer, _ = trained(tmp_path, True, config={"max_steps": 1}, callbacks=[keep], train_dataset=make_prompts(16))
     rollout = keep.rollout
-    batch = rollout.take(torch.tensor([5, 0, 3]))
-    assert batch["lower_states"].shape == (*batch["input_ids"][:, 1:].shape, 32)
+    batch = rollout.micro_batch(torch.tensor([5, 0, 3]))
+    assert batch["frozen_hidden_states"].shape == (*batch["input_ids"][:, 1:].shape, 32)
     with torch.no_grad():
-        again = trainer.model.eval().lower_states(batch["input_ids"], batch["attention_mask"])
-    assert trainer.generate_completions(trainer.train_dataset).lower_states is None  # there may be many more
+        again = trainer.model.eval().frozen_hidden_states(batch["input_ids"], batch["attention_mask"])
+    assert trainer.generate_completions(trainer.train_dataset).frozen_hidden_states is None  # there may be many more
     real = batch["attention_mask"][:, :-1].bool()
-    assert (again - batch["lower_states"])[real].abs().max() < 1e-5
-    assert "lower_states" not in dataclasses.replace(rollout, lower_states=None).take(torch.tensor([1]))
+    assert (again - batch["frozen_hidden_states"])[real].abs().max() < 1e-5
+    plain = dataclasses.replace(rollout, frozen_hidden_states=None)
+    assert "frozen_hidden_states" not in plain.micro_batch(torch.tensor([1]))

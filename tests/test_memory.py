@@ -22,14 +22,14 @@ from transformers import (
     T5Config,
 )
 
-from ppo_plus.memory import DryRun, Ledger, Setup, plan, planning
+from ppo_plus.memory import DryRun, MemoryTracker, PlannerConfig, plan, planning
 from ppo_plus.memory.__main__ import main
 from ppo_plus.memory.dry_run import causal
-from ppo_plus.memory.layers import LayeredRun, fewer_layers, predict
+from ppo_plus.memory.layers import ExtrapolatedEstimator, predict, reduced_depth_configs
 from ppo_plus.memory.planning import GIB, table
 from ppo_plus.models import actor_critic as modeling
 from ppo_plus.models import logprobs as logits_module
-from ppo_plus.models.loading import CriticSource, build_actor_critic
+from ppo_plus.models.loading import CriticSpec, build_actor_critic
 
 SIZES = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
@@ -45,15 +45,15 @@ PROMPT, RESPONSE = 24, 40
 
 
 def setup(**overrides):
-    return Setup(**{"prompt_length": PROMPT, "response_length": RESPONSE, "quantization": "fp32", "lora_r": 4,
+    return PlannerConfig(**{"prompt_length": PROMPT, "response_length": RESPONSE, "quantization": "fp32", "lora_r": 4,
                     "reward": "none", **overrides})  # fmt: skip
 
 
 def real_actor(config, checkpointing=False, dtype=torch.float32, base=None, critic="shared"):
     torch.manual_seed(0)
     base = base or AutoModelForCausalLM.from_config(config, dtype=dtype)
-    actor = build_actor_critic(get_peft_model(base, lora()), critic=CriticSource(critic))
-    actor._fused_attention = []  # the planner plans for a card
+    actor = build_actor_critic(get_peft_model(base, lora()), critic=CriticSpec(critic))
+    actor._sdpa_models = []  # the planner plans for a card
     if checkpointing:
         actor.activation_checkpointing_enable()
     return actor
@@ -204,7 +204,7 @@ def test_a_quantized_base_keeps_the_activations_that_bitsandbytes_keeps(tmp_path
     ids=["grouped", "all-heads", "sliding", "mixed"],
 )  # fmt: skip
 def test_the_cache_grows_by_key_value_heads_and_stops_at_the_window(config, bytes_per_row):
-    [*_, parts] = DryRun(config, setup()).stretches("decode", rows=3)  # the last begins after the layers
+    [*_, parts] = DryRun(config, setup()).segment_peaks("decode", rows=3)  # the last begins after the layers
     # Windows count their tokens in a few bytes of their own.
     assert 0 <= parts["kv_cache"] - 3 * bytes_per_row <= 24 and parts["activations"] > 0
 
@@ -237,7 +237,7 @@ SEPARATE = LlamaConfig(**{**SIZES, "num_hidden_layers": 9, "hidden_size": 32, "i
 def test_a_few_layers_tell_what_all_of_them_take(name, options):
     asked, critic = setup(**options), SEPARATE if options.get("critic") == "separate" else None
     whole, few = DryRun(DEEP[name], asked, critic), predict(DEEP[name], asked, critic)
-    assert isinstance(few, LayeredRun)
+    assert isinstance(few, ExtrapolatedEstimator)
     assert few.parameters == whole.parameters
     # To the byte; where kinds mix, the highest layer may have other neighbours.
     tolerance = 0.005 if len(few.more) > 1 and critic is None else 0
@@ -252,7 +252,7 @@ def test_a_layer_too_few_is_seen():
     few = predict(DEEP["llama"], setup())
     exact = few.learn(2).total
     for count in (6, 8):
-        assert LayeredRun(few.first, [(few.more[0][0], count)]).learn(2).total != exact
+        assert ExtrapolatedEstimator(few.first, [(few.more[0][0], count)]).learn(2).total != exact
 
 
 def test_all_layers_run_where_a_few_do_not_tell():
@@ -262,11 +262,11 @@ def test_all_layers_run_where_a_few_do_not_tell():
             layer.mlp = torch.nn.Linear(config.hidden_size, config.hidden_size)
         return model
 
-    borrowing = LlamaConfig(**DEEP["llama"].to_diff_dict(), num_kv_shared_layers=4)
-    assert fewer_layers(DEEP["llama"], every_second_is_another) == (DEEP["llama"], [])
-    assert fewer_layers(borrowing, causal) == (borrowing, [])
-    assert fewer_layers(CONFIGS["llama"], causal) == (CONFIGS["llama"], [])  # few as they are
-    [(longer, left_out)] = fewer_layers(DEEP["llama"], causal)[1]
+    shares_kv = LlamaConfig(**DEEP["llama"].to_diff_dict(), num_kv_shared_layers=4)
+    assert reduced_depth_configs(DEEP["llama"], every_second_is_another) == (DEEP["llama"], [])
+    assert reduced_depth_configs(shares_kv, causal) == (shares_kv, [])
+    assert reduced_depth_configs(CONFIGS["llama"], causal) == (CONFIGS["llama"], [])  # few as they are
+    [(longer, left_out)] = reduced_depth_configs(DEEP["llama"], causal)[1]
     assert (longer.num_hidden_layers, left_out) == (3, 7)
     assert isinstance(predict(CONFIGS["llama"], setup()), DryRun)
 
@@ -276,8 +276,8 @@ def test_a_critic_of_its_own_is_a_second_model_and_trained_whole(checkpointing):
     torch.manual_seed(0)
     critic = AutoModelForSequenceClassification.from_config(Qwen2Config(**SIZES, num_labels=1))
     policy = get_peft_model(AutoModelForCausalLM.from_config(CONFIGS["llama"]), lora())
-    actor = build_actor_critic(policy, critic=CriticSource("separate", model=critic))
-    actor._fused_attention = []
+    actor = build_actor_critic(policy, critic=CriticSpec("separate", model=critic))
+    actor._sdpa_models = []
     if checkpointing:
         actor.activation_checkpointing_enable()
     asked = setup(critic="separate", activation_checkpointing=checkpointing)
@@ -402,7 +402,7 @@ def test_the_ledger_agrees_with_another_account_of_real_tensors():
         del a
         return b, c
 
-    ledger = Ledger(vocabulary=7)
+    ledger = MemoryTracker(vocabulary=7)
     with PeakMemory() as other, ledger:
         held = work()
     assert sum(ledger.peak.values()) == other.peak
@@ -432,8 +432,8 @@ def peak_of(trainer, phase, length, vocabulary):
             with torch.no_grad():
                 trainer.collector._forward(ids, torch.ones_like(ids), length, None, None)
         else:
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask, "logprobs": zeros,
-                     "ref_logprobs": zeros, "values": zeros, "baselines": zeros, "advantages": zeros + 1,
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "action_mask": mask, "logprobs": zeros,
+                     "ref_logprobs": zeros, "values": zeros, "value_baselines": zeros, "advantages": zeros + 1,
                      "returns": zeros + 1}  # fmt: skip
             trainer.compute_loss(trainer.model.train(), batch).backward()
     return found.peak

@@ -39,11 +39,11 @@ from ppo_plus.models import logprobs as logits
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.adapters import use_adapter
 from ppo_plus.models.backbone import place
-from ppo_plus.models.loading import CriticSource, build_actor_critic, load_policy
-from ppo_plus.models.logprobs import chunked_logprobs, head_is_frozen, logits_function, nucleus, sample
+from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
+from ppo_plus.models.logprobs import chunked_logprobs, head_is_frozen, logits_function, sample, top_p_filter
 from ppo_plus.models.value_head import ValueHead
 from ppo_plus.rollout.buffer import response_mask
-from ppo_plus.rollout.decoding import truncation
+from ppo_plus.rollout.decoding import build_logits_processor
 
 VOCABULARY, PAD, EOS = 42, 0, 2
 SIZES = {
@@ -212,7 +212,7 @@ def test_an_adapters_gradients_are_those_of_plain_peft_on_each_row_alone(checkpo
     rows, plain_peft = ragged_rows(), adapted().eval()
     actor = build_actor_critic(
         load_policy(make_model(), peft_config=lora()),
-        critic=CriticSource(),
+        critic=CriticSpec(),
     ).train(checkpointing)
     actor.policy.load_state_dict(plain_peft.state_dict())
     if checkpointing:
@@ -297,7 +297,7 @@ def test_detached_values_leave_the_policys_gradient_alone():
     ],
 )  # fmt: skip
 def test_without_dropout_a_model_in_training_scores_as_in_evaluation(cls, config):
-    options = {"critic": CriticSource()}
+    options = {"critic": CriticSpec()}
     for disable in (False, True):
         model = build(cls, cls.config_class(**{**config, "vocab_size": VOCABULARY}))
         actor = build_actor_critic(model, disable_dropout=disable, **options)
@@ -406,7 +406,7 @@ def test_rows_in_fp32_at_a_time_change_no_bit(monkeypatch, dtype, with_entropy):
         head, hidden, targets = tokens_to_score()
         head, hidden = head.to(dtype).requires_grad_(False), hidden.detach().to(dtype).requires_grad_()
         monkeypatch.setattr(logits, "SLICE_ELEMENTS", rows * 50)
-        assert len(logits.slices(head(hidden.view(90, -1)))) == -(-90 // rows)
+        assert len(logits.row_slices(head(hidden.view(90, -1)))) == -(-90 // rows)
         logprobs, entropy = chunked_logprobs(head, hidden, targets, 0.7, with_entropy, frozen_head=True)
         (logprobs + (2 * entropy if with_entropy else 0)).sum().backward()
         with torch.no_grad():
@@ -468,7 +468,7 @@ def test_a_separate_reference_model_is_used_and_is_no_part_of_the_model():
 
 def test_a_reference_with_an_adapter_of_its_own_speaks_with_it():
     reference, rows = adapted(seed=6).eval(), ragged_rows()
-    actor = build_actor_critic(adapted(), critic=CriticSource(), ref_model=reference)
+    actor = build_actor_critic(adapted(), critic=CriticSpec(), ref_model=reference)
     with torch.no_grad(), actor.eval().reference():
         assert gap_to_plain(actor(*as_batch(rows)), reference, rows) < 1e-5
 
@@ -478,7 +478,7 @@ def test_the_policy_cannot_be_its_own_reference(peft):
     model = make_model()
     policy = load_policy(model, peft_config=lora() if peft else None)
     with pytest.raises(ValueError, match="ref_model share their weights"):
-        build_actor_critic(policy, critic=CriticSource(), ref_model=model)
+        build_actor_critic(policy, critic=CriticSpec(), ref_model=model)
 
 
 def test_full_fine_tuning_without_a_reference_is_refused():
@@ -593,7 +593,7 @@ def test_full_fine_tuning_leaves_what_is_frozen_as_it_is(tmp_path):
         module.requires_grad_(False)
     start = snapshot(model)
     trainer = make_trainer(tmp_path, model=model, peft_config=None, config={"max_steps": 4})
-    assert trainer.model.lower_layers == 0  # the reference is another model
+    assert trainer.model.num_cached_layers == 0  # the reference is another model
     trainer.train()
     now = snapshot(trainer.model.policy)
     kept = {name for name in start if torch.equal(now[name], start[name])}
@@ -918,13 +918,16 @@ def by_hand_min_p(p):
 )
 def test_truncation_samples_the_kept_tokens_in_proportion_and_scores_them_whole(tmp_path, option, keep):
     model, n = make_model().eval(), 2000
-    actor, warp = actor_critic(copy.deepcopy(model)), truncation(make_config(tmp_path, **option))
+    actor, logits_processor = (
+        actor_critic(copy.deepcopy(model)),
+        build_logits_processor(make_config(tmp_path, **option)),
+    )
     whole = next_token_distribution(model, PROMPTS[0], 0.7)
     kept = torch.tensor(keep(whole.tolist()), dtype=torch.float64)
     assert 2 <= (kept > 0).sum() < (whole > 1 / n).sum()
-    found = first_token_frequencies(actor, PROMPTS[0], n, temperature=0.7, warp=warp)
+    found = first_token_frequencies(actor, PROMPTS[0], n, temperature=0.7, logits_processor=logits_processor)
     assert gap(found, kept / kept.sum()) < 1 / n
-    out = answer(actor, PROMPTS, uniform(4, 6), temperature=0.7, warp=warp, stop_ids=[EOS])
+    out = answer(actor, PROMPTS, uniform(4, 6), temperature=0.7, logits_processor=logits_processor, stop_ids=[EOS])
     with torch.no_grad():
         forward = actor(*responses_as_batch(PROMPTS, out.tokens, [EOS]), temperature=0.7)
     real = response_mask(out.tokens, [EOS])
@@ -932,7 +935,7 @@ def test_truncation_samples_the_kept_tokens_in_proportion_and_scores_them_whole(
 
 
 def test_no_truncation_is_no_warp(tmp_path):
-    assert truncation(make_config(tmp_path)) is None
+    assert build_logits_processor(make_config(tmp_path)) is None
 
 
 def responses_as_batch(prompts, tokens, stop_ids):
@@ -1090,9 +1093,9 @@ def test_the_nucleus_is_that_of_transformers(top_p):
     logits[0, 10:] = LOG0
     logits[1, 3] = 40.0  # all of the probability
     logits[2], logits[2, 5:9] = LOG0, 0.0  # a quarter each
-    found = nucleus(logits, top_p)
+    found = top_p_filter(logits, top_p)
     assert torch.equal(found, TopPLogitsWarper(top_p)(None, logits))
-    assert not torch.equal(found, nucleus(logits, 0.7 if top_p < 0.7 else 0.2))
+    assert not torch.equal(found, top_p_filter(logits, 0.7 if top_p < 0.7 else 0.2))
 
 
 @pytest.mark.usefixtures("summing_up")
@@ -1139,7 +1142,7 @@ def test_a_mounted_reward_model_scores_as_alone_and_leaves_the_trainable_set(tmp
     alone = reward_folder(tmp_path)
     actor = actor_critic(adapted(), kind="mlp")
     before = state_of(actor.policy)
-    head = actor.mount_reward("judge", tmp_path)
+    head = actor.load_reward_adapter("judge", tmp_path)
     after = state_of(actor.policy)
     assert {n: v for n, v in after[0].items() if ".judge." not in n} == before[0]
     added = {n: v for n, v in after[0].items() if ".judge." in n}
@@ -1185,7 +1188,7 @@ def test_a_mounted_reward_model_of_any_form_scores_as_alone_and_leaves_actor_and
             return reference, actor(*rows).logprobs
 
     before = say()
-    head = actor.mount_reward("judge", tmp_path / "reward")
+    head = actor.load_reward_adapter("judge", tmp_path / "reward")
     check_scores_as_alone(actor, head, alone)
     actor.save_pretrained(tmp_path / "saved")
     again = PeftModel.from_pretrained(make_model(), tmp_path / "saved").eval()
@@ -1201,7 +1204,7 @@ def test_beside_an_actor_of_any_form_a_reward_model_scores_as_alone_and_both_are
     actor, rows = actor_critic(policy, kind="mlp").eval(), as_batch(ragged_rows())
     with torch.no_grad():
         before = actor(*rows).logprobs
-        head = actor.mount_reward("judge", tmp_path / "reward")
+        head = actor.load_reward_adapter("judge", tmp_path / "reward")
         check_scores_as_alone(actor, head, alone)
         assert torch.equal(actor(*rows).logprobs, before)
     actor.save_pretrained(tmp_path / "saved")
@@ -1219,17 +1222,17 @@ def test_an_adapter_that_brings_weights_of_the_base_is_refused_unless_they_are_t
     weights, name = load_file(file), "base_model.model.model.embed_tokens.weight"
     embeddings = make_model().model.embed_tokens.weight.detach()
     save_file({**weights, name: embeddings}, file)
-    actor_critic(adapted(), kind="mlp").mount_reward("judge", tmp_path)
+    actor_critic(adapted(), kind="mlp").load_reward_adapter("judge", tmp_path)
     save_file({**weights, name: embeddings + 1}, file)
     with pytest.raises(ValueError, match="brings other weights than this base has at .*embed_tokens.weight"):
-        actor_critic(adapted(), kind="mlp").mount_reward("judge", tmp_path)
+        actor_critic(adapted(), kind="mlp").load_reward_adapter("judge", tmp_path)
 
 
 def test_a_mounted_reward_model_is_not_written(tmp_path):
     reward_folder(tmp_path / "reward")
     actor = actor_critic(adapted())
     actor.save_pretrained(tmp_path / "before")
-    actor.mount_reward("judge", tmp_path / "reward")
+    actor.load_reward_adapter("judge", tmp_path / "reward")
     actor.save_pretrained(tmp_path / "after")
     before, after = (tensors_in(tmp_path / f / "adapter_model.safetensors") for f in ("before", "after"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)

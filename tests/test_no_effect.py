@@ -39,8 +39,8 @@ def test_training_of_no_length_is_refused(tmp_path, config, named, kind):
 
 
 def test_epochs_play_no_part_where_steps_or_episodes_decide(tmp_path):
-    assert make_config(tmp_path, num_train_epochs=0, max_steps=4).total_steps == 4
-    assert make_config(tmp_path, num_train_epochs=0, max_steps=-1, total_episodes=16).total_steps == 8
+    assert make_config(tmp_path, num_train_epochs=0, max_steps=4).requested_max_steps == 4
+    assert make_config(tmp_path, num_train_epochs=0, max_steps=-1, total_episodes=16).requested_max_steps == 8
     trainer = make_trainer(tmp_path, config={"num_train_epochs": 0.4, "max_steps": -1})
     trainer.train()
     assert trainer.state.global_step == 4  # of 8 in an epoch

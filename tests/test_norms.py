@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ppo_plus.kernels.rmsnorm import use_lean_norms
+from ppo_plus.kernels.rmsnorm import patch_rmsnorm
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
@@ -20,7 +20,7 @@ def norm(dtype, lean: bool) -> nn.Module:
     module = LlamaRMSNorm(16, eps=1e-5).to(dtype).requires_grad_(False)
     module.weight.copy_(torch.linspace(-1.3, 2.1, 16))
     if lean:
-        use_lean_norms(module)
+        patch_rmsnorm(module)
         assert "forward" in vars(module)
     return module
 
@@ -99,7 +99,7 @@ def test_a_norm_that_is_trained_keeps_its_own_code_and_gets_its_gradient():
 
 
 def lean_norms(model) -> set[str]:
-    use_lean_norms(model)
+    patch_rmsnorm(model)
     return {name for name, module in model.named_modules() if "RMSNorm" in type(module).__name__
             and "forward" in vars(module)}  # fmt: skip
 

@@ -17,11 +17,11 @@ from ppo_plus import PPOCallback
 from ppo_plus.kernels import packing
 from ppo_plus.kernels.cpu_attention import PACKED
 from ppo_plus.kernels.frozen_layers import decoder_layers, entering
-from ppo_plus.kernels.packing import WHOLE, Groups, Packing, grouped, picked
+from ppo_plus.kernels.packing import NO_PACKING, LengthBuckets, Packing, bucket_by_length, make_packing
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.logprobs import logits_function
 from ppo_plus.models.value_head import ValueHead
-from ppo_plus.rollout.buffer import RightAligned
+from ppo_plus.rollout.buffer import LeftPaddedLayout
 
 CPU = torch.device("cpu")
 ROWS = ragged_rows(prompts=(7, 3, 1, 5, 12), responses=(4, 6, 2, 1, 9))
@@ -38,12 +38,12 @@ def actor_critic(policy, **options):
 def right_aligned(rows=ROWS, order=None):
     """What a micro-batch holds of these rows: ids, mask, R, and which tokens are real."""
     ids, mask, length = as_batch(rows if order is None else [rows[i] for i in order])
-    aligned = RightAligned.of(mask, length)
+    aligned = LeftPaddedLayout.from_attention_mask(mask, length)
     return (
-        aligned.sequences(ids),
-        aligned.sequences(mask),
-        aligned.end,
-        {"asked": aligned.asked, "sizes": aligned.sizes},
+        aligned.align_tokens(ids),
+        aligned.align_tokens(mask),
+        aligned.max_response_len,
+        {"response_mask": aligned.response_mask, "seq_lens": aligned.seq_lens},
     )
 
 
@@ -70,7 +70,7 @@ class Tokens:
 @pytest.mark.parametrize("order", [None, (4, 2, 0, 1, 3)], ids=["", "another order"])
 def test_real_tokens_are_packed_row_by_row_and_put_back(order):
     ids, mask, _, real = right_aligned(order=order)
-    lengths = [tokens for tokens, _ in real["sizes"]]
+    lengths = [tokens for tokens, _ in real["seq_lens"]]
     found = Packing(mask, lengths)
     x = torch.randn(*mask.shape, 3)
     slow = [x[row, column] for row in range(5) for column in range(mask.shape[1]) if mask[row, column]]
@@ -95,8 +95,8 @@ def test_its_gradients_are_those_of_indexing():
 def test_little_padding_stays(tokens, least, packs):
     mask = torch.ones(4, 25)
     mask.view(-1)[tokens:] = 0
-    assert (picked(mask, mask.sum(1).int().tolist(), least) is not WHOLE) == packs
-    assert picked(None, [1], least) is WHOLE and picked(mask, None, least) is WHOLE
+    assert (make_packing(mask, mask.sum(1).int().tolist(), least) is not NO_PACKING) == packs
+    assert make_packing(None, [1], least) is NO_PACKING and make_packing(mask, None, least) is NO_PACKING
 
 
 # --- groups of rows in attention ---
@@ -105,7 +105,7 @@ def test_little_padding_stays(tokens, least, packs):
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_of_a_group_are_at_least_half_as_long_as_its_longest_and_groups_are_few(seed):
     lengths = torch.randint(0, 200, (17,), generator=torch.Generator().manual_seed(seed)).tolist()
-    groups = grouped(lengths)
+    groups = bucket_by_length(lengths)
     assert sorted(row for group in groups for row in group) == [row for row in range(17) if lengths[row]]
     by_length = [[lengths[row] for row in group] for group in groups]
     assert [length for group in by_length for length in group] == sorted(length for length in lengths if length)
@@ -116,7 +116,7 @@ def test_rows_of_a_group_are_at_least_half_as_long_as_its_longest_and_groups_are
 
 @pytest.mark.parametrize("lengths", [[3, 1, 7, 2, 7], [1, 2, 4, 8], [5], [2, 0, 9], [6, 6]])
 def test_groups_hold_each_row_left_aligned_and_give_it_back(lengths):
-    groups, tokens = Groups(lengths, CPU), torch.arange(1, sum(lengths) + 1).view(1, -1, 1)
+    groups, tokens = LengthBuckets(lengths, CPU), torch.arange(1, sum(lengths) + 1).view(1, -1, 1)
     rows = [row[row != 0].tolist() for part in groups.take(tokens) for row in part[..., 0]]
     expected = [part.tolist() for part in tokens[0, :, 0].split(lengths)]
     assert sorted(rows) == sorted(part for part in expected if part)
@@ -139,14 +139,14 @@ RAGGED = [([5, 6, 7], [8]), ([9] * 12, [10, 11]), ([12], [13, 14, 15]), ([16, 17
 def test_numbers_are_those_of_a_padded_pass_whatever_the_architecture(family):
     actor = actor_critic(build(family))
     packs = family not in (*HYBRID, *OWN)
-    assert len(actor._packable) == 2 * packs  # the reference is a copy
+    assert len(actor._packable_models) == 2 * packs  # the reference is a copy
     *inputs, real = right_aligned(RAGGED)
     count = Tokens(actor.language_model)
     with torch.no_grad():
-        found, expected = numbers(actor, inputs, **real), numbers(actor, inputs) * real["asked"]
+        found, expected = numbers(actor, inputs, **real), numbers(actor, inputs) * real["response_mask"]
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
     padded, streams = inputs[0][:, 1:].numel(), 2 if family == "Gemma 3n" else 1  # it has two for each token
-    assert count.seen == [n * streams for n in (sum(n - 1 for n, _ in real["sizes"]) if packs else padded, padded)]
+    assert count.seen == [n * streams for n in (sum(n - 1 for n, _ in real["seq_lens"]) if packs else padded, padded)]
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -168,7 +168,7 @@ def test_gradients_are_those_of_a_padded_pass(kind, critic, checkpointing):
             actor.activation_checkpointing_enable()
         *inputs, real = right_aligned()
         count = Tokens(actor.language_model)
-        out = numbers(actor, inputs, **(real if packed else {})) * real["asked"]
+        out = numbers(actor, inputs, **(real if packed else {})) * real["response_mask"]
         (out * torch.arange(out.numel()).view(out.shape).sin()).sum().backward()
         results.append({n: p.grad for n, p in actor.named_parameters() if p.grad is not None} | {"numbers": out})
         assert (set(count.seen) == {inputs[0][:, 1:].numel()}) != packed
@@ -199,8 +199,8 @@ def test_tokens_that_were_put_into_the_wrong_rows_would_be_noticed(monkeypatch):
     actor = actor_critic(adapted())
     *inputs, real = right_aligned()
     right = numbers(actor, inputs, **real)
-    give = Groups.give
-    monkeypatch.setattr(Groups, "give", lambda groups, parts: give(groups, [part.flip(0) for part in parts]))
+    give = LengthBuckets.give
+    monkeypatch.setattr(LengthBuckets, "give", lambda groups, parts: give(groups, [part.flip(0) for part in parts]))
     assert (numbers(actor, inputs, **real) - right).abs().max() > 1e-2
 
 
@@ -209,7 +209,7 @@ def test_a_row_leaves_no_trace_in_its_neighbours():
     actor = actor_critic(adapted())
     *inputs, real = right_aligned()
     before = numbers(actor, inputs, **real)
-    inputs[0][2, -real["sizes"][2][0] :] = 7
+    inputs[0][2, -real["seq_lens"][2][0] :] = 7
     after = numbers(actor, inputs, **real)
     others = torch.arange(5) != 2
     assert torch.equal(after[:, others], before[:, others])
@@ -232,8 +232,8 @@ def test_a_reward_adapter_reads_texts_that_are_padded_on_the_right():
     lengths = [9, 2, 4, 1]
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
     count = Tokens(actor.language_model)
-    found = actor.token_scores("reward", head, ids, mask, lengths)
-    expected = actor.token_scores("reward", head, ids, mask) * mask
+    found = actor.prefix_rewards("reward", head, ids, mask, lengths)
+    expected = actor.prefix_rewards("reward", head, ids, mask) * mask
     assert count.seen == [sum(lengths), mask.numel()]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -256,7 +256,7 @@ def test_the_vocabulary_is_asked_for_response_tokens_alone(monkeypatch):
         seen.clear()
         actor(*inputs, 0.7, **(real if asked else {}))
         most = len(ROWS) * inputs[2]
-        assert (sum(seen[1:]) == sum(n for _, n in real["sizes"]), sum(seen[1:]) == most) == (asked, padded)
+        assert (sum(seen[1:]) == sum(n for _, n in real["seq_lens"]), sum(seen[1:]) == most) == (asked, padded)
 
 
 @torch.no_grad()
@@ -289,7 +289,7 @@ def test_memory_follows_the_real_tokens():
             (out.logprobs + out.values).sum().backward()
         peaks[packed] = memory.peak
         actor.zero_grad()
-    assert sum(n - 1 for n, _ in real["sizes"]) == 157 and inputs[0][:, 1:].numel() == 832
+    assert sum(n - 1 for n, _ in real["seq_lens"]) == 157 and inputs[0][:, 1:].numel() == 832
     assert peaks[True] < 0.35 * peaks[False]
 
 
@@ -307,7 +307,7 @@ def trained(folder, packs, **config):
     settings = {"max_steps": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **config}
     trainer = make_trainer(folder, config=settings, callbacks=[spy])
     if not packs:
-        trainer.model._packable = []
+        trainer.model._packable_models = []
     count = Tokens(trainer.model.language_model)
     trainer.train()
     assert int(spy.lengths.max()) > 1.3 * int(spy.lengths.min())
@@ -323,7 +323,7 @@ def test_training_is_the_same_up_to_rounding_over_fewer_tokens(tmp_path):
     assert off < 1e-5 < 1e-3 < moved_by
     assert tokens < 0.95 * more
     for trainer in (packed, padded):
-        assert trainer.state.log_history[0]["ppo/first_ratio_error"] == 0.0
+        assert trainer.state.log_history[0]["ppo/initial_ratio_error"] == 0.0
 
 
 def test_padding_costs_less_than_a_twentieth_of_the_tokens(tmp_path, monkeypatch):
@@ -331,9 +331,9 @@ def test_padding_costs_less_than_a_twentieth_of_the_tokens(tmp_path, monkeypatch
     passes = []
 
     def watched(mask, lengths, least=0.0):
-        found = picked(mask, lengths, least)
+        found = make_packing(mask, lengths, least)
         if least:
-            passes.append((sum(lengths), mask.numel() if found is WHOLE else sum(lengths), mask.numel()))
+            passes.append((sum(lengths), mask.numel() if found is NO_PACKING else sum(lengths), mask.numel()))
         return found
 
     monkeypatch.setattr("ppo_plus.models.actor_critic.picked", watched)
@@ -360,14 +360,14 @@ def test_numbers_that_differ_keep_a_model_padded(monkeypatch, dtype):
 
     attention = packing.AttentionInterface._global_mapping[PACKED]
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, PACKED, leaking)
-    assert actor_critic(adapted().to(dtype))._packable == []
+    assert actor_critic(adapted().to(dtype))._packable_models == []
     monkeypatch.undo()
-    assert len(actor_critic(adapted().to(dtype))._packable) == 1
+    assert len(actor_critic(adapted().to(dtype))._packable_models) == 1
 
 
 def test_a_model_with_dropout_that_is_in_training_is_packed_too():
     """Whether it can be is tried out without dropout, which would make any two passes differ."""
     policy = get_peft_model(make_model(attention_dropout=0.5), lora()).train()
     actor = ActorCritic(policy, ValueHead(policy.config.get_text_config().hidden_size))
-    assert len(actor._packable) == 1
+    assert len(actor._packable_models) == 1
     assert actor.language_model.training

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from trl import RewardConfig as TRLRewardConfig
 
 from ppo_plus import PPOConfig, RewardConfig, RewardTrainer
-from ppo_plus.trainer import loaded_policy
+from ppo_plus.trainer import load_policy_from_args
 
 KINDS = pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
 
@@ -97,7 +97,7 @@ def test_a_card_does_not_decide_for_a_run_on_the_cpu(card, tmp_path, kind):
 
 
 def arguments(device="cuda", **given):
-    """What `loaded_policy` reads of a configuration whose device is not there."""
+    """What `load_policy_from_args` reads of a configuration whose device is not there."""
     names = {"seed": 0, "fp16": True, "model_adapter_name": None, "ref_adapter_name": None, "model_init_kwargs": None}
     return SimpleNamespace(**names, device=torch.device(device), **given)
 
@@ -120,7 +120,7 @@ def frozen_dtypes(model):
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float16), ("cpu", torch.bfloat16)])
 def test_a_base_in_bf16_is_loaded_in_fp16_for_a_run_in_fp16(base, device, dtype):
-    policy = loaded_policy(base, arguments(device), None, lora())
+    policy = load_policy_from_args(base, arguments(device), None, lora())
     assert frozen_dtypes(policy) == {dtype}
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}  # or a scaler would refuse
 
@@ -128,13 +128,13 @@ def test_a_base_in_bf16_is_loaded_in_fp16_for_a_run_in_fp16(base, device, dtype)
 def test_4_bit_layers_multiply_in_fp16_in_a_run_in_fp16(base):
     asked = nf4(torch.bfloat16)
     with pytest.warns(UserWarning, match="bnb_4bit_compute_dtype"):
-        policy = loaded_policy(base, arguments(), asked, lora())
+        policy = load_policy_from_args(base, arguments(), asked, lora())
     assert policy.base_model.model.model.layers[0].mlp.up_proj.base_layer.compute_dtype == torch.float16
     assert asked.bnb_4bit_compute_dtype == torch.bfloat16  # the user's
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        loaded_policy(base, arguments(), nf4(torch.float16), lora())
-        policy = loaded_policy(base, arguments("cpu"), asked, lora())
+        load_policy_from_args(base, arguments(), nf4(torch.float16), lora())
+        policy = load_policy_from_args(base, arguments("cpu"), asked, lora())
     assert policy.base_model.model.model.layers[0].mlp.up_proj.base_layer.compute_dtype == torch.bfloat16
 
 
@@ -142,9 +142,9 @@ def test_a_model_that_is_there_in_bf16_is_named(base):
     for dtype in (torch.float16, torch.float32):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            loaded_policy(make_model().to(dtype), arguments(), None, lora())
+            load_policy_from_args(make_model().to(dtype), arguments(), None, lora())
     with pytest.warns(UserWarning, match="loaded in bf16"):
-        loaded_policy(make_model().to(torch.bfloat16), arguments(), None, lora())
+        load_policy_from_args(make_model().to(torch.bfloat16), arguments(), None, lora())
 
 
 def test_a_reward_model_is_loaded_in_fp16_for_a_run_in_fp16(base, tmp_path, monkeypatch):

@@ -18,9 +18,9 @@ from conftest import make_prompts, make_trainer
 from ppo_plus import PPOCallback, PPOProgressCallback
 from ppo_plus.callbacks import progress
 from ppo_plus.kernels.batch_backoff import BatchSize
-from ppo_plus.rollout.phases import Tally
+from ppo_plus.rollout.phases import ProgressReporter
 
-PHASES = ["generating", "scoring", "log-probabilities", "reference", "learning"]
+PHASES = ["generating", "scoring", "logprobs", "reference", "learning"]
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_speed_is_over_the_whole_phase_and_the_bar_changes_no_more_often_than_it
     # 1 and 3 come less than a second after what is shown; the end is always shown.
     assert texts == ["generating 0/4", "generating 2/4, 200 tokens/s", "generating 4/4, 253 tokens/s"]
     mask = torch.ones(4, 400, dtype=torch.bool)
-    callback.on_rollout_end(args, state, None, types.SimpleNamespace(mask=mask), None, {})
+    callback.on_rollout_end(args, state, None, types.SimpleNamespace(action_mask=mask), None, {})
     texts.clear()
     for seconds in (2.0, 6.0):
         callback.on_step_begin(args, state, None)
@@ -170,7 +170,7 @@ def test_what_is_reported_is_what_the_rollout_was(tmp_path):
     train(tmp_path, max_steps=4, callbacks=[events], disable_tqdm=True, **sizes)
     (rollout,), (samples,) = events.rollouts, events.samples
     attended = samples.attention_mask
-    response = attended[:, -samples.mask.shape[1] :]
+    response = attended[:, -samples.action_mask.shape[1] :]
     assert 1 < int(response.sum(1).min()) < int(response.sum(1).max())  # they stop at different steps
     generating = events.of("generating")
     assert generating[0] == (0, 8, 0)
@@ -180,7 +180,7 @@ def test_what_is_reported_is_what_the_rollout_was(tmp_path):
     steps = sum(int(response[chunk].sum(1).max()) for chunk in order.split(3))
     assert len(generating) == 1 + steps + 3
     assert generating == sorted(generating)  # neither count ever falls
-    for phase in ("log-probabilities", "reference"):
+    for phase in ("logprobs", "reference"):
         assert [done for done, _, _ in events.of(phase)] == [0, 2, 4, 6, 8]  # micro-batches
         assert events.of(phase)[-1] == (8, 8, int(rollout.attention_mask.sum()))
     assert events.of("scoring") == [(0, 8, 0), (8, 8, 0)]
@@ -188,7 +188,7 @@ def test_what_is_reported_is_what_the_rollout_was(tmp_path):
 
 def test_a_chunk_that_ran_out_of_memory_counts_once():
     reports = []
-    tally = Tally("generating", 4, lambda *report: reports.append(report))
+    tally = ProgressReporter("generating", 4, lambda *report: reports.append(report))
 
     def decode(chunk):
         step = tally.decoding(len(chunk))

@@ -136,7 +136,7 @@ def test_a_stream_that_ran_dry_says_so():
 
 def test_the_report_and_the_card_of_a_run_on_a_stream(tmp_path):
     """They show the first prompts of the stream, and do not ask for its length."""
-    trainer = make_trainer(tmp_path, config={"max_steps": 4, "run_report": True}, train_dataset=stream())
+    trainer = make_trainer(tmp_path, config={"max_steps": 4, "html_report": True}, train_dataset=stream())
     trainer.train()
     trainer.create_model_card()
     assert make_prompts(1)["prompt"][0] in (tmp_path / "report.html").read_text()

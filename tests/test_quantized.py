@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.kernels.lora import use_plain_lora
+from ppo_plus.kernels.lora import patch_lora_forward
 from ppo_plus.models.loading import load_policy
 
 
@@ -104,10 +104,10 @@ def test_ppo_on_a_quantized_base_with_a_mounted_reward_adapter_and_an_adapter_cr
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     for part in (".default.", ".critic.", "value_head"):
         assert any(not torch.equal(p, trained[n]) for n, p in trainer.model.named_parameters() if part in n)
-    first = next(row for row in trainer.state.log_history if "ppo/first_ratio_error" in row)
+    first = next(row for row in trainer.state.log_history if "ppo/initial_ratio_error" in row)
     # On a CPU bitsandbytes multiplies by LLM.int8 weights in one way while training and in another otherwise.
     tolerance = 0.0 if layer_type == "Linear4bit" else 5e-2
-    assert first["ppo/first_ratio_error"] <= tolerance and abs(first["kl"]) <= 10 * tolerance
+    assert first["ppo/initial_ratio_error"] <= tolerance and abs(first["kl"]) <= 10 * tolerance
     saved = {f.name for f in (tmp_path / "checkpoint-4").iterdir()}
     assert {"adapter_model.safetensors", "critic"} <= saved and "model.safetensors" not in saved
 
@@ -140,7 +140,7 @@ def test_gradients_after_an_evaluation_are_those_before_it(base):
     config.bnb_4bit_compute_dtype = torch.bfloat16
     policy = load_policy(str(base), peft_config=lora(init_lora_weights=False), quantization_config=config,
                          model_init_kwargs={"dtype": "bfloat16"})  # fmt: skip
-    use_plain_lora(policy)
+    patch_lora_forward(policy)
     ids = torch.arange(4, 20)[None]
 
     def gradient():

@@ -22,14 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ppo_plus import PPOCallback
-from ppo_plus.report import REPORT, callback, curves_png, fixed_prompts, read_run, write_page
+from ppo_plus.report import REPORT, callback, fixed_prompts, plot_curves, read_run, write_page
 from ppo_plus.report.__main__ import main
 from ppo_plus.report.curves import POINTS, curves
-from ppo_plus.report.page import embedded
+from ppo_plus.report.page import to_script_json
 from ppo_plus.report.samples import PROMPTS, RESPONSES, TOKENS, answers, token_texts, token_view
 from ppo_plus.rewards import Completions
 from ppo_plus.rollout.buffer import Rollout
-from ppo_plus.rollout.collector import Samples
+from ppo_plus.rollout.collector import Experience
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- & \u2028"
 
@@ -45,7 +45,7 @@ class Recorder(PPOCallback):
 
 
 def trained(tmp_path, config=None, **overrides):
-    trainer = make_trainer(tmp_path, config={"run_report": True, **(config or {})}, **overrides)
+    trainer = make_trainer(tmp_path, config={"html_report": True, **(config or {})}, **overrides)
     trainer.train()
     return trainer
 
@@ -100,14 +100,14 @@ class TestPage:
 
     def test_without_escaping_it_would_not(self, tmp_path):
         """Negative control: the parser above sees what gets out of a script."""
-        escaped = embedded({"name": HOSTILE})
+        escaped = to_script_json({"name": HOSTILE})
         template = f'<script type="application/json">{escaped}</script>'
         assert len(Page(template).scripts) == 1
         with pytest.raises(AssertionError):
             assert len(Page(template.replace(escaped, json.dumps({"name": HOSTILE}))).scripts) == 1
 
     def test_numbers_that_json_has_not_become_null(self):
-        read = json.loads(embedded([math.nan, math.inf, -math.inf, 0.123456789, 3, None, True]))
+        read = json.loads(to_script_json([math.nan, math.inf, -math.inf, 0.123456789, 3, None, True]))
         assert read == [None, None, None, 0.12346, 3, None, True]
 
     def test_nothing_is_loaded_from_anywhere(self, tmp_path):
@@ -173,10 +173,10 @@ class TestRun:
     def check_tokens(self, view, rollout, samples, kl_coef):
         assert view["total"] == len(view["responses"]) == len(rollout) == 8
         scores = [response["score"] for response in view["responses"]]
-        assert scores == pytest.approx(sorted(rollout.scores.tolist(), reverse=True), rel=1e-4)
-        rows = rollout.scores.argsort(descending=True, stable=True).tolist()
+        assert scores == pytest.approx(sorted(rollout.sequence_scores.tolist(), reverse=True), rel=1e-4)
+        rows = rollout.sequence_scores.argsort(descending=True, stable=True).tolist()
         for row, response in zip(rows, view["responses"], strict=True):
-            length = int(rollout.mask[row].sum())
+            length = int(rollout.action_mask[row].sum())
             assert response["length"] == len(response["tokens"]) == length
             spoken = "".join(response["tokens"]).replace("<eos>", "")
             assert (
@@ -185,8 +185,8 @@ class TestRun:
             )
             for name, numbers in {"advantage": rollout.advantages, "value": rollout.values}.items():
                 assert response[name] == pytest.approx(numbers[row, :length].tolist(), abs=1e-4)
-            assert sum(response["kl"]) == pytest.approx(float(rollout.kl[row]), abs=2e-3)
-            expected = float(rollout.scores[row]) - kl_coef * float(rollout.kl[row])
+            assert sum(response["kl"]) == pytest.approx(float(rollout.sequence_kl[row]), abs=2e-3)
+            expected = float(rollout.sequence_scores[row]) - kl_coef * float(rollout.sequence_kl[row])
             assert sum(response["reward"]) == pytest.approx(expected, abs=2e-3)
 
     def test_the_same_prompts_are_answered_over_time(self, tmp_path):
@@ -234,7 +234,7 @@ class TestRun:
         trained(tmp_path, config, reward_funcs=[first, last] if whole else first, callbacks=[recorder])
         ((_, rollout, samples, _),) = recorder.rollouts
         shown = [response["reward"] for response in read_run(tmp_path / REPORT)["rollouts"][0]["responses"]]
-        rows = rollout.scores.argsort(descending=True, stable=True).tolist()
+        rows = rollout.sequence_scores.argsort(descending=True, stable=True).tolist()
         for row, rewards in zip(rows, shown, strict=True):
             at_the_end = 2.0 * whole - 0.5 * (not samples.stopped[row])
             expected = [1.0] + [0.0] * (len(rewards) - 1)
@@ -246,7 +246,7 @@ class TestRun:
         for report in (True, False):
             torch.manual_seed(0)
             folder = tmp_path / str(report)
-            config = {"run_report": report, "report_rewards": report}
+            config = {"html_report": report, "report_rewards": report}
             trainer = make_trainer(folder, config=config, peft_config=lora(lora_dropout=0.1))
             trainer.train()
             weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
@@ -269,7 +269,7 @@ class TestRun:
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "parts", config, callbacks=[Kill()])
         assert read_run(tmp_path / "parts" / REPORT)["step"] == 10 > stop
-        trainer = make_trainer(tmp_path / "parts", config={"run_report": True, **config})
+        trainer = make_trainer(tmp_path / "parts", config={"html_report": True, **config})
         trainer.train(resume_from_checkpoint=True)
         whole, parts = (read_run(tmp_path / name / REPORT) for name in ("whole", "parts"))
         for run in (whole, parts):
@@ -313,7 +313,7 @@ class TestRun:
         config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
         trained(tmp_path, config)
         (tmp_path / REPORT).write_text("<html>")
-        trainer = make_trainer(tmp_path, config={"run_report": True, **config, "max_steps": 8})
+        trainer = make_trainer(tmp_path, config={"html_report": True, **config, "max_steps": 8})
         with pytest.warns(UserWarning, match="report starts anew at step 4"):
             trainer.train(resume_from_checkpoint=True)
         run = read_run(tmp_path / REPORT)
@@ -386,7 +386,7 @@ class TestRun:
             def on_train_begin(self, args, state, control, **kwargs):
                 state.is_world_process_zero = False
 
-        trainer = make_trainer(tmp_path, config={"run_report": True})
+        trainer = make_trainer(tmp_path, config={"html_report": True})
         trainer.callback_handler.callbacks.insert(0, Second())
         trainer.train()
         assert not (tmp_path / REPORT).exists()
@@ -433,19 +433,19 @@ class TestTokenTexts:
 
 def big_rollout(rows, length):
     torch.manual_seed(0)
-    names = ("logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
+    names = ("logprobs", "ref_logprobs", "values", "value_baselines", "advantages", "returns")
     numbers = {n: torch.randn(rows, length) for n in names}
     tokenizer = make_tokenizer()
     ids = torch.randint(4, len(tokenizer), (rows, length + 1))
     mask = torch.ones(rows, length, dtype=torch.bool)
     shared = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask}
-    rollout = Rollout(**shared, **numbers, scores=torch.randn(rows), kl=torch.randn(rows))
+    rollout = Rollout(**shared, **numbers, sequence_scores=torch.randn(rows), sequence_kl=torch.randn(rows))
     texts = Completions(["p" * 5000] * rows, ["c" * 5000] * rows, ids[:, 1:].tolist(), {}, {})
-    samples = Samples(
+    samples = Experience(
         **shared, stopped=mask[:, 0], sampled_logprobs=numbers["logprobs"], entropy=numbers["values"],
         logprobs=numbers["logprobs"], ref_logprobs=numbers["ref_logprobs"], values=numbers["values"],
-        rewards=torch.randn(rows, 1), scores=rollout.scores, token_rewards=torch.zeros(rows, length), completions=texts,
-        seconds={},
+        rewards=torch.randn(rows, 1), scores=rollout.sequence_scores, token_rewards=torch.zeros(rows, length),
+        completions=texts, seconds={},
     )  # fmt: skip
     return rollout, samples, tokenizer
 
@@ -465,7 +465,7 @@ class TestSize:
         ]
         run = example_run() | {
             "rollouts": [view] * callback.ROLLOUTS,
-            "answers": [few] * (callback.MOMENTS + 1),
+            "answers": [few] * (callback.NUM_SNAPSHOTS + 1),
             "curves": curves(history),
         }
         write_page(tmp_path / REPORT, [run])
@@ -475,7 +475,7 @@ class TestSize:
         rollout, samples, tokenizer = big_rollout(50, 3)
         view = token_view(rollout, samples, tokenizer, make_trainer(tmp_path).args, kl_coef=0.1, step=0)
         scores = [response["score"] for response in view["responses"]]
-        assert (scores[0], scores[-1]) == (rollout.scores.max().item(), rollout.scores.min().item())
+        assert (scores[0], scores[-1]) == (rollout.sequence_scores.max().item(), rollout.sequence_scores.min().item())
         assert scores == sorted(scores, reverse=True)
 
 
@@ -508,13 +508,13 @@ class TestCurves:
     def test_picture(self, tmp_path):
         pytest.importorskip("matplotlib")
         history = [{"step": i, "reward": i / 3, "kl": i / 2, "eval_reward": i / 4} for i in range(5)]
-        path = curves_png(history, tmp_path / "new" / "curves.png")
+        path = plot_curves(history, tmp_path / "new" / "curves.png")
         assert path == tmp_path / "new" / "curves.png"
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert path.stat().st_size > 10_000
 
     def test_no_curves_no_picture(self, tmp_path):
-        assert curves_png([{"step": 1, "train_runtime": 3.0}], tmp_path / "curves.png") is None
+        assert plot_curves([{"step": 1, "train_runtime": 3.0}], tmp_path / "curves.png") is None
         assert not list(tmp_path.iterdir())
 
     def test_without_matplotlib_it_is_said_once(self, tmp_path, monkeypatch, recwarn):
@@ -523,7 +523,7 @@ class TestCurves:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         module._has_matplotlib.cache_clear()
         for _ in range(2):
-            assert curves_png([{"step": 1, "reward": 3.0}], tmp_path / "curves.png") is None
+            assert plot_curves([{"step": 1, "reward": 3.0}], tmp_path / "curves.png") is None
         assert len([w for w in recwarn if "needs matplotlib" in str(w.message)]) == 1
         module._has_matplotlib.cache_clear()
 

@@ -16,7 +16,7 @@ from conftest import lora, make_model, make_prompts, make_trainer
 from transformers import LlamaForSequenceClassification
 
 from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardNormalizationCallback, Rollout
-from ppo_plus.training.checkpoint import seal
+from ppo_plus.training.checkpoint import write_manifest
 
 STEPS = 13  # rollouts at steps 0, 4, 8 and 12; the second data epoch begins at step 8
 TIMES = ("time/", "train_", "epoch")
@@ -163,7 +163,7 @@ def test_the_gap_is_seen_if_the_rollout_is_another_one(undisturbed, tmp_path):
     copy = tmp_path / "checkpoint-6"
     shutil.copytree(folder / "checkpoint-6", copy)
     shutil.copy(folder / "checkpoint-3" / "rollout_0.safetensors", copy)
-    seal(copy)
+    write_manifest(copy)
     assert largest_gap(whole["weights"], run(tmp_path / "out", resume=str(copy))["weights"]) > 1e-4
 
 
@@ -172,7 +172,7 @@ def test_a_missing_rollout_is_named(undisturbed, tmp_path):
     copy = tmp_path / "checkpoint-6"
     shutil.copytree(folder / "checkpoint-6", copy)
     (copy / "rollout_0.safetensors").unlink()
-    seal(copy)
+    write_manifest(copy)
     with pytest.raises(RuntimeError, match="inside rollout 1.*multiple of 4"):
         run(tmp_path / "out", resume=str(copy))
 
@@ -187,16 +187,16 @@ def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest
     import ppo_plus.trainer as trainer_module
 
     folder, whole = undisturbed()
-    position_seed = rollout_module.position_seed
+    derive_seed = rollout_module.derive_seed
 
     def other_seed(kind):
-        return lambda seed, *position: position_seed(seed + (position[0] == kind), *position)
+        return lambda seed, *position: derive_seed(seed + (position[0] == kind), *position)
 
     def spoil(trainer):
         if piece == "sampling":
-            monkeypatch.setattr(trainer_module, "position_seed", other_seed("rollout"))
+            monkeypatch.setattr(trainer_module, "derive_seed", other_seed("rollout"))
         elif piece == "minibatches":
-            monkeypatch.setattr(rollout_module, "position_seed", other_seed("minibatches"))
+            monkeypatch.setattr(rollout_module, "derive_seed", other_seed("minibatches"))
         elif piece == "callbacks":
             trainer.args.restore_callback_states_from_checkpoint = False
         else:

@@ -11,8 +11,8 @@ import pytest
 from conftest import make_trainer
 from huggingface_hub import constants
 
-from ppo_plus.models.adapter_files import adapter_folder, reward_description
-from ppo_plus.training.checkpoint import MANIFEST, damage, load_progress, seal
+from ppo_plus.models.adapter_files import load_reward_metadata, resolve_adapter_path
+from ppo_plus.training.checkpoint import MANIFEST, integrity_error, load_progress, write_manifest
 
 STATUS = {"forbidden": 403, "down": 503, "gated": 403, "gone": 404, "locked": 401}
 
@@ -53,11 +53,11 @@ def test_an_error_of_the_hub_is_not_taken_for_an_answer(refusing_hub, monkeypatc
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     says = f"'me/{name}' is gated" if name == "gated" else f"{STATUS[name]}.*'me/{name}'"
     with pytest.raises(ValueError, match=says):
-        adapter_folder(f"me/{name}")
+        resolve_adapter_path(f"me/{name}")
 
 
 def test_a_model_that_the_hub_does_not_have_is_no_adapter(refusing_hub):
-    assert adapter_folder("me/gone") is None and adapter_folder("me/locked") is None
+    assert resolve_adapter_path("me/gone") is None and resolve_adapter_path("me/locked") is None
 
 
 @pytest.mark.parametrize("role", ["reward_funcs", "model", "value_model"])
@@ -68,7 +68,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path, role, name):
 
 
 def test_an_instance_that_says_it_came_from_a_folder_that_has_gone_is_described_by_nothing():
-    assert reward_description("/has/gone/since") == {}
+    assert load_reward_metadata("/has/gone/since") == {}
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", "\udcff"])
@@ -85,9 +85,9 @@ def test_a_manifest_of_a_checkpoint_that_holds_something_else_is_named(tmp_path,
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     (checkpoint / "ppo_state_0.json").write_text(content)
-    seal(checkpoint)
-    assert damage(checkpoint) is None  # control
+    write_manifest(checkpoint)
+    assert integrity_error(checkpoint) is None  # control
     with pytest.raises(ValueError, match="ppo_state_0.json"):
         load_progress(checkpoint, 0, {})
     (checkpoint / MANIFEST).write_text(content)
-    assert f"{MANIFEST} must hold a JSON object, and holds {json.loads(content)}" in damage(checkpoint)
+    assert f"{MANIFEST} must hold a JSON object, and holds {json.loads(content)}" in integrity_error(checkpoint)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import LETTERS, as_text, make_prompts, make_trainer
+from conftest import LETTERS, make_prompts, make_trainer, messages_to_text
 from datasets import Dataset
 
 from ppo_plus import PPOCallback, RewardNormalizationCallback
@@ -31,7 +31,7 @@ class Spoiled:
 
     def __call__(self, prompts, completions, completion_ids, **kwargs):
         self.calls += 1
-        scores = [float(as_text(c).count("e")) for c in completions]
+        scores = [float(messages_to_text(c).count("e")) for c in completions]
         if self.per_token:
             scores = [[s / len(ids)] * len(ids) for s, ids in zip(scores, completion_ids, strict=True)]
         if self.calls == 1:
@@ -71,7 +71,7 @@ def test_a_run_stays_finite(tmp_path, base, reward_adapter, how, outlier):
     assert all(math.isfinite(value) for metrics in watch.metrics for value in metrics.values())
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
     assert "ppo/skipped_steps" not in {name for row in trainer.state.log_history for name in row}
-    learned = watch.rollouts[0].mask.any(1).tolist()
+    learned = watch.rollouts[0].action_mask.any(1).tolist()
     assert learned == [True] * 8 if how == "adapter" else learned == [i != 3 for i in range(8)]
     assert all(rollout.returns.abs().max() < 1e3 for rollout in watch.rollouts)  # nothing of it is left
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
@@ -129,14 +129,14 @@ def test_another_reward_still_scores_the_answer():
 @pytest.mark.parametrize("value", [1e20, math.inf, -math.inf])
 def test_what_a_callback_makes_of_scores_is_bounded_too(tmp_path, value):
     class Spoil(PPOCallback):
-        def on_scores(self, args, state, control, scores, **kwargs):
+        def on_rewards_computed(self, args, state, control, scores, **kwargs):
             scores[2] = value
 
     watch = Watch()
     trainer = make_trainer(tmp_path, callbacks=[Spoil(), watch], train_dataset=make_prompts(), config={"max_steps": 4})
     with pytest.warns(UserWarning, match="score of prompt"):
         trainer.train()
-    assert [i for i, learned in enumerate(watch.rollouts[0].mask.any(1)) if not learned] == [2]
+    assert [i for i, learned in enumerate(watch.rollouts[0].action_mask.any(1)) if not learned] == [2]
     assert all(map(math.isfinite, numbers(trainer.state.log_history)))
 
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from ppo_plus import PPOCallback, RewardNormalizationCallback
 from ppo_plus.rewards import ClassifierReward, Completions, FunctionReward, RewardSet
-from ppo_plus.rewards.tokenization import most_tokens
+from ppo_plus.rewards.tokenization import max_input_length
 
 PLAIN = {"missing_eos_penalty": None, "kl_coef": 0.0, "gamma": 1.0, "lam": 1.0, "max_steps": 4}
 BATCH = Completions(["p", "q", "r"], ["ab", "c", "def"], [[4, 5], [6], [7, 8, 9]])
@@ -54,7 +54,7 @@ def collected(tmp_path, config=None, callbacks=(), **overrides):
 
 def paid(rollout):
     """Rewards per token: with gamma = lambda = 1 the return of a token is what it and those after it were paid."""
-    returns = torch.where(rollout.mask, rollout.returns, 0.0)
+    returns = torch.where(rollout.action_mask, rollout.returns, 0.0)
     return returns - torch.cat([returns[:, 1:], torch.zeros(len(returns), 1)], 1)
 
 
@@ -71,7 +71,7 @@ def test_a_reward_per_token_is_paid_at_its_token_and_a_score_at_the_last(tmp_pat
         totals.append(float(samples.completions.completions[row].count("e")) + expected[row].sum().item())
         expected[row, len(ids) - 1] += samples.completions.completions[row].count("e")
     assert torch.allclose(paid(rollout), expected, atol=1e-5)
-    assert rollout.scores.tolist() == pytest.approx(totals)
+    assert rollout.sequence_scores.tolist() == pytest.approx(totals)
     assert metrics["reward"] == pytest.approx(sum(totals) / len(totals))
     assert metrics["rewards/even_ids/mean"] * 2 + metrics["rewards/count_e/mean"] == pytest.approx(metrics["reward"])
 
@@ -90,12 +90,12 @@ def test_the_same_total_in_one_number_is_paid_at_the_end(tmp_path):
 
 
 def test_what_falls_on_a_stop_token_that_is_no_action_is_paid_at_the_last_action(tmp_path):
-    rollout, samples, _ = collected(tmp_path, {"include_eos": False, "response_length": 40}, reward_funcs=even_ids)
+    rollout, samples, _ = collected(tmp_path, {"train_on_eos": False, "response_length": 40}, reward_funcs=even_ids)
     ended = [row for row, ids in enumerate(samples.completions.completion_ids) if ids[-1] == 2 and len(ids) > 1]
     assert ended
     for row in ended:
         *_, before, stop = samples.completions.completion_ids[row]
-        last = int(rollout.mask[row].sum()) - 1
+        last = int(rollout.action_mask[row].sum()) - 1
         worth = sum(0.25 if i % 2 == 0 else -1.0 for i in (before, stop))
         assert paid(rollout)[row, last].item() == pytest.approx(worth, abs=1e-5)
 
@@ -311,8 +311,8 @@ def test_a_classifier_reads_what_its_tokenizer_says_and_no_more_than_it_has_posi
     tokenizer = pair_tokenizer()
     if of_tokenizer is not None:
         tokenizer.model_max_length = of_tokenizer
-    assert most_tokens(absolute("bert"), tokenizer) == most
-    assert most_tokens(torch.nn.Linear(1, 1), tokenizer) == (of_tokenizer or None)
+    assert max_input_length(absolute("bert"), tokenizer) == most
+    assert max_input_length(torch.nn.Linear(1, 1), tokenizer) == (of_tokenizer or None)
 
 
 def test_a_pair_that_is_too_long_is_cut_also_where_the_tokenizer_knows_no_limit():

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_plus.data.batching import PromptSampler, micro_batch_rows, minibatch_rows
-from ppo_plus.data.seeding import isolated_rng, position_seed, sampling_noise
-from ppo_plus.rollout.buffer import RightAligned, Rollout, response_mask
+from ppo_plus.data.batching import PromptSampler, micro_batch_indices, minibatch_indices
+from ppo_plus.data.seeding import derive_seed, isolated_rng, sampling_uniforms
+from ppo_plus.rollout.buffer import LeftPaddedLayout, Rollout, response_mask
 
-PER_TOKEN = ("mask", "logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
+PER_TOKEN = ("action_mask", "logprobs", "ref_logprobs", "values", "value_baselines", "advantages", "returns")
 
 # Responses
 
@@ -67,8 +67,8 @@ def make_rollout(prompts=(2, 4, 3), responses=(3, 1, 2), longest_prompt=5, longe
         input_ids=place,
         attention_mask=((columns >= starts) & (columns < ends)).long(),
         mask=mask,
-        scores=torch.arange(n) + 0.5,
-        kl=torch.arange(n) - 0.25,
+        sequence_sequence_scores=torch.arange(n) + 0.5,
+        sequence_sequence_kl=torch.arange(n) - 0.25,
         **per_token,
     )
 
@@ -78,14 +78,14 @@ def test_sizes_of_a_rollout():
     assert (len(rollout), rollout.prompt_length, rollout.response_length) == (3, 5, 6)
     assert rollout.lengths().tolist() == [5, 5, 5]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        rollout.scores = rollout.kl
+        rollout.sequence_scores = rollout.sequence_kl
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [0], [1], [2, 0], [2, 1], [2, 2]])
 def test_take_moves_rows_to_the_right_and_cuts_what_is_padding_in_all(rows):
     prompts, responses = (2, 4, 3), (3, 1, 2)
     rollout = make_rollout(prompts, responses)
-    taken = rollout.take(torch.tensor(rows))
+    taken = rollout.micro_batch(torch.tensor(rows))
     width, end = max(prompts[r] + responses[r] for r in rows), max(responses[r] for r in rows)
     assert taken["input_ids"].shape == taken["attention_mask"].shape == (len(rows), width)
     for i, row in enumerate(rows):
@@ -96,24 +96,25 @@ def test_take_moves_rows_to_the_right_and_cuts_what_is_padding_in_all(rows):
         for name in PER_TOKEN:
             expected = [0] * (end - response) + getattr(rollout, name)[row, :response].tolist()
             assert taken[name][i].tolist() == pytest.approx(expected)
-    assert taken["sizes"] == [(prompts[row] + responses[row], responses[row]) for row in rows]
-    assert taken["asked"].tolist() == [[False] * (end - responses[r]) + [True] * responses[r] for r in rows]
-    assert set(taken) == {"input_ids", "attention_mask", "asked", "sizes", *PER_TOKEN}
+    assert taken["seq_lens"] == [(prompts[row] + responses[row], responses[row]) for row in rows]
+    assert taken["response_mask"].tolist() == [[False] * (end - responses[r]) + [True] * responses[r] for r in rows]
+    assert set(taken) == {"input_ids", "attention_mask", "response_mask", "seq_lens", *PER_TOKEN}
 
 
 def test_take_keeps_an_unlearned_stop_token_that_is_attended():
     rollout = make_rollout()
-    shorter = rollout.mask & (torch.arange(6) < torch.tensor([[2], [1], [1]]))
-    taken = dataclasses.replace(rollout, mask=shorter).take(torch.tensor([0, 2]))
-    assert taken["mask"].tolist() == [[True, True, False], [False, True, False]]
+    shorter = rollout.action_mask & (torch.arange(6) < torch.tensor([[2], [1], [1]]))
+    taken = dataclasses.replace(rollout, action_mask=shorter).micro_batch(torch.tensor([0, 2]))
+    assert taken["action_mask"].tolist() == [[True, True, False], [False, True, False]]
     assert taken["input_ids"].shape == (2, 5)
 
 
 def test_take_keeps_the_columns_of_a_response_that_is_left_out():
     rollout = make_rollout()
-    taken = dataclasses.replace(rollout, mask=torch.zeros_like(rollout.mask)).take(torch.tensor([1, 2]))
-    assert taken["mask"].shape == (2, 2)
-    assert not taken["mask"].any()
+    nothing = torch.zeros_like(rollout.action_mask)
+    taken = dataclasses.replace(rollout, action_mask=nothing).micro_batch(torch.tensor([1, 2]))
+    assert taken["action_mask"].shape == (2, 2)
+    assert not taken["action_mask"].any()
 
 
 def test_a_rollout_comes_back_from_disk_to_the_bit(tmp_path):
@@ -121,10 +122,10 @@ def test_a_rollout_comes_back_from_disk_to_the_bit(tmp_path):
     rollout = dataclasses.replace(rollout, values=torch.randn(3, 12)[:, ::2] * 1e-38)  # strided, with subnormals
     rollout.save(tmp_path / "rollout.safetensors")
     loaded = Rollout.load(tmp_path / "rollout.safetensors")
-    assert loaded.lower_states is None  # computed again by who resumes
+    assert loaded.frozen_hidden_states is None  # computed again by who resumes
     for field in dataclasses.fields(Rollout):
         expected, found = getattr(rollout, field.name), getattr(loaded, field.name)
-        if field.name == "lower_states":
+        if field.name == "frozen_hidden_states":
             continue
         assert expected.dtype == found.dtype
         assert torch.equal(expected, found)
@@ -210,7 +211,7 @@ def test_skipping_micro_batches_leaves_the_rest_of_the_epoch_unchanged():
 
 @pytest.mark.parametrize(("n", "parts"), [(8, 2), (8, 1), (8, 8), (12, 3)])
 def test_minibatches_are_a_partition_into_equal_parts(n, parts):
-    found = minibatch_rows(n, parts, seed=1, rollout_index=0, ppo_epoch=0)
+    found = minibatch_indices(n, parts, seed=1, rollout_index=0, ppo_epoch=0)
     assert [len(rows) for rows in found] == [n // parts] * parts
     assert sorted(torch.cat(found).tolist()) == list(range(n))
 
@@ -219,7 +220,7 @@ def test_minibatches_are_another_permutation_for_each_epoch_rollout_and_seed():
     positions = [(seed, r, e) for seed in range(3) for r in range(3) for e in range(3)]
 
     def order(seed, rollout_index, ppo_epoch):
-        rows = minibatch_rows(32, 2, seed=seed, rollout_index=rollout_index, ppo_epoch=ppo_epoch)
+        rows = minibatch_indices(32, 2, seed=seed, rollout_index=rollout_index, ppo_epoch=ppo_epoch)
         return tuple(torch.cat(rows).tolist())
 
     orders = [order(*position) for position in positions]
@@ -232,19 +233,19 @@ def test_minibatches_are_another_permutation_for_each_epoch_rollout_and_seed():
 @pytest.mark.parametrize(("processes", "parts"), [(2, 2), (4, 2), (2, 4), (8, 1)])
 def test_processes_hold_together_the_minibatches_of_one_process(processes, parts):
     position = {"seed": 5, "rollout_index": 3, "ppo_epoch": 1}
-    whole, share = minibatch_rows(32, parts, **position), 32 // processes
-    shares = [minibatch_rows(share, parts, **position, process_index=p) for p in range(processes)]
+    whole, share = minibatch_indices(32, parts, **position), 32 // processes
+    shares = [minibatch_indices(share, parts, **position, process_index=p) for p in range(processes)]
     for minibatch in range(parts):
         rows = torch.cat([shares[p][minibatch] + p * share for p in range(processes)])
         assert torch.equal(rows, whole[minibatch])
-    alike = [minibatch_rows(share, parts, **position)] * processes  # negative control: all think they are the first
+    alike = [minibatch_indices(share, parts, **position)] * processes  # negative control: all think they are the first
     assert parts == 1 or not torch.equal(torch.cat([alike[p][0] + p * share for p in range(processes)]), whole[0])
 
 
 def test_each_row_goes_to_each_minibatch_equally_often():
     counts = torch.zeros(12, 3)
     for epoch in range(600):
-        for minibatch, rows in enumerate(minibatch_rows(12, 3, seed=0, rollout_index=0, ppo_epoch=epoch)):
+        for minibatch, rows in enumerate(minibatch_indices(12, 3, seed=0, rollout_index=0, ppo_epoch=epoch)):
             counts[rows, minibatch] += 1
     assert (counts / 600 - 1 / 3).abs().max() < 0.07  # five standard deviations of a binomial share
 
@@ -253,7 +254,7 @@ def test_micro_batches_are_cut_where_it_costs_fewest_tokens():
     """Lengths 1, 3 | 6 | 8, 9 take 6 + 6 + 18 tokens; rows two by two, 1, 3 | 6, 8 | 9, would take 31."""
     lengths = torch.tensor([9, 3, 7, 1, 8, 2, 6, 5])
     rows = torch.tensor([0, 3, 6, 1, 4])
-    assert [m.tolist() for m in micro_batch_rows(rows, lengths, 2)] == [[3, 1], [6], [4, 0]]
+    assert [m.tolist() for m in micro_batch_indices(rows, lengths, 2)] == [[3, 1], [6], [4, 0]]
 
 
 def tokens_of(parts, lengths) -> list[int]:
@@ -274,7 +275,7 @@ def test_no_other_cut_of_sorted_rows_takes_fewer_tokens(seed):
         parts = [ordered[a:b] for a, b in itertools.pairwise([0, *cuts, 8])]
         tokens = tokens_of(parts, lengths)
         costs.append(sum(tokens) if max(tokens) <= most else math.inf)
-    parts = micro_batch_rows(rows, lengths, 2)
+    parts = micro_batch_indices(rows, lengths, 2)
     assert sorted(torch.cat(parts).tolist()) == sorted(rows.tolist())
     assert len(parts) == 4 and max(tokens_of(parts, lengths)) <= most
     assert sum(tokens_of(parts, lengths)) == min(costs) < math.inf
@@ -283,7 +284,7 @@ def test_no_other_cut_of_sorted_rows_takes_fewer_tokens(seed):
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 4), (7, 3), (600, 4), (600, 300), (300, 7), (5, 1)])
 def test_there_are_as_many_micro_batches_as_trainer_expects(n, batch_size):
     lengths = torch.randint(1, 100, (n,), generator=torch.Generator().manual_seed(n))
-    parts = micro_batch_rows(torch.arange(n), lengths, batch_size)
+    parts = micro_batch_indices(torch.arange(n), lengths, batch_size)
     assert len(parts) == math.ceil(n / batch_size)
     assert sorted(torch.cat(parts).tolist()) == list(range(n))
     assert min(len(part) for part in parts) >= 1
@@ -310,8 +311,8 @@ def padding(micro_batches) -> float:
 def test_padding_is_under_5_percent_of_the_tokens_on_uneven_data(seed):
     """A minibatch of 64 in micro-batches of 4."""
     rollout = uneven_rollout(256, seed)
-    for rows in minibatch_rows(256, 4, seed=seed, rollout_index=0, ppo_epoch=0):
-        parts = micro_batch_rows(rows, rollout.lengths(), 4)
+    for rows in minibatch_indices(256, 4, seed=seed, rollout_index=0, ppo_epoch=0):
+        parts = micro_batch_indices(rows, rollout.lengths(), 4)
         assert len(parts) == 16
         assert padding(map(rollout.take, parts)) < 0.05
         # Sorted but cut into equal parts, and not sorted at all.
@@ -322,7 +323,7 @@ def test_padding_is_under_5_percent_of_the_tokens_on_uneven_data(seed):
 
 def test_rows_of_equal_length_keep_their_order():
     rows = torch.tensor([5, 2, 9, 0])
-    assert [m.tolist() for m in micro_batch_rows(rows, torch.full((10,), 4), 2)] == [[5, 2], [9, 0]]
+    assert [m.tolist() for m in micro_batch_indices(rows, torch.full((10,), 4), 2)] == [[5, 2], [9, 0]]
 
 
 # Seeds
@@ -334,15 +335,15 @@ def test_a_seed_is_a_function_of_its_position_and_of_nothing_else():
 
     text = b"(42, 'rollout', 3, 0)"
     expected = int(hashlib.blake2b(text, digest_size=8).hexdigest(), 16) // 2
-    assert position_seed(42, "rollout", 3, 0) == expected
+    assert derive_seed(42, "rollout", 3, 0) == expected
     assert 0 <= expected < 2**63
 
 
 def test_seeds_of_different_positions_differ():
     positions = [(seed, kind, i, j) for seed in range(5) for kind in ("a", "b") for i in range(20) for j in range(20)]
-    assert len({position_seed(*p) for p in positions}) == len(positions)
-    assert position_seed(1, 23) != position_seed(12, 3) != position_seed(1, 2, 3)
-    assert position_seed(0, "1") != position_seed(0, 1)
+    assert len({derive_seed(*p) for p in positions}) == len(positions)
+    assert derive_seed(1, 23) != derive_seed(12, 3) != derive_seed(1, 2, 3)
+    assert derive_seed(0, "1") != derive_seed(0, 1)
 
 
 def draw() -> tuple:
@@ -387,32 +388,32 @@ def test_isolation_takes_any_seed_that_a_position_gives():
 
 
 def test_noise_of_a_row_does_not_depend_on_how_many_rows_follow():
-    many = sampling_noise(3, 64, 11)
-    assert torch.equal(sampling_noise(3, 5, 11), many[:5])
+    many = sampling_uniforms(3, 64, 11)
+    assert torch.equal(sampling_uniforms(3, 5, 11), many[:5])
     assert many.dtype == torch.float64
     assert ((many >= 0) & (many < 1)).all()
-    assert not torch.equal(sampling_noise(4, 64, 11), many)
+    assert not torch.equal(sampling_uniforms(4, 64, 11), many)
 
 
 def test_rows_of_a_pass_stand_on_the_right_and_what_it_finds_goes_back():
     #        prompt on the right of its 3 columns, response on the left of its 4
     ids = torch.tensor([[0, 11, 12, 13, 0, 0, 0], [21, 22, 23, 24, 25, 0, 0], [0, 0, 31, 32, 33, 34, 0]])
-    aligned = RightAligned.of((ids > 0).long(), 4)
-    assert aligned.sequences(ids).tolist() == [[0, 0, 11, 12, 13], [21, 22, 23, 24, 25], [0, 31, 32, 33, 34]]
-    assert aligned.responses(ids[:, 3:]).tolist() == [[0, 0, 13], [0, 24, 25], [32, 33, 34]]
+    aligned = LeftPaddedLayout.from_attention_mask((ids > 0).long(), 4)
+    assert aligned.align_tokens(ids).tolist() == [[0, 0, 11, 12, 13], [21, 22, 23, 24, 25], [0, 31, 32, 33, 34]]
+    assert aligned.align_responses(ids[:, 3:]).tolist() == [[0, 0, 13], [0, 24, 25], [32, 33, 34]]
     states = ids[:, :-1, None].float() * torch.ones(2)
-    assert aligned.states(states)[..., 1].tolist() == [[0, 0, 11, 12], [21, 22, 23, 24], [0, 31, 32, 33]]
-    found = aligned.sequences(ids)[:, -3:]  # a pass has a number in every column
-    assert aligned.responses_back(found).tolist() == [[13, 0, 0, 0], [24, 25, 0, 0], [32, 33, 34, 0]]
-    back = aligned.states_back(aligned.states(states), 6)
-    assert torch.equal(aligned.states(back), aligned.states(states))
+    assert aligned.align_states(states)[..., 1].tolist() == [[0, 0, 11, 12], [21, 22, 23, 24], [0, 31, 32, 33]]
+    found = aligned.align_tokens(ids)[:, -3:]  # a pass has a number in every column
+    assert aligned.restore_responses(found).tolist() == [[13, 0, 0, 0], [24, 25, 0, 0], [32, 33, 34, 0]]
+    back = aligned.restore_states(aligned.align_states(states), 6)
+    assert torch.equal(aligned.align_states(back), aligned.align_states(states))
 
 
 def test_noise_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    sampling_noise(3, 5, 11)
+    sampling_uniforms(3, 5, 11)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -423,7 +424,7 @@ def test_a_response_does_not_depend_on_the_decode_batch(size, tmp_path):
     def responses(generation_batch_size):
         trainer = make_trainer(tmp_path, config={"generation_batch_size": generation_batch_size})
         rows = [trainer.train_dataset[i] for i in range(8)]
-        noise = sampling_noise(11, 8, 8)
+        noise = sampling_uniforms(11, 8, 8)
         samples = trainer.collector.sample(rows, noise, {})
         alone = trainer.collector.sample(rows[5:6], noise[5:6], {})
         return samples.completions.completion_ids, alone.completions.completion_ids[0]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.models.actor_critic import at_last_token
+from ppo_plus.models.actor_critic import pool_last_token
 from ppo_plus.rewards import ClassifierReward, Completions
 
 BATCH = Completions(["the sea", "so", "why not"], [" is", " x", ", he asked"], [[10, 11, 12], [5], [6]])
@@ -157,7 +157,7 @@ def test_an_encoder_that_counts_positions_from_its_padding_is_padded_with_its_ow
     model = RobertaForSequenceClassification(config).eval()
     tokenizer = make_tokenizer()  # pads with 0, which is a token to this model
     reward = ClassifierReward(
-        model, tokenizer, "judge", batch_size=3, chat_template_kwargs={}, trained_on_one_text=True
+        model, tokenizer, "judge", batch_size=3, chat_template_kwargs={}, expects_single_text=True
     )
     assert reward(BATCH) == pytest.approx(one_by_one(model), abs=1e-5)
 
@@ -166,9 +166,9 @@ def test_the_last_token_is_found_with_padding_on_either_side():
     scores = torch.arange(8.0).view(2, 4)
     ids = torch.tensor([[0, 5, 2, 2], [5, 2, 0, 0]])
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
-    assert at_last_token(scores, ids, mask).tolist() == [3.0, 5.0]
-    assert at_last_token(scores, ids, mask, 0).tolist() == [3.0, 5.0]
-    assert at_last_token(scores, ids, mask, 2).tolist() == [1.0, 4.0]  # EOS pads: both are passed over
+    assert pool_last_token(scores, ids, mask).tolist() == [3.0, 5.0]
+    assert pool_last_token(scores, ids, mask, 0).tolist() == [3.0, 5.0]
+    assert pool_last_token(scores, ids, mask, 2).tolist() == [1.0, 4.0]  # EOS pads: both are passed over
 
 
 @torch.no_grad()

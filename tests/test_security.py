@@ -13,10 +13,10 @@ import torch
 from conftest import make_config, make_model, make_tokenizer, make_trainer
 
 from ppo_plus import PPOConfig, RewardConfig
-from ppo_plus.callbacks.completions import print_samples, printable
+from ppo_plus.callbacks.completions import escape_terminal, print_samples
 from ppo_plus.models.loading import load_policy
 from ppo_plus.rollout.buffer import Rollout
-from ppo_plus.training.checkpoint import seal
+from ppo_plus.training.checkpoint import write_manifest
 
 SECRET = "hf_thisIsNobodysToken"
 
@@ -58,7 +58,7 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_run(checkpoint, tmp_path, name,
     buffer = io.BytesIO()
     torch.save(Bomb(mark), buffer)
     (planted / name).write_bytes(pickle.dumps(Bomb(mark)) if plain else buffer.getvalue())
-    seal(planted)  # by somebody who knows how
+    write_manifest(planted)  # by somebody who knows how
     trainer = make_trainer(tmp_path / "out", config={"max_steps": 3})
     if name in REPLACED:
         with pytest.raises((ValueError, pickle.UnpicklingError, RuntimeError)):
@@ -160,7 +160,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_a_terminal_would_obey_is_shown(text, capsys):
-    assert printable(text) == HOSTILE[text]
+    assert escape_terminal(text) == HOSTILE[text]
     print_samples(f"title {text}", {f"name {text}": [f"a {text}"], "reward": ["1.00"]})
     printed = capsys.readouterr().out
     assert not set(printed) & set("\x1b\x07\r\b\x9b\u202e\u2066\ud83d")
@@ -169,4 +169,4 @@ def test_what_a_terminal_would_obey_is_shown(text, capsys):
 
 @pytest.mark.parametrize("text", ["two\nlines\tand a tab", "naïve 😀 日本語", "👩\u200d👩\u200d👧", "[bold]"])
 def test_other_text_is_shown_as_it_is(text):
-    assert printable(text) == text
+    assert escape_terminal(text) == text

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_prompts, make_trainer
 from transformers.integrations import TensorBoardCallback
 
-from ppo_plus.callbacks.trackers import markdown_table, send_table
+from ppo_plus.callbacks.trackers import log_table, markdown_table
 
 NASTY = "a|b *c* `d` <img src=x> [l](http://x) ![i](http://y)\n# e"
 
@@ -109,7 +109,7 @@ def test_trackio_gets_a_table(tmp_path, monkeypatch):
 def test_what_is_no_tracker_or_was_not_started_is_left_alone():
     stopped = TensorBoardCallback.__new__(TensorBoardCallback)
     stopped.tb_writer = None
-    send_table([SimpleNamespace(), stopped], "completions", {"prompt": ["a"]}, 0)
+    log_table([SimpleNamespace(), stopped], "completions", {"prompt": ["a"]}, 0)
 
 
 def test_a_table_in_markdown():

@@ -67,7 +67,9 @@ def test_a_value_model_in_half_precision_learns(tmp_path, half_base, peft):
     if peft:
         value_model = get_peft_model(value_model, lora(task_type="SEQ_CLS"), autocast_adapter_dtype=False)
         assert dtype in trained_dtypes(value_model)
-    trainer = make_trainer(tmp_path, value_model=value_model, config={"critic_learning_rate": 1e-5, "max_steps": 3})
+    trainer = make_trainer(
+        tmp_path, value_model=value_model, config={"critic_backbone_learning_rate": 1e-5, "max_steps": 3}
+    )
     assert trained_dtypes(trainer.model.value_model) == {torch.float32}
     moved = share_moved(trainer, trainer.model.value_model)
     assert moved > (0.2 if peft else 0.5)

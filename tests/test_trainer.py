@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import (
     CHAT_TEMPLATE,
-    as_text,
     count_e,
     lora,
     make_config,
@@ -26,6 +25,7 @@ from conftest import (
     make_prompts,
     make_tokenizer,
     make_trainer,
+    messages_to_text,
 )
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
@@ -157,9 +157,9 @@ def end_of(tmp_path, name, **config):
     return logged(trainer, name)[-1]
 
 
-@pytest.mark.parametrize(("kl_in", "estimator"), [("reward", "k1"), ("loss", "k3")])
-def test_a_heavy_kl_penalty_holds_the_policy_back(tmp_path, kl_in, estimator):
-    penalty = {"kl_in": kl_in, "kl_estimator": estimator}
+@pytest.mark.parametrize(("kl_penalty_in", "estimator"), [("reward", "k1"), ("loss", "k3")])
+def test_a_heavy_kl_penalty_holds_the_policy_back(tmp_path, kl_penalty_in, estimator):
+    penalty = {"kl_penalty_in": kl_penalty_in, "kl_estimator": estimator}
     free, held = (end_of(tmp_path, "kl", kl_coef=kl_coef, **penalty) for kl_coef in (0.0, 5.0))
     assert free > 3 * abs(held)
 
@@ -234,7 +234,7 @@ def test_every_response_is_learned_from_once_per_ppo_epoch(tmp_path, monkeypatch
 
 
 def test_both_learning_rates_follow_the_schedule(tmp_path):
-    config = {"learning_rate": 1e-2, "value_learning_rate": 3e-3, "warmup_steps": 2, "lr_scheduler_type": "linear"}
+    config = {"learning_rate": 1e-2, "value_head_learning_rate": 3e-3, "warmup_steps": 2, "lr_scheduler_type": "linear"}
     trainer, recorder = recorded(tmp_path, config)
     trainer.train()
     factors = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
@@ -243,7 +243,7 @@ def test_both_learning_rates_follow_the_schedule(tmp_path):
 
 
 def test_actor_and_value_head_are_two_groups_of_the_optimizer(tmp_path):
-    trainer, _ = recorded(tmp_path, {"learning_rate": 1e-2, "value_learning_rate": 3e-3, "weight_decay": 0.5})
+    trainer, _ = recorded(tmp_path, {"learning_rate": 1e-2, "value_head_learning_rate": 3e-3, "weight_decay": 0.5})
     trainer.train()
     actor, critic = trainer.optimizer.param_groups
     assert {id(p) for p in critic["params"]} == {id(p) for p in trainer.model.value_head.parameters()}
@@ -267,7 +267,7 @@ def test_an_optimizer_of_ones_own_is_set_once_the_trainer_is_made(tmp_path):
     assert any(name.startswith("value_head") for name in moved) and any("lora_" in name for name in moved)
 
 
-@pytest.mark.parametrize("still", ["learning_rate", "value_learning_rate"])
+@pytest.mark.parametrize("still", ["learning_rate", "value_head_learning_rate"])
 def test_each_rate_moves_its_own_part(tmp_path, still):
     trainer, _ = recorded(tmp_path, {"max_steps": 4, still: 0.0})
     before = weights_of(trainer)
@@ -276,7 +276,7 @@ def test_each_rate_moves_its_own_part(tmp_path, still):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     head = {name for name in before if name.startswith("value_head")}
     assert moved & head == (head if still == "learning_rate" else set())
-    assert bool(moved - head) == (still == "value_learning_rate")
+    assert bool(moved - head) == (still == "value_head_learning_rate")
 
 
 def test_a_loud_critic_does_not_shrink_the_actors_step(tmp_path):
@@ -297,10 +297,10 @@ OBJECTIVES = [
     {},
     {"cliprange": 0.05, "cliprange_high": 0.4, "dual_clip": 1.5},
     {"objective": "unclipped", "cliprange_value": None},
-    {"objective": "kl_penalty", "policy_kl_coef": 0.7},
-    {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.3},
-    {"kl_in": "loss", "kl_estimator": "abs", "kl_coef": 0.3, "critic": "detached", "vf_coef": 0.4},
-    {"entropy_coef": 0.2, "include_eos": False, "missing_eos_penalty": 2.0},
+    {"objective": "kl_penalty", "old_policy_kl_coef": 0.7},
+    {"kl_penalty_in": "loss", "kl_estimator": "k3", "kl_coef": 0.3},
+    {"kl_penalty_in": "loss", "kl_estimator": "abs", "kl_coef": 0.3, "critic": "detached", "vf_coef": 0.4},
+    {"entropy_coef": 0.2, "train_on_eos": False, "missing_eos_penalty": 2.0},
 ]
 
 
@@ -313,16 +313,16 @@ def token_loss(args, new, old, ref, advantage, value, old_value, target, entropy
         if args.dual_clip and advantage < 0:
             loss = min(loss, -args.dual_clip * advantage)
     elif args.objective == "kl_penalty":
-        loss = -ratio * advantage + args.policy_kl_coef * (ratio - 1 - (new - old))
+        loss = -ratio * advantage + args.old_policy_kl_coef * (ratio - 1 - (new - old))
     else:
         loss = -ratio * advantage
     squares = [(value - target) ** 2]
     if args.cliprange_value:
         near = min(max(value, old_value - args.cliprange_value), old_value + args.cliprange_value)
         squares.append((near - target) ** 2)
-    loss += args.value_coef * 0.5 * max(squares)
+    loss += args.resolved_vf_coef * 0.5 * max(squares)
     loss -= args.entropy_coef * entropy
-    if args.kl_in == "loss":
+    if args.kl_penalty_in == "loss":
         distance = {"k3": math.exp(ref - new) - 1 + (new - ref), "abs": abs(new - ref)}[args.kl_estimator]
         loss += args.kl_coef * distance
     return loss
@@ -333,8 +333,8 @@ def test_the_loss_is_the_mean_over_response_tokens_summed_by_hand(tmp_path, obje
     trainer, recorder = recorded(tmp_path, {"max_steps": 7, **objective})
     trainer.train()
     args, rollout = trainer.args, recorder.rollouts[-1][1]
-    batch, mask = rollout.take(torch.arange(len(rollout))), rollout.mask
-    width = batch["mask"].shape[1]
+    batch, mask = rollout.micro_batch(torch.arange(len(rollout))), rollout.action_mask
+    width = batch["action_mask"].shape[1]
     with torch.no_grad():
         output = trainer.model.eval()(batch["input_ids"], batch["attention_mask"], width, 1.0, with_entropy=True)
         found = trainer.compute_loss(trainer.model, batch, num_items_in_batch=mask.sum())
@@ -348,24 +348,27 @@ def test_the_loss_is_the_mean_over_response_tokens_summed_by_hand(tmp_path, obje
         )
         for i, s in enumerate(shift.tolist()) for t in range(width) if mask[i, t]
     ]  # fmt: skip
-    assert ((output.logprobs - batch["logprobs"]) * batch["mask"]).abs().max() > 1e-2
+    assert ((output.logprobs - batch["logprobs"]) * batch["action_mask"]).abs().max() > 1e-2
     assert found.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"lam": 0.7, "gamma": 0.9}, {"whiten_rewards": True}, {"kl_in": "loss", "kl_estimator": "k2"}]
+    "config",
+    [{}, {"lam": 0.7, "gamma": 0.9}, {"whiten_rewards": True}, {"kl_penalty_in": "loss", "kl_estimator": "k2"}],
 )
 def test_advantages_are_those_of_a_loop_over_time(tmp_path, config):
     config = {"kl_coef": 0.4, "missing_eos_penalty": 1.5, "gradient_accumulation_steps": 2, **config}
     trainer, recorder = recorded(tmp_path, config)
     trainer.train()
     args, (_, rollout), samples = trainer.args, recorder.rollouts[1], recorder.samples[1]
-    assert len(set(samples.stopped.tolist())) == 2 and rollout.kl.abs().min() > 0
+    assert len(set(samples.stopped.tolist())) == 2 and rollout.sequence_kl.abs().min() > 0
     rewards = {}
     for i in range(len(rollout)):
-        actions = int(rollout.mask[i].sum())
+        actions = int(rollout.action_mask[i].sum())
         for t in range(actions):
-            penalty = (rollout.logprobs[i, t] - rollout.ref_logprobs[i, t]).item() if args.kl_in == "reward" else 0.0
+            penalty = (
+                (rollout.logprobs[i, t] - rollout.ref_logprobs[i, t]).item() if args.kl_penalty_in == "reward" else 0.0
+            )
             rewards[i, t] = -0.4 * penalty
         rewards[i, actions - 1] += samples.scores[i].item() - (0.0 if samples.stopped[i] else 1.5)
     if args.whiten_rewards:
@@ -387,7 +390,7 @@ def test_advantages_are_those_of_a_loop_over_time(tmp_path, config):
 def test_the_first_ratio_is_1_and_the_first_kl_0(tmp_path):
     trainer, recorder = recorded(tmp_path, {"temperature": 0.7, "max_steps": 12})
     trainer.train()
-    errors, kls = logged(trainer, "ppo/first_ratio_error"), logged(trainer, "kl")
+    errors, kls = logged(trainer, "ppo/initial_ratio_error"), logged(trainer, "kl")
     assert len(errors) == len(kls) == 3
     assert errors == [0.0, 0.0, 0.0]
     assert kls[0] == 0.0 and min(map(abs, kls[1:])) > 1e-3
@@ -438,7 +441,7 @@ def test_the_first_ratio_is_1_also_where_numbers_depend_on_the_shape_of_a_pass(t
     """As in half precision, where products of other shapes are summed up in another order."""
     trainer, recorder = recorded(tmp_path, UNEVEN, model=make_model(), peft_config=lora())
     if not exact:
-        trainer._first_pass = lambda rollout_index, lengths: [torch.arange(len(lengths))]
+        trainer._scoring_micro_batches = lambda rollout_index, lengths: [torch.arange(len(lengths))]
 
     def shape_dependent(module, args, kwargs, output):
         output.last_hidden_state = output.last_hidden_state * (1 + 1e-3 * (kwargs["input_ids"].numel() % 7))
@@ -446,9 +449,9 @@ def test_the_first_ratio_is_1_also_where_numbers_depend_on_the_shape_of_a_pass(t
 
     trainer.model.language_model.model.register_forward_hook(shape_dependent, with_kwargs=True)
     trainer.train()
-    errors = logged(trainer, "ppo/first_ratio_error")
+    errors = logged(trainer, "ppo/initial_ratio_error")
     assert len(errors) == 2 and (max(errors) == 0.0) == exact
-    assert all(len(set(rollout.mask.sum(1).tolist())) > 1 for _, rollout in recorder.rollouts)
+    assert all(len(set(rollout.action_mask.sum(1).tolist())) > 1 for _, rollout in recorder.rollouts)
 
 
 def test_what_is_logged_is_finite_and_counts_all_tokens(tmp_path):
@@ -518,28 +521,28 @@ OPTIONS = {
     "min_p": differs("min_p", 0.3),
     "stop_token_id": differs("stop_token_id", 14),
     "missing_eos_penalty": differs("missing_eos_penalty", None),
-    "include_eos": differs("include_eos", False, given={"stop_token_id": 14}),
+    "train_on_eos": differs("train_on_eos", False, given={"stop_token_id": 14}),
     "reward_weights": differs("reward_weights", [2.0]),
     "whiten_rewards": differs("whiten_rewards", True),
     "kl_coef": differs("kl_coef", 0.5),
     "kl_estimator": differs("kl_estimator", "k3", given={"kl_coef": 0.5}),
-    "kl_in": differs("kl_in", "loss", given={"kl_estimator": "k3", "kl_coef": 0.5}),
+    "kl_penalty_in": differs("kl_penalty_in", "loss", given={"kl_estimator": "k3", "kl_coef": 0.5}),
     "gamma": differs("gamma", 0.8),
     "lam": differs("lam", 0.5),
     "objective": differs("objective", "unclipped", given={"learning_rate": 5e-2}),
     "cliprange": differs("cliprange", 0.05),
     "cliprange_high": differs("cliprange_high", 0.001),
     "dual_clip": differs("dual_clip", 1.01, given={"learning_rate": 5e-2}),
-    "policy_kl_coef": differs("policy_kl_coef", 3.0, given={"objective": "kl_penalty"}),
+    "old_policy_kl_coef": differs("old_policy_kl_coef", 3.0, given={"objective": "kl_penalty"}),
     "entropy_coef": differs("entropy_coef", 0.1),
     "cliprange_value": differs("cliprange_value", 0.001),
     "vf_coef": differs("vf_coef", 0.5),
     "critic": differs("critic", "detached", given={"vf_coef": 0.1}),
-    "critic_learning_rate": differs("critic_learning_rate", 1e-2, given={"critic": "adapter"}),
+    "critic_backbone_learning_rate": differs("critic_backbone_learning_rate", 1e-2, given={"critic": "adapter"}),
     "critic_warmup_steps": differs("critic_warmup_steps", 2),
     "value_head": differs("value_head", "mlp"),
     "value_head_activation": differs("value_head_activation", "gelu", given={"value_head": "mlp"}),
-    "value_learning_rate": differs("value_learning_rate", 1e-3),
+    "value_head_learning_rate": differs("value_head_learning_rate", 1e-3),
     "disable_dropout": differs("disable_dropout", False, model=dropping_model),
     "chat_template_kwargs": differs("chat_template_kwargs", {"mood": "sad: "}, data=chats, tokenizer=chatty_tokenizer),
     "shuffle_dataset": differs("shuffle_dataset", False),
@@ -553,9 +556,9 @@ OPTIONS = {
 
 # Options whose effect is not on the numbers of a run, and the test that sees it.
 ELSEWHERE = {
-    "cache_lower_layers": "test_lower_layers.py",
-    "reward_baseline": "test_baseline.py",
-    "importance_cap": "test_what_decoding_computed_otherwise_is_weighed",
+    "cache_frozen_layers": "test_lower_layers.py",
+    "prefix_reward_baseline": "test_baseline.py",
+    "importance_sampling_cap": "test_what_decoding_computed_otherwise_is_weighed",
     "local_rollout_forward_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "generation_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "stop_token": "test_stop_token_eos_says_what_holds_anyway",
@@ -568,7 +571,7 @@ ELSEWHERE = {
     "restore_callback_states_from_checkpoint": "test_resume.py",
     "eval_win_rate": "test_evaluation.py",
     "skip_special_tokens": "test_completions.py",
-    "run_report": "test_report.py",
+    "html_report": "test_report.py",
     "report_rewards": "test_report.py",
     "push_report": "test_hub.py",
     "on_reward_error": "test_faults.py",
@@ -605,7 +608,7 @@ def test_what_decoding_computed_otherwise_is_weighed(tmp_path, cap):
     off = torch.tensor([-1.0, 0.0, 0.5]).repeat(3)[:8]
     advantages = []
     for spoiled in (False, True):
-        trainer, recorder = recorded(tmp_path, {"max_steps": 1, "importance_cap": cap})
+        trainer, recorder = recorded(tmp_path, {"max_steps": 1, "importance_sampling_cap": cap})
         generate = trainer.model.sample
 
         def other(*args, generate=generate, spoiled=spoiled, **kwargs):
@@ -646,7 +649,7 @@ def test_batch_sizes_without_gradients_change_memory_and_not_numbers(tmp_path):
     whole = found.pop((64, None))
     for rollout in found.values():
         assert torch.equal(rollout.input_ids, whole.input_ids)
-        for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "scores"):
+        for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "sequence_scores"):
             assert (getattr(rollout, name) - getattr(whole, name)).abs().max() < 1e-5
 
 
@@ -914,7 +917,7 @@ def test_conversations_go_through_the_chat_template_and_come_back_as_messages(tm
             ((role, content),) = [tuple(message.values()) for message in completions[i]]
             assert list(completions[i][0]) == ["role", "content"] and role == "assistant"
             assert content == tokenizer.decode(ids[i], skip_special_tokens=True)
-            width = samples.input_ids.shape[1] - samples.mask.shape[1]
+            width = samples.input_ids.shape[1] - samples.action_mask.shape[1]
             read = samples.input_ids[i, :width][samples.attention_mask[i, :width].bool()]
             assert tokenizer.decode(read) == list(CHATS.values())[which][1]
 
@@ -960,12 +963,14 @@ def test_async_and_plain_reward_functions_mix(tmp_path):
 
 
 def length(prompts, completions, **kwargs):
-    return [float(len(as_text(c))) for c in completions]
+    return [float(len(messages_to_text(c))) for c in completions]
 
 
 def sometimes(prompts, completions, wanted, **kwargs):
     """None for half of the prompts."""
-    return [None if w in "ace" else float(as_text(c).count(w)) for c, w in zip(completions, wanted, strict=True)]
+    return [
+        None if w in "ace" else float(messages_to_text(c).count(w)) for c, w in zip(completions, wanted, strict=True)
+    ]
 
 
 def test_rewards_are_weighted_and_none_is_left_out(tmp_path):
@@ -980,7 +985,7 @@ def test_rewards_are_weighted_and_none_is_left_out(tmp_path):
             sum(w * x for w, x in zip((1.0, -0.5, 2.0), scores, strict=True) if x is not None)
             for scores in zip(*columns, strict=True)
         ]
-        assert rollout.scores.tolist() == pytest.approx(totals)
+        assert rollout.sequence_scores.tolist() == pytest.approx(totals)
         assert row["reward"] == pytest.approx(sum(totals) / len(totals), abs=1e-6)
         for name, column in zip(("count_e", "length", "sometimes"), columns, strict=True):
             known = [x for x in column if x is not None]
@@ -997,16 +1002,16 @@ def test_a_response_without_any_reward_is_not_learned_from(tmp_path):
     counts = set()
     for (_, rollout), samples in zip(recorder.rollouts, recorder.samples, strict=True):
         unscored = [w in "ace" for w in samples.completions.columns["wanted"]]
-        assert rollout.mask.any(1).tolist() == [not u for u in unscored]
+        assert rollout.action_mask.any(1).tolist() == [not u for u in unscored]
         counts.add(sum(unscored))
         for row, left_out in enumerate(unscored):
             trainer.model.zero_grad()
-            micro_batch = rollout.take(torch.tensor([row]))
+            micro_batch = rollout.micro_batch(torch.tensor([row]))
             loss = trainer.compute_loss(trainer.model, micro_batch, num_items_in_batch=torch.tensor(10))
             loss.backward()
             reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.model.parameters())
             assert reached != left_out and (loss.item() == 0.0) == left_out
-        known = rollout.mask
+        known = rollout.action_mask
         assert rollout.advantages[known].mean().abs() < 1e-5
         assert rollout.advantages[known].var(unbiased=False).item() == pytest.approx(1.0, abs=1e-3)
     assert 0 not in counts and 8 not in counts
@@ -1020,7 +1025,7 @@ def test_a_rollout_without_any_reward_leaves_the_weights_finite(tmp_path):
     trainer, recorder = recorded(tmp_path, reward_funcs=silent)
     before = weights_of(trainer)
     trainer.train()
-    assert not any(rollout.mask.any() for _, rollout in recorder.rollouts)
+    assert not any(rollout.action_mask.any() for _, rollout in recorder.rollouts)
     assert largest_gap(before, weights_of(trainer)) == 0.0
 
 
@@ -1093,7 +1098,7 @@ def test_the_whole_model_is_trained_without_an_adapter(tmp_path):
     reference = trainer.model._ref_model[0].state_dict()
     assert all(torch.equal(reference[name], value) for name, value in start.items())
     assert logged(trainer, "kl")[0] == 0.0 and abs(logged(trainer, "kl")[1]) > 1e-3
-    assert max(logged(trainer, "ppo/first_ratio_error")) < 1e-5
+    assert max(logged(trainer, "ppo/initial_ratio_error")) < 1e-5
     assert len(recorder.rollouts) == 2
 
 

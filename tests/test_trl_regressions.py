@@ -122,7 +122,7 @@ def test_num_mini_batches_is_the_number_of_steps_per_epoch_under_accumulation(tm
     compute_loss = trainer.compute_loss
 
     def spy(model, inputs, **kwargs):
-        served.append(inputs["advantages"][inputs["mask"]].tolist())
+        served.append(inputs["advantages"][inputs["action_mask"]].tolist())
         return compute_loss(model, inputs, **kwargs)
 
     trainer.compute_loss = spy
@@ -132,7 +132,9 @@ def test_num_mini_batches_is_the_number_of_steps_per_epoch_under_accumulation(tm
     assert len(rollout) == responses
     assert recorder.steps == trainer.state.global_step == 2 * num_mini_batches
     assert len(served) == 2 * responses
-    whole = Counter(tuple(row[mask].tolist()) for row, mask in zip(rollout.advantages, rollout.mask, strict=True))
+    whole = Counter(
+        tuple(row[mask].tolist()) for row, mask in zip(rollout.advantages, rollout.action_mask, strict=True)
+    )
     for epoch in (served[:responses], served[responses:]):
         assert Counter(map(tuple, epoch)) == whole
 
@@ -141,7 +143,7 @@ def test_num_mini_batches_is_the_number_of_steps_per_epoch_under_accumulation(tm
 def test_statistics_are_not_divided_by_num_mini_batches_nor_averaged_over_padding(tmp_path, num_mini_batches):
     """TRL: statistics were divided by num_mini_batches, and averaged over padding."""
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_mini_batches": num_mini_batches}
-    still = {"learning_rate": 0.0, "value_learning_rate": 0.0, "vf_coef": 1.0, **UNEVEN}
+    still = {"learning_rate": 0.0, "value_head_learning_rate": 0.0, "vf_coef": 1.0, **UNEVEN}
     steps = 2 * num_mini_batches
     minibatches = []
     recorder = Recorder()
@@ -164,7 +166,9 @@ def test_statistics_are_not_divided_by_num_mini_batches_nor_averaged_over_paddin
 
     # Weights stand still, so every value is the 0 that the head starts with and every ratio is 1.
     (rollout,) = recorder.rollouts
-    half_squares = [g**2 / 2 for row, m in zip(rollout.returns, rollout.mask, strict=True) for g in row[m].tolist()]
+    half_squares = [
+        g**2 / 2 for row, m in zip(rollout.returns, rollout.action_mask, strict=True) for g in row[m].tolist()
+    ]
     assert log["ppo/value_loss"] == pytest.approx(sum(half_squares) / len(half_squares), rel=1e-5)
     assert log["ppo/ratio"] == pytest.approx(1.0, abs=1e-5)
     losses = []
@@ -172,14 +176,14 @@ def test_statistics_are_not_divided_by_num_mini_batches_nor_averaged_over_paddin
         tokens = [
             -a + g**2 / 2
             for part in minibatch
-            for row in zip(part["advantages"], part["returns"], part["mask"], strict=True)
+            for row in zip(part["advantages"], part["returns"], part["action_mask"], strict=True)
             for a, g, real in zip(*(column.tolist() for column in row), strict=True)
             if real
         ]
         losses.append(sum(tokens) / len(tokens))
     assert log["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     if num_mini_batches > 1:  # there is padding, and averaging over it would be seen
-        masks = [part["mask"] for minibatch in minibatches for part in minibatch]
+        masks = [part["action_mask"] for minibatch in minibatches for part in minibatch]
         assert sum(mask.sum() for mask in masks) < 0.95 * sum(mask.numel() for mask in masks)
 
 
@@ -209,7 +213,7 @@ def test_statistics_of_the_rollout_are_those_of_a_loop_over_real_tokens(tmp_path
     assert found["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
     assert abs(found["kl"]) > 0.01
     assert found["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths), rel=1e-6)
-    assert sum(entropies) / rollout.mask.numel() < 0.95 * found["entropy"]
+    assert sum(entropies) / rollout.action_mask.numel() < 0.95 * found["entropy"]
 
 
 def micro_batching_gradients(tmp_path, per_device, accumulation, mean_per_micro_batch=False):
@@ -221,7 +225,7 @@ def micro_batching_gradients(tmp_path, per_device, accumulation, mean_per_micro_
         compute_loss = trainer.compute_loss
 
         def mean_of_means(model, inputs, num_items_in_batch, **kwargs):
-            return compute_loss(model, inputs, num_items_in_batch=inputs["mask"].sum() * accumulation, **kwargs)
+            return compute_loss(model, inputs, num_items_in_batch=inputs["action_mask"].sum() * accumulation, **kwargs)
 
         trainer.compute_loss = mean_of_means
     trainer.train()
@@ -551,7 +555,7 @@ def test_the_score_lands_on_the_eos_token_itself(tmp_path, pad_token):
         expected = [(1.0 + row) * 0.5 ** (len(response) - 1 - t) for t in range(len(response))]
         expected += [0.0] * (rollout.response_length - len(response))
         assert rollout.returns[row].tolist() == pytest.approx(expected, abs=1e-6)
-        assert rollout.mask[row].tolist() == [t < len(response) for t in range(rollout.response_length)]
+        assert rollout.action_mask[row].tolist() == [t < len(response) for t in range(rollout.response_length)]
     assert 0 < ended < len(rollout)
 
 
@@ -592,8 +596,8 @@ def test_missing_eos_penalty_knows_the_custom_stop_token(tmp_path):
             response = response_of(rollout, row, stop_ids=(EOS, letter))
             last = response[-1] if response[-1] in (EOS, letter) else None
             endings[last] += 1
-            assert rollout.scores[row].item() == (1.0 if last is not None else -4.0)
-            assert rollout.mask[row].sum() == len(response)
+            assert rollout.sequence_scores[row].item() == (1.0 if last is not None else -4.0)
+            assert rollout.action_mask[row].sum() == len(response)
     assert endings[letter] and endings[None]
 
 
@@ -603,7 +607,7 @@ def test_one_valid_token_in_a_batch_gives_finite_weights(tmp_path, whiten_reward
     config = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_mini_batches": 1,
               "response_length": 1, "whiten_rewards": whiten_rewards, "max_steps": 4}  # fmt: skip
     trainer, recorder = train(tmp_path, config=config)
-    assert [int(rollout.mask.sum()) for rollout in recorder.rollouts] == [1, 1]
+    assert [int(rollout.action_mask.sum()) for rollout in recorder.rollouts] == [1, 1]
     assert all(tensor.isfinite().all() for tensor in weights_of(trainer).values())
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 4 and np.isfinite(losses).all()

@@ -15,8 +15,8 @@ import torch
 from conftest import count_e, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from ppo_plus.data.batching import minibatch_rows
-from ppo_plus.data.seeding import position_seed, sampling_noise
+from ppo_plus.data.batching import minibatch_indices
+from ppo_plus.data.seeding import derive_seed, sampling_uniforms
 
 EOS, RESPONSE, ROLLOUT, EPOCHS, MINIBATCHES, STEPS = 2, 8, 8, 2, 2, 12
 SEED = 42
@@ -28,7 +28,7 @@ class Rules:
 
     temperature: float = 0.7
     kl_coef: float = 0.3
-    kl_in: str = "reward"
+    kl_penalty_in: str = "reward"
     kl_estimator: str = "k1"
     lam: float = 0.95
     gamma: float = 1.0
@@ -39,7 +39,7 @@ class Rules:
     vf_coef: float = 0.1
     entropy_coef: float = 0.0
     learning_rate: float = 1e-2
-    value_learning_rate: float = 2e-2
+    value_head_learning_rate: float = 2e-2
     max_grad_norm: float = 0.05
     weight_decay: float = 0.0
     # Only the controls depart from these.
@@ -56,9 +56,9 @@ class Rules:
     def config(self) -> dict:
         """As arguments of PPOConfig."""
         told = (
-            "temperature", "kl_coef", "kl_in", "kl_estimator", "lam", "gamma", "missing_eos_penalty", "cliprange",
-            "cliprange_value", "critic", "vf_coef", "entropy_coef", "learning_rate", "value_learning_rate",
-            "max_grad_norm", "weight_decay",
+            "temperature", "kl_coef", "kl_penalty_in", "kl_estimator", "lam", "gamma", "missing_eos_penalty",
+            "cliprange", "cliprange_value", "critic", "vf_coef", "entropy_coef", "learning_rate",
+            "value_head_learning_rate", "max_grad_norm", "weight_decay",
         )  # fmt: skip
         return {name: getattr(self, name) for name in told}
 
@@ -66,7 +66,7 @@ class Rules:
 RULES = {
     "shared critic": Rules(),
     "detached critic, discount, KL in the loss": Rules(
-        critic="detached", vf_coef=1.0, gamma=0.9, lam=0.7, kl_in="loss", kl_estimator="k3", temperature=1.0
+        critic="detached", vf_coef=1.0, gamma=0.9, lam=0.7, kl_penalty_in="loss", kl_estimator="k3", temperature=1.0
     ),
     "entropy, weight decay": Rules(entropy_coef=0.05, weight_decay=0.1, max_grad_norm=1e9),
 }
@@ -102,7 +102,7 @@ class ByHand:
         self.actor = [p for p in self.policy.parameters() if p.requires_grad]
         groups = [
             {"params": self.actor, "lr": rules.learning_rate, "weight_decay": rules.weight_decay},
-            {"params": list(self.head.parameters()), "lr": rules.value_learning_rate, "weight_decay": 0.0},
+            {"params": list(self.head.parameters()), "lr": rules.value_head_learning_rate, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, eps=1e-5)
         self.rates = [group["lr"] for group in groups]
@@ -134,7 +134,7 @@ class ByHand:
     @torch.no_grad()
     def collect(self, index):
         rules = self.rules
-        noise = sampling_noise(position_seed(SEED, "rollout", index, 0), ROLLOUT, RESPONSE)
+        noise = sampling_uniforms(derive_seed(SEED, "rollout", index, 0), ROLLOUT, RESPONSE)
         texts = make_prompts()["prompt"]
         begin = index * ROLLOUT % len(texts)
         rollout = []
@@ -147,7 +147,7 @@ class ByHand:
             text = self.tokenizer.decode(response, skip_special_tokens=True)
             score = count_e([], [text])[0] - (0.0 if response[-1] == EOS else rules.missing_eos_penalty)
             rewards = [0.0] * len(response)
-            if rules.kl_in == "reward":
+            if rules.kl_penalty_in == "reward":
                 rewards = [-rules.kl_coef * (a - b).item() for a, b in zip(logs, reference, strict=True)]
             rewards[-1 if rules.score_at == "last" else 0] += score
             advantages, after, following = [], 0.0, rules.values_end_in
@@ -180,7 +180,7 @@ class ByHand:
             old, target = one["values"][t], one["returns"][t]
             near = old + (value - old).clamp(-rules.cliprange_value, rules.cliprange_value)
             loss = loss + rules.vf_coef * 0.5 * torch.maximum((value - target) ** 2, (near - target) ** 2)
-            if rules.kl_in == "loss":
+            if rules.kl_penalty_in == "loss":
                 away = one["reference"][t] - log
                 loss = loss + rules.kl_coef * (away.exp() - 1 - away)
             found.append(loss - rules.entropy_coef * entropy)
@@ -206,7 +206,7 @@ class ByHand:
         for index in range(STEPS // (EPOCHS * MINIBATCHES)):
             rollout = self.collect(index)
             for epoch in range(EPOCHS):
-                parts = minibatch_rows(ROLLOUT, MINIBATCHES, seed=SEED, rollout_index=index, ppo_epoch=epoch)
+                parts = minibatch_indices(ROLLOUT, MINIBATCHES, seed=SEED, rollout_index=index, ppo_epoch=epoch)
                 for rows in parts:
                     self.learn([rollout[row] for row in rows.tolist()])
         return weights(self.policy, self.head)
@@ -237,7 +237,7 @@ SLIPS = {
     "score_at": "first", "values_end_in": 1.0, "whitening": False, "mean_over": "responses", "norm_of": "all",
     "learns_eos": False, "temperature_in_loss": False, "returns_whitened": True, "schedule": "constant",
     "lam": 1.0, "gamma": 0.99, "cliprange": 0.2, "cliprange_value": 0.2, "kl_coef": 0.2, "missing_eos_penalty": 0.5,
-    "vf_coef": 0.2, "max_grad_norm": 1.0, "value_learning_rate": 1e-2, "entropy_coef": 0.01,
+    "vf_coef": 0.2, "max_grad_norm": 1.0, "value_head_learning_rate": 1e-2, "entropy_coef": 0.01,
 }  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.callbacks.completions import print_samples
-from ppo_plus.training.checkpoint import damage, seal
-from ppo_plus.training.shutdown import InterruptCallback
+from ppo_plus.training.checkpoint import integrity_error, write_manifest
+from ppo_plus.training.shutdown import GracefulShutdownCallback
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("ppo_plus", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -104,7 +104,7 @@ def test_sigbreak_is_listened_to_where_there_is_one(monkeypatch):
     monkeypatch.setattr("ppo_plus.training.shutdown.SIGNALS", (signal.SIGUSR1,))
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        with InterruptCallback() as callback:
+        with GracefulShutdownCallback() as callback:
             signal.raise_signal(signal.SIGUSR1)
             assert callback.came
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
@@ -123,8 +123,8 @@ def test_a_disk_error_still_ends_the_writing_of_a_checkpoint(tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", fsync)
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output|No space"):
-            seal(tmp_path)
-    assert damage(tmp_path) == "it was not finished"
+            write_manifest(tmp_path)
+    assert integrity_error(tmp_path) == "it was not finished"
 
 
 # --- a run under the rules of Windows ---
@@ -198,18 +198,18 @@ def run_on_windows(folder):
     base = folder / "base"
     make_model().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
-    config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1, "run_report": True,
+    config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1, "html_report": True,
               "eval_strategy": "steps", "eval_steps": 3, "log_completions": True}  # fmt: skip
     run = {"model": str(base), "eval_dataset": make_prompts(8), "reward_funcs": classifier(base)}
     first = make_trainer(folder / "ppo", config={**config, "max_steps": 3}, **run)
     first.train()
-    assert damage(folder / "ppo" / "checkpoint-3") is None
+    assert integrity_error(folder / "ppo" / "checkpoint-3") is None
     # The rollout of that checkpoint is in memory, and its file mapped, when the checkpoint is deleted for the next.
     again = make_trainer(folder / "ppo", config=config, **run)
     again.train(resume_from_checkpoint=True)
     again.save_model()
     again.create_model_card()
-    assert damage(folder / "ppo" / "checkpoint-6") is None and not (folder / "ppo" / "checkpoint-3").exists()
+    assert integrity_error(folder / "ppo" / "checkpoint-6") is None and not (folder / "ppo" / "checkpoint-3").exists()
 
     pairs = Dataset.from_dict({"chosen": ["good film"] * 8, "rejected": ["bad film"] * 8})
     trainer = RewardTrainer(

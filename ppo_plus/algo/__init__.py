@@ -12,8 +12,8 @@ What stands outside `mask` never reaches a result of a function that takes one, 
 """
 
 from .advantages import gae, shape_rewards, truncated_importance_weights
-from .kl import KL_ESTIMATORS, MAX_KL_ERROR, band_kl_coef, full_kl, kl_divergence, proportional_kl_coef
-from .logprobs import entropy, entropy_of_logprobs, logprobs_and_entropy, scaled_log_softmax, token_logprobs
+from .kl import KL_ESTIMATORS, MAX_KL_ERROR, band_kl_coef, exact_kl, kl_estimate, proportional_kl_coef
+from .logprobs import entropy, entropy_from_logprobs, logprobs_and_entropy, scaled_log_softmax, token_logprobs
 from .losses import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -33,11 +33,11 @@ __all__ = [
     "clipped_value_loss",
     "ema",
     "entropy",
-    "entropy_of_logprobs",
+    "entropy_from_logprobs",
+    "exact_kl",
     "explained_variance",
-    "full_kl",
     "gae",
-    "kl_divergence",
+    "kl_estimate",
     "kl_penalty_policy_loss",
     "logprobs_and_entropy",
     "masked_mean",

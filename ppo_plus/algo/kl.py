@@ -11,12 +11,12 @@ from torch import Tensor
 MAX_KL_ERROR = 0.2  # bound on the relative error in the proportional controller of the KL coefficient
 
 
-def full_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """`KL(P || Q) = sum_v p_v (log p_v - log q_v)` over the whole vocabulary, not estimated from a sample.
 
     The order of the arguments is the direction:
-        `full_kl(policy, reference)`: what `kl_divergence` estimates, the KL of the RLHF reward.
-        `full_kl(original, current)`: the penalty `KL(orig || current)`, where the frozen model weighs the
+        `exact_kl(policy, reference)`: what `kl_estimate` estimates, the KL of the RLHF reward.
+        `exact_kl(original, current)`: the penalty `KL(orig || current)`, where the frozen model weighs the
         terms. It is another quantity: large where the current model no longer says what the original did.
 
     Args:
@@ -43,7 +43,7 @@ _ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
 KL_ESTIMATORS = tuple(_ESTIMATES)
 
 
-def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
     """Per-token estimate of `KL(policy || reference)` from tokens that the policy sampled.
 
     Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). With the log ratio

@@ -27,7 +27,7 @@ def logprobs_and_entropy(
     """`token_logprobs` and `entropy` from one softmax; `None` for the entropy where it is not asked for."""
     logprobs = scaled_log_softmax(logits, temperature)
     chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen, entropy_of_logprobs(logprobs) if with_entropy else None
+    return chosen, entropy_from_logprobs(logprobs) if with_entropy else None
 
 
 def scaled_log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -49,10 +49,10 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Returns:
         Entropy per position, `(B, R)` float32, nats, between 0 and `log V`.
     """
-    return entropy_of_logprobs(scaled_log_softmax(logits, temperature))
+    return entropy_from_logprobs(scaled_log_softmax(logits, temperature))
 
 
-def entropy_of_logprobs(logprobs: Tensor) -> Tensor:
+def entropy_from_logprobs(logprobs: Tensor) -> Tensor:
     """`entropy` where the log-probabilities `(..., V)` are known already."""
     # The limit of p log p at p = 0 is 0; computed, it is 0 * -inf.
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)

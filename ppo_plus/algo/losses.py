@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kl import kl_divergence
+from .kl import kl_estimate
 
 
 def clipped_policy_loss(
@@ -80,7 +80,7 @@ def kl_penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: T
     Returns:
         The loss, `(B, R)`, unit of the advantages.
     """
-    penalty = kl_divergence(old_logprobs, logprobs, "k3")
+    penalty = kl_estimate(old_logprobs, logprobs, "k3")
     return unclipped_policy_loss(logprobs, old_logprobs, advantages) + beta * penalty
 
 

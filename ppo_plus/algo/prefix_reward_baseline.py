@@ -19,11 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..utils.files import readable
+from ..utils.files import reraise_as_corrupt_file
 
 REWARD_LINE = "reward_line"  # in the header of a value head's file: slope and intercept, as JSON
-MEMORY = 256  # responses, over which an old rollout's weight falls to 1/e
-PRIOR = 8  # responses that speak for a slope of 0: how little a few of them tell
+TIME_CONSTANT = 256  # responses, over which an old rollout's weight falls to 1/e
+SHRINKAGE = 8  # responses that speak for a slope of 0: how little a few of them tell
 
 
 @dataclass
@@ -42,10 +42,10 @@ class RewardBaseline:
 
     def line(self) -> tuple[float, float]:
         """Slope and intercept of all that was learned from, reward units; zeros where that is nothing."""
-        slope, intercept = lines(self._known())
+        slope, intercept = lines(self._moments())
         return slope.item(), intercept.item()
 
-    def foretell(
+    def fit_predict(
         self, scores: Tensor, returns: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] = lambda t: t
     ) -> Tensor:
         """Predict the returns of a rollout, each response's without its own, and learn from them.
@@ -63,12 +63,12 @@ class RewardBaseline:
         sums = [mask.any(1).double(), mask.double().sum(1), *(tensor.sum(1) for tensor in (x, y, x * x, x * y))]
         own = torch.stack(sums, 1)
         new = reduce(own.sum(0))
-        known = self._known().to(new.device) * (-new[0] / MEMORY).exp() + new
+        known = self._moments().to(new.device) * (-new[0] / TIME_CONSTANT).exp() + new
         self.responses, self.tokens, *self.moments = known.tolist()
         slope, intercept = lines(known - own)
         return (x * slope[:, None] + intercept[:, None]).masked_fill(~mask, 0.0).float()
 
-    def _known(self) -> Tensor:
+    def _moments(self) -> Tensor:
         return torch.tensor([self.responses, self.tokens, *self.moments], dtype=torch.float64)
 
 
@@ -77,14 +77,14 @@ def lines(moments: Tensor) -> tuple[Tensor, Tensor]:
     responses, tokens = moments[..., 0], moments[..., 1]
     score, of_return, squared, product = (moments[..., 2:] / tokens.clamp(min=1e-12)[..., None]).unbind(-1)
     variance, covariance = squared - score**2, product - score * of_return
-    trust = responses / (responses + PRIOR)
+    trust = responses / (responses + SHRINKAGE)
     slope = torch.where(variance > 1e-8 * squared, trust * covariance / variance, 0.0)
     return slope, of_return - slope * score
 
 
 def saved_reward_line(file: Path) -> tuple[float, float] | None:
     """Read slope and intercept of the baseline beside which a value head was trained; None where there was none."""
-    with readable(file), safe_open(file, framework="pt") as tensors:
+    with reraise_as_corrupt_file(file), safe_open(file, framework="pt") as tensors:
         line = (tensors.metadata() or {}).get(REWARD_LINE)
     if line is None:
         return None

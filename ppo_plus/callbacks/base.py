@@ -16,7 +16,7 @@ from ..config import PPOConfig
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Samples
+    from ..rollout.collector import Experience
 
 
 @dataclass
@@ -50,17 +50,17 @@ class PPOCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """While prompts are answered and answers looked at, in evaluations too; called at every decoded token.
 
-        `phase` is "generating", "scoring", "lower layers" (where `cache_lower_layers` finds some), "log-probabilities"
+        `phase` is "generating", "scoring", "frozen_layers" (where `cache_frozen_layers` finds some), "logprobs"
         or "reference"; `done` of `total` responses have left it, and `tokens` tokens have gone through the model in it.
         """
 
-    def on_scores(
-        self, args: PPOConfig, state: TrainerState, control: TrainerControl, scores: Tensor, all_scores: Tensor,
+    def on_rewards_computed(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, scores: Tensor, gathered_scores: Tensor,
         token_rewards: Tensor, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """After scoring: `scores` `(N,)`, reward units, may be changed in place; `all_scores` of all processes.
+        """After scoring: `scores` `(N,)`, reward units, may be changed in place; `gathered_scores` of all processes.
 
-        `all_scores` are the scores as the callback before left them. A callback that only some processes have gets
+        `gathered_scores` are the scores as the callback before left them. A callback that only some processes have gets
         them as the last one left them that all processes have.
 
         NaN marks a response that no reward function scored. A score is what a response earns in all; the part of it
@@ -68,18 +68,18 @@ class PPOCallback(TrainerCallback):
         """
 
     def on_rollout_end(
-        self, args: PPOConfig, state: TrainerState, control: TrainerControl, rollout: Rollout, samples: Samples,
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, rollout: Rollout, samples: Experience,
         metrics: dict[str, float], **kwargs: Any,
     ) -> None:  # fmt: skip
         """When advantages are known; `metrics` (of all processes) will be logged and may be added to."""
 
 
 def hears_scores(callback: PPOCallback) -> bool:
-    """Tell whether a callback overrides `on_scores`."""
-    return getattr(callback.on_scores, "__func__", None) is not PPOCallback.on_scores
+    """Tell whether a callback overrides `on_rewards_computed`."""
+    return getattr(callback.on_rewards_computed, "__func__", None) is not PPOCallback.on_rewards_computed
 
 
-def is_due(args: PPOConfig, state: TrainerState, times: int) -> bool:
+def is_logging_rollout(args: PPOConfig, state: TrainerState, times: int) -> bool:
     """Whether the rollout at this step is the first, or one of `times` that are spread evenly over training."""
     rollouts, index = -(-state.max_steps // args.steps_per_rollout), state.global_step // args.steps_per_rollout
     before, due = ((i * times) // max(1, rollouts) for i in (index - 1, index))

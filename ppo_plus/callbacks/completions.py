@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
-from .base import PPOCallback, is_due
-from .trackers import send_table
+from .base import PPOCallback, is_logging_rollout
+from .trackers import log_table
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Samples
+    from ..rollout.collector import Experience
 
 
-class SamplesTableCallback(PPOCallback):
+class CompletionsTableCallback(PPOCallback):
     """Shows a table of sampled responses with their scores as training goes, and at each evaluation.
 
     Args:
@@ -29,46 +29,46 @@ class SamplesTableCallback(PPOCallback):
         self.trackers = trackers
 
     def on_rollout_end(
-        self, args: Any, state: TrainerState, control: Any, rollout: Rollout, samples: Samples, metrics: Any,
+        self, args: Any, state: TrainerState, control: Any, rollout: Rollout, samples: Experience, metrics: Any,
         **kwargs: Any,
     ) -> None:  # fmt: skip
         """Show at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
-        due = args.log_completions or is_due(args, state, args.num_sample_generations)
+        due = args.log_completions or is_logging_rollout(args, state, args.num_sample_generations)
         if state.is_world_process_zero and due:
             self._show("completions", f"Samples at step {state.global_step}", args, state, samples)
 
     def on_evaluate(
-        self, args: Any, state: TrainerState, control: Any, samples: Samples | None = None, **kwargs: Any
+        self, args: Any, state: TrainerState, control: Any, samples: Experience | None = None, **kwargs: Any
     ) -> None:
         """Show the first answers of an evaluation: the same prompts each time."""
         if state.is_world_process_zero and samples is not None:
             self._show("eval/completions", f"Evaluation at step {state.global_step}", args, state, samples)
 
-    def _show(self, name: str, title: str, args: Any, state: TrainerState, samples: Samples) -> None:
+    def _show(self, name: str, title: str, args: Any, state: TrainerState, samples: Experience) -> None:
         columns = sample_table(samples, args.num_completions_to_print)
         print_samples(title, columns)
-        send_table(self.trackers(), name, columns, state.global_step)
+        log_table(self.trackers(), name, columns, state.global_step)
 
 
-def sample_table(samples: Samples, rows: int) -> dict[str, list[Any]]:
+def sample_table(samples: Experience, rows: int) -> dict[str, list[Any]]:
     """The first rows of samples in columns: prompt, completion, reward, KL in nats, and what was logged, as text."""
     shown, completions = range(min(rows, len(samples))), samples.completions
-    kl = ((samples.logprobs - samples.ref_logprobs) * samples.mask).sum(1)
+    kl = ((samples.logprobs - samples.ref_logprobs) * samples.action_mask).sum(1)
     return {
-        "prompt": [as_text(completions.prompts[i]) for i in shown],
-        "completion": [as_text(completions.completions[i]) for i in shown],
+        "prompt": [messages_to_text(completions.prompts[i]) for i in shown],
+        "completion": [messages_to_text(completions.completions[i]) for i in shown],
         "reward": [float(samples.scores[i]) for i in shown],
         "kl": [float(kl[i]) for i in shown],
         **{name: [str(values[i]) for i in shown] for name, values in samples.extra.items()},
     }
 
 
-def as_text(prompt: Any) -> str:
+def messages_to_text(prompt: Any) -> str:
     """A prompt or completion for people: messages become lines."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def printable(text: str) -> str:
+def escape_terminal(text: str) -> str:
     """Text that a terminal shows and does not obey.
 
     Control characters, what turns the direction of writing, and what the encoding of stdout lacks become escapes.
@@ -76,10 +76,10 @@ def printable(text: str) -> str:
     # A log or pipe on Windows is in a code page, and a character that it lacks would end training.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
-    turning = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    bidi_controls = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
     return "".join(
         c.encode("unicode_escape").decode()
-        if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in turning
+        if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in bidi_controls
         else c
         for c in text
     )
@@ -87,9 +87,9 @@ def printable(text: str) -> str:
 
 def print_samples(title: str, columns: dict[str, list[Any]]) -> None:
     """Print a table, fractions with two digits: with rich where it is installed, as plain lines otherwise."""
-    title = printable(title)
+    title = escape_terminal(title)
     columns = {
-        printable(name): [f"{v:.2f}" if isinstance(v, float) else printable(str(v)) for v in values]
+        escape_terminal(name): [f"{v:.2f}" if isinstance(v, float) else escape_terminal(str(v)) for v in values]
         for name, values in columns.items()
     }
     try:

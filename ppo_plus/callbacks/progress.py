@@ -44,7 +44,7 @@ class PPOProgressCallback(ProgressCallback, PPOCallback):
         metrics: dict[str, float], **kwargs: Any,
     ) -> None:  # fmt: skip
         """Note how many response tokens an optimizer step learns from, on average."""
-        self._tokens_per_step = float(rollout.mask.sum()) / args.num_mini_batches
+        self._tokens_per_step = float(rollout.action_mask.sum()) / args.num_mini_batches
 
     def on_step_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Learning starts, or goes on after an evaluation."""
@@ -78,7 +78,7 @@ class PPOProgressCallback(ProgressCallback, PPOCallback):
             self._shown = now
 
 
-def show_phases(trainer: Trainer) -> None:
+def install_progress_bar(trainer: Trainer) -> None:
     """Let `PPOProgressCallback` take the place of Trainer's own bar, where Trainer has put that one up."""
     callbacks = trainer.callback_handler.callbacks
     callbacks[:] = [PPOProgressCallback() if type(c) is ProgressCallback else c for c in callbacks]

@@ -36,12 +36,12 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
         if state.global_step == 0:
             self.mean = self.var = None
 
-    def on_scores(
-        self, args: Any, state: Any, control: Any, scores: Tensor, all_scores: Tensor, token_rewards: Tensor,
+    def on_rewards_computed(
+        self, args: Any, state: Any, control: Any, scores: Tensor, gathered_scores: Tensor, token_rewards: Tensor,
         **kwargs: Any,
     ) -> None:  # fmt: skip
         """Update the averages with this rollout, then normalize it, the rewards of single tokens by the same scale."""
-        known = all_scores[~all_scores.isnan()]
+        known = gathered_scores[~gathered_scores.isnan()]
         if len(known) == 0:
             return
         mean, var = known.mean().item(), known.var(unbiased=False).item()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 
-def send_table(callbacks: Iterable[TrainerCallback], name: str, columns: dict[str, list[Any]], step: int) -> None:
+def log_table(callbacks: Iterable[TrainerCallback], name: str, columns: dict[str, list[Any]], step: int) -> None:
     """Write a table to every tracker among the callbacks that has been started.
 
     wandb and trackio get a table with the step as its first column, TensorBoard gets text.

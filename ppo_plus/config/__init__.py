@@ -2,7 +2,7 @@
 
 from .ppo_config import PPOConfig
 from .reward_config import RewardConfig
-from .shared import copy_arguments, is_number, refuse_sharding
+from .shared import check_no_sharding, copy_arguments, is_number
 from .trl_fields import TRLFields
 
-__all__ = ["PPOConfig", "RewardConfig", "TRLFields", "copy_arguments", "is_number", "refuse_sharding"]
+__all__ = ["PPOConfig", "RewardConfig", "TRLFields", "check_no_sharding", "copy_arguments", "is_number"]

@@ -12,15 +12,15 @@ from transformers import TrainingArguments
 from ..algo.kl import KL_ESTIMATORS
 from .shared import (
     _check_length,
-    _Discreet,
     _is_int,
+    _RedactSecrets,
+    _resolve_direction,
+    _resolve_precision,
     _schedule_follows_metric,
-    _settle_direction,
-    _settle_precision,
+    check_no_sharding,
     is_number,
-    refuse_sharding,
 )
-from .trl_fields import TRLFields, takes_derived_sizes
+from .trl_fields import TRLFields, ignore_derived_fields
 
 if TYPE_CHECKING:
     TokenIds = int | list[int] | None
@@ -32,9 +32,9 @@ def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@takes_derived_sizes
+@ignore_derived_fields
 @dataclass(repr=False)
-class PPOConfig(TRLFields, _Discreet, TrainingArguments):
+class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
     """Configuration of `PPOTrainer`.
 
     Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
@@ -65,14 +65,14 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     stop_token: Literal["eos"] | None = _field(None, "'eos': responses end at the tokenizer's EOS, as by default.")
     stop_token_id: TokenIds = _field(None, "A token id, or a list of them, that ends a response besides the EOS ids.")
     missing_eos_penalty: float | None = _field(1.0, "Subtracted from the score of a response without a stop token.")
-    include_eos: bool = _field(True, "Whether the stop token is an action that is learned.")
+    train_on_eos: bool = _field(True, "Whether the stop token is an action that is learned.")
 
     # Reward
     reward_weights: list[float] | None = _field(None, "Weight of each reward function; None means 1 each.")
     whiten_rewards: bool = _field(False, "Scale the shaped rewards of a rollout to variance 1, keeping their mean.")
     kl_coef: float = _field(0.05, "Initial coefficient of the KL penalty, reward units per nat.")
     kl_estimator: str = _field("k1", f"Per-token KL estimator, one of {', '.join(KL_ESTIMATORS)}.")
-    kl_in: Literal["reward", "loss"] = _field("reward", "Where the KL to the reference is penalized.")
+    kl_penalty_in: Literal["reward", "loss"] = _field("reward", "Where the KL to the reference is penalized.")
     gamma: float = _field(1.0, "Discount per token.")
     lam: float = _field(0.95, "GAE lambda.")
 
@@ -82,11 +82,11 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     )
     cliprange: float = _field(0.2, "Clip range of the probability ratio, below 1 and (by default) above.")
     cliprange_high: float | None = _field(None, "Clip range above 1; None means cliprange.")
-    importance_cap: float | None = _field(
+    importance_sampling_cap: float | None = _field(
         2.0, "Bound on the weight that corrects for decoding's numerics; None means no correction."
     )
     dual_clip: float | None = _field(None, "Bound on the loss of negative advantages, above 1; None turns it off.")
-    policy_kl_coef: float = _field(1.0, "Weight of KL(old || new) in objective='kl_penalty', per nat.")
+    old_policy_kl_coef: float = _field(1.0, "Weight of KL(old || new) in objective='kl_penalty', per nat.")
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus, per nat.")
     cliprange_value: float | None = _field(0.2, "Clip range of the value, reward units; None turns it off.")
     vf_coef: float | None = _field(None, "Weight of the value loss; None means 0.1 for critic='shared', else 1.")
@@ -97,17 +97,17 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     )
     value_head: Literal["linear", "mlp"] = _field("linear", "Shape of the value head.")
     value_head_activation: Literal["silu", "gelu"] = _field("silu", "Activation of value_head='mlp'.")
-    reward_baseline: bool | None = _field(
+    prefix_reward_baseline: bool | None = _field(
         None, "Let values start from the reward adapter's scores of prefixes; None: if the head reads the actor."
     )
-    value_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
-    critic_learning_rate: float = _field(2e-5, "Learning rate of a critic's own adapter or model.")
+    value_head_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
+    critic_backbone_learning_rate: float = _field(2e-5, "Learning rate of a critic's own adapter or model.")
     critic_warmup_steps: int = _field(0, "First optimizer steps, in which only the critic learns.")
 
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model by name.")
     disable_dropout: bool = _field(True, "Zero the base model's dropout; LoRA's own lora_dropout stays.")
-    cache_lower_layers: bool = _field(True, "Run the layers below all adapters once per rollout, if there are any.")
+    cache_frozen_layers: bool = _field(True, "Run the layers below all adapters once per rollout, if there are any.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of apply_chat_template.")
     skip_special_tokens: bool = _field(
         True, "Leave special tokens out of completions; False keeps those that rewards look for (not the final EOS)."
@@ -130,7 +130,7 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     num_sample_generations: int = _field(10, "How many times over training to show sampled responses; 0 is never.")
     log_completions: bool = _field(False, "Show sampled responses after every rollout.")
     num_completions_to_print: int = _field(5, "Responses per table of samples.")
-    run_report: bool = _field(True, "Keep report.html in output_dir: curves, fixed prompts, tokens of rollouts.")
+    html_report: bool = _field(True, "Keep report.html in output_dir: curves, fixed prompts, tokens of rollouts.")
     report_rewards: bool = _field(
         False, "Score the report's fixed prompts too: calls reward functions 11 more times. Reward models always do."
     )
@@ -153,8 +153,8 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
-        refuse_sharding(self)
-        _settle_precision(self)
+        check_no_sharding(self)
+        _resolve_precision(self)
         self._check_sizes()
         self._check_numbers()
         self._check_choices()
@@ -163,16 +163,16 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         _check_length(self)
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
-        self._settle_trl_fields()
+        self._apply_trl_fields()
         for name in ("model_init_kwargs", "chat_template_kwargs"):
-            _require(_is_dict(getattr(self, name)), self, name, "a dict, one as JSON text, or None")
-        self._settle_best_metric()
+            _check(_is_dict(getattr(self, name)), self, name, "a dict, one as JSON text, or None")
+        self._resolve_best_metric()
         if self.full_determinism:  # cuBLAS may read it once, and the model is looked at before Trainer sets it
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         if self.train_sampling_strategy == "sequential":
             self.shuffle_dataset = False
         super().__post_init__()
-        _settle_direction(self)
+        _resolve_direction(self)
 
     @property
     def rollout_batch_size(self) -> int:
@@ -185,14 +185,14 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
-    def total_steps(self) -> int:
+    def requested_max_steps(self) -> int:
         """Optimizer steps that `max_steps` or else `total_episodes` ask for; -1 where `num_train_epochs` decides."""
         if self.total_episodes is None or self.max_steps > 0:
             return self.max_steps
         return -(-self.total_episodes // (self.rollout_batch_size * self.world_size)) * self.steps_per_rollout
 
     @property
-    def needs_best_metric(self) -> bool:
+    def tracks_best_metric(self) -> bool:
         """Whether something is decided by `metric_for_best_model`."""
         return self.load_best_model_at_end or self.save_strategy == "best" or _schedule_follows_metric(self)
 
@@ -209,19 +209,23 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
         return [self.stop_token_id] if isinstance(self.stop_token_id, int) else list(self.stop_token_id)
 
     @property
-    def prompt_options(self) -> dict[str, Any]:
+    def tokenize_kwargs(self) -> dict[str, Any]:
         """How prompts become token ids."""
         return {name: getattr(self, name) for name in ("max_prompt_length", "chat_template_kwargs")}
 
     @property
-    def value_coef(self) -> float:
+    def resolved_vf_coef(self) -> float:
         """The weight of the value loss that is used."""
         return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)
 
     @property
-    def adds_reward_baseline(self) -> bool:
+    def uses_prefix_reward_baseline(self) -> bool:
         """Whether values start from what reward adapters say of prefixes."""
-        return self.critic in ("shared", "detached") if self.reward_baseline is None else self.reward_baseline
+        return (
+            self.critic in ("shared", "detached")
+            if self.prefix_reward_baseline is None
+            else self.prefix_reward_baseline
+        )
 
     def _check_sizes(self) -> None:
         at_least_one = (
@@ -230,97 +234,96 @@ class PPOConfig(TRLFields, _Discreet, TrainingArguments):
             "max_skipped_steps",
         )  # fmt: skip
         for name in at_least_one:
-            _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a whole number, 1 or more")
+            _check(_is_int(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a whole number, 1 or more")
         for name in ("total_episodes", "generation_batch_size", "max_prompt_length", "dataset_num_proc"):
             value = getattr(self, name)
-            _require(
-                value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None"
-            )
+            _check(value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None")
         stop = self.stop_token_id
-        _require(
+        _check(
             stop is None or _is_token_id(stop) or (isinstance(stop, list | tuple) and all(map(_is_token_id, stop))),
             self, "stop_token_id",
             "a token id, a list of them, or None (the id of a token's text is tokenizer.convert_tokens_to_ids(text))",
         )  # fmt: skip
-        _require(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
+        _check(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
         for name, zero in (("num_sample_generations", "never"), ("critic_warmup_steps", "none")):
             value = getattr(self, name)
-            _require(_is_int(value) and value >= 0, self, name, f"a whole number, 0 ({zero}) or more")
+            _check(_is_int(value) and value >= 0, self, name, f"a whole number, 0 ({zero}) or more")
 
     def _check_numbers(self) -> None:
-        rates = ("learning_rate", "value_learning_rate", "critic_learning_rate", "adam_epsilon")
-        not_negative = ("kl_coef", "entropy_coef", "policy_kl_coef", *rates)
+        rates = ("learning_rate", "value_head_learning_rate", "critic_backbone_learning_rate", "adam_epsilon")
+        not_negative = ("kl_coef", "entropy_coef", "old_policy_kl_coef", *rates)
         for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
-            _require(is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
+            _check(is_number(getattr(self, name)), self, name, "a number (YAML takes 3e-5 as text: write 3.0e-5)")
         for name in (
-            "cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty", "importance_cap",
+            "cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty",
+            "importance_sampling_cap",
         ):  # fmt: skip
-            _require(getattr(self, name) is None or is_number(getattr(self, name)), self, name, "a number or None")
+            _check(getattr(self, name) is None or is_number(getattr(self, name)), self, name, "a number or None")
         for name in ("reward_timeout", "logging_steps"):
             value = getattr(self, name)
-            _require(value is None or (is_number(value) and value > 0), self, name, "a number above 0, or None")
+            _check(value is None or (is_number(value) and value > 0), self, name, "a number above 0, or None")
         weights = self.reward_weights
         numbers = isinstance(weights, list | tuple) and all(map(is_number, weights))
-        _require(weights is None or numbers, self, "reward_weights", "a list of numbers, or None")
+        _check(weights is None or numbers, self, "reward_weights", "a list of numbers, or None")
         for name in not_negative:
-            _require(getattr(self, name) >= 0, self, name, "0 or more")
-        _require(self.temperature > 0, self, "temperature", "above 0 (there is no PPO of greedy decoding)")
-        _require(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
-        _require(0 <= self.min_p < 1, self, "min_p", "at least 0 and below 1")
-        _require(0 <= self.gamma <= 1, self, "gamma", "between 0 and 1")
-        _require(0 <= self.lam <= 1, self, "lam", "between 0 and 1")
-        _require(0 < self.cliprange < 1, self, "cliprange", "between 0 and 1")
+            _check(getattr(self, name) >= 0, self, name, "0 or more")
+        _check(self.temperature > 0, self, "temperature", "above 0 (there is no PPO of greedy decoding)")
+        _check(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
+        _check(0 <= self.min_p < 1, self, "min_p", "at least 0 and below 1")
+        _check(0 <= self.gamma <= 1, self, "gamma", "between 0 and 1")
+        _check(0 <= self.lam <= 1, self, "lam", "between 0 and 1")
+        _check(0 < self.cliprange < 1, self, "cliprange", "between 0 and 1")
         for name in ("cliprange_high", "cliprange_value"):
             value = getattr(self, name)
-            _require(value is None or value > 0, self, name, "above 0, or None")
-        _require(self.vf_coef is None or self.vf_coef >= 0, self, "vf_coef", "0 or more, or None")
-        _require(self.dual_clip is None or self.dual_clip > 1, self, "dual_clip", "above 1, or None")
-        cap = self.importance_cap
-        _require(cap is None or cap >= 1, self, "importance_cap", "1 or more, or None")
+            _check(value is None or value > 0, self, name, "above 0, or None")
+        _check(self.vf_coef is None or self.vf_coef >= 0, self, "vf_coef", "0 or more, or None")
+        _check(self.dual_clip is None or self.dual_clip > 1, self, "dual_clip", "above 1, or None")
+        cap = self.importance_sampling_cap
+        _check(cap is None or cap >= 1, self, "importance_sampling_cap", "1 or more, or None")
         penalty = self.missing_eos_penalty
-        _require(penalty is None or penalty >= 0, self, "missing_eos_penalty", "0 or more, or None: it is subtracted")
+        _check(penalty is None or penalty >= 0, self, "missing_eos_penalty", "0 or more, or None: it is subtracted")
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple] = {
             "kl_estimator": KL_ESTIMATORS,
-            "kl_in": ("reward", "loss"),
+            "kl_penalty_in": ("reward", "loss"),
             "objective": ("clip", "kl_penalty", "unclipped"),
             "critic": ("shared", "detached", "adapter", "separate"),
             "value_head": ("linear", "mlp"),
             "value_head_activation": ("silu", "gelu"),
             "stop_token": ("eos", None),
-            "reward_baseline": (True, False, None),
+            "prefix_reward_baseline": (True, False, None),
             "on_reward_error": ("raise", "skip"),
             "on_save_error": ("raise", "skip"),
         }
         switches = (
-            "include_eos", "skip_special_tokens", "whiten_rewards", "disable_dropout", "cache_lower_layers",
-            "shuffle_dataset", "log_completions", "run_report", "report_rewards", "push_report", "eval_win_rate",
+            "train_on_eos", "skip_special_tokens", "whiten_rewards", "disable_dropout", "cache_frozen_layers",
+            "shuffle_dataset", "log_completions", "html_report", "report_rewards", "push_report", "eval_win_rate",
             "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint", "ds3_gather_for_generation",
         )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():
-            _require(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
+            _check(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
         for name in ("sft_model_path", "reward_model_path", "exp_name", "model_adapter_name", "ref_adapter_name"):
-            _require(isinstance(getattr(self, name), str | os.PathLike | None), self, name, "text or None")
+            _check(isinstance(getattr(self, name), str | os.PathLike | None), self, name, "text or None")
 
     def _check_combinations(self) -> None:
         if self.stop_token == "eos" and self.stop_token_id is not None:
             raise ValueError("PPOConfig: stop_token and stop_token_id exclude each other: keep one of them.")
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
+        if self.kl_penalty_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
-                "PPOConfig: kl_in='loss' does nothing with kl_estimator='k1', whose gradient is zero in expectation. "
-                "Set kl_estimator='k3' (or 'k2', 'abs'), or kl_in='reward'."
+                "PPOConfig: kl_penalty_in='loss' does nothing with kl_estimator='k1', whose gradient is zero in "
+                "expectation. Set kl_estimator='k3' (or 'k2', 'abs'), or kl_penalty_in='reward'."
             )
         if self.objective != "clip" and (self.dual_clip is not None or self.cliprange_high is not None):
             name = "cliprange_high" if self.dual_clip is None else "dual_clip"
             raise ValueError(f"PPOConfig: {name} has no effect with objective={self.objective!r}. Remove it.")
 
-    def _settle_best_metric(self) -> None:
-        if not self.needs_best_metric:
+    def _resolve_best_metric(self) -> None:
+        if not self.tracks_best_metric:
             return
         self.metric_for_best_model = self.metric_for_best_model or "eval_reward"
-        _require(
+        _check(
             not self.metric_for_best_model.endswith("loss"), self, "metric_for_best_model",
             "a metric of evaluations ('eval_reward', the default here, or 'eval_kl'), which have no loss",
         )  # fmt: skip
@@ -364,6 +367,6 @@ def _is_dict(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _require(holds: bool, config: PPOConfig, name: str, what: str) -> None:
+def _check(holds: bool, config: PPOConfig, name: str, what: str) -> None:
     if not holds:
         raise ValueError(f"PPOConfig: {name} must be {what}; got {getattr(config, name)!r}.")

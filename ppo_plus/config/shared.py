@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TENSOR_CORES = (7, 0)  # the first compute capability with tensor cores for fp16: V100, then T4
 
 
-class _Discreet:
+class _RedactSecrets:
     """A configuration whose tokens are in no log, file or pickle of it; they can be used and not read back."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def copy_arguments(args: Any) -> Any:
     return copied
 
 
-def refuse_sharding(config: Any) -> None:
+def check_no_sharding(config: Any) -> None:
     """Refuse what would split the model over processes, by a field of the configuration or by `accelerate launch`.
 
     Asked for when a configuration is made and again by the trainers: scripts load weights in between, and an
@@ -105,7 +105,7 @@ def _check_length(config: Any) -> None:
         )
 
 
-def _settle_precision(config: PPOConfig | RewardConfig) -> None:
+def _resolve_precision(config: PPOConfig | RewardConfig) -> None:
     """Choose autocast's dtype by the GPU: bf16 from Ampere on, fp16 on the cards with tensor cores before it.
 
     Raises:
@@ -137,7 +137,7 @@ def _schedule_follows_metric(config: TrainingArguments) -> bool:
     return config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
 
 
-def _settle_direction(config: TrainingArguments) -> None:
+def _resolve_direction(config: TrainingArguments) -> None:
     # Left to themselves, these schedules take every metric for one that should fall.
     if _schedule_follows_metric(config):
         mode = "max" if config.greater_is_better else "min"

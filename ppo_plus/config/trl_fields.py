@@ -72,7 +72,7 @@ class TRLFields:
         episodes: int | None = self.total_episodes  # type: ignore[attr-defined]
         return None if episodes is None else -(-episodes // self.batch_size)
 
-    def _settle_trl_fields(self) -> None:
+    def _apply_trl_fields(self) -> None:
         if self.exp_name is not None and getattr(self, "run_name", None) is None:
             self.run_name = self.exp_name
         if not self.ds3_gather_for_generation:
@@ -83,7 +83,7 @@ class TRLFields:
             )
 
 
-def takes_derived_sizes(config: Config) -> Config:
+def ignore_derived_fields(config: Config) -> Config:
     """Let a configuration be made with the sizes that TRL computed itself, saying why they do nothing."""
     original: Any = config.__init__  # type: ignore[misc]
 

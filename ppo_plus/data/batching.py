@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .seeding import position_seed
+from .seeding import derive_seed
 
-SEARCH_WINDOW = 256
+MAX_PARTITION_ROWS = 256
 
 
-def minibatch_rows(
+def minibatch_indices(
     n: int, num_mini_batches: int, *, seed: int, rollout_index: int, ppo_epoch: int, process_index: int = 0
 ) -> list[Tensor]:
     """Rows of each minibatch of one PPO epoch, drawn anew for each epoch.
@@ -32,14 +32,14 @@ def minibatch_rows(
     Returns:
         M tensors of `n / M` row indices within this process, ascending.
     """
-    generator = torch.Generator().manual_seed(position_seed(seed, "minibatches", rollout_index, ppo_epoch))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "minibatches", rollout_index, ppo_epoch))
     groups = n // num_mini_batches
     dealt = torch.rand((process_index + 1) * groups, num_mini_batches, generator=generator).argsort(-1)
     mine = dealt[process_index * groups :].flatten()
     return [(mine == minibatch).nonzero().squeeze(-1) for minibatch in range(num_mini_batches)]
 
 
-def micro_batch_rows(rows: Tensor, lengths: Tensor, batch_size: int) -> list[Tensor]:
+def micro_batch_indices(rows: Tensor, lengths: Tensor, batch_size: int) -> list[Tensor]:
     """Cut one minibatch into as many micro-batches as `batch_size` rows each would be, with the least padding.
 
     Rows are sorted by length and cut where it costs fewest tokens: many short rows, or few long ones. None of them
@@ -49,11 +49,11 @@ def micro_batch_rows(rows: Tensor, lengths: Tensor, batch_size: int) -> list[Ten
     ordered = rows[lengths[rows].argsort(stable=True)]
     most = batch_size * float(lengths[rows].max())
     # The search takes time with the square of the rows, so many rows are cut a window at a time.
-    windows = ordered.split(batch_size * max(1, SEARCH_WINDOW // batch_size))
-    return [part for window in windows for part in least_padded(window, lengths[window], batch_size, most)]
+    windows = ordered.split(batch_size * max(1, MAX_PARTITION_ROWS // batch_size))
+    return [part for window in windows for part in min_padding_partition(window, lengths[window], batch_size, most)]
 
 
-def least_padded(rows: Tensor, lengths: Tensor, batch_size: int, most: float) -> list[Tensor]:
+def min_padding_partition(rows: Tensor, lengths: Tensor, batch_size: int, most: float) -> list[Tensor]:
     """The cut of rows in ascending order of length that has the fewest tokens, by dynamic programming.
 
     `tokens[i, j]` is what rows i to j - 1 take as one micro-batch; `best[j]` the least that rows 0 to j - 1 take.
@@ -117,7 +117,7 @@ class PromptSampler:
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.arange(self.num_prompts)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(position_seed(self.seed, "prompts", self.epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", self.epoch))
             order = torch.randperm(self.num_prompts, generator=generator)
         n = self.rollout_batch_size
         for start in range(0, len(self) // self.micro_batches_per_rollout):

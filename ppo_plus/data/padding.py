@@ -16,7 +16,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.pad_token_id)
 
 
-def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+def unpad(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
     """Token ids of each row without its padding."""
     return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
 

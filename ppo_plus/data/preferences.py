@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .chat_templates import drop_null_keys, is_conversational, merge_template_kwargs, shorten, struct_columns
-from .prompts import Row, WarnOnce, as_python, column_names, tokenize_chat, tokenize_text
+from .prompts import Row, WarnOnce, column_names, reset_format, tokenize_chat, tokenize_text
 
 # Columns of token ids by the names that TRL gave them over time; `ID_COLUMNS` are today's.
 ID_COLUMNS = ("chosen_ids", "rejected_ids")
@@ -43,7 +43,7 @@ def tokenize_pairs(
     Raises:
         ValueError: no usable column, no rows, no pair that is left, or a row that is not a pair; the row is named.
     """
-    dataset = as_python(dataset, name)
+    dataset = reset_format(dataset, name)
     dataset = check_pair_columns(dataset, name)
     columns = column_names(dataset)
     if not set(ID_COLUMNS) <= set(columns):

@@ -78,15 +78,15 @@ def prompt_loader(dataset: Dataset | IterableDataset, args: PPOConfig, accelerat
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     if isinstance(dataset, IterableDataset):
         stream = PromptStream(dataset, args.rollout_batch_size, **place)
-        rollouts = -(-args.total_steps // args.steps_per_rollout)
+        rollouts = -(-args.requested_max_steps // args.steps_per_rollout)
         sampler = PromptSampler(rollouts, 1, micro_batches, seed=seed, shuffle=False)
-        return PromptLoader(stream, batch_sampler=sampler, collate_fn=_only)  # type: ignore[arg-type]
+        return PromptLoader(stream, batch_sampler=sampler, collate_fn=_unwrap_single)  # type: ignore[arg-type]
     sampler = PromptSampler(
         len(dataset), args.rollout_batch_size, micro_batches, seed=seed, shuffle=args.shuffle_dataset, **place
     )
     return PromptLoader(dataset, batch_sampler=sampler, collate_fn=list)
 
 
-def _only(items: list[list[Row]]) -> list[Row]:
+def _unwrap_single(items: list[list[Row]]) -> list[Row]:
     """The rows of the one rollout that a micro-batch asked for, or none."""
     return items[0] if items else []

@@ -32,7 +32,7 @@ def column_names(dataset: Any) -> list[str]:
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
-def as_python(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+def reset_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
     """A dataset that gives text, numbers and lists, whatever format was set (`set_format("torch")`)."""
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
@@ -63,7 +63,7 @@ def tokenize_prompts(
     Raises:
         ValueError: no usable column, no rows, a transform, or a row that is not a prompt; the message names the row.
     """
-    dataset = as_python(dataset, name)
+    dataset = reset_format(dataset, name)
     check_prompt_columns(dataset, name)
     structs = struct_columns(dataset.features, column_names(dataset))
     warn = WarnOnce()
@@ -78,14 +78,14 @@ def tokenize_prompts(
             ids = encode_prompt(prompt, tokenizer, kwargs, where)
             warn_of_prompt(prompt, where, tokenizer, kwargs, warn)
         else:
-            ids = _given_ids(row, tokenizer, where)
+            ids = _validate_input_ids(row, tokenizer, where)
             if [tokenizer.bos_token_id] * 2 == ids[:2]:
                 warn(
                     "BOS", f"{where} begins with two BOS tokens: tokenize rendered text with add_special_tokens=False."
                 )
         if not ids:
             raise ValueError(f"{where} has no tokens: the tokenizer drops every character of it. Filter such rows out.")
-        return {**changed, "input_ids": _shortened(ids, max_prompt_length, tokenizer.bos_token_id)}
+        return {**changed, "input_ids": _truncate_prompt(ids, max_prompt_length, tokenizer.bos_token_id)}
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(encode, with_indices=True)
@@ -187,14 +187,14 @@ def check_prompt_columns(dataset: Any, name: str) -> None:
     raise ValueError(f"{name} has no column 'prompt' (it has {columns}). {fix}")
 
 
-def _shortened(ids: list[int], longest: int | None, bos: int | None) -> list[int]:
+def _truncate_prompt(ids: list[int], longest: int | None, bos: int | None) -> list[int]:
     if longest is None or len(ids) <= longest:
         return ids
     first = ids[:1] if ids[0] == bos and longest > 1 else []
     return first + ids[len(ids) - longest + len(first) :]
 
 
-def tokenized(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
+def tokenize_datasets(datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
     """Datasets of prompts with their token ids; the options are those of `tokenize_prompts`."""
     return {name: tokenize_prompts(dataset, tokenizer, name=name, **options) for name, dataset in datasets.items()}
 
@@ -206,7 +206,7 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where} is empty; drop such rows with dataset.filter.")
-        return _without_end(tokenize_text(prompt, tokenizer), prompt, tokenizer)
+        return _strip_eos(tokenize_text(prompt, tokenizer), prompt, tokenizer)
     if not is_conversational(prompt):
         raise ValueError(
             f"{where} is {shorten(prompt)}; a prompt is text, or a list of messages such as "
@@ -256,7 +256,7 @@ def starts_twice(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) 
     return ids[: len(as_written)] != as_written and ids[1 : len(as_written) + 1] == as_written
 
 
-def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _strip_eos(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids without an EOS that the tokenizer put behind the text (`add_eos_token`): no answer could follow it."""
     if ids[-1:] != [tokenizer.eos_token_id]:
         return ids
@@ -265,7 +265,7 @@ def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) 
     return ids[:-1] if ends else ids
 
 
-def _given_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+def _validate_input_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
     ids = row["input_ids"]
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
         raise ValueError(f"{where}: input_ids is {shorten(ids)}; it must be a non-empty list of token ids.")
@@ -286,7 +286,7 @@ def _given_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list
     return ids
 
 
-def checked_prompts(dataset: Any, response_length: int, context: int | None, embeddings: int, name: str) -> Any:
+def validate_prompts(dataset: Any, response_length: int, context: int | None, embeddings: int, name: str) -> Any:
     """A tokenized dataset whose prompts the model can answer; those of a stream are looked at as they are read."""
     if context is not None and response_length >= context:
         raise ValueError(
@@ -319,6 +319,6 @@ def check_ids(ids: Sequence[int], response_length: int, context: int | None, emb
         )
 
 
-def columns_of(rows: Sequence[Row], exclude: Iterable[str] = ("input_ids", "attention_mask")) -> dict[str, list]:
+def to_columns(rows: Sequence[Row], exclude: Iterable[str] = ("input_ids", "attention_mask")) -> dict[str, list]:
     """Rows of a dataset as lists by column, the way reward functions take them."""
     return {name: [row[name] for row in rows] for name in rows[0] if name not in set(exclude)}

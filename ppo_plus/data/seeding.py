@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def position_seed(seed: int, *position: int | str) -> int:
+def derive_seed(seed: int, *position: int | str) -> int:
     """A 63-bit seed that depends on nothing but `seed` and a position such as `("sampling", rollout_index)`."""
     digest = hashlib.blake2b(repr((seed, *position)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -38,7 +38,7 @@ def isolated_rng(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def sampling_noise(seed: int, rows: int, length: int) -> Tensor:
+def sampling_uniforms(seed: int, rows: int, length: int) -> Tensor:
     """Uniform numbers that decide every sampled token, `(rows, length)` float64 on the CPU.
 
     Drawn per row and position rather than per step, so a response does not depend on the size of the decode

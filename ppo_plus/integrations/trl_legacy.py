@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..algo.prefix_reward_baseline import saved_reward_line
-from ..models.adapters import weights_as
+from ..models.adapters import copy_adapter_state_dict
 from ..models.score_heads import HEAD_FILES, V_HEAD, find_shards, read_tensors
 
 if TYPE_CHECKING:
     from ..models.actor_critic import ActorCritic
 
 
-TO_OURS = dict(zip(V_HEAD, ("layers.0.weight", "layers.0.bias"), strict=True))
+VALUE_HEAD_KEYS = dict(zip(V_HEAD, ("layers.0.weight", "layers.0.bias"), strict=True))
 
 
-def with_named_adapters(model: Any, trained: str | None, reference: str | None) -> Any:
+def rename_adapters(model: Any, trained: str | None, reference: str | None) -> Any:
     """A `PeftModel` whose adapters have the names that ppo_plus uses: `default` is trained, `ref` the reference.
 
     Args:
@@ -42,7 +42,10 @@ def with_named_adapters(model: Any, trained: str | None, reference: str | None) 
         if name not in model.peft_config:
             raise ValueError(f"{option}={name!r}, but model has the adapters {[*model.peft_config]}. Choose one.")
     sources = {target: name for target, (_, name) in wanted.items() if name is not None and name != target}
-    copies = {target: (model.peft_config[name], weights_as(model, name, target)) for target, name in sources.items()}
+    copies = {
+        target: (model.peft_config[name], copy_adapter_state_dict(model, name, target))
+        for target, name in sources.items()
+    }
     for target, (config, weights) in copies.items():
         if target in model.peft_config:
             model.delete_adapter(target)
@@ -81,12 +84,12 @@ def check_same_baseline(model: ActorCritic, directory: Path) -> None:
     """Refuse a head whose output is the value where here it is what a reward baseline leaves over, and the reverse."""
     file = directory / HEAD_FILES[0]
     trained_with = file.is_file() and saved_reward_line(file) is not None
-    if trained_with == model.adds_reward_baseline:
+    if trained_with == model.uses_prefix_reward_baseline:
         return
     have, lack = ("with", "without") if trained_with else ("without", "with")
     raise ValueError(
         f"The value head in {directory} was trained {have} a reward baseline and this run is {lack} one, so its values "
-        f"would be off by the baseline, about the mean return. Set reward_baseline={trained_with} in PPOConfig"
+        f"would be off by the baseline, about the mean return. Set prefix_reward_baseline={trained_with} in PPOConfig"
         + (", with the reward adapter that it was trained with." if trained_with else ".")
     )
 
@@ -95,7 +98,7 @@ def read_value_head(directory: Path) -> dict[str, Tensor]:
     """Read the tensors of a value head, by the names of `ValueHead`, from whichever file of a folder has them."""
     for name in HEAD_FILES:
         for file in find_shards(directory / name):
-            head = {TO_OURS[key]: tensor for key, tensor in read_tensors(file, V_HEAD).items()}
+            head = {VALUE_HEAD_KEYS[key]: tensor for key, tensor in read_tensors(file, V_HEAD).items()}
             if head or name == "value_head.safetensors":
                 return head or load_file(file)
     raise ValueError(
@@ -117,7 +120,7 @@ def export_with_value_head(
             `value_head.safetensors`.
     """
     if form not in ("trl", "llama_factory"):
-        raise ValueError(f"form={form!r} is not known; choose 'trl' or 'llama_factory'.")
+        raise ValueError(f"format={form!r} is not known; choose 'trl' or 'llama_factory'.")
     if model.critic not in ("shared", "detached"):
         raise ValueError(
             "Only critic='shared' and 'detached' can be written as v_head.*, which reads the actor's hidden states; "
@@ -125,15 +128,15 @@ def export_with_value_head(
         )
     if model.reward_line is not None:
         raise ValueError(
-            "reward_baseline adds a line through the reward adapter's scores to the output of this value head, and "
-            "v_head.* has no place for it, so the exported values would be off by about the mean return. Train with "
-            "reward_baseline=False, or resume with it until the head has learned the whole value; save_model() saves "
-            "the policy either way."
+            "prefix_reward_baseline adds a line through the reward adapter's scores to the output of this value head, "
+            "and v_head.* has no place for it, so the exported values would be off by about the mean return. Train "
+            "with prefix_reward_baseline=False, or resume with it until the head has learned the whole value; "
+            "save_model() saves the policy either way."
         )
     own = model.value_head.state_dict()
-    if own.keys() != set(TO_OURS.values()):
+    if own.keys() != set(VALUE_HEAD_KEYS.values()):
         raise ValueError("Only value_head='linear' has the form of v_head.*; this critic has an 'mlp' head.")
-    head = {theirs: own[ours].detach().cpu().contiguous() for theirs, ours in TO_OURS.items()}
+    head = {theirs: own[ours].detach().cpu().contiguous() for theirs, ours in VALUE_HEAD_KEYS.items()}
     directory = Path(directory)
     model.save_pretrained(directory)
     own_file = directory / "value_head.safetensors"
@@ -147,6 +150,6 @@ def export_with_value_head(
         file = directory / "model.safetensors"
         if not file.is_file():
             raise ValueError(
-                "The model was written in shards, which this form does not take: use form='llama_factory'."
+                "The model was written in shards, which this form does not take: use format='llama_factory'."
             )
         save_file({**load_file(file), **head}, file, metadata={"format": "pt"})

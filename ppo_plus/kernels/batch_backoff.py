@@ -18,7 +18,7 @@ from ..utils.interrupt import raise_if_interrupted
 Result = TypeVar("Result")
 
 # Errors that have no class of their own: of the driver, cuBLAS, the CPU's allocator and Apple's.
-UNNAMED = (
+OOM_MESSAGES = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
@@ -33,7 +33,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
     accelerate's `should_reduce_batch_size` finds neither the driver's error nor cuBLAS's.
     """
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in UNNAMED)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OOM_MESSAGES)
 
 
 class BatchSize:
@@ -120,7 +120,7 @@ class BatchSize:
 
 
 @contextlib.contextmanager
-def named_memory_error() -> Iterator[None]:
+def annotate_oom() -> Iterator[None]:
     """Say what to change where several processes learn together, and one that split its work would lose the others."""
     try:
         yield

@@ -15,11 +15,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-SDPA, PLAIN, PACKED = "sdpa", "ppo_plus_plain", "ppo_plus_packed"
+SDPA, EAGER_GQA, PACKED = "sdpa", "ppo_plus_plain", "ppo_plus_packed"
 SHORT_SEQUENCE = 128  # tokens
 
 
-def plain_attention(
+def eager_gqa_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -57,11 +57,11 @@ def plain_attention(
     return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(PLAIN, plain_attention)
-AttentionMaskInterface.register(PLAIN, eager_mask)
+AttentionInterface.register(EAGER_GQA, eager_gqa_attention)
+AttentionMaskInterface.register(EAGER_GQA, eager_mask)
 
 
-def plain_is_faster(device: torch.device, dtype: torch.dtype, queries: int, keys: int) -> bool:
+def prefer_eager(device: torch.device, dtype: torch.dtype, queries: int, keys: int) -> bool:
     """Whether plain products are faster than `sdpa`.
 
     Args:
@@ -74,7 +74,7 @@ def plain_is_faster(device: torch.device, dtype: torch.dtype, queries: int, keys
     return device.type == "cpu" and half and (queries == 1 or keys <= SHORT_SEQUENCE)
 
 
-def choose_attention(backbone: PreTrainedModel, queries: int, keys: int, packed: bool = False) -> None:
+def select_attention(backbone: PreTrainedModel, queries: int, keys: int, packed: bool = False) -> None:
     """Plain products or `sdpa`, whichever is faster, in a model that was loaded with `sdpa`.
 
     Set for good and not for a block, so that what the backward pass recomputes is what the forward pass computed.
@@ -86,7 +86,7 @@ def choose_attention(backbone: PreTrainedModel, queries: int, keys: int, packed:
         packed: whether it is given the real tokens of all rows as one row.
     """
     config = backbone.config.get_text_config()
-    plain = plain_is_faster(backbone.device, backbone.dtype, queries, keys)
-    wanted = PACKED if packed else PLAIN if plain else SDPA
+    plain = prefer_eager(backbone.device, backbone.dtype, queries, keys)
+    wanted = PACKED if packed else EAGER_GQA if plain else SDPA
     if config._attn_implementation != wanted:
         config._attn_implementation = wanted

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 Forward = Callable[..., Tensor]
 # What a module runs when it is called: a hook of accelerate puts a forward of its own there, torch.compile the other.
-CALLED = ("forward", "_compiled_call_impl")
+CALL_ATTRIBUTES = ("forward", "_compiled_call_impl")
 
 
 def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
@@ -33,7 +33,7 @@ def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
     return list(stacks[0]) if stacks else []
 
 
-def layers_below(model: PreTrainedModel, counts: Callable[[str, nn.Parameter], bool]) -> int:
+def num_leading_frozen_layers(model: PreTrainedModel, counts: Callable[[str, nn.Parameter], bool]) -> int:
     """How many of the lowest layers have none of the parameters that count.
 
     Args:
@@ -49,7 +49,7 @@ def layers_below(model: PreTrainedModel, counts: Callable[[str, nn.Parameter], b
     return min(found, default=0)
 
 
-class LowerLayers:
+class FrozenPrefix:
     """A backbone that can stop before one of its layers, and go on from there.
 
     Args:
@@ -64,7 +64,7 @@ class LowerLayers:
 
     def __init__(self, backbone: nn.Module, count: int, forward: Forward) -> None:
         self._layers, self.count, self._forward = decoder_layers(backbone), count, forward
-        self._hand_on: list[Callable[..., Any]] = [hand_on] * len(self._layers)
+        self._identity: list[Callable[..., Any]] = [identity_layer] * len(self._layers)
         self._try_out(cast(Any, backbone).device)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, *args: Any) -> Tensor:
@@ -73,19 +73,19 @@ class LowerLayers:
 
         def keep(*args: Any, **kwargs: Any) -> Any:
             found.append(entering(*args, **kwargs))
-            return self._hand_on[self.count](*args, **kwargs)
+            return self._identity[self.count](*args, **kwargs)
 
-        above = [keep, *self._hand_on[self.count + 1 :]]
-        with torch.no_grad(), computing(self._layers[self.count :], above):
+        above = [keep, *self._identity[self.count + 1 :]]
+        with torch.no_grad(), replaced_forwards(self._layers[self.count :], above):
             self._forward(input_ids, attention_mask, *args)
         return found[0]
 
     @contextlib.contextmanager
     def given(self, states: Tensor) -> Iterator[None]:
         """Inside, a pass over the backbone begins at the lowest layer above, with these states, `(B, L, H)`."""
-        last = self._hand_on[self.count - 1]
-        below = [*self._hand_on[: self.count - 1], lambda *args, **kwargs: last(states)]
-        with computing(self._layers[: self.count], below):
+        last = self._identity[self.count - 1]
+        below = [*self._identity[: self.count - 1], lambda *args, **kwargs: last(states)]
+        with replaced_forwards(self._layers[: self.count], below):
             yield
 
     @torch.no_grad()
@@ -95,7 +95,9 @@ class LowerLayers:
 
         def remember(index: int) -> Callable[..., None]:
             def hook(layer: nn.Module, args: Any, output: Any) -> None:
-                self._hand_on[index] = hand_on if isinstance(output, Tensor) else hand_on_with(len(output) - 1)
+                self._identity[index] = (
+                    identity_layer if isinstance(output, Tensor) else identity_tuple(len(output) - 1)
+                )
 
             return hook
 
@@ -110,11 +112,11 @@ class LowerLayers:
                 found = self._forward(ids, mask)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
             raise ValueError(f"its layers hand on more than hidden states ({error})") from error
-        if off := apart(found, expected, mask):
+        if off := relative_error(found, expected, mask):
             raise ValueError(f"going on from the hidden states of a layer gives other numbers, by {off:.1e}")
 
 
-def apart(found: Tensor, expected: Tensor, mask: Tensor, half: float = 2e-2) -> float:
+def relative_error(found: Tensor, expected: Tensor, mask: Tensor, half: float = 2e-2) -> float:
     """How far hidden states `(B, L, H)` of real tokens are off, over the largest; 0 within their dtype's rounding.
 
     Args:
@@ -132,26 +134,26 @@ def entering(*args: Any, **kwargs: Any) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def hand_on(*args: Any, **kwargs: Any) -> Tensor:
+def identity_layer(*args: Any, **kwargs: Any) -> Tensor:
     """What a layer that does nothing computes."""
     return entering(*args, **kwargs)
 
 
-def hand_on_with(others: int) -> Callable[..., tuple]:
+def identity_tuple(others: int) -> Callable[..., tuple]:
     """The same for layers that return so many other things beside hidden states."""
     return lambda *args, **kwargs: (entering(*args, **kwargs), *[None] * others)
 
 
 @contextlib.contextmanager
-def computing(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Inside, each layer computes what is given for it, uncompiled; what it knows about itself stays."""
-    before = [{name: vars(layer)[name] for name in CALLED if name in vars(layer)} for layer in layers]
+    before = [{name: vars(layer)[name] for name in CALL_ATTRIBUTES if name in vars(layer)} for layer in layers]
     try:
         for layer, forward in zip(layers, forwards, strict=True):
-            vars(layer).update(zip(CALLED, (forward, None), strict=True))
+            vars(layer).update(zip(CALL_ATTRIBUTES, (forward, None), strict=True))
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
-            for name in CALLED:
+            for name in CALL_ATTRIBUTES:
                 vars(layer).pop(name, None)
             vars(layer).update(own)

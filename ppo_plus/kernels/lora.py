@@ -28,7 +28,7 @@ except ImportError:
 
 
 # Up to as many rows, a thin product on a CPU takes less time in fp32: in bf16 most of it is oneDNN's setting out.
-FEW_ROWS = 64
+MAX_FP32_ROWS = 64
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -59,7 +59,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-class _AddLowRank(torch.autograd.Function):
+class _LoRAAdd(torch.autograd.Function):
     """`base + scaling * (x A^T) B^T` (Hu et al. 2021, eq. 3).
 
     The two thin products are computed in autocast's dtype where autocast is on, as PEFT's are, else in the dtype of
@@ -95,7 +95,7 @@ class _AddLowRank(torch.autograd.Function):
         return grad, grad_x, grad_a, grad_b, None
 
 
-class _LowRankLinear(torch.autograd.Function):
+class _LoRALinear(torch.autograd.Function):
     """`x W^T + bias + scaling * (x A^T) B^T` over a frozen linear layer, and its gradient, summed in place."""
 
     @staticmethod
@@ -136,7 +136,7 @@ def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def weights_at_rest(model: nn.Module) -> Iterator[None]:
+def cached_lora_weights(model: nn.Module) -> Iterator[None]:
     """Inside, adapters do not change and nothing is differentiated: what a layer adds is looked up and cast once, and
     not at each of the hundreds of steps of decoding.
     """
@@ -144,11 +144,11 @@ def weights_at_rest(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         try:
             for layer in layers:
-                layer.at_rest = {}
+                layer._cache = {}
             yield
         finally:
             for layer in layers:
-                layer.at_rest = None
+                layer._cache = None
 
 
 def _low_rank(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
@@ -158,12 +158,12 @@ def _low_rank(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
     if layer.disable_adapters:
         return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not all(_is_two_matrices(layer, name) for name in names):
+    if not all(_is_vanilla_lora(layer, name) for name in names):
         return None
     return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
 
 
-def _is_two_matrices(layer: Any, name: str) -> bool:
+def _is_vanilla_lora(layer: Any, name: str) -> bool:
     return (
         name not in layer.lora_variant
         and type(layer.lora_dropout[name]) is nn.Identity
@@ -174,28 +174,28 @@ def _is_two_matrices(layer: Any, name: str) -> bool:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
-    if layer.at_rest is not None:
-        return _forward_at_rest(layer, x)
+    if layer._cache is not None:
+        return _forward_cached(layer, x)
     added, base = _low_rank(layer), layer.base_layer
     if added is None:
         return type(layer).forward(layer, x)
     if len(added) == 1 and _is_frozen_linear(base, x):
         # Autocast computes layer norms in fp32 on CUDA, so `x` may be wider than the weights that autocast asks for.
-        return _LowRankLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, *added[0])
+        return _LoRALinear.apply(x.to(base.weight.dtype), base.weight, base.bias, *added[0])
     if not added and _is_frozen_linear(base, x) and not torch.is_grad_enabled():
         flat = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
         return _affine(flat, base.weight, base.bias).view(*x.shape[:-1], -1)
     result = base(x)
     for a, b, scaling in added:
-        result = _AddLowRank.apply(result, x, a, b, scaling)
+        result = _LoRAAdd.apply(result, x, a, b, scaling)
     return result
 
 
-def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
+def _forward_cached(layer: Any, x: Tensor) -> Tensor:
     names = None if layer.disable_adapters else tuple(layer.active_adapters)
-    if names not in layer.at_rest:
-        layer.at_rest[names] = _low_rank(layer)
-    added = layer.at_rest[names]
+    if names not in layer._cache:
+        layer._cache[names] = _low_rank(layer)
+    added = layer._cache[names]
     if added is None:
         return type(layer).forward(layer, x)
     result = layer.base_layer(x)
@@ -203,12 +203,12 @@ def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
         return result
     flat, rows = x.reshape(-1, x.shape[-1]), result.reshape(-1, result.shape[-1])
     autocast = autocast_dtype(x.device.type)
-    few = autocast is None and len(rows) <= FEW_ROWS and x.device.type == "cpu" and result.dtype != torch.float32
+    few = autocast is None and len(rows) <= MAX_FP32_ROWS and x.device.type == "cpu" and result.dtype != torch.float32
     dtype = torch.float32 if few else autocast or result.dtype
-    if (names, dtype) not in layer.at_rest:
+    if (names, dtype) not in layer._cache:
         cast = [(a.to(dtype).t(), b.to(dtype).t(), scaling) for a, b, scaling in added]
-        layer.at_rest[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
-    for a, b, scaling in layer.at_rest[names, dtype]:
+        layer._cache[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
+    for a, b, scaling in layer._cache[names, dtype]:
         inner = flat.to(dtype).mm(a)
         if few:
             rows.add_(inner.mm(b).to(rows.dtype))
@@ -219,7 +219,7 @@ def _forward_at_rest(layer: Any, x: Tensor) -> Tensor:
     return rows.view(result.shape)
 
 
-def use_plain_lora(model: nn.Module) -> None:
+def patch_lora_forward(model: nn.Module) -> None:
     """Give every LoRA linear layer of a PEFT model the forward pass of this module."""
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 at the first evaluation, for a kernel that has no

@@ -27,13 +27,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from .cpu_attention import PACKED, plain_attention, plain_is_faster
+from .cpu_attention import PACKED, eager_gqa_attention, prefer_eager
 
-MOST_PADDING = 0.05  # of a pass; with as little, putting tokens to and fro takes as long as it saves
-ALIKE = 0.5  # rows at least that share of the longest are padded to it in attention
+MAX_UNPACKED_PADDING = 0.05  # of a pass; with as little, putting tokens to and fro takes as long as it saves
+MIN_LENGTH_RATIO = 0.5  # rows at least that share of the longest are padded to it in attention
 
 
-class _Pack(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Chosen rows of a matrix. Each is chosen once, so the gradient is copied, where autograd's own would add up."""
 
     @staticmethod
@@ -48,7 +48,7 @@ class _Pack(torch.autograd.Function):
         return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-class _Spread(torch.autograd.Function):
+class _ScatterRows(torch.autograd.Function):
     """The way back, to 0 elsewhere."""
 
     @staticmethod
@@ -78,14 +78,14 @@ class Packing:
 
     def pack(self, x: Tensor) -> Tensor:
         """`(B, L, ...)` to `(1, T, ...)`."""
-        return _Pack.apply(x.flatten(0, 1), self._index)[None]
+        return _GatherRows.apply(x.flatten(0, 1), self._index)[None]
 
     def spread(self, x: Tensor) -> Tensor:
         """`(1, T, ...)` to `(B, L, ...)`, 0 where there is padding."""
-        return _Spread.apply(x[0], self._index, self.rows * self.length).unflatten(0, (self.rows, self.length))
+        return _ScatterRows.apply(x[0], self._index, self.rows * self.length).unflatten(0, (self.rows, self.length))
 
 
-class Whole:
+class NoPacking:
     """Rows as they are, padding and all."""
 
     @staticmethod
@@ -96,11 +96,11 @@ class Whole:
     spread = pack
 
 
-WHOLE = Whole()
+NO_PACKING = NoPacking()
 
 
-def picked(mask: Tensor | None, lengths: Sequence[int] | None, least: float = 0.0) -> Packing | Whole:
-    """How to leave out what is padding, or `WHOLE` where there is none, or too little.
+def make_packing(mask: Tensor | None, lengths: Sequence[int] | None, least: float = 0.0) -> Packing | NoPacking:
+    """How to leave out what is padding, or `NO_PACKING` where there is none, or too little.
 
     Args:
         mask: not 0 for real tokens, `(B, L)`; None if all are.
@@ -108,11 +108,11 @@ def picked(mask: Tensor | None, lengths: Sequence[int] | None, least: float = 0.
         least: share of padding from which on it is worth it.
     """
     if mask is None or lengths is None or not 0 < sum(lengths) < (1 - least) * mask.numel():
-        return WHOLE
+        return NO_PACKING
     return Packing(mask, lengths)
 
 
-class Groups:
+class LengthBuckets:
     """Rows of similar length together, for attention.
 
     Args:
@@ -121,7 +121,7 @@ class Groups:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        groups = grouped(lengths)
+        groups = bucket_by_length(lengths)
         order = [row for group in groups for row in group]
         self._order = None if order == sorted(order) else reordered(lengths, order, device)
         self._counts = [sum(lengths[row] for row in group) for group in groups]
@@ -132,21 +132,21 @@ class Groups:
 
     def take(self, x: Tensor) -> list[Tensor]:
         """`(1, T, ...)` to the padded rows of each group."""
-        x = x if self._order is None else _Pack.apply(x[0], self._order)[None]
+        x = x if self._order is None else _GatherRows.apply(x[0], self._order)[None]
         return [packing.spread(part) for packing, part in zip(self._packings, x.split(self._counts, 1), strict=True)]
 
     def give(self, parts: Sequence[Tensor]) -> Tensor:
         """The way back."""
         x = torch.cat([packing.pack(part) for packing, part in zip(self._packings, parts, strict=True)], 1)
-        return x if self._order is None else _Spread.apply(x[0], self._order, x.shape[1])[None]
+        return x if self._order is None else _ScatterRows.apply(x[0], self._order, x.shape[1])[None]
 
 
-def grouped(lengths: Sequence[int]) -> list[list[int]]:
+def bucket_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """Rows by length, ascending, in groups whose shortest is not much shorter than their longest; no empty rows."""
     descending = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: (-lengths[row], -row))
     groups: list[list[int]] = []
     for row in descending:
-        if not groups or lengths[row] < ALIKE * lengths[groups[-1][0]]:
+        if not groups or lengths[row] < MIN_LENGTH_RATIO * lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(row)
     return [group[::-1] for group in groups[::-1]]
@@ -177,17 +177,17 @@ class PackedMask:
         functions: which that is.
     """
 
-    groups: Groups
+    groups: LengthBuckets
     masks: list[Tensor | None]
     functions: list[Callable[..., tuple[Tensor, None]]]
 
 
 # A mask function of transformers is told of shapes and the attention mask alone.
-_current: ContextVar[Packing | Whole] = ContextVar("packing", default=WHOLE)
+_current: ContextVar[Packing | NoPacking] = ContextVar("packing", default=NO_PACKING)
 
 
 @contextlib.contextmanager
-def packed_as(packing: Packing | Whole) -> Iterator[None]:
+def packing_context(packing: Packing | NoPacking) -> Iterator[None]:
     """Inside, the tokens that a backbone gets are packed like this; who sees whom follows from that alone."""
     token = _current.set(packing)
     try:
@@ -199,20 +199,20 @@ def packed_as(packing: Packing | Whole) -> Iterator[None]:
 def packed_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> PackedMask | Tensor | None:
     """The mask function of transformers that belongs to `packed_attention`; outside of packed passes `sdpa`'s."""
     packing = _current.get()
-    if isinstance(packing, Whole):
+    if isinstance(packing, NoPacking):
         return sdpa_mask(dtype=dtype, device=device, **kwargs)
-    groups = Groups(packing.lengths, device)
+    groups = LengthBuckets(packing.lengths, device)
     masks: list[Tensor | None] = []
     functions: list[Callable[..., tuple[Tensor, None]]] = []
     for mask in groups.masks:
         rows, length = mask.shape
-        plain = plain_is_faster(device, dtype, length, length)
+        plain = prefer_eager(device, dtype, length, length)
         # transformers allows to skip the mask where a token sees none behind it, and so no padding. Elsewhere the
         # padding is masked, and whether there is any at all, a device would have to be asked for.
         padding = None if kwargs.get("allow_is_causal_skip", False) else mask
         sizes = {"batch_size": rows, "q_length": length, "kv_length": length, "attention_mask": padding}
         masks.append((eager_mask if plain else sdpa_mask)(**{**kwargs, **sizes, "dtype": dtype, "device": device}))
-        functions.append(plain_attention if plain else sdpa_attention_forward)
+        functions.append(eager_gqa_attention if plain else sdpa_attention_forward)
     return PackedMask(groups, masks, functions)
 
 
@@ -236,4 +236,4 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 # Of each row of a pass, its tokens and how many of them are its response: numbers that the host knows.
-Sizes = Sequence[tuple[int, int]]
+SeqLens = Sequence[tuple[int, int]]

@@ -63,7 +63,7 @@ def _is_plain(norm: Any) -> bool:
     return torch.equal(probe(x), _RMSNorm.apply(x, probe.weight, eps))
 
 
-def use_lean_norms(model: nn.Module) -> None:
+def patch_rmsnorm(model: nn.Module) -> None:
     """Give every plain RMSNorm of a model the backward pass of this module, for as long as its weight is frozen."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and "forward" not in vars(module) and _is_plain(module):

@@ -13,8 +13,8 @@ adds is measured, and multiplied.
 """
 
 from .dry_run import DryRun
-from .ledger import Ledger
+from .ledger import MemoryTracker
 from .planning import Plan, plan
-from .prediction import Phase, Setup
+from .prediction import Phase, PlannerConfig
 
-__all__ = ["DryRun", "Ledger", "Phase", "Plan", "Setup", "plan"]
+__all__ = ["DryRun", "MemoryTracker", "Phase", "Plan", "PlannerConfig", "plan"]

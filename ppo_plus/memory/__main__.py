@@ -10,9 +10,9 @@ from typing import get_args, get_type_hints
 from transformers import AutoConfig
 
 from .planning import as_dict, plan, table
-from .prediction import Setup
+from .prediction import PlannerConfig
 
-_HINTS = get_type_hints(Setup)
+_HINTS = get_type_hints(PlannerConfig)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vram", type=float, required=True, help="memory of the card, GiB")
     parser.add_argument("--value-model", help="of the critic, with --critic separate; given as --model is")
     parser.add_argument("--json", action="store_true", help="print JSON, bytes, in place of the table")
-    for field in dataclasses.fields(Setup):
+    for field in dataclasses.fields(PlannerConfig):
         name, choices = "--" + field.name.replace("_", "-"), get_args(_HINTS[field.name])
         if field.type == "bool":
             parser.add_argument(name, action="store_true")
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     names, vram, as_json = (given.pop("model"), given.pop("value_model")), given.pop("vram"), given.pop("json")
     try:
         config, value_config = (name and AutoConfig.from_pretrained(name) for name in names)
-        found = plan(config, Setup(**given), vram, value_config)
+        found = plan(config, PlannerConfig(**given), vram, value_config)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(json.dumps(as_dict(found)) if as_json else table(found))

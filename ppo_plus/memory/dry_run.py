@@ -20,18 +20,18 @@ from transformers import (
 )
 
 from ..algo.logprobs import token_logprobs
-from ..kernels.lora import weights_at_rest
+from ..kernels.lora import cached_lora_weights
 from ..models import logprobs as logits
 from ..models.actor_critic import ActorCritic
-from ..models.backbone import backbone_interface, cache_of, unwrapped
-from ..models.classifier import provide_classifier
-from ..models.loading import CriticSource, build_actor_critic, language_model_class
-from .ledger import Ledger
-from .prediction import PARTS, Parts, Prediction, Setup
+from ..models.backbone import backbone_interface, cache_of, unwrap_peft
+from ..models.classifier import register_sequence_classifier
+from ..models.loading import CriticSpec, build_actor_critic, language_model_class
+from .ledger import MemoryTracker
+from .prediction import PARTS, MemoryEstimator, Parts, PlannerConfig
 from .quantized import quantize
 
 
-class DryRun(Prediction):
+class DryRun(MemoryEstimator):
     """An actor-critic without data, whose phases are run for the memory that they take.
 
     Args:
@@ -40,27 +40,29 @@ class DryRun(Prediction):
         value_config: of a critic of its own.
     """
 
-    def __init__(self, config: PretrainedConfig, setup: Setup, value_config: PretrainedConfig | None = None) -> None:
+    def __init__(
+        self, config: PretrainedConfig, setup: PlannerConfig, value_config: PretrainedConfig | None = None
+    ) -> None:
         self.setup = setup
-        with torch.device("meta"), Ledger():  # a ledger, to say yes where the head is compared with the model
+        with torch.device("meta"), MemoryTracker():  # a ledger, to say yes where the head is compared with the model
             self.actor = _actor_critic(config, setup, value_config)
         self.parameters = count_parameters(self.actor)
         if setup.quantization in ("nf4", "int8"):
             quantize(self.actor, setup.quantization)
-        self.ledger = Ledger(self.actor.num_embeddings)
+        self.ledger = MemoryTracker(self.actor.num_embeddings)
         self._fake = FakeTensorMode()
         with self._fake, self.ledger:
             _without_data(self.actor, self.ledger)
             with self.ledger.booking("optimizer"):  # Adam's two moments, there from the first step on
-                self._moments = [torch.empty_like(p) for p in self._trained() for _ in range(2)]
+                self._moments = [torch.empty_like(p) for p in self._trainable_parameters() for _ in range(2)]
         for model in filter(None, (self.actor.policy, self.actor.value_model)):
-            _mark_layers(unwrapped(model), self.ledger)
+            _mark_layers(unwrap_peft(model), self.ledger)
 
-    def _trained(self) -> list[nn.Parameter]:
+    def _trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.actor.parameters() if p.requires_grad]
 
-    def stretches(self, work: str, rows: int) -> list[Parts]:
-        """See `Prediction`; the same work has the same stretches whatever the number of layers."""
+    def segment_peaks(self, work: str, rows: int) -> list[Parts]:
+        """See `MemoryEstimator`; the same work has the same stretches whatever the number of layers."""
         self.actor.train(work == "learn")
         gradients = contextlib.nullcontext() if work == "learn" else torch.no_grad()
         with self._fake, self.ledger, gradients, logits_as_on_a_gpu():
@@ -87,7 +89,7 @@ class DryRun(Prediction):
 
     def _learn(self, rows: int) -> list[Parts]:
         with self.ledger.booking("gradients"):
-            for parameter in self._trained():
+            for parameter in self._trainable_parameters():
                 parameter.grad = torch.empty_like(parameter)
         with self._autocast():
             output = self.actor(*self._tokens(rows), self.setup.response_length)
@@ -99,7 +101,7 @@ class DryRun(Prediction):
     def _decoded(self, ids: Tensor, mask: Tensor, cache: Any) -> Any:
         """The cache after one step of `ActorCritic.sample`."""
         model = self.actor.language_model
-        with weights_at_rest(self.actor.policy), self._autocast():
+        with cached_lora_weights(self.actor.policy), self._autocast():
             outputs = self.actor._hidden_states(ids, mask, use_cache=True, cache=cache)
             scaled = logits.logits_function(model)(outputs.last_hidden_state[:, -1]).float() / 0.7
             token = logits.sample(scaled, torch.empty(len(ids), dtype=torch.float64))
@@ -135,7 +137,7 @@ def logits_as_on_a_gpu() -> Iterator[None]:
         logits.CHUNK_ELEMENTS, logits.SLICE_ELEMENTS = on_cpu
 
 
-def _actor_critic(config: PretrainedConfig, setup: Setup, value_config: PretrainedConfig | None) -> ActorCritic:
+def _actor_critic(config: PretrainedConfig, setup: PlannerConfig, value_config: PretrainedConfig | None) -> ActorCritic:
     base = language_model_class(config).from_config(config, dtype=setup.dtype)
     lora = LoraConfig(r=setup.lora_r, lora_alpha=2 * setup.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     policy = cast(PeftModel, get_peft_model(base, lora))
@@ -145,10 +147,10 @@ def _actor_critic(config: PretrainedConfig, setup: Setup, value_config: Pretrain
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_(".reward." not in name and any(parameter is p for p in trained))
     value_model = None if value_config is None else classifier(value_config)
-    actor = build_actor_critic(policy, critic=CriticSource(setup.critic, model=value_model))
+    actor = build_actor_critic(policy, critic=CriticSpec(setup.critic, model=value_model))
     if actor.value_model is not None:
         backbone_interface(actor.value_model)  # tried here, on meta: fake tensors of a dry run cannot be compared
-    actor._fused_attention = []  # the choice between kernels for CPUs is not that of a card
+    actor._sdpa_models = []  # the choice between kernels for CPUs is not that of a card
     if setup.activation_checkpointing:
         actor.activation_checkpointing_enable()
     return actor
@@ -161,7 +163,7 @@ def causal(config: PretrainedConfig) -> PreTrainedModel:
 
 def classifier(config: PretrainedConfig) -> PreTrainedModel:
     """A sequence classifier with one label, fp32, as PPOTrainer loads a critic by its name."""
-    provide_classifier(config)
+    register_sequence_classifier(config)
     return AutoModelForSequenceClassification.from_config(_one_label(config), dtype=torch.float32)
 
 
@@ -174,14 +176,18 @@ def _one_label(config: PretrainedConfig) -> PretrainedConfig:
 def count_parameters(actor: ActorCritic) -> dict[str, int]:
     """Parameters of the base by kind (embeddings, a tied head counted once; linear layers; others), and of a critic."""
     model = actor.language_model
-    apart = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    relative_error = {
+        id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
+    }
     counts = {"embeddings": 0, "linear": 0, "other": 0}
     if actor.value_model is not None:
         counts["critic"] = sum(p.numel() for p in actor.value_model.parameters())
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             linear = ".base_layer." in name and parameter.ndim == 2
-            counts["embeddings" if id(parameter) in apart else "linear" if linear else "other"] += parameter.numel()
+            counts["embeddings" if id(parameter) in relative_error else "linear" if linear else "other"] += (
+                parameter.numel()
+            )
     return counts
 
 
@@ -191,7 +197,7 @@ def cache_bytes(cache: Any) -> int:
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _without_data(actor: ActorCritic, ledger: Ledger) -> None:
+def _without_data(actor: ActorCritic, ledger: MemoryTracker) -> None:
     """Give every parameter and buffer a storage that is booked; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     for module_name, module in actor.named_modules():
@@ -206,7 +212,7 @@ def _without_data(actor: ActorCritic, ledger: Ledger) -> None:
                 tensors[name] = None if tensor is None else made[id(tensor)]
 
 
-def _mark_layers(model: PreTrainedModel, ledger: Ledger) -> None:
+def _mark_layers(model: PreTrainedModel, ledger: MemoryTracker) -> None:
     """Have the stretches of a pass begin and end with the layers, forward and backward."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = (module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))

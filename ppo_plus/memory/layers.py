@@ -11,20 +11,22 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .dry_run import DryRun, causal, classifier
-from .prediction import Parts, Prediction, Setup
+from .prediction import MemoryEstimator, Parts, PlannerConfig
 
 
-def predict(config: PretrainedConfig, setup: Setup, value_config: PretrainedConfig | None = None) -> Prediction:
+def predict(
+    config: PretrainedConfig, setup: PlannerConfig, value_config: PretrainedConfig | None = None
+) -> MemoryEstimator:
     """From a few layers of each kind where that is sure to be the same model, else from all of them."""
-    short, longer = fewer_layers(config, causal)
-    critic, longer_critic = fewer_layers(value_config, classifier) if value_config is not None else (None, [])
+    short, longer = reduced_depth_configs(config, causal)
+    critic, longer_critic = reduced_depth_configs(value_config, classifier) if value_config is not None else (None, [])
     more = [(DryRun(other, setup, critic), count) for other, count in longer]
     more += [(DryRun(short, setup, other), count) for other, count in longer_critic]
     first = DryRun(short, setup, critic)
-    return LayeredRun(first, more) if more else first
+    return ExtrapolatedEstimator(first, more) if more else first
 
 
-class LayeredRun(Prediction):
+class ExtrapolatedEstimator(MemoryEstimator):
     """The same predictions, of a model of which only a few layers are run.
 
     Args:
@@ -36,9 +38,9 @@ class LayeredRun(Prediction):
         self.first, self.more = first, more
         self.parameters = self._whole(first.parameters, [run.parameters for run, _ in more])
 
-    def stretches(self, work: str, rows: int) -> list[Parts]:
-        """See `Prediction`."""
-        first, *more = (run.stretches(work, rows) for run in (self.first, *(run for run, _ in self.more)))
+    def segment_peaks(self, work: str, rows: int) -> list[Parts]:
+        """See `MemoryEstimator`."""
+        first, *more = (run.segment_peaks(work, rows) for run in (self.first, *(run for run, _ in self.more)))
         return [self._whole(parts, others) for parts, *others in zip(first, *more, strict=True)]
 
     def _whole(self, first: Parts, more: list[Parts]) -> Parts:
@@ -49,7 +51,7 @@ class LayeredRun(Prediction):
         }
 
 
-def fewer_layers(
+def reduced_depth_configs(
     config: PretrainedConfig, build: Callable[[PretrainedConfig], PreTrainedModel]
 ) -> tuple[PretrainedConfig, list[tuple[PretrainedConfig, int]]]:
     """The config with the last two layers of each kind; for each kind with one more, and how many are left out.
@@ -64,8 +66,8 @@ def fewer_layers(
     where = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in set(kinds)}
     last = sorted(i for layers in where.values() for i in layers[-2:])
     left_out = {kind: layers[:-2] for kind, layers in where.items() if layers[2:]}
-    borrowing = getattr(config.get_text_config(), "num_kv_shared_layers", 0)
-    if borrowing or len(last) + (len(last) + 1) * len(left_out) >= len(kinds):
+    shares_kv = getattr(config.get_text_config(), "num_kv_shared_layers", 0)
+    if shares_kv or len(last) + (len(last) + 1) * len(left_out) >= len(kinds):
         return config, []
     short = _with_layers(config, last)
     more = [(_with_layers(config, sorted([layers[-1], *last])), len(layers)) for layers in left_out.values()]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes of live tensor storages, by what they hold, and as they stood when their sum was largest.
 
     It books storages that are made while it is active, of real tensors and of those without data. Where a program

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .layers import predict
-from .prediction import PARTS, Parts, Phase, Setup
+from .prediction import PARTS, Parts, Phase, PlannerConfig
 
 GIB = 2**30
 # Assumed, not computed: what a process takes of a card before its first tensor (CUDA context, kernels, cuBLAS
@@ -35,7 +35,7 @@ class Plan:
     parameters: Parts
     phases: tuple[Phase, Phase, Phase]
     budget: int
-    setup: Setup
+    setup: PlannerConfig
     gradient_accumulation_steps: int
 
     @property
@@ -56,7 +56,9 @@ class Plan:
         }
 
 
-def plan(config: PretrainedConfig, setup: Setup, vram: float, value_config: PretrainedConfig | None = None) -> Plan:
+def plan(
+    config: PretrainedConfig, setup: PlannerConfig, vram: float, value_config: PretrainedConfig | None = None
+) -> Plan:
     """Predict memory by phase and propose the largest batch sizes that fit.
 
     Args:

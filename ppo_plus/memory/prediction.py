@@ -16,7 +16,7 @@ Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Setup:
+class PlannerConfig:
     """What is planned for.
 
     Attributes:
@@ -76,7 +76,7 @@ class Phase:
         return sum(self.parts.values())
 
 
-class Prediction(abc.ABC):
+class MemoryEstimator(abc.ABC):
     """What the phases of a run take; a subclass says how that is found.
 
     A pass is told in stretches: before the first layer, in the layers, after the last, and so on, backward too. Within
@@ -89,7 +89,7 @@ class Prediction(abc.ABC):
     parameters: Parts
 
     @abc.abstractmethod
-    def stretches(self, work: str, rows: int) -> list[Parts]:
+    def segment_peaks(self, work: str, rows: int) -> list[Parts]:
         """Bytes by part at the highest moment of each stretch of "prefill", "decode", "score" or "learn"."""
 
     def generate(self, rows: int) -> Phase:
@@ -105,5 +105,5 @@ class Prediction(abc.ABC):
         return self._phase("learn", rows, "learn")
 
     def _phase(self, name: str, rows: int, *works: str) -> Phase:
-        found = [parts for work in works for parts in self.stretches(work, rows)]
+        found = [parts for work in works for parts in self.segment_peaks(work, rows)]
         return Phase(name, rows, max(found, key=lambda parts: sum(parts.values())))

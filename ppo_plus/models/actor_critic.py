@@ -27,18 +27,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..algo.logprobs import token_logprobs
 from ..algo.prefix_reward_baseline import REWARD_LINE, saved_reward_line
-from ..kernels.cpu_attention import SDPA, choose_attention
+from ..kernels.cpu_attention import SDPA, select_attention
 from ..kernels.fp32_heads import apply_head
-from ..kernels.frozen_layers import LowerLayers, apart, layers_below
-from ..kernels.lora import autocast_dtype, use_plain_lora, weights_at_rest
-from ..kernels.packing import MOST_PADDING, WHOLE, Packing, Sizes, Whole, packed_as, picked
-from ..kernels.rmsnorm import use_lean_norms
+from ..kernels.frozen_layers import FrozenPrefix, num_leading_frozen_layers, relative_error
+from ..kernels.lora import autocast_dtype, cached_lora_weights, patch_lora_forward
+from ..kernels.packing import (
+    MAX_UNPACKED_PADDING,
+    NO_PACKING,
+    NoPacking,
+    Packing,
+    SeqLens,
+    make_packing,
+    packing_context,
+)
+from ..kernels.rmsnorm import patch_rmsnorm
 from ..utils.devices import float64_device
-from ..utils.files import readable
-from .adapter_loading import fitting, mount
-from .adapters import active_adapter, belongs_to, use_adapter
-from .backbone import backbone_interface, cache_of, check_head, is_recurrent, place, unwrapped
-from .generation import Generation, select_rows
+from ..utils.files import reraise_as_corrupt_file
+from .adapter_loading import explain_state_dict_mismatch, load_reward_adapter
+from .adapters import active_adapter, is_adapter_parameter, use_adapter
+from .backbone import backbone_interface, cache_of, check_head, is_recurrent, move_if_movable, unwrap_peft
+from .generation import GenerateOutput, select_rows
 from .logprobs import chunked_logprobs, head_is_frozen, logits_function, sample
 from .saving import load_model, save_model
 from .value_head import VALUE_HEAD_FILE, ValueHead
@@ -93,26 +101,26 @@ class ActorCritic(nn.Module):
         self.policy, self.value_head, self.critic, self.value_model = policy, value_head, critic, value_model
         # In a list so that the reference is no submodule: it is neither trained, saved, nor wrapped by DDP.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
-        use_plain_lora(policy)
-        use_lean_norms(policy)
-        self.adds_reward_baseline = (
+        patch_lora_forward(policy)
+        patch_rmsnorm(policy)
+        self.uses_prefix_reward_baseline = (
             False  # whether values are the head's plus a line through the reward adapter's scores
         )
         self.reward_line: tuple[float, float] | None = None  # its slope and intercept; None where the head is the value
         self._compiled = False
-        self._mode: bool | None = None  # not known: an adapter may be in training and its base not
-        self._active: PreTrainedModel = self.language_model
-        self._lower: LowerLayers | None = None
-        self._above_lower: set[str | None] = set()
-        models = [self.language_model, *self._ref_model, *([unwrapped(value_model)] if value_model else [])]
-        self._fused_attention = [m for m in models if m.config.get_text_config()._attn_implementation == SDPA]
+        self._last_train_mode: bool | None = None  # not known: an adapter may be in training and its base not
+        self._active_model: PreTrainedModel = self.language_model
+        self._frozen_cache: FrozenPrefix | None = None
+        self._roles_sharing_cache: set[str | None] = set()
+        models = [self.language_model, *self._ref_model, *([unwrap_peft(value_model)] if value_model else [])]
+        self._sdpa_models = [m for m in models if m.config.get_text_config()._attn_implementation == SDPA]
         if not self.is_peft and ref_model is None:
             raise ValueError(
                 "Full fine-tuning needs a reference that training does not change: pass ref_model, "
                 "or peft_config to train an adapter whose base is the reference."
             )
         check_head(self.language_model)
-        self._packable = [m for m in self._fused_attention if self._runs_packed(m)]
+        self._packable_models = [m for m in self._sdpa_models if self._probe_packing(m)]
 
     # What Trainer and accelerate look up on a model.
 
@@ -129,7 +137,7 @@ class ActorCritic(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The causal language model, with adapters injected where there are any."""
-        return unwrapped(self.policy)
+        return unwrap_peft(self.policy)
 
     @property
     def frozen_models(self) -> list[PreTrainedModel]:
@@ -139,7 +147,7 @@ class ActorCritic(nn.Module):
     @property
     def transformers_models(self) -> list[PreTrainedModel]:
         """All models of transformers in here: the policy, a reference and a critic of their own."""
-        return [*self.frozen_models, *([unwrapped(self.value_model)] if self.value_model else [])]
+        return [*self.frozen_models, *([unwrap_peft(self.value_model)] if self.value_model else [])]
 
     @property
     def device(self) -> torch.device:
@@ -185,11 +193,11 @@ class ActorCritic(nn.Module):
         finally:
             self.train(training)
 
-    def place_others(self, device: torch.device) -> None:
+    def move_auxiliary_modules(self, device: torch.device) -> None:
         """Move what Trainer does not: the reference, and what hangs on a policy that is placed already."""
         self.value_head.to(device)
         for model in (*self._ref_model, *([self.value_model] if self.value_model else [])):
-            place(model, device)
+            move_if_movable(model, device)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Tag the policy for the Hub."""
@@ -199,9 +207,9 @@ class ActorCritic(nn.Module):
         """Recompute activations in the backward pass, with the adapter that spoke in the forward pass."""
         given = kwargs.pop("activation_checkpointing_kwargs", None) or {}
         if self.critic == "adapter":
-            given = {**given, "use_reentrant": False, "context_fn": self._same_adapter}
+            given = {**given, "use_reentrant": False, "context_fn": self._checkpoint_context_fn}
         for model in [self.policy, *([self.value_model] if self.value_model else [])]:
-            unwrapped(model).activation_checkpointing_enable(activation_checkpointing_kwargs=given or None, **kwargs)
+            unwrap_peft(model).activation_checkpointing_enable(activation_checkpointing_kwargs=given or None, **kwargs)
 
     def compile_layers(self, **kwargs: Any) -> None:
         """Compile the decoder layers in place, each by itself: they are alike, so one graph serves all of them.
@@ -216,7 +224,7 @@ class ActorCritic(nn.Module):
             if isinstance(module, GradientCheckpointingLayer):
                 module.compile(dynamic=True, **kwargs)
 
-    def _same_adapter(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+    def _checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         return contextlib.nullcontext(), use_adapter(self.policy, active_adapter(self.policy))
 
     def train(self, mode: bool = True) -> ActorCritic:
@@ -224,21 +232,21 @@ class ActorCritic(nn.Module):
 
         With adapters there are thousands of modules to ask.
         """
-        if mode == self._mode and all(child.training == mode for child in self.children()):
+        if mode == self._last_train_mode and all(child.training == mode for child in self.children()):
             return self
-        self._mode = mode
+        self._last_train_mode = mode
         return super().train(mode)
 
     # What is trained.
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """What the actor trains."""
-        return [p for name, p in self.policy.named_parameters() if p.requires_grad and not of_critic(name)]
+        return [p for name, p in self.policy.named_parameters() if p.requires_grad and not is_critic_parameter(name)]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """What the critic trains below its head: an adapter or a model of its own; empty where it has neither."""
         own = [] if self.value_model is None else self.value_model.parameters()
-        adapter = [p for name, p in self.policy.named_parameters() if p.requires_grad and of_critic(name)]
+        adapter = [p for name, p in self.policy.named_parameters() if p.requires_grad and is_critic_parameter(name)]
         return adapter + [p for p in own if p.requires_grad]
 
     # The four roles.
@@ -252,14 +260,14 @@ class ActorCritic(nn.Module):
         with_logprobs: bool = True,
         with_values: bool = True,
         with_entropy: bool = False,
-        lower_states: Tensor | None = None,
-        asked: Tensor | None = None,
-        sizes: Sizes | None = None,
+        frozen_hidden_states: Tensor | None = None,
+        response_mask: Tensor | None = None,
+        seq_lens: SeqLens | None = None,
     ) -> ActorCriticOutput:
         """Log-probabilities, values and entropies of the response tokens.
 
         One pass over the backbone, and a second one where the critic has an adapter or a model of its own. Where
-        `sizes` says that rows are of unequal length, the pass has no padding.
+        `seq_lens` says that rows are of unequal length, the pass has no padding.
 
         Args:
             input_ids: prompt and response, `(B, P + R)` int64.
@@ -269,91 +277,96 @@ class ActorCritic(nn.Module):
             with_logprobs: compute `logprobs`; without them (nor entropies), nothing flows back into the actor.
             with_values: compute `values`.
             with_entropy: compute `entropy`; differentiable, so ask for it only where it is used.
-            lower_states: of these rows, as the method of that name gives them; a pass goes on from there.
-            asked: which of the last R positions to compute, `(B, R)` bool; the others are 0. All by default.
-            sizes: of each row, as `RightAligned.sizes` has them: what `attention_mask` and `asked` sum up to.
+            frozen_hidden_states: of these rows, as the method of that name gives them; a pass goes on from there.
+            response_mask: which of the last R positions to compute, `(B, R)` bool; the others are 0. All by default.
+            seq_lens: of each row, as `LeftPaddedLayout.seq_lens` has them: the sums of `attention_mask` and
+                `response_mask`.
         """
         output, states = ActorCriticOutput(), None
-        answers = picked(asked, None if sizes is None else [response for _, response in sizes])
+        answers = make_packing(response_mask, None if seq_lens is None else [response for _, response in seq_lens])
         actor, own = with_logprobs or with_entropy, self.critic in ("adapter", "separate")
-        inputs = (input_ids, attention_mask, response_length, lower_states, sizes)
+        inputs = (input_ids, attention_mask, response_length, frozen_hidden_states, seq_lens)
         if actor or not own:
             with contextlib.nullcontext() if actor else torch.no_grad():
-                states = self._response_states(*inputs)
+                states = self._response_hidden_states(*inputs)
         if states is not None and actor:
             targets = input_ids[:, -response_length:]
             logprobs, entropy = chunked_logprobs(
-                logits_function(self._active), answers.pack(states), answers.pack(targets), temperature, with_entropy,
-                frozen_head=head_is_frozen(self._active),
+                logits_function(self._active_model), answers.pack(states), answers.pack(targets), temperature,
+                with_entropy, frozen_head=head_is_frozen(self._active_model),
             )  # fmt: skip
             output.logprobs = answers.spread(logprobs)
             output.entropy = None if entropy is None else answers.spread(entropy)  # type: ignore[assignment]
         if with_values:
             if own:
-                with self._critic():
-                    states = self._response_states(*inputs)
+                with self._critic_role():
+                    states = self._response_hidden_states(*inputs)
             states = answers.pack(cast(Tensor, states))
             output.values = answers.spread(self.value_head(states.detach() if self.critic == "detached" else states))
         return output
 
     @contextlib.contextmanager
-    def _critic(self) -> Iterator[None]:
+    def _critic_role(self) -> Iterator[None]:
         if self.value_model is None:
             with use_adapter(self.policy, CRITIC_ADAPTER):
                 yield
         else:
-            with self._speaking(unwrapped(self.value_model)):
+            with self._use_model(unwrap_peft(self.value_model)):
                 yield
 
     @contextlib.contextmanager
-    def _speaking(self, model: PreTrainedModel) -> Iterator[None]:
-        self._active = model
+    def _use_model(self, model: PreTrainedModel) -> Iterator[None]:
+        self._active_model = model
         try:
             yield
         finally:
-            self._active = self.language_model
+            self._active_model = self.language_model
 
-    def _response_states(
-        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, lower_states: Tensor | None,
-        sizes: Sizes | None,
+    def _response_hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, frozen_hidden_states: Tensor | None,
+        seq_lens: SeqLens | None,
     ) -> Tensor:  # fmt: skip
         # The state before token t is the hidden state one position to its left; after the last token nothing is asked.
-        packing = self._packing(attention_mask[:, :-1], but_the_last(sizes))
-        with self._going_on_from(None if lower_states is None else packing.pack(lower_states)):
+        packing = self._packing(attention_mask[:, :-1], lengths_without_last(seq_lens))
+        with self._start_from_cached_layer(
+            None if frozen_hidden_states is None else packing.pack(frozen_hidden_states)
+        ):
             hidden = self._last_hidden(input_ids[:, :-1], attention_mask[:, :-1], packing)
         return packing.spread(hidden)[:, -response_length:]
 
     # Layers that no adapter reaches.
 
     @property
-    def lower_layers(self) -> int:
+    def num_cached_layers(self) -> int:
         """How many of the lowest layers run once per rollout and not in every pass."""
-        return 0 if self._lower is None else self._lower.count
+        return 0 if self._frozen_cache is None else self._frozen_cache.count
 
-    def reuse_lower_layers(self) -> None:
+    def enable_frozen_layer_cache(self) -> None:
         """From here on, let the layers below all that is trained run once per rollout, if there are any."""
         model, policies = self.language_model, ("default", REFERENCE_ADAPTER)
 
-        def of_policy(name: str, parameter: nn.Parameter) -> bool:
-            adapted = any(belongs_to(name, adapter) for adapter in policies)
-            return adapted or (parameter.requires_grad and not of_critic(name))
+        def is_actor_parameter(name: str, parameter: nn.Parameter) -> bool:
+            adapted = any(is_adapter_parameter(name, adapter) for adapter in policies)
+            return adapted or (parameter.requires_grad and not is_critic_parameter(name))
 
-        trained = layers_below(model, of_policy)
+        trained = num_leading_frozen_layers(model, is_actor_parameter)
         count = min(trained, model.config.get_text_config().num_hidden_layers - 1)
         if not self.is_peft or count < 1:
             return
-        critic = layers_below(model, lambda name, _: of_critic(name))
-        self._above_lower = {None, "default", REFERENCE_ADAPTER, *([CRITIC_ADAPTER] if critic >= count else [])}
+        critic = num_leading_frozen_layers(model, lambda name, _: is_critic_parameter(name))
+        self._roles_sharing_cache = {None, "default", REFERENCE_ADAPTER, *([CRITIC_ADAPTER] if critic >= count else [])}
         training = model.training
         model.eval()
         try:
-            self._lower = LowerLayers(model.base_model, count, self._last_hidden)
+            self._frozen_cache = FrozenPrefix(model.base_model, count, self._last_hidden)
         except ValueError as error:
             warnings.warn(f"All layers of {type(model).__name__} run in every pass: {error}.", stacklevel=2)
         finally:
             model.train(training)
 
-    def lower_states(self, input_ids: Tensor, attention_mask: Tensor, sizes: Sizes | None = None) -> Tensor:
+    def frozen_hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor, seq_lens: SeqLens | None = None
+    ) -> Tensor:
         """What enters the lowest layer that runs in every pass: `(B, P + R - 1, H)`, the same for all roles.
 
         Args:
@@ -362,21 +375,21 @@ class ActorCritic(nn.Module):
             sizes: as `forward` takes them.
         """
         ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
-        packing = self._packing(mask, but_the_last(sizes))
-        return packing.spread(cast(LowerLayers, self._lower).states(ids, mask, packing))
+        packing = self._packing(mask, lengths_without_last(seq_lens))
+        return packing.spread(cast(FrozenPrefix, self._frozen_cache).states(ids, mask, packing))
 
-    def _going_on_from(self, lower_states: Tensor | None) -> AbstractContextManager:
+    def _start_from_cached_layer(self, frozen_hidden_states: Tensor | None) -> AbstractContextManager:
         # Who is another model, or has an adapter further down, runs all layers.
-        if self._lower is None or lower_states is None or self._active is not self.language_model:
+        if self._frozen_cache is None or frozen_hidden_states is None or self._active_model is not self.language_model:
             return contextlib.nullcontext()
-        shared = active_adapter(self.policy) in self._above_lower
-        return self._lower.given(lower_states) if shared else contextlib.nullcontext()
+        shared = active_adapter(self.policy) in self._roles_sharing_cache
+        return self._frozen_cache.given(frozen_hidden_states) if shared else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the model speaks as the reference: adapter off, or the frozen copy named `ref`, or `ref_model`."""
         if self._ref_model:
-            with self._speaking(self._ref_model[0]):
+            with self._use_model(self._ref_model[0]):
                 yield
         else:
             frozen = REFERENCE_ADAPTER in cast(PeftModel, self.policy).peft_config
@@ -387,14 +400,14 @@ class ActorCritic(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        noise: Tensor,
+        uniforms: Tensor,
         *,
         stop_ids: Sequence[int],
         pad_token_id: int,
         temperature: float = 1.0,
-        warp: Callable[[Tensor], Tensor] | None = None,
+        logits_processor: Callable[[Tensor], Tensor] | None = None,
         on_step: Callable[[int], None] | None = None,
-    ) -> Generation:
+    ) -> GenerateOutput:
         """Sample responses from the distribution that `forward` scores.
 
         No `GenerationConfig` takes part: it would fill unset fields from the model's own (`top_k=50`, a repetition
@@ -413,24 +426,26 @@ class ActorCritic(nn.Module):
         """
         # Asked of dynamo only where it was loaded anyway.
         eager = torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
-        with weights_at_rest(self.policy), eager, self._without_idle_autocast():
-            return self._decode(input_ids, attention_mask, noise, stop_ids, pad_token_id, temperature, warp, on_step)
+        with cached_lora_weights(self.policy), eager, self._disable_redundant_autocast():
+            return self._decode(
+                input_ids, attention_mask, uniforms, stop_ids, pad_token_id, temperature, logits_processor, on_step
+            )
 
-    def _without_idle_autocast(self) -> AbstractContextManager:
+    def _disable_redundant_autocast(self) -> AbstractContextManager:
         # To a model in that dtype it does nothing but take time, and cast what was left in fp32 on purpose.
         kind = self.device.type
-        idle = autocast_dtype(kind) == self._active.dtype
+        idle = autocast_dtype(kind) == self._active_model.dtype
         return torch.autocast(kind, enabled=False) if idle else contextlib.nullcontext()
 
     def _decode(
-        self, input_ids: Tensor, mask: Tensor, noise: Tensor, stop_ids: Sequence[int], pad_token_id: int,
-        temperature: float, warp: Callable[[Tensor], Tensor] | None, on_step: Callable[[int], None] | None,
-    ) -> Generation:  # fmt: skip
-        (rows, length), device = noise.shape, input_ids.device
+        self, input_ids: Tensor, mask: Tensor, uniforms: Tensor, stop_ids: Sequence[int], pad_token_id: int,
+        temperature: float, logits_processor: Callable[[Tensor], Tensor] | None, on_step: Callable[[int], None] | None,
+    ) -> GenerateOutput:  # fmt: skip
+        (rows, length), device = uniforms.shape, input_ids.device
         tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)
         logprobs = torch.zeros(rows, length, device=device)
         stop = torch.tensor(list(stop_ids), device=device)
-        head, noise = logits_function(self._active), noise.to(float64_device(device))
+        head, uniforms = logits_function(self._active_model), uniforms.to(float64_device(device))
         alive, cache, step_ids = torch.arange(rows, device=device), None, input_ids
         for t in range(length):
             if on_step is not None:
@@ -439,7 +454,9 @@ class ActorCritic(nn.Module):
             cache = cache_of(outputs)
             logits = head(outputs.last_hidden_state[:, -1]).float()
             logits = logits if temperature == 1 else logits / temperature
-            token = sample(logits if warp is None else warp(logits), noise[alive.to(noise.device), t])
+            token = sample(
+                logits if logits_processor is None else logits_processor(logits), uniforms[alive.to(uniforms.device), t]
+            )
             tokens[alive, t], logprobs[alive, t] = token, token_logprobs(logits, token)
             going = ~torch.isin(token, stop)
             left = int(going.sum())  # asked once: each time the host waits for the device
@@ -451,9 +468,9 @@ class ActorCritic(nn.Module):
                 alive, token, mask = alive[keep], token[keep], mask[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             step_ids = token[:, None]
-        return Generation(tokens, logprobs)
+        return GenerateOutput(tokens, logprobs)
 
-    def mount_reward(self, name: str, directory: str | Path) -> nn.Linear:
+    def load_reward_adapter(self, name: str, directory: str | Path) -> nn.Linear:
         """Load a reward adapter onto this backbone, next to the actor's.
 
         Args:
@@ -468,7 +485,7 @@ class ActorCritic(nn.Module):
                 "A reward adapter shares the actor's frozen base, but this actor is trained in full: pass "
                 "peft_config, or load the reward model by itself and pass the instance."
             )
-        return mount(self.policy, name, Path(directory)).to(self.device)
+        return load_reward_adapter(self.policy, name, Path(directory)).to(self.device)
 
     def reward_scores(
         self, name: str, head: nn.Linear, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None = None
@@ -480,13 +497,13 @@ class ActorCritic(nn.Module):
             head: its score head.
             input_ids: `(B, L)` int64, padded on either side.
             attention_mask: `(B, L)`.
-            pad_token_id: as of `at_last_token`.
+            pad_token_id: as of `pool_last_token`.
         """
-        return at_last_token(
-            self.token_scores(name, head, input_ids, attention_mask), input_ids, attention_mask, pad_token_id
+        return pool_last_token(
+            self.prefix_rewards(name, head, input_ids, attention_mask), input_ids, attention_mask, pad_token_id
         )
 
-    def token_scores(
+    def prefix_rewards(
         self,
         name: str,
         head: nn.Linear,
@@ -508,14 +525,14 @@ class ActorCritic(nn.Module):
             hidden = self._last_hidden(input_ids, attention_mask, packing)
         return packing.spread(apply_head(hidden, head.weight, head.bias)).squeeze(-1)
 
-    def _packing(self, attention_mask: Tensor, lengths: Sequence[int] | None) -> Packing | Whole:
+    def _packing(self, attention_mask: Tensor, lengths: Sequence[int] | None) -> Packing | NoPacking:
         # A compiler would make a graph for each number of rows and tokens.
-        if self._compiled or self._active not in self._packable:
-            return WHOLE
-        return picked(attention_mask, lengths, MOST_PADDING)
+        if self._compiled or self._active_model not in self._packable_models:
+            return NO_PACKING
+        return make_packing(attention_mask, lengths, MAX_UNPACKED_PADDING)
 
     @torch.no_grad()
-    def _runs_packed(self, model: PreTrainedModel) -> bool:
+    def _probe_packing(self, model: PreTrainedModel) -> bool:
         """Whether a packed pass over this model gives the numbers of a padded one."""
         if model.device.type == "meta":
             return False
@@ -524,7 +541,7 @@ class ActorCritic(nn.Module):
         packing, training = Packing(mask, [2, 6, 3]), model.training
         model.eval()
         try:
-            with self._speaking(model):
+            with self._use_model(model):
                 found = packing.spread(self._last_hidden(ids, mask, packing))
                 expected = self._last_hidden(ids, mask)  # and last: it leaves the model's attention as it was
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
@@ -532,31 +549,33 @@ class ActorCritic(nn.Module):
         finally:
             model.train(training)
         # Kernels for 4-bit weights add up otherwise for fewer rows; what is no rounding is as large as the states are.
-        return not apart(found, expected, mask, half=0.2)
+        return not relative_error(found, expected, mask, half=0.2)
 
-    def _last_hidden(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | Whole = WHOLE) -> Tensor:
+    def _last_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | NoPacking = NO_PACKING
+    ) -> Tensor:
         """Last hidden states of the backbone, `(B, L, H)`, or those of the real tokens, `(1, T, H)`."""
         return cast(Tensor, self._hidden_states(input_ids, attention_mask, packing).last_hidden_state)
 
     def _hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | Whole = WHOLE, *, use_cache: bool = False,
-        cache: Cache | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | NoPacking = NO_PACKING, *,
+        use_cache: bool = False, cache: Cache | None = None,
     ) -> Any:  # fmt: skip
-        backbone, interface = self._active.base_model, backbone_interface(self._active)
-        if self._active in self._fused_attention:
-            choose_attention(backbone, input_ids.shape[1], attention_mask.shape[1], packing is not WHOLE)
+        backbone, interface = self._active_model.base_model, backbone_interface(self._active_model)
+        if self._active_model in self._sdpa_models:
+            select_attention(backbone, input_ids.shape[1], attention_mask.shape[1], packing is not NO_PACKING)
         kwargs: dict[str, Any] = {"use_cache": use_cache}
         if interface.takes_positions:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             kwargs["position_ids"] = packing.pack(positions[:, -input_ids.shape[1] :])
         input_ids = packing.pack(input_ids)
-        if packing is not WHOLE:
+        if packing is not NO_PACKING:
             attention_mask = torch.ones_like(input_ids)
         if cache is not None:
             kwargs[cast(str, interface.cache_name)] = cache
             if is_recurrent(cache):
                 attention_mask = attention_mask[:, -input_ids.shape[1] :]
-        with packed_as(packing):
+        with packing_context(packing):
             return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     # On disk: a plain adapter (or model), and the critic beside it.
@@ -591,24 +610,28 @@ class ActorCritic(nn.Module):
             load_model(self.policy, directory / CRITIC_ADAPTER, CRITIC_ADAPTER)
         if self.value_model is not None:
             load_model(self.value_model, directory / VALUE_MODEL)
-        with readable(head_file):
+        with reraise_as_corrupt_file(head_file):
             head = load_file(head_file)
-        with fitting(f"The value head in {directory}", "Use the same base, value_head and value_head_activation."):
+        with explain_state_dict_mismatch(
+            f"The value head in {directory}", "Use the same base, value_head and value_head_activation."
+        ):
             self.value_head.load_state_dict(head)
         self.reward_line = saved_reward_line(head_file)
 
 
-def of_critic(parameter: str) -> bool:
+def is_critic_parameter(parameter: str) -> bool:
     """Whether a parameter of that name is one of the critic's adapter."""
-    return belongs_to(parameter, CRITIC_ADAPTER)
+    return is_adapter_parameter(parameter, CRITIC_ADAPTER)
 
 
-def but_the_last(sizes: Sizes | None) -> list[int] | None:
+def lengths_without_last(seq_lens: SeqLens | None) -> list[int] | None:
     """Tokens by row of a pass that leaves out the last token of each."""
-    return None if sizes is None else [tokens - 1 for tokens, _ in sizes]
+    return None if seq_lens is None else [tokens - 1 for tokens, _ in seq_lens]
 
 
-def at_last_token(scores: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None = None) -> Tensor:
+def pool_last_token(
+    scores: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None = None
+) -> Tensor:
     """Gather from scores `(B, L)` the one at each row's last token, `(B,)`, with padding on either side.
 
     Args:

@@ -7,15 +7,15 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-from .adapter_files import adapter_folder, base_samples, trained_on, weights_file
-from .adapters import belongs_to
-from .base_weights import Samples, are_different
+from .adapter_files import base_samples, resolve_adapter_path, trained_on, weights_file
+from .adapters import is_adapter_parameter
+from .base_weights import WeightSamples, are_different
 from .score_heads import find_other_heads, score_head_shapes
 
-LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
+BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
 
 
-REFUSED = {
+UNSUPPORTED_OPTIONS = {
     "kasa_config": "which cuts the smallest singular values out of the base's own weights",
     "layer_replication": "which makes another, deeper model of the base",
     "alora_invocation_tokens": "so it speaks only after these tokens, which PeftModel's own forward alone looks for",
@@ -32,7 +32,7 @@ def check_no_adapter(model: Any, fix: str) -> None:
     Raises:
         ValueError: there is an adapter, and nothing of it would be left in the model that is trained.
     """
-    if adapter_folder(model) is not None:
+    if resolve_adapter_path(model) is not None:
         what = f"model={str(model)!r} is an adapter, and a new one would take its place"
     elif getattr(model, "_hf_peft_config_loaded", False):
         what = "transformers has put an adapter into this model, frozen, and a new one would take its place"
@@ -47,7 +47,7 @@ def check_base_is_frozen(policy: PeftModel) -> None:
     trained = [
         name
         for name, parameter in policy.named_parameters()
-        if parameter.requires_grad and not any(belongs_to(name, adapter) for adapter in adapters)
+        if parameter.requires_grad and not any(is_adapter_parameter(name, adapter) for adapter in adapters)
     ]
     if trained:
         raise ValueError(
@@ -57,7 +57,7 @@ def check_base_is_frozen(policy: PeftModel) -> None:
         )
 
 
-def check_own_weights(config: PeftConfig | None, whose: str) -> None:
+def check_preserves_base(config: PeftConfig | None, whose: str) -> None:
     """Refuse an adapter that changes its base, which then is not that of the other roles, or that would not speak."""
     if not isinstance(config, PeftConfig | None):
         raise TypeError(
@@ -68,18 +68,18 @@ def check_own_weights(config: PeftConfig | None, whose: str) -> None:
         raise ValueError(f"{whose} has modules_to_save={saved!r}, which must be a list: write [{saved!r}].")
     init, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
     shared = "Actor, reference, critic and reward adapters share that base"
-    if isinstance(init, str) and init.lower() not in LEAVE_THE_BASE:
+    if isinstance(init, str) and init.lower() not in BASE_PRESERVING_INITS:
         raise ValueError(
             f"{whose} has init_lora_weights={init!r}, which is not known to leave the base's weights as they are, as "
-            f"the default and {', '.join(LEAVE_THE_BASE)} do. {shared}: choose one of these; save a trained adapter of "
-            "that kind as plain LoRA (path_initial_model_for_weight_conversion)."
+            f"the default and {', '.join(BASE_PRESERVING_INITS)} do. {shared}: choose one of these; save a trained "
+            f"adapter of that kind as plain LoRA (path_initial_model_for_weight_conversion)."
         )
     if bias != "none":
         raise ValueError(
             f"{whose} has bias={bias!r}, which trains biases of the base itself. {shared}, and an adapter that is "
             "switched off would leave them changed: use bias='none'."
         )
-    for option, reason in REFUSED.items():
+    for option, reason in UNSUPPORTED_OPTIONS.items():
         if getattr(config, option, None) is not None:
             raise ValueError(f"{whose} has {option}, {reason}. {shared}: leave the option out.")
 
@@ -87,7 +87,7 @@ def check_own_weights(config: PeftConfig | None, whose: str) -> None:
 def check_reward_adapter(directory: Path, hidden_size: int) -> None:
     """Refuse an adapter that is no reward model of this base; reads no more than its configuration and a header."""
     file = weights_file(directory)
-    check_own_weights(PeftConfig.from_pretrained(str(directory)), f"The adapter in {directory}")
+    check_preserves_base(PeftConfig.from_pretrained(str(directory)), f"The adapter in {directory}")
     shapes = score_head_shapes(directory, file)
     if shapes not in ({"weight": (1, hidden_size)}, {"weight": (1, hidden_size), "bias": (1,)}):
         other = find_other_heads(file)
@@ -113,7 +113,7 @@ def check_trained_tokens(directory: Path, num_embeddings: int) -> None:
         )
 
 
-def check_base_weights(directory: Path, samples: Samples, base: str) -> bool:
+def check_base_weights(directory: Path, samples: WeightSamples, base: str) -> bool:
     """Refuse a reward adapter that was trained on a base of other weights.
 
     Args:

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
 from ..training.checkpoint import checkpoints
-from ..utils.files import read_json_object, readable
-from .base_weights import Samples, decode_samples, local_folder, sample_files
+from ..utils.files import read_json_object, reraise_as_corrupt_file
+from .base_weights import WeightSamples, decode_samples, local_folder, sample_files
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -34,13 +34,13 @@ REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward model, 
 BESIDE = (REWARD_FILE, "tokenizer_config.json", "value_head.safetensors", "value_head.bin")
 
 
-PREFIX = "base_model.model."  # of the names in an adapter's file
+PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 HEADS = ("score", "classifier")  # PEFT adds both to what an adapter of a sequence classifier saves
 
 
-def adapter_folder(model: Any) -> Path | None:
+def resolve_adapter_path(model: Any) -> Path | None:
     """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name.
 
     Raises:
@@ -105,7 +105,7 @@ def _of_hub(name: str, file: str, error: HfHubHTTPError) -> str:
     return f"The Hub answered {status} when asked for {file} of {name!r}. {fix}"
 
 
-def reward_description(model: str | Path) -> dict[str, Any]:
+def load_reward_metadata(model: str | Path) -> dict[str, Any]:
     """What `RewardTrainer` wrote about a reward model, downloaded if it is on the Hub; empty where it wrote nothing."""
     file: Path | None = Path(model) / REWARD_FILE
     if not Path(model).exists():
@@ -122,9 +122,9 @@ def is_hub_name(name: str) -> bool:
     return True
 
 
-def base_samples(directory: Path) -> Samples:
+def base_samples(directory: Path) -> WeightSamples:
     """Samples of the base that an adapter was trained on: those written beside it, or of that base's local files."""
-    described = reward_description(directory).get("base_weights")
+    described = load_reward_metadata(directory).get("base_weights")
     if described:
         return decode_samples(described)
     return sample_files(local_base(directory))
@@ -133,7 +133,7 @@ def base_samples(directory: Path) -> Samples:
 def trained_on(directory: Path) -> str:
     """The name of the base that an adapter was trained on; empty where the adapter does not say."""
     config = PeftConfig.from_pretrained(str(directory))
-    return cast(str, reward_description(directory).get("base_model") or config.base_model_name_or_path or "")
+    return cast(str, load_reward_metadata(directory).get("base_model") or config.base_model_name_or_path or "")
 
 
 def local_base(directory: Path) -> Path | None:
@@ -151,5 +151,5 @@ def weights_file(directory: Path) -> Path:
 
 def adapter_weights(directory: Path, names: dict[str, str] | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter on disk, renamed as `key_mapping` of PEFT says."""
-    with readable(weights_file(directory)):
+    with reraise_as_corrupt_file(weights_file(directory)):
         return load_peft_weights(str(directory), device="cpu", key_mapping=names)

@@ -15,18 +15,18 @@ from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..kernels.lora import use_plain_lora
-from ..utils.files import readable
+from ..kernels.lora import patch_lora_forward
+from ..utils.files import reraise_as_corrupt_file
 from .adapter_checks import check_base_weights, check_reward_adapter
-from .adapter_files import HEADS, PREFIX, adapter_weights, weights_file
-from .adapters import belongs_to, same_requires_grad, set_trained
+from .adapter_files import HEADS, PEFT_PREFIX, adapter_weights, weights_file
+from .adapters import is_adapter_parameter, preserve_requires_grad, set_adapter_trainable
 from .base_weights import sample_model
 from .score_heads import pop_score_head
 
-TEXT_ONLY, WHOLE = {r"^model\.language_model\.": "model."}, {r"^model\.": "model.language_model."}
+TO_TEXT_KEYS, TO_MULTIMODAL_KEYS = {r"^model\.language_model\.": "model."}, {r"^model\.": "model.language_model."}
 
 
-def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = False) -> nn.Linear:
+def load_reward_adapter(policy: PeftModel, name: str, directory: Path, *, trained: bool = False) -> nn.Linear:
     """Load the adapter of a reward model onto a base, next to the adapters it has.
 
     Args:
@@ -41,20 +41,24 @@ def mount(policy: PeftModel, name: str, directory: Path, *, trained: bool = Fals
     """
     check_reward_adapter(directory, policy.config.get_text_config().hidden_size)
     check_base_weights(directory, sample_model(policy), policy.config._name_or_path)
-    weights, config = weights_for(policy, directory), PeftConfig.from_pretrained(str(directory))
+    weights, config = load_adapter_state_dict(policy, directory), PeftConfig.from_pretrained(str(directory))
     head = pop_score_head(weights, directory)
-    trained_whole = [module for module in config.modules_to_save or [] if module not in HEADS]
-    config.modules_to_save, config.inference_mode, config.task_type = trained_whole or None, not trained, "CAUSAL_LM"
-    with same_requires_grad(policy):
+    extra_modules_to_save = [module for module in config.modules_to_save or [] if module not in HEADS]
+    config.modules_to_save, config.inference_mode, config.task_type = (
+        extra_modules_to_save or None,
+        not trained,
+        "CAUSAL_LM",
+    )
+    with preserve_requires_grad(policy):
         policy.add_adapter(name, config)
-        use_plain_lora(policy)
-        use_own_tokens(policy)
+        patch_lora_forward(policy)
+        patch_trainable_token_wrappers(policy)
         load_adapter(policy, name, weights, directory, "It was trained on another architecture.")
-    set_trained(policy, name, trained)
+    set_adapter_trainable(policy, name, trained)
     return head
 
 
-def use_own_tokens(policy: PeftModel) -> None:
+def patch_trainable_token_wrappers(policy: PeftModel) -> None:
     """Let adapters that train single tokens stand beside others.
 
     PEFT (0.21) looks for the tokens of every adapter that it saves or loads, and fails where that one trains none.
@@ -62,23 +66,23 @@ def use_own_tokens(policy: PeftModel) -> None:
     for wrapper in policy.modules():
         if isinstance(wrapper, TrainableTokensWrapper):
             for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
-                vars(wrapper)[method] = partial(_of_own_tokens, wrapper, method)
+                vars(wrapper)[method] = partial(_call_own_tokens, wrapper, method)
 
 
-def _of_own_tokens(wrapper: Any, method: str, adapter: str, *args: Any) -> dict:
+def _call_own_tokens(wrapper: Any, method: str, adapter: str, *args: Any) -> dict:
     own = adapter in wrapper.token_adapter.trainable_tokens_delta
     return getattr(type(wrapper), method)(wrapper, adapter, *args) if own else {}
 
 
 def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path, fix: str) -> None:
     """Put weights into an adapter; nothing missing, nothing left over, and nothing into the base below it."""
-    check_leaves_the_base(policy, name, weights, directory)
-    with fitting(f"The adapter in {directory}", fix):
+    check_base_unchanged(policy, name, weights, directory)
+    with explain_state_dict_mismatch(f"The adapter in {directory}", fix):
         result = set_peft_model_state_dict(policy, weights, adapter_name=name)
-    check_complete(policy, name, weights, result.unexpected_keys, directory, fix)
+    check_keys_match(policy, name, weights, result.unexpected_keys, directory, fix)
 
 
-def check_complete(
+def check_keys_match(
     policy: PeftModel, name: str, weights: dict[str, Tensor], unexpected: Collection[str], directory: Path, fix: str
 ) -> None:
     """Refuse an adapter that lacks tensors, or has some that found no place."""
@@ -91,11 +95,11 @@ def check_complete(
         )
 
 
-def check_leaves_the_base(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path) -> None:
+def check_base_unchanged(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path) -> None:
     """Refuse weights of the base among those of an adapter (PEFT saves embeddings that were resized) unless equal."""
     here = policy.state_dict()
     for key, tensor in weights.items():
-        own = None if belongs_to(key, name) else here.get(key)
+        own = None if is_adapter_parameter(key, name) else here.get(key)
         if own is not None and (own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype).cpu())):
             raise ValueError(
                 f"The adapter in {directory} brings other weights than this base has at {key}, and every role shares "
@@ -103,40 +107,43 @@ def check_leaves_the_base(policy: PeftModel, name: str, weights: dict[str, Tenso
             )
 
 
-def weights_for(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+def load_adapter_state_dict(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     """The tensors of an adapter on disk under the names that they have in this model, without those that do nothing.
 
     An adapter of all linear layers of a multimodal model has some in its tower, which text alone does not train.
     """
-    names = names_for(model, directory)
+    names = adapter_key_mapping(model, directory)
     weights = adapter_weights(directory, names)
-    if names != TEXT_ONLY:
+    if names != TO_TEXT_KEYS:
         return weights
-    modules = {PREFIX + name for name in names_of_modules(model)}
-    learned_nothing = {key.partition(".lora_")[0] for key, b in weights.items() if ".lora_B." in key and not b.any()}
-    idle = learned_nothing - modules
+    modules = {PEFT_PREFIX + name for name in module_names(model)}
+    zero_lora_keys = {key.partition(".lora_")[0] for key, b in weights.items() if ".lora_B." in key and not b.any()}
+    idle = zero_lora_keys - modules
     return {key: tensor for key, tensor in weights.items() if key.partition(".lora_")[0] not in idle}
 
 
-def names_for(model: nn.Module, directory: Path) -> dict[str, str] | None:
+def adapter_key_mapping(model: nn.Module, directory: Path) -> dict[str, str] | None:
     """How to rename the tensors of an adapter that was trained on this language model within a multimodal one, or out
     of it; None where names are the same.
 
     Of Qwen3.5, `AutoModelForCausalLM` makes the language model, `AutoModelForSequenceClassification` the whole.
     """
-    whole = "model.language_model" in names_of_modules(model)
-    with readable(weights_file(directory)), safe_open(weights_file(directory), framework="pt") as tensors:
-        theirs = any(key.startswith(f"{PREFIX}model.language_model.") for key in tensors.keys())  # noqa: SIM118
-    return None if whole == theirs else WHOLE if whole else TEXT_ONLY
+    whole = "model.language_model" in module_names(model)
+    with (
+        reraise_as_corrupt_file(weights_file(directory)),
+        safe_open(weights_file(directory), framework="pt") as tensors,
+    ):
+        theirs = any(key.startswith(f"{PEFT_PREFIX}model.language_model.") for key in tensors.keys())  # noqa: SIM118
+    return None if whole == theirs else TO_MULTIMODAL_KEYS if whole else TO_TEXT_KEYS
 
 
-def names_of_modules(model: nn.Module) -> set[str]:
+def module_names(model: nn.Module) -> set[str]:
     """As the base calls them, with adapters or without."""
     return {name for name, _ in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules()}
 
 
 @contextlib.contextmanager
-def fitting(what: str, fix: str) -> Iterator[None]:
+def explain_state_dict_mismatch(what: str, fix: str) -> Iterator[None]:
     """Say in one sentence that tensors have other names or shapes than the model's."""
     try:
         yield

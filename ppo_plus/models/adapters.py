@@ -45,7 +45,7 @@ def active_adapter(model: nn.Module) -> str | None:
     return next(iter(active_adapters(model)), None)
 
 
-def scalings(model: nn.Module, adapter: str = "default") -> list[float]:
+def lora_scalings(model: nn.Module, adapter: str = "default") -> list[float]:
     """By what an adapter's products are multiplied in its layers (LoRA's alpha over r), each number once."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     found = (getattr(layer, "scaling", {}) for layer in layers)
@@ -53,7 +53,7 @@ def scalings(model: nn.Module, adapter: str = "default") -> list[float]:
 
 
 @contextlib.contextmanager
-def same_requires_grad(model: nn.Module) -> Iterator[None]:
+def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
     """Put back after the block what was trained before it; adding an adapter turns on and off whole adapters."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -63,15 +63,15 @@ def same_requires_grad(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def belongs_to(parameter: str, adapter: str) -> bool:
+def is_adapter_parameter(parameter: str, adapter: str) -> bool:
     """Whether a parameter of that name is one of the adapter's."""
     return adapter in parameter.split(".")
 
 
-def set_trained(model: nn.Module, adapter: str, trained: bool) -> None:
+def set_adapter_trainable(model: nn.Module, adapter: str, trained: bool) -> None:
     """Whether the weights of one adapter are trained."""
     for name, parameter in model.named_parameters():
-        if belongs_to(name, adapter):
+        if is_adapter_parameter(name, adapter):
             parameter.requires_grad_(trained)
 
 
@@ -79,12 +79,12 @@ def train_adapter(model: nn.Module) -> None:
     """Train the active adapters of a model whose adapters were loaded frozen, as `PeftModel.from_pretrained` does."""
     if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
         for adapter in active_adapters(model):
-            set_trained(model, adapter, True)
+            set_adapter_trainable(model, adapter, True)
 
 
-def weights_as(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
+def copy_adapter_state_dict(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
     """Copies of one adapter's weights, by the names that they have in another adapter of the same form."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(name, adapter)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter_parameter(name, adapter)}
     return {
         ".".join(other if part == adapter else part for part in name.split(".")): tensor.detach().clone()
         for name, tensor in own.items()

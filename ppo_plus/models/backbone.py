@@ -18,14 +18,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..kernels.frozen_layers import apart
+from ..kernels.frozen_layers import relative_error
 from .logprobs import logits_function
 
 # Newest first: the newest name gives no deprecation warning where it is known.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # Largest error of a cached step, relative to the largest hidden state, that is rounding in fp32.
 CACHED_STEP_TOLERANCE = 1e-3
-OTHER = "Choose another model; most decoders of transformers work."
+UNSUPPORTED_HINT = "Choose another model; most decoders of transformers work."
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ def check_decoding(model: PreTrainedModel) -> None:
     name, interface = type(model).__name__, backbone_interface(model)
     if not interface.takes_mask:
         raise ValueError(
-            f"{name} has no attention mask, so prompts of unequal length could not be answered side by side. {OTHER}"
+            f"{name} has no attention mask, so prompts of unequal length could not be answered side by side. "
+            f"{UNSUPPORTED_HINT}"
         )
     if interface.cache_name is None:
         raise ValueError(
             f"{name} gives no cache back that it goes on from, so every token would be answered from the start again. "
-            + OTHER
+            + UNSUPPORTED_HINT
         )
     if interface.cached_error > CACHED_STEP_TOLERANCE:
         warnings.warn(
@@ -124,7 +125,11 @@ def _probe(model: PreTrainedModel) -> BackboneInterface:
         except (TypeError, ValueError, RuntimeError):  # an unknown keyword, or a mask that is longer than the keys
             continue
         if cache_of(step) is cache:  # where the name was swallowed, the step began a cache of its own
-            error = 0.0 if device.type == "meta" else apart(step.last_hidden_state, expected[:, 3:], mask[:, 3:], 0.2)
+            error = (
+                0.0
+                if device.type == "meta"
+                else relative_error(step.last_hidden_state, expected[:, 3:], mask[:, 3:], 0.2)
+            )
             return BackboneInterface(name, takes_positions, takes_mask, error)
     return BackboneInterface(None, takes_positions, takes_mask)
 
@@ -137,12 +142,12 @@ def _accepts(backbone: torch.nn.Module, ids: Tensor, **kwargs: Any) -> bool:
     return True
 
 
-def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def unwrap_peft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model without PEFT's wrapper; its adapters stay in it."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def place(model: nn.Module, device: torch.device) -> None:
+def move_if_movable(model: nn.Module, device: torch.device) -> None:
     """Move a model to a device, unless it is quantized or spread over several: then it stays where it was loaded."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     spread = len({*(getattr(base, "hf_device_map", None) or {}).values()}) > 1
@@ -177,7 +182,9 @@ def check_head(model: PreTrainedModel) -> None:
             "bf16 or fp32 (model_init_kwargs={'dtype': 'float32'})."
         )
     if type(cache_of(outputs)).batch_select_indices is not Cache.batch_select_indices:  # type: ignore[union-attr]
-        raise ValueError(f"{name} keeps states beside the layers of its cache, where rows cannot leave them. {OTHER}")
+        raise ValueError(
+            f"{name} keeps states beside the layers of its cache, where rows cannot leave them. {UNSUPPORTED_HINT}"
+        )
     scale = expected.abs().max().clamp(min=1e-6)
     if found.shape != expected.shape or not bool(((found - expected).abs().max() / scale) < 2e-2):
         raise ValueError(

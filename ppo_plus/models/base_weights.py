@@ -21,10 +21,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..utils.files import read_json_object, readable
+from ..utils.files import read_json_object, reraise_as_corrupt_file
 
 # Samples by the name of a weight, each `(K,)` bfloat16; K grows with the logarithm of the weight's rows.
-Samples = dict[str, Tensor]
+WeightSamples = dict[str, Tensor]
 
 PRECISE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IN_LAYER = re.compile(r"[A-Za-z_]+\.(\d+)\..+")
@@ -35,7 +35,7 @@ LATER_EXPERT = re.compile(r"\.experts\.[1-9]\d*\.")  # the first of each layer s
 ALLOWED_SHARE = 0.02  # of samples that may differ: kernels for 4 bits round the odd number otherwise
 
 
-def sample_model(model: nn.Module) -> Samples:
+def sample_model(model: nn.Module) -> WeightSamples:
     """Sample the weights of a base in memory, without those of its adapters; 4- and 8-bit weights are dequantized."""
     weights: dict[str, Callable[[], Tensor]] = {}
     adapters = set(getattr(model, "peft_config", {}))
@@ -51,16 +51,16 @@ def sample_model(model: nn.Module) -> Samples:
     return {name: _pick(weights[full]().detach()) for name, full in _choose(weights).items()}
 
 
-def sample_files(folder: Path | None) -> Samples:
+def sample_files(folder: Path | None) -> WeightSamples:
     """Sample the weights in a folder's safetensors files; empty where there are none."""
-    samples: Samples = {}
+    samples: WeightSamples = {}
     files = _weight_files(folder)
     chosen = {full: name for name, full in _choose(files).items()}
     by_file: dict[Path, list[str]] = defaultdict(list)
     for full in chosen:
         by_file[files[full]].append(full)
     for file, names in by_file.items():
-        with readable(file), safe_open(file, framework="pt") as tensors:
+        with reraise_as_corrupt_file(file), safe_open(file, framework="pt") as tensors:
             for full in names:
                 part = tensors.get_slice(full)
                 if part.get_shape() and part.get_dtype() in ("F64", "F32", "BF16", "F16"):
@@ -80,14 +80,14 @@ def are_different(samples: Mapping[str, Tensor], others: Mapping[str, Tensor]) -
     return gaps.double().mean().item() > ALLOWED_SHARE
 
 
-def encode_samples(samples: Samples) -> dict[str, str]:
+def encode_samples(samples: WeightSamples) -> dict[str, str]:
     """Write samples as text, for JSON."""
     return {
         name: base64.b64encode(tensor.view(torch.uint8).numpy().tobytes()).decode() for name, tensor in samples.items()
     }
 
 
-def decode_samples(encoded: Mapping[str, str]) -> Samples:
+def decode_samples(encoded: Mapping[str, str]) -> WeightSamples:
     """Read what `encode_samples` wrote."""
     return {
         name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16)
@@ -124,7 +124,7 @@ def read_weight(folder: Path | None, name: str) -> Tensor:
     file = _weight_files(folder).get(name)
     if file is None:
         raise ValueError(f"{name} is not in the safetensors files of {folder}: save the model with save_pretrained.")
-    with readable(file), safe_open(file, framework="pt") as tensors:
+    with reraise_as_corrupt_file(file), safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
 
 
@@ -179,7 +179,7 @@ def _weight_files(folder: Path | None) -> dict[str, Path]:
         return {}
     whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if whole.is_file():
-        with readable(whole), safe_open(whole, framework="pt") as tensors:
+        with reraise_as_corrupt_file(whole), safe_open(whole, framework="pt") as tensors:
             return dict.fromkeys(tensors.keys(), whole)
     if not index.is_file():
         return {}

@@ -54,7 +54,7 @@ def set_padding(model: nn.Module, pad_token_id: int) -> Iterator[None]:
         config.pad_token_id = before
 
 
-def provide_classifier(config: PreTrainedConfig) -> None:
+def register_sequence_classifier(config: PreTrainedConfig) -> None:
     """Let `AutoModelForSequenceClassification` know a family that transformers has no classifier for.
 
     Half of its decoders have none (in 5.24: Gemma 4, Granite, LFM 2, Cohere). They get what most of the others have,
@@ -88,7 +88,7 @@ def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMode
     Raises:
         ValueError: it was trained with another number of labels, or with a head that transformers would not load.
     """
-    provide_classifier(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    register_sequence_classifier(AutoConfig.from_pretrained(name, trust_remote_code=False))
     model, info = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=1, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
     )
@@ -120,7 +120,7 @@ def _set_score_head(model: PreTrainedModel, head: Mapping[str, Tensor]) -> None:
     cast(Any, model).score = make_score_head(head).to(like.device, like.dtype).requires_grad_()
 
 
-def own_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:
+def load_reward_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that a reward model was saved with; None for an instance that does not say where it came from.
 
     Raises:

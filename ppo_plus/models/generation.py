@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass
-class Generation:
+class GenerateOutput:
     """Sampled responses: `tokens` `(B, R)` int64, padded after the stop token, and their `logprobs` `(B, R)`, nats."""
 
     tokens: Tensor

@@ -28,20 +28,32 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..config import PPOConfig
-from ..data.seeding import isolated_rng, position_seed
+from ..data.seeding import derive_seed, isolated_rng
 from .actor_critic import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, Critic
-from .adapter_checks import check_base_is_frozen, check_own_weights
-from .adapter_files import HEADS, adapter_folder
-from .adapter_loading import check_complete, fitting, mount, names_for, weights_for
-from .adapters import active_adapters, same_requires_grad, set_trained, train_adapter, weights_as
-from .backbone import check_architecture, unwrapped
+from .adapter_checks import check_base_is_frozen, check_preserves_base
+from .adapter_files import HEADS, resolve_adapter_path
+from .adapter_loading import (
+    adapter_key_mapping,
+    check_keys_match,
+    explain_state_dict_mismatch,
+    load_adapter_state_dict,
+    load_reward_adapter,
+)
+from .adapters import (
+    active_adapters,
+    copy_adapter_state_dict,
+    preserve_requires_grad,
+    set_adapter_trainable,
+    train_adapter,
+)
+from .backbone import check_architecture, unwrap_peft
 from .classifier import load_classifier
 from .precision import hold_trained_in_fp32
 from .value_head import ValueHead
 from .weight_checks import check_model_weights
 
 # What finds a config, of what loads a model.
-REMOTE = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "gguf_file")
+HUB_KWARGS = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "gguf_file")
 
 
 def model_name(model: Any) -> str:
@@ -54,7 +66,7 @@ def model_name(model: Any) -> str:
 
 def base_name(model: str) -> str:
     """The name of the base where `model` is that of an adapter, else the name as it is."""
-    folder = adapter_folder(model)
+    folder = resolve_adapter_path(model)
     if folder is None:
         return model
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -75,7 +87,7 @@ def load_tokenizer(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBa
 
 def load_config(name: str, init_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration that a model will be loaded with, given what its `from_pretrained` gets."""
-    given = {key: value for key, value in init_kwargs.items() if key in REMOTE}
+    given = {key: value for key, value in init_kwargs.items() if key in HUB_KWARGS}
     return init_kwargs.get("config") or AutoConfig.from_pretrained(name, **given)
 
 
@@ -86,7 +98,7 @@ def count_embeddings(model: Any, init_kwargs: Mapping[str, Any]) -> int | None:
     """
     if not isinstance(model, str):
         return len(model.get_input_embeddings().weight)
-    if adapter_folder(model) is not None:
+    if resolve_adapter_path(model) is not None:
         return None
     return getattr(load_config(model, init_kwargs).get_text_config(), "vocab_size", None)
 
@@ -100,7 +112,7 @@ def language_model_class(config: PreTrainedConfig) -> Any:
 
 def check_adapter_kind(peft_config: PeftConfig | None) -> None:
     """Refuse prompt learning, which adds virtual tokens in front of the prompt and changes nothing in the model."""
-    if getattr(peft_config, "is_prompt_learning", False):  # what is no configuration is refused by check_own_weights
+    if getattr(peft_config, "is_prompt_learning", False):  # what is no configuration is refused by check_preserves_base
         raise ValueError(
             f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
             "LoraConfig."
@@ -127,7 +139,7 @@ def load_policy(
     check_adapter_kind(peft_config)
     by_name = isinstance(model, str)
     if isinstance(model, str):
-        folder = adapter_folder(model)
+        folder = resolve_adapter_path(model)
         kwargs = {
             "trust_remote_code": False,
             "dtype": frozen_dtype if peft_config is not None or folder is not None else torch.float32,
@@ -137,16 +149,16 @@ def load_policy(
             kwargs["quantization_config"] = quantization_config
         auto = language_model_class(load_config(base_name(model), kwargs))
         model = auto.from_pretrained(base_name(model), **kwargs)
-        let_go_of_file(model)
+        clone_mmapped_tensors(model)
         if folder is not None:
-            model = _adapted(model, folder)
+            model = _load_adapter_onto(model, folder)
     elif quantization_config is not None or model_init_kwargs:
         raise ValueError(
             "quantization_config and model_init_kwargs apply to a model that is loaded by name; this model is "
             "loaded already. Pass its name, or load it with these arguments yourself."
         )
     if isinstance(model, PeftModel):
-        return _refusing_to_merge(_with_reference_adapter(model, peft_config))
+        return _disable_merge(_add_reference_adapter(model, peft_config))
     check_architecture(model)
     if peft_config is None:
         if getattr(model, "is_quantized", False):
@@ -159,7 +171,7 @@ def load_policy(
         if not by_name:
             hold_trained_in_fp32(model)  # `check_precision` has spoken of a name's dtype
         return model
-    return _refusing_to_merge(get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM)))
+    return _disable_merge(get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM)))
 
 
 def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
@@ -202,7 +214,7 @@ def quantization_in_fp16(quantization_config: Any) -> Any:
 
 def warn_of_bf16(model: nn.Module) -> None:
     """Name a base that is loaded in bf16 for a run in fp16, where each product casts its weights."""
-    base = unwrapped(cast(PreTrainedModel, model))
+    base = unwrap_peft(cast(PreTrainedModel, model))
     frozen = (p for p in base.parameters() if not p.requires_grad)
     if any(p.dtype == torch.bfloat16 for p in frozen):
         warnings.warn(
@@ -213,7 +225,7 @@ def warn_of_bf16(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def let_go_of_file(model: nn.Module) -> None:
+def clone_mmapped_tensors(model: nn.Module) -> None:
     """Copy what quantization has left as it was: on a CPU it is part of the file, which stays in memory for it."""
     if getattr(model, "is_quantized", False):
         for tensor in (*model.parameters(), *model.buffers()):
@@ -221,9 +233,9 @@ def let_go_of_file(model: nn.Module) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:
+def _load_adapter_onto(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A base with the adapter in a folder, to be trained further."""
-    names, weights = names_for(base, folder), weights_for(base, folder)
+    names, weights = adapter_key_mapping(base, folder), load_adapter_state_dict(base, folder)
     embeddings = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embeddings)
     saved = [tensor.shape for key, tensor in weights.items() if f".{name}." in f".{key}"]
@@ -232,14 +244,14 @@ def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:
     if rows > len(cast(Tensor, embeddings.weight)):
         base.resize_token_embeddings(rows, mean_resizing=False)
     fix = "Is its base another one now than when it was trained?"
-    with fitting(f"The adapter in {folder}", fix):
+    with explain_state_dict_mismatch(f"The adapter in {folder}", fix):
         policy = PeftModel.from_pretrained(base, str(folder), is_trainable=True, key_mapping=names)
     lost = {key for key in weights if ".lora_" in key} - get_peft_model_state_dict(policy).keys()
-    check_complete(policy, "default", weights, lost, folder, fix)
+    check_keys_match(policy, "default", weights, lost, folder, fix)
     return policy
 
 
-def _refusing_to_merge(policy: PeftModel) -> PeftModel:
+def _disable_merge(policy: PeftModel) -> PeftModel:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ValueError(
             "This adapter is not merged: its base is quantized, and rounding the sum to a few bits again would change "
@@ -252,7 +264,7 @@ def _refusing_to_merge(policy: PeftModel) -> PeftModel:
     return policy
 
 
-def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
+def _add_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
     if peft_config is not None:
         raise ValueError("This model has an adapter already: pass it without peft_config to go on training it.")
     if "default" not in model.peft_config:
@@ -263,18 +275,18 @@ def _with_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) ->
             "model: call model.set_adapter('default') first (and model.base_model.enable_adapter_layers(), where they "
             "are off). To train another adapter, load it under the name 'default'."
         )
-    check_own_weights(model.peft_config["default"], "The adapter of model")
+    check_preserves_base(model.peft_config["default"], "The adapter of model")
     if REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config["default"]))
-        model.load_state_dict(weights_as(model, "default", REFERENCE_ADAPTER), strict=False)
-    set_trained(model, "default", True)
-    set_trained(model, REFERENCE_ADAPTER, False)
+        model.load_state_dict(copy_adapter_state_dict(model, "default", REFERENCE_ADAPTER), strict=False)
+    set_adapter_trainable(model, "default", True)
+    set_adapter_trainable(model, REFERENCE_ADAPTER, False)
     check_base_is_frozen(model)
     return model
 
 
 @dataclass
-class CriticSource:
+class CriticSpec:
     """Where a critic comes from.
 
     Attributes:
@@ -295,10 +307,10 @@ class CriticSource:
     seed: int = 0
 
 
-def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSource:
+def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSpec:
     """The critic that a user asked for; passing a `value_model` selects it."""
-    head, seed = (args.value_head, args.value_head_activation), position_seed(args.seed, "value head")
-    adapter = adapter_folder(value_model)
+    head, seed = (args.value_head, args.value_head_activation), derive_seed(args.seed, "value head")
+    adapter = resolve_adapter_path(value_model)
     if adapter is not None and args.critic != "adapter":
         raise ValueError(f"value_model={str(value_model)!r} is an adapter: set critic='adapter' to start from it.")
     if value_model is None or adapter is not None:
@@ -307,7 +319,7 @@ def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Criti
         scale = 1.0
         if args.critic == "adapter" and adapter is None:
             adapter, scale = _first_reward_adapter(args, reward_funcs)
-        return CriticSource(args.critic, adapter, scale, None, head, seed)
+        return CriticSpec(args.critic, adapter, scale, None, head, seed)
     if args.critic not in ("shared", "separate"):
         raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
     args.critic = "separate"
@@ -317,13 +329,13 @@ def critic_source(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Criti
             nn.init.zeros_(value_model.score.weight)
     train_adapter(value_model)
     hold_trained_in_fp32(value_model)
-    return CriticSource(args.critic, None, 1.0, value_model, head, seed)
+    return CriticSpec(args.critic, None, 1.0, value_model, head, seed)
 
 
 def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | None, float]:
     funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     for func, weight in zip(funcs, args.reward_weights or [1.0] * len(funcs), strict=True):
-        if (folder := adapter_folder(func)) is not None:
+        if (folder := resolve_adapter_path(func)) is not None:
             return folder, weight
     return None, 1.0
 
@@ -331,7 +343,7 @@ def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | No
 def build_actor_critic(
     policy: PreTrainedModel | PeftModel,
     *,
-    critic: CriticSource,
+    critic: CriticSpec,
     ref_model: PreTrainedModel | None = None,
     disable_dropout: bool = True,
 ) -> ActorCritic:
@@ -350,13 +362,20 @@ def build_actor_critic(
         ref_model = copy.deepcopy(policy)  # which ActorCritic freezes
     if isinstance(ref_model, PeftModel):
         ref_model = cast(PreTrainedModel, ref_model.get_base_model())
-    check_apart(policy, ref_model, "ref_model", "the reference would move with the policy: leave ref_model out (the "
-                "model without its adapter, or a frozen copy, is the reference)")  # fmt: skip
-    check_apart(policy, critic.model, "value_model", "actor and critic would overwrite each other: leave value_model "
-                "out (critic='detached' reads the actor's hidden states)")  # fmt: skip
+    check_no_shared_parameters(
+        policy, ref_model, "ref_model", "the reference would move with the policy: leave ref_model out (the model "
+        "without its adapter, or a frozen copy, is the reference)",
+    )  # fmt: skip
+    check_no_shared_parameters(
+        policy, critic.model, "value_model", "actor and critic would overwrite each other: leave value_model out "
+        "(critic='detached' reads the actor's hidden states)",
+    )  # fmt: skip
     if ref_model is not None and critic.model is not None:
-        check_apart(critic.model, ref_model, "ref_model", "the critic would be frozen with the reference: leave one of "
-                    "them out", of="value_model")  # fmt: skip
+        check_no_shared_parameters(
+            critic.model, ref_model, "ref_model", "the critic would be frozen with the reference: leave one of them "
+            "out",
+            of="value_model",
+        )  # fmt: skip
     for model in (policy, critic.model):
         if disable_dropout and model is not None:
             disable_base_dropout(model)
@@ -374,28 +393,30 @@ def build_actor_critic(
     return ActorCritic(policy, value_head, critic=critic.kind, value_model=critic.model, ref_model=ref_model)
 
 
-def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSource) -> nn.Linear | None:
+def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> nn.Linear | None:
     if not isinstance(policy, PeftModel):
         raise ValueError(
             "critic='adapter' puts an adapter on a frozen base: pass peft_config, or choose another critic."
         )
     if critic.adapter is not None:
-        return mount(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
-    with same_requires_grad(policy):
+        return load_reward_adapter(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
+    with preserve_requires_grad(policy):
         policy.add_adapter(CRITIC_ADAPTER, copy.deepcopy(policy.peft_config["default"]))
-    set_trained(policy, CRITIC_ADAPTER, True)
+    set_adapter_trainable(policy, CRITIC_ADAPTER, True)
     return None
 
 
 def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:
     """Freeze and return the linear head, H to 1, of a sequence classifier; None where there is none."""
-    head = None if model is None else getattr(unwrapped(model), "score", None)
+    head = None if model is None else getattr(unwrap_peft(model), "score", None)
     if head is None or getattr(head, "weight", None) is None:
         return None
     return cast(nn.Linear, head.requires_grad_(False))
 
 
-def check_apart(policy: nn.Module, other: nn.Module | None, name: str, why: str, of: str = "model") -> None:
+def check_no_shared_parameters(
+    policy: nn.Module, other: nn.Module | None, name: str, why: str, of: str = "model"
+) -> None:
     """Refuse a second model that shares trained weights with the policy, or with another that is trained."""
     if other is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, other.parameters())):
         raise ValueError(f"{of} and {name} share their weights, so {why}, or load it a second time.")

@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..algo.logprobs import entropy_of_logprobs, logprobs_and_entropy, scaled_log_softmax
+from ..algo.logprobs import entropy_from_logprobs, logprobs_and_entropy, scaled_log_softmax
 from ..utils.devices import float64_device
 
 # Numbers of the logits of one chunk, and those of them that are in fp32 at a time; `chunk_elements` says why.
 CHUNK_ELEMENTS, SLICE_ELEMENTS = 2**24, 2**20  # CPU
 GPU_CHUNK_ELEMENTS, GPU_SLICE_ELEMENTS = 2**26, 2**24
 # Tokens of a group in sampling.
-GROUP = 256
+VOCAB_GROUP = 256
 
 Head = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ def head_is_frozen(model: PreTrainedModel) -> bool:
     return not any(p.requires_grad for p in cast(nn.Module, model.get_output_embeddings()).parameters())
 
 
-class _ScoreChunk(torch.autograd.Function):
+class _ChunkedLogProb(torch.autograd.Function):
     """Log-probabilities and entropies of one chunk of tokens under a frozen head.
 
     Each number depends on one token's hidden state, so its gradient is a vector of H numbers that needs nothing from
@@ -64,12 +64,12 @@ class _ScoreChunk(torch.autograd.Function):
         outputs = [hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(count)]
         # Written over the logits, where each group of rows was read before: autograd keeps nothing of a head's output.
         slopes = [logits.detach(), *(torch.empty_like(logits) for _ in range(count - 1))]
-        for rows in slices(logits):
+        for rows in row_slices(logits):
             logprobs = scaled_log_softmax(logits[rows].detach(), temperature)
             outputs[0][rows] = logprobs.gather(-1, targets[rows, None]).squeeze(-1)
             if with_entropy:
-                outputs[1][rows] = entropy_of_logprobs(logprobs)
-            falls = logit_slopes(logprobs, targets[rows], *(output[rows] for output in outputs[1:]))
+                outputs[1][rows] = entropy_from_logprobs(logprobs)
+            falls = negative_logit_grads(logprobs, targets[rows], *(output[rows] for output in outputs[1:]))
             for slope, fall in zip(slopes, falls, strict=True):
                 slope[rows] = fall
         gradients = [
@@ -107,14 +107,14 @@ def chunk_elements(device: torch.device, frozen_head: bool) -> int:
     return GPU_CHUNK_ELEMENTS if frozen_head else GPU_SLICE_ELEMENTS
 
 
-def slices(logits: Tensor) -> list[slice]:
+def row_slices(logits: Tensor) -> list[slice]:
     """Cut the rows of `(n, V)` logits into the groups that are worked on in fp32."""
     elements = SLICE_ELEMENTS if logits.device.type == "cpu" else GPU_SLICE_ELEMENTS
     size = max(1, elements // logits.shape[-1])
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
-def logit_slopes(logprobs: Tensor, targets: Tensor, entropy: Tensor | None = None) -> list[Tensor]:
+def negative_logit_grads(logprobs: Tensor, targets: Tensor, entropy: Tensor | None = None) -> list[Tensor]:
     """How the chosen log-probability, and the entropy if it is given, fall with each logit at temperature 1.
 
     `-d log p_c / d z_v = p_v - [v = c]` and `-d H / d z_v = p_v (log p_v + H)`. These are the largest tensors there
@@ -165,11 +165,12 @@ def chunked_logprobs(
         if (not states.requires_grad and frozen_head) or not torch.is_grad_enabled():
             logits = head(states)
             groups = [
-                logprobs_and_entropy(logits[rows], tokens[rows], temperature, with_entropy) for rows in slices(logits)
+                logprobs_and_entropy(logits[rows], tokens[rows], temperature, with_entropy)
+                for rows in row_slices(logits)
             ]
-            return joined(groups)
+            return cat_outputs(groups)
         if frozen_head:
-            outputs = _ScoreChunk.apply(states, tokens, head, temperature, with_entropy)
+            outputs = _ChunkedLogProb.apply(states, tokens, head, temperature, with_entropy)
             return outputs if with_entropy else (*outputs, None)
         return checkpoint(score, states, tokens, with_entropy, use_reentrant=False)
 
@@ -177,17 +178,17 @@ def chunked_logprobs(
     most = max(16, chunk_elements(hidden.device, frozen_head) // head(flat_hidden[:1]).shape[-1])
     size = -(-len(flat_hidden) // -(-len(flat_hidden) // most))  # chunks of equal size
     pieces = [chunk(h, t) for h, t in zip(flat_hidden.split(size), flat_targets.split(size), strict=True)]
-    logprobs, entropy = joined(pieces)
+    logprobs, entropy = cat_outputs(pieces)
     return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape)
 
 
-def joined(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def cat_outputs(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of all pieces, and entropies if they have them."""
     logprobs, entropies = zip(*pieces, strict=True)
     return torch.cat(logprobs), None if entropies[0] is None else torch.cat(entropies)
 
 
-def sample(logits: Tensor, noise: Tensor) -> Tensor:
+def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling: the token at which the cumulative probability passes the noise.
 
     The group of tokens first, then the token in it: what is summed up in double precision is a few hundred numbers a
@@ -200,28 +201,28 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     Returns:
         token ids, `(B,)` int64.
     """
-    probs, missing = logits.softmax(-1), -logits.shape[-1] % GROUP
-    groups = (nn.functional.pad(probs, (0, missing)) if missing else probs).unflatten(-1, (-1, GROUP))
-    group, share = _where_passed(groups.sum(-1).to(noise.device), noise)
+    probs, missing = logits.softmax(-1), -logits.shape[-1] % VOCAB_GROUP
+    groups = (nn.functional.pad(probs, (0, missing)) if missing else probs).unflatten(-1, (-1, VOCAB_GROUP))
+    group, share = _inverse_cdf(groups.sum(-1).to(uniforms.device), uniforms)
     rows = torch.arange(len(probs), device=probs.device)
-    weights = groups[rows, group.to(probs.device)].to(noise.device)
-    token = group * GROUP + _where_passed(weights, share)[0]
+    weights = groups[rows, group.to(probs.device)].to(uniforms.device)
+    token = group * VOCAB_GROUP + _inverse_cdf(weights, share)[0]
     return token.clamp(max=logits.shape[-1] - 1).to(logits.device)
 
 
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
+def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
     """Logits `(B, V)` of the fewest tokens that `top_p` of the probability falls to, -inf for the others.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
     """
     ascending, tokens = logits.sort(-1)
-    sums = _running_sums(ascending.softmax(-1).to(float64_device(logits.device)))
+    sums = _cumsum64(ascending.softmax(-1).to(float64_device(logits.device)))
     removed = (sums <= 1 - top_p).to(logits.device)
     removed[:, -1] = False
     return logits.masked_fill(removed.scatter(-1, tokens, removed), -torch.inf)
 
 
-def _running_sums(weights: Tensor) -> Tensor:
+def _cumsum64(weights: Tensor) -> Tensor:
     """Of each row `(B, n)`, from its first weight on, float64."""
     if not torch.are_deterministic_algorithms_enabled():
         return weights.cumsum(-1, dtype=torch.float64)
@@ -230,9 +231,9 @@ def _running_sums(weights: Tensor) -> Tensor:
     return (weights / unit).round().long().cumsum(-1) * unit
 
 
-def _where_passed(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse_cdf(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Where the running sum of weights `(B, n)` passes this share of their total, and the share of the weight there."""
-    sums = _running_sums(weights)
+    sums = _cumsum64(weights)
     # Rounding must not carry a share of just under 1 to the total, behind which nothing is left.
     level = torch.minimum(share * sums[:, -1], sums[:, -1].nextafter(sums.new_zeros(())))[:, None]
     index = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[-1] - 1)  # past the end where all is NaN

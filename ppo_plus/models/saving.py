@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..utils.files import readable
+from ..utils.files import reraise_as_corrupt_file
 from .adapter_files import adapter_weights
-from .adapter_loading import fitting, load_adapter
+from .adapter_loading import explain_state_dict_mismatch, load_adapter
 
 
 def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:
@@ -59,7 +59,7 @@ def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str
     if isinstance(model, PeftModel):
         load_adapter(model, adapter, adapter_weights(directory), directory, "Use the same base and peft_config.")
         return
-    with readable(directory):
+    with reraise_as_corrupt_file(directory):
         saved, info = cast(Any, type(model)).from_pretrained(
             str(directory), dtype=model.dtype, output_loading_info=True
         )
@@ -68,5 +68,5 @@ def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str
             f"The model in {directory} does not fit this one: missing {sorted(info['missing_keys'])[:3]}, "
             f"unexpected {sorted(info['unexpected_keys'])[:3]}."
         )
-    with fitting(f"The model in {directory}", "Use the same base."):
+    with explain_state_dict_mismatch(f"The model in {directory}", "Use the same base."):
         model.load_state_dict(saved.state_dict())

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..utils.files import read_json_object, readable
+from ..utils.files import read_json_object, reraise_as_corrupt_file
 
 # Files that may hold a value head, and its names in those of TRL and LLaMA-Factory.
 HEAD_FILES = ("value_head.safetensors", "value_head.bin", "model.safetensors", "pytorch_model.bin")
@@ -58,7 +58,7 @@ def make_score_head(head: Mapping[str, Tensor]) -> nn.Linear:
 
 def score_head_shapes(directory: Path, adapter_file: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of a reward adapter's score head, by `weight` and `bias`; empty where the adapter has none."""
-    with readable(adapter_file), safe_open(adapter_file, framework="pt") as tensors:
+    with reraise_as_corrupt_file(adapter_file), safe_open(adapter_file, framework="pt") as tensors:
         keys = find_score_keys(tensors.keys())
         shapes = {part: tuple(tensors.get_slice(key).get_shape()) for part, key in keys.items()}
     return shapes or {part: tuple(tensor.shape) for part, tensor in read_v_head(directory).items()}
@@ -66,7 +66,7 @@ def score_head_shapes(directory: Path, adapter_file: Path) -> dict[str, tuple[in
 
 def find_other_heads(adapter_file: Path) -> list[str]:
     """Find a classification head of another name than `score` among an adapter's tensors."""
-    with readable(adapter_file), safe_open(adapter_file, framework="pt") as tensors:
+    with reraise_as_corrupt_file(adapter_file), safe_open(adapter_file, framework="pt") as tensors:
         return sorted(key for key in tensors.keys() if OTHER_HEAD_KEY.search(key))  # noqa: SIM118
 
 
@@ -88,7 +88,7 @@ def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         state = torch.load(file, weights_only=True, map_location="cpu")
         return {name: state[name] for name in names if name in state}
-    with readable(file), safe_open(file, framework="pt") as tensors:
+    with reraise_as_corrupt_file(file), safe_open(file, framework="pt") as tensors:
         present = set(tensors.keys())
         return {name: tensors.get_tensor(name) for name in names if name in present}
 

@@ -8,8 +8,8 @@ nothing else to be opened. A resumed run goes on from the data in the page, its 
 """
 
 from .callback import RunReportCallback
-from .curves import curves_png
+from .curves import plot_curves
 from .page import REPORT, read_run, write_page
 from .samples import fixed_prompts
 
-__all__ = ["REPORT", "RunReportCallback", "curves_png", "fixed_prompts", "read_run", "write_page"]
+__all__ = ["REPORT", "RunReportCallback", "fixed_prompts", "plot_curves", "read_run", "write_page"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from transformers import TrainerState
 
-from ..callbacks.base import PPOCallback, RolloutSettings, is_due
+from ..callbacks.base import PPOCallback, RolloutSettings, is_logging_rollout
 from ..config import PPOConfig
 from ..utils.interrupt import Interrupted
 from .curves import POINTS, curves
@@ -22,16 +22,16 @@ from .samples import answers, token_view
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Samples
+    from ..rollout.collector import Experience
 
-MOMENTS = 10  # at which the fixed prompts are answered, spread over training, besides its end
+NUM_SNAPSHOTS = 10  # at which the fixed prompts are answered, spread over training, besides its end
 ROLLOUTS = 4  # the last ones, whose tokens are shown
 WRITING = 0.02  # share of the time that may be spent writing pages between evaluations and checkpoints
 
 SETTINGS = (
     "total_episodes", "rollout_batch_size", "num_ppo_epochs", "num_mini_batches", "response_length", "temperature",
-    "learning_rate", "value_learning_rate", "kl_coef", "kl_estimator", "kl_in", "objective", "cliprange", "gamma",
-    "lam", "critic", "seed",
+    "learning_rate", "value_head_learning_rate", "kl_coef", "kl_estimator", "kl_penalty_in", "objective", "cliprange",
+    "gamma", "lam", "critic", "seed",
 )  # fmt: skip
 
 
@@ -43,14 +43,14 @@ class RunReportCallback(PPOCallback):
     page that cannot be written does not end the run: that is said once, and tried again.
 
     Args:
-        answer: answers prompts, `PPOTrainer.answer_alone`; training must not notice.
+        answer: answers prompts, `PPOTrainer._generate_on_main_process`; training must not notice.
         prompts: the fixed prompts, a few rows of a tokenized dataset.
         interrupted: whether a signal ends the run, which then does not wait for the last answers.
     """
 
     def __init__(
         self,
-        answer: Callable[[Dataset], Samples],
+        answer: Callable[[Dataset], Experience],
         prompts: Dataset,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -89,11 +89,11 @@ class RunReportCallback(PPOCallback):
         self, args: PPOConfig, state: TrainerState, control: Any, settings: RolloutSettings, **kwargs: Any
     ) -> None:
         """Answer the fixed prompts at a few moments of training; a signal ends it, with no rollout half done."""
-        if self.run is not None and is_due(args, state, MOMENTS):
+        if self.run is not None and is_logging_rollout(args, state, NUM_SNAPSHOTS):
             self.run["answers"].append(answers(self.answer(self.prompts), state.global_step))
 
     def on_rollout_end(
-        self, args: PPOConfig, state: TrainerState, control: Any, rollout: Rollout, samples: Samples,
+        self, args: PPOConfig, state: TrainerState, control: Any, rollout: Rollout, samples: Experience,
         metrics: dict[str, float], processing_class: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         """Keep the tokens of the rollout."""
@@ -102,7 +102,7 @@ class RunReportCallback(PPOCallback):
         step = state.global_step
         view = token_view(rollout, samples, processing_class, args, kl_coef=metrics["ppo/kl_coef"], step=step)
         self.run["rollouts"] = [*self.run["rollouts"], view][-ROLLOUTS:]
-        self._tokens, self._seconds, self._learning = int(rollout.mask.sum()), samples.seconds, []
+        self._tokens, self._seconds, self._learning = int(rollout.action_mask.sum()), samples.seconds, []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Time the learning."""

@@ -85,7 +85,7 @@ def _thinned(numbers: list[float]) -> list[float]:
     return [sum(chunk) / len(chunk) for chunk in chunks] if chunks else list(numbers)
 
 
-def curves_png(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path | None:
+def plot_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path | None:
     """Draw the curves of a run as one picture, for a model card or for paper.
 
     Args:

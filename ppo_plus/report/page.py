@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 PARTS = {"settings": dict, "curves": dict, "answers": list, "rollouts": list}  # what the page needs of a run
 
 
-def embedded(data: Any) -> str:
+def to_script_json(data: Any) -> str:
     """JSON that stands safely inside a `<script>` element; NaN and infinities become null."""
     text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # In strings only: JSON has none of these outside them. No `</script>`, no `<!--`, whatever a model writes.
@@ -45,7 +45,7 @@ def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
         path: of the page.
         runs: what `RunReportCallback` collected, or `read_run` read.
     """
-    data = embedded({"format": FORMAT_VERSION, "runs": list(runs), "charts": [asdict(chart) for chart in CHARTS]})
+    data = to_script_json({"format": FORMAT_VERSION, "runs": list(runs), "charts": [asdict(chart) for chart in CHARTS]})
     before, after = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -64,7 +64,7 @@ def read_run(path: Path) -> dict[str, Any]:
         ValueError: there is no such page, or it is none of ours, or a newer one.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist. PPOTrainer writes it as it trains, unless run_report=False.")
+        raise ValueError(f"{path} does not exist. PPOTrainer writes it as it trains, unless html_report=False.")
     try:
         found = DATA.search(path.read_text(encoding="utf-8"))
         data = json.loads(found[1]) if found else {}

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..algo.advantages import shape_rewards
-from ..algo.kl import kl_divergence
-from ..callbacks.completions import as_text
+from ..algo.kl import kl_estimate
+from ..callbacks.completions import messages_to_text
 from ..config import PPOConfig
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Samples
+    from ..rollout.collector import Experience
 
 # What keeps a page below two megabytes, however long the run and its responses.
 PROMPTS = 6  # answered again and again
@@ -65,16 +65,16 @@ def _end(text: str) -> str:
     return text if len(text) <= CHARACTERS else "[…] " + text[-CHARACTERS:]
 
 
-def answers(samples: Samples, step: int) -> dict[str, Any]:
+def answers(samples: Experience, step: int) -> dict[str, Any]:
     """Return the policy's answers to the fixed prompts at a step; `reward` is NaN where they were not scored."""
-    kl = ((samples.logprobs - samples.ref_logprobs) * samples.mask).sum(1)
+    kl = ((samples.logprobs - samples.ref_logprobs) * samples.action_mask).sum(1)
     texts = samples.completions
     return {
         "step": step,
         "rows": [
             {
-                "prompt": _end(as_text(texts.prompts[i])),
-                "answer": _beginning(as_text(texts.completions[i])),
+                "prompt": _end(messages_to_text(texts.prompts[i])),
+                "answer": _beginning(messages_to_text(texts.completions[i])),
                 "reward": float(samples.scores[i]),
                 "kl": float(kl[i]),
             }
@@ -85,7 +85,7 @@ def answers(samples: Samples, step: int) -> dict[str, Any]:
 
 def token_view(
     rollout: Rollout,
-    samples: Samples,
+    samples: Experience,
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
     *,
@@ -106,11 +106,11 @@ def token_view(
         Per response the prompt, the score (reward units), the KL (nats) and, token by token, its text, advantage
         (standard deviations), value, KL (nats), reward (before whitening) and log-probability (nats).
     """
-    kl = kl_divergence(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator) * rollout.mask
-    at_tokens = samples.token_rewards * rollout.mask
-    in_reward = kl_coef if args.kl_in == "reward" else 0.0
-    rewards = shape_rewards(rollout.scores - at_tokens.sum(1), kl, rollout.mask, in_reward, at_tokens)
-    ranked = rollout.scores.argsort(descending=True, stable=True)
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator) * rollout.action_mask
+    at_tokens = samples.token_rewards * rollout.action_mask
+    in_reward = kl_coef if args.kl_penalty_in == "reward" else 0.0
+    rewards = shape_rewards(rollout.sequence_scores - at_tokens.sum(1), kl, rollout.action_mask, in_reward, at_tokens)
+    ranked = rollout.sequence_scores.argsort(descending=True, stable=True)
     shown = min(RESPONSES, len(rollout))
     rows = ranked[torch.linspace(0, len(rollout) - 1, shown).round().long()]
     per_token = {
@@ -125,15 +125,15 @@ def token_view(
 
 
 def _response(
-    row: int, rollout: Rollout, samples: Samples, tokenizer: PreTrainedTokenizerBase, per_token: dict[str, Tensor]
+    row: int, rollout: Rollout, samples: Experience, tokenizer: PreTrainedTokenizerBase, per_token: dict[str, Tensor]
 ) -> dict[str, Any]:
-    length = int(rollout.mask[row].sum())  # actions come first, padding after them
+    length = int(rollout.action_mask[row].sum())  # actions come first, padding after them
     kept = min(length, TOKENS)
     ids = rollout.input_ids[row, rollout.prompt_length :][:kept].tolist()
     return {
-        "prompt": _end(as_text(samples.completions.prompts[row])),
-        "score": float(rollout.scores[row]),
-        "total_kl": float(rollout.kl[row]),
+        "prompt": _end(messages_to_text(samples.completions.prompts[row])),
+        "score": float(rollout.sequence_scores[row]),
+        "total_kl": float(rollout.sequence_kl[row]),
         "length": length,
         "tokens": token_texts(tokenizer, ids),
         **{name: [round(x, 4) for x in numbers[row, :kept].tolist()] for name, numbers in per_token.items()},

@@ -16,15 +16,15 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..data.padding import left_pad, pad_id, unpadded
+from ..data.padding import left_pad, pad_id, unpad
 from ..kernels.batch_backoff import BatchSize
-from ..models.actor_critic import ActorCritic, at_last_token
+from ..models.actor_critic import ActorCritic, pool_last_token
 from ..models.adapter_checks import check_base_weights
-from ..models.adapter_files import REWARD_FILE, base_samples, local_base, reward_description, trained_on
-from ..models.base_weights import Samples, read_configuration
+from ..models.adapter_files import REWARD_FILE, base_samples, load_reward_metadata, local_base, trained_on
+from ..models.base_weights import WeightSamples, read_configuration
 from ..models.score_heads import read_v_head
-from .completions import Completions, Score, checked
-from .tokenization import Reader, in_batches
+from .completions import Completions, Score, validate_scores
+from .tokenization import RewardTokenizer, score_in_batches
 
 
 class AdapterReward:
@@ -40,14 +40,14 @@ class AdapterReward:
         batch_size: int,
         chat_template_kwargs: dict[str, Any],
     ) -> None:
-        self.info = reward_description(path)
+        self.info = load_reward_metadata(path)
         check_same_template(path, self.info, tokenizer)
         check_same_precision(path, self.info, model.config)
-        self.head = model.mount_reward(name, path)
+        self.head = model.load_reward_adapter(name, path)
         self.pad_token_id = own_padding(path, self.info, tokenizer)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
-        self.read = Reader(tokenizer, name, model.context, embeddings=model.num_embeddings)
+        self.read = RewardTokenizer(tokenizer, name, model.context, embeddings=model.num_embeddings)
         self._seen: dict[tuple[int, ...], Tensor] = {}  # of the last batch: scores at its tokens, by the tokens
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
@@ -67,11 +67,11 @@ class AdapterReward:
             inputs = self.read(texts, batch)
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             scores = self._token_scores(ids, mask)
-            for row, at_tokens in zip(unpadded(ids, mask), scores, strict=True):
+            for row, at_tokens in zip(unpad(ids, mask), scores, strict=True):
                 self._seen[self._before_eos(row)] = at_tokens
-            return at_last_token(scores, ids, mask, self.pad_token_id)
+            return pool_last_token(scores, ids, mask, self.pad_token_id)
 
-        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
+        return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
 
     def _sequences(self, prompt_ids: list[list[int]], batch: Completions) -> list[list[int]]:
         eos = cast(int, self.tokenizer.eos_token_id)
@@ -100,7 +100,7 @@ class AdapterReward:
     def _token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         device, lengths = self.model.device, attention_mask.sum(1).tolist()
         inputs = input_ids.to(device), attention_mask.to(device)
-        return self.model.token_scores(self.name, self.head, *inputs, lengths).cpu()
+        return self.model.prefix_rewards(self.name, self.head, *inputs, lengths).cpu()
 
     def _before_eos(self, ids: list[int]) -> tuple[int, ...]:
         # The last EOS and what a chat template puts behind it were not sampled, or end what was.
@@ -108,7 +108,7 @@ class AdapterReward:
         return tuple(ids[: ends[-1]] if ends else ids)
 
 
-def check_same_base(path: Path, base: str, samples: Samples) -> None:
+def check_same_base(path: Path, base: str, samples: WeightSamples) -> None:
     """Refuse an adapter that was trained on another base than the actor's, by the weights, else by the names.
 
     Args:
@@ -142,7 +142,7 @@ def own_padding(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizer
 
     Args:
         path: of the adapter.
-        info: of `reward_description`.
+        info: of `load_reward_metadata`.
         tokenizer: of the base.
     """
     if "pad_token_id" in info:

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..models.actor_critic import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic
-from ..models.adapter_files import adapter_folder, reward_description
-from ..models.backbone import place
-from ..models.classifier import load_classifier, own_tokenizer
+from ..models.adapter_files import load_reward_metadata, resolve_adapter_path
+from ..models.backbone import move_if_movable
+from ..models.classifier import load_classifier, load_reward_tokenizer
 from ..models.weight_checks import check_model_weights
 from .adapters import AdapterReward
 from .classifiers import ClassifierReward
@@ -35,12 +35,12 @@ def build_rewards(
     timeout: float | None = None,
 ) -> RewardSet:
     """Turn what the user passed (functions, models, names, adapter folders, lists of these) into rewards."""
-    funcs, own = listed_rewards(reward_funcs, tokenizers)
+    funcs, own = normalize_rewards(reward_funcs, tokenizers)
     options: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     rewards: list[Reward] = []
     for func, its_tokenizer in zip(funcs, own, strict=True):
         taken = ["default", REFERENCE_ADAPTER, CRITIC_ADAPTER, *(r.name for r in rewards)]
-        if adapter_folder(func) is not None:
+        if resolve_adapter_path(func) is not None:
             # An adapter's weights are told from others by its name among the parts of theirs.
             taken += {part for weight, _ in model.policy.named_parameters() for part in weight.split(".")}
         name = unique_name(reward_name(func), taken)
@@ -57,11 +57,11 @@ def _build_reward(
     options: dict[str, Any],
     timeout: float | None,
 ) -> Reward:
-    adapter, reward = adapter_folder(func), func
+    adapter, reward = resolve_adapter_path(func), func
     if adapter is not None:
         return AdapterReward(adapter, model, tokenizer, name, **options)
     if isinstance(func, str | Path):
-        own = own or own_tokenizer(func)
+        own = own or load_reward_tokenizer(func)
         func, missing = load_classifier(str(func), dtype="auto")
         if missing:
             raise ValueError(
@@ -76,15 +76,15 @@ def _build_reward(
                 "freeze them, and change with them. Load it a second time, or pass its name."
             )
         check_model_weights(func, f"The reward model {name!r}")
-        place(func, model.device)
+        move_if_movable(func, model.device)
         source = reward if func is not reward else getattr(getattr(func, "config", None), "_name_or_path", "")
-        trained_here = bool(source and reward_description(source))
-        own = own or own_tokenizer(func) or tokenizer
-        return ClassifierReward(func, own, name, trained_on_one_text=trained_here, **options)
+        trained_here = bool(source and load_reward_metadata(source))
+        own = own or load_reward_tokenizer(func) or tokenizer
+        return ClassifierReward(func, own, name, expects_single_text=trained_here, **options)
     return FunctionReward(func, name, timeout)
 
 
-def listed_rewards(reward_funcs: Any, tokenizers: Any) -> tuple[list, list]:
+def normalize_rewards(reward_funcs: Any, tokenizers: Any) -> tuple[list, list]:
     """Reward functions and their tokenizers, as two lists of the same length."""
     funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(funcs)
@@ -101,7 +101,7 @@ def listed_rewards(reward_funcs: Any, tokenizers: Any) -> tuple[list, list]:
     return funcs, own
 
 
-def check_call(function: Callable, columns: Sequence[str], dataset: str = "train_dataset") -> None:
+def check_signature(function: Callable, columns: Sequence[str], dataset: str = "train_dataset") -> None:
     """Refuse a reward function that could not be called with these columns of a dataset."""
     name, taken = reward_name(function), [c for c in columns if c in REWARD_ARGUMENTS]
     if taken:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.chat_templates import is_conversational
-from ..models.adapter_files import adapter_folder, reward_description
-from ..models.classifier import is_encoder, own_tokenizer
-from .build import listed_rewards, reward_name
+from ..models.adapter_files import load_reward_metadata, resolve_adapter_path
+from ..models.classifier import is_encoder, load_reward_tokenizer
+from .build import normalize_rewards, reward_name
 from .completions import Completions
 
 # Classes whose outputs are no score of a text, by the end of their names in a model's `architectures`.
@@ -77,11 +77,13 @@ def load_reward_tokenizers(reward_funcs: Any, tokenizers: Any) -> list[PreTraine
 
     None stands for a reward function, a reward adapter, which reads with the policy's, and an instance without a name.
     """
-    funcs, passed = listed_rewards(reward_funcs, tokenizers)
+    funcs, passed = normalize_rewards(reward_funcs, tokenizers)
     loaded: list[PreTrainedTokenizerBase | None] = []
     for func, tokenizer in zip(funcs, passed, strict=True):
-        asks_by_name = isinstance(func, str | Path | nn.Module) and tokenizer is None and adapter_folder(func) is None
-        loaded.append(own_tokenizer(func) if asks_by_name else tokenizer)
+        asks_by_name = (
+            isinstance(func, str | Path | nn.Module) and tokenizer is None and resolve_adapter_path(func) is None
+        )
+        loaded.append(load_reward_tokenizer(func) if asks_by_name else tokenizer)
     return loaded
 
 
@@ -104,9 +106,9 @@ def check_templates(
         datasets: of prompts, by name.
         chat_template_kwargs: of the run.
     """
-    funcs, _ = listed_rewards(reward_funcs, None)
+    funcs, _ = normalize_rewards(reward_funcs, None)
     asked = [
-        (func, policy_tokenizer if tokenizer is None or adapter_folder(func) is not None else tokenizer)
+        (func, policy_tokenizer if tokenizer is None or resolve_adapter_path(func) is not None else tokenizer)
         for func, tokenizer in zip(funcs, tokenizers, strict=True)
         if isinstance(func, str | Path | nn.Module)
     ]
@@ -131,13 +133,13 @@ def check_templates(
 
 
 def _takes_pairs(func: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
-    if tokenizer.chat_template is not None or adapter_folder(func) is not None:
+    if tokenizer.chat_template is not None or resolve_adapter_path(func) is not None:
         return False
     if isinstance(func, nn.Module):
         config = getattr(func, "config", None)
-        return is_encoder(config) and not reward_description(getattr(config, "_name_or_path", "") or "")
+        return is_encoder(config) and not load_reward_metadata(getattr(config, "_name_or_path", "") or "")
     config = PreTrainedConfig.get_config_dict(str(func))[0].get("model_type")
-    return is_encoder(config) and not reward_description(func)
+    return is_encoder(config) and not load_reward_metadata(func)
 
 
 def _distinct_conversations(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.padding import unpadded
+from ..data.padding import unpad
 from ..kernels.batch_backoff import BatchSize
 from ..kernels.fp32_heads import compute_heads_in_fp32
 from ..models.classifier import is_encoder, set_padding
-from .completions import Completions, Score, checked
-from .tokenization import Reader, in_batches, most_tokens
+from .completions import Completions, Score, validate_scores
+from .tokenization import RewardTokenizer, max_input_length, score_in_batches
 
 
 class ClassifierReward:
@@ -22,9 +22,9 @@ class ClassifierReward:
     An encoder (BERT, DeBERTa) whose tokenizer has no chat template reads question and answer as a pair of texts, the
     way such reward models are trained. Every other classifier reads one text, and so does an encoder that
     `RewardTrainer` has trained: through its own chat template where prompts are messages, else with its EOS at the end,
-    with or without which the same text may get quite another score. `Reader` says what happens to a text that is longer
-    than the model reads. The score is read where the model itself would read it of the text alone: at the last token
-    but for the padding token of the model's own configuration, whatever padding token the tokenizer has.
+    with or without which the same text may get quite another score. `RewardTokenizer` truncates a text that is
+    longer than the model reads. The score is read where the model itself would read it of the text alone: at the last
+    token but for the padding token of the model's own configuration, whatever padding token the tokenizer has.
 
     Args:
         model: with one label; on its device already.
@@ -32,7 +32,7 @@ class ClassifierReward:
         name: what metrics call it.
         batch_size: texts per forward pass.
         chat_template_kwargs: arguments of `apply_chat_template`.
-        trained_on_one_text: whether `RewardTrainer` has trained it: on texts with EOS, whatever the tokenizer adds.
+        expects_single_text: whether `RewardTrainer` has trained it: on texts with EOS, whatever the tokenizer adds.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ClassifierReward:
         *,
         batch_size: int,
         chat_template_kwargs: dict[str, Any],
-        trained_on_one_text: bool = False,
+        expects_single_text: bool = False,
     ) -> None:
         config = getattr(model, "config", None)
         labels = getattr(config, "num_labels", 1)
@@ -54,10 +54,10 @@ class ClassifierReward:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         compute_heads_in_fp32(model)
         self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
-        self.read = Reader(tokenizer, name, most_tokens(model, tokenizer), own_padding, known)
-        self.reads_pairs = is_encoder(config) and tokenizer.chat_template is None and not trained_on_one_text
+        self.read = RewardTokenizer(tokenizer, name, max_input_length(model, tokenizer), own_padding, known)
+        self.reads_pairs = is_encoder(config) and tokenizer.chat_template is None and not expects_single_text
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
-        self.end = tokenizer.eos_token or "" if trained_on_one_text or not adds_eos else ""
+        self.end = tokenizer.eos_token or "" if expects_single_text or not adds_eos else ""
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
         """Score prompt and completion, rendered with this model's own template and tokenizer."""
@@ -68,11 +68,11 @@ class ClassifierReward:
         def score(texts: list) -> Tensor:
             inputs = self.read(texts, batch)
             self._check_vocabulary(int(inputs["input_ids"].max()))
-            filler = self.read.padding(unpadded(inputs["input_ids"], inputs["attention_mask"]))
+            filler = self.read.padding(unpad(inputs["input_ids"], inputs["attention_mask"]))
             with set_padding(self.model, filler):
                 return self.model(**inputs.to(device)).logits[:, 0].float()
 
-        return checked(in_batches(texts, self.batch_size, score), batch, self.name)
+        return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
 
     def _check_vocabulary(self, largest: int) -> None:
         known = getattr(getattr(self.model, "config", None), "vocab_size", None)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.chat_templates import fit_content, is_conversational, merge_template_kwargs, shorten
 
-LARGEST = torch.finfo(torch.float32).max
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -84,12 +84,12 @@ class Completions:
     def _conversation(self, row: int) -> list:
         opening = "" if self.openings is None else self.openings[row]
         (answer,) = self.completions[row]
-        return conversation(self.prompts[row], [{**answer, "content": opening + answer["content"]}])
+        return join_messages(self.prompts[row], [{**answer, "content": opening + answer["content"]}])
 
     def pairs(self) -> list[tuple[str, str]]:
         """Question and answer as two texts; of a conversation, what was said before the answer, by lines."""
         return [
-            ("\n".join(spoken(messages[:-1])), "\n".join(spoken(messages[-1:])))
+            ("\n".join(message_texts(messages[:-1])), "\n".join(message_texts(messages[-1:])))
             for messages in (
                 self._conversation(row) if is_conversational(prompt) else [{"content": prompt}, {"content": completion}]
                 for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True))
@@ -97,7 +97,7 @@ class Completions:
         ]
 
 
-def conversation(prompt: list, completion: list) -> list:
+def join_messages(prompt: list, completion: list) -> list:
     """Prompt and completion as messages: an assistant's message that the prompt begins and the completion ends is one.
 
     Args:
@@ -112,7 +112,7 @@ def conversation(prompt: list, completion: list) -> list:
     return [*prompt[:-1], {**begun, "content": whole}]
 
 
-def spoken(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+def message_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """The text of each message that has one; parts that are no text (images) are left out."""
     contents = [message.get("content") or "" for message in messages]
     parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
@@ -133,7 +133,7 @@ class Reward(Protocol):
         ...
 
 
-def checked(scores: Any, batch: Completions, name: str) -> list[Score]:
+def validate_scores(scores: Any, batch: Completions, name: str) -> list[Score]:
     """Scores as a list of finite floats, lists of them, or None; anything else is named with its prompt."""
     if isinstance(scores, Tensor):
         scores = scores.tolist()
@@ -169,4 +169,4 @@ def _finite(value: Any) -> float | None:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         return None
-    return number if abs(number) <= LARGEST else None  # of NaN, too
+    return number if abs(number) <= FLOAT32_MAX else None  # of NaN, too

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from ..utils.interrupt import Interrupted, interruptible, raise_if_interrupted
-from .completions import Completions, Score, checked
+from .completions import Completions, Score, validate_scores
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 POLL_SECONDS = 0.1  # between two looks at whether a signal came, while another thread works
@@ -37,7 +37,7 @@ class FunctionReward:
         """Call the function; and wait for it if it is async."""
         result = self.begin(batch)
         if inspect.isawaitable(result):
-            (result,) = gathered([(self, result)], batch)
+            (result,) = await_all([(self, result)], batch)
         return self.finish(result, batch)
 
     def begin(self, batch: Completions) -> Any:
@@ -52,11 +52,11 @@ class FunctionReward:
         try:
             with without_autocast():
                 if self.timeout is not None:
-                    return within(self.timeout, call)
+                    return call_with_timeout(self.timeout, call)
                 with interruptible():  # in the main thread: `signal.alarm` and clients of one thread work there alone
                     return call()
-        except Unanswered:
-            return self.too_late(batch)
+        except _CallTimeout:
+            return self.timeout_error(batch)
         except Exception as error:
             return error
 
@@ -65,9 +65,9 @@ class FunctionReward:
         if isinstance(result, Exception):
             result.add_note(f"This was raised by the reward function {self.name!r}, given {len(batch)} completions.")
             raise result
-        return checked(result, batch, self.name)
+        return validate_scores(result, batch, self.name)
 
-    def too_late(self, batch: Completions) -> TimeoutError:
+    def timeout_error(self, batch: Completions) -> TimeoutError:
         """The error of a function that did not answer in time."""
         prompts = ", ".join(repr(prompt)[:80] for prompt in batch.prompts[:3])
         return TimeoutError(
@@ -87,17 +87,17 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-class Unanswered(Exception):
+class _CallTimeout(Exception):
     """A call that did not return in time."""
 
 
-def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+def call_with_timeout(seconds: float | None, call: Callable[[], Any]) -> Any:
     """Call in a thread of its own, and leave it to itself after some seconds.
 
     The thread is a daemon: one that never returns does not keep the process from ending.
 
     Raises:
-        Unanswered: it did not return in time.
+        _CallTimeout: it did not return in time.
         Interrupted: a signal came first.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
@@ -113,7 +113,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, daemon=True, name="reward function")
     thread.start()
     if not _poll(thread.join, lambda: bool(outcome), seconds):
-        raise Unanswered
+        raise _CallTimeout
     result, error = outcome[0]
     if error is not None:
         raise error
@@ -136,7 +136,7 @@ def _poll(wait_for: Callable[[float], Any], is_done: Callable[[], bool], seconds
             return False
 
 
-def gathered(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) -> list[Any]:
+def await_all(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) -> list[Any]:
     """Await what async reward functions returned, all at once; errors stand in the place of results."""
     answers: dict[int, Any] = {}
     ended = threading.Event()
@@ -170,7 +170,7 @@ def gathered(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) 
     except Interrupted:
         _cancel(pending, ended)
         raise
-    return [answers.get(index, reward.too_late(batch)) for index, (reward, _) in enumerate(waiting)]
+    return [answers.get(index, reward.timeout_error(batch)) for index, (reward, _) in enumerate(waiting)]
 
 
 def _cancel(pending: Future, ended: threading.Event) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..utils.interrupt import Interrupted, raise_if_interrupted
 from .adapters import AdapterReward
 from .completions import Completions, Reward, Score
-from .functions import FunctionReward, gathered
+from .functions import FunctionReward, await_all
 
 OUTLIER = 1e6  # float32 has 7 digits: beside a score that many times larger the usual differences are gone
 LARGEST_SCORE = 1e15  # squares of it, summed over a million tokens, still are in float32's range
@@ -113,7 +113,7 @@ class RewardSet:
         begun = self._begin(functions, batch)
         waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
         if waiting:  # together: what they wait for, they wait for at the same time
-            answers = gathered(waiting, batch)
+            answers = await_all(waiting, batch)
             begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
         return [self._scores(reward, batch, begun) for reward in self.rewards]
 

@@ -18,7 +18,7 @@ from ..kernels.batch_backoff import BatchSize
 from .completions import Completions
 
 
-class Reader:
+class RewardTokenizer:
     """Makes right-padded inputs of texts, pairs of texts or token ids, and says once where there are too many tokens.
 
     One text keeps its end, where the response is, and its first token if that is a special one (BOS, CLS). Of a pair
@@ -42,7 +42,7 @@ class Reader:
     ) -> None:
         self.tokenizer, self.name, self.longest = tokenizer, name, longest
         self.pad_token_id, self.embeddings = pad_token_id, embeddings
-        self._said = False
+        self._warned = False
 
     def __call__(self, texts: list, batch: Completions) -> BatchEncoding:
         """Inputs of the reward model, `(B, T)` each; a chat template has put its special tokens in already."""
@@ -98,8 +98,8 @@ class Reader:
         return BatchEncoding(padded)
 
     def _say_cut(self, tokens: int, longest: int, pairs: bool) -> None:
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"The reward model {self.name!r} reads {longest} tokens, but prompt and response have up to "
                 f"{tokens}: {'the longer of the two is cut' if pairs else 'the beginning of the prompt is left out'}. "
@@ -119,7 +119,7 @@ class Reader:
         }
 
 
-def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def max_input_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many tokens a classifier reads: what its tokenizer says, and no more than it has positions for."""
     config = getattr(model, "config", None)
     positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -131,7 +131,7 @@ def most_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | N
 
 
 @torch.no_grad()
-def in_batches(texts: list, batch_size: BatchSize, score: Callable[[list], Tensor]) -> list[float]:
+def score_in_batches(texts: list, batch_size: BatchSize, score: Callable[[list], Tensor]) -> list[float]:
     """Score texts (or pairs of them, or token ids) of similar length together; scores in the order of the texts."""
     sizes = [len("".join(text)) if isinstance(text, str | tuple) else len(text) for text in texts]
     order = torch.tensor(sizes).argsort(stable=True)

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..kernels.packing import Sizes
-from ..utils.files import readable
+from ..kernels.packing import SeqLens
+from ..utils.files import reraise_as_corrupt_file
 
 
 def response_mask(responses: Tensor, stop_ids: Sequence[int], *, include_stop: bool = True) -> Tensor:
@@ -52,31 +52,31 @@ class Rollout:
     Attributes:
         input_ids: prompt and response tokens, `(N, P + R)` int64.
         attention_mask: 1 for real prompt tokens and for response tokens up to the stop token, `(N, P + R)` int64.
-        mask: True for the response tokens that are actions, `(N, R)` bool.
+        action_mask: True for the response tokens that are actions, `(N, R)` bool.
         logprobs: `log pi_old(a_t | s_t)` at the sampling temperature, `(N, R)` float32, nats.
         ref_logprobs: the same under the reference policy, `(N, R)` float32, nats.
         values: `V_old(s_t)` before token t is emitted, `(N, R)` float32, reward units.
         baselines: the part of the values that is not the critic's, `(N, R)` float32, reward units.
         advantages: whitened GAE advantages, times the importance weights of sampling, `(N, R)` float32.
         returns: GAE advantages (before whitening) plus values, `(N, R)` float32, reward units.
-        scores: sequence score after callbacks and the missing-EOS penalty, `(N,)` float32, reward units.
-        kl: summed estimate of KL(policy || reference) per response, `(N,)` float32, nats.
-        lower_states: what enters the lowest layer with an adapter, `(N, P + R - 1, H)`, the last token left out; None
-            where every pass runs all layers. Not saved: it is computed again from the tokens.
+        sequence_scores: sequence score after callbacks and the missing-EOS penalty, `(N,)` float32, reward units.
+        sequence_kl: summed estimate of KL(policy || reference) per response, `(N,)` float32, nats.
+        frozen_hidden_states: what enters the lowest layer with an adapter, `(N, P + R - 1, H)`, without the last
+            token; None where every pass runs all layers. Not saved: it is computed again from the tokens.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    mask: Tensor
+    action_mask: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
-    baselines: Tensor
+    value_baselines: Tensor
     advantages: Tensor
     returns: Tensor
-    scores: Tensor
-    kl: Tensor
-    lower_states: Tensor | None = None
+    sequence_scores: Tensor
+    sequence_kl: Tensor
+    frozen_hidden_states: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -84,7 +84,7 @@ class Rollout:
     @property
     def response_length(self) -> int:
         """R, in tokens."""
-        return self.mask.shape[1]
+        return self.action_mask.shape[1]
 
     @property
     def prompt_length(self) -> int:
@@ -95,22 +95,25 @@ class Rollout:
         """Real tokens per row, prompt and response, `(N,)` int64."""
         return self.attention_mask.sum(-1)
 
-    def take(self, rows: Tensor) -> dict[str, Any]:
+    def micro_batch(self, rows: Tensor) -> dict[str, Any]:
         """The micro-batch of these rows, right-aligned; where a row has no response token the numbers per token are 0.
 
         Beside tensors it has `sizes`, a list. A dict because `Trainer` moves dicts to the device (and cannot rebuild a
         NamedTuple).
         """
         # `mask` can be one token shorter than the attended response (stop token left out), never longer.
-        aligned, lower = RightAligned.of(self.attention_mask[rows], self.response_length), self.lower_states
-        per_token = ("mask", "logprobs", "ref_logprobs", "values", "baselines", "advantages", "returns")
+        aligned, lower = (
+            LeftPaddedLayout.from_attention_mask(self.attention_mask[rows], self.response_length),
+            self.frozen_hidden_states,
+        )
+        per_token = ("action_mask", "logprobs", "ref_logprobs", "values", "value_baselines", "advantages", "returns")
         return {
-            "input_ids": aligned.sequences(self.input_ids[rows]),
-            "attention_mask": aligned.sequences(self.attention_mask[rows]),
-            **{name: aligned.responses(getattr(self, name)[rows]) for name in per_token},
-            "asked": aligned.asked,
-            "sizes": aligned.sizes,
-            **({} if lower is None else {"lower_states": aligned.states(lower[rows])}),
+            "input_ids": aligned.align_tokens(self.input_ids[rows]),
+            "attention_mask": aligned.align_tokens(self.attention_mask[rows]),
+            **{name: aligned.align_responses(getattr(self, name)[rows]) for name in per_token},
+            "response_mask": aligned.response_mask,
+            "seq_lens": aligned.seq_lens,
+            **({} if lower is None else {"frozen_hidden_states": aligned.align_states(lower[rows])}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -120,7 +123,7 @@ class Rollout:
     @classmethod
     def load(cls, path: str | Path) -> Rollout:
         """Read what `save` wrote."""
-        with readable(path):
+        with reraise_as_corrupt_file(path):
             tensors = load_file(path)
         missing = [name for name in cls._saved() if name not in tensors]
         if missing:
@@ -129,11 +132,11 @@ class Rollout:
 
     @classmethod
     def _saved(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.name != "lower_states"]
+        return [f.name for f in fields(cls) if f.name != "frozen_hidden_states"]
 
 
 @dataclass(frozen=True)
-class RightAligned:
+class LeftPaddedLayout:
     """How rows stand in a forward pass: whole sequences moved to the right, so that all padding is on the left.
 
     A pass is as wide as its longest sequence. (Prompts padded on one side and responses on the other would make it as
@@ -144,54 +147,56 @@ class RightAligned:
         response_length: R of the rollout, in tokens.
         lengths: attended response tokens by row, `(B, 1)` int64.
         width: columns of the pass.
-        end: how many of them are the response's.
-        sizes: of each row, its tokens and how many of them are its response.
+        max_response_len: how many of them are the response's.
+        seq_lens: of each row, its tokens and how many of them are its response.
     """
 
     response_length: int
     lengths: Tensor
     width: int
-    end: int
-    sizes: Sizes
+    max_response_len: int
+    seq_lens: SeqLens
 
     @classmethod
-    def of(cls, attention_mask: Tensor, response_length: int) -> RightAligned:
+    def from_attention_mask(cls, attention_mask: Tensor, response_length: int) -> LeftPaddedLayout:
         """For rows whose prompts are padded on the left and responses on the right, `(B, P + R)`."""
         lengths = attention_mask[:, -response_length:].sum(1, keepdim=True)
         sizes = list(zip(attention_mask.sum(1).tolist(), lengths.flatten().tolist(), strict=True))
         return cls(response_length, lengths, max(s for s, _ in sizes), max(1, *(r for _, r in sizes)), sizes)
 
     @property
-    def asked(self) -> Tensor:
-        """Which of the response's columns are of a row's own response, `(B, end)` bool."""
-        return torch.arange(self.end) >= self.end - self.lengths
+    def response_mask(self) -> Tensor:
+        """Which of the response's columns are of a row's own response, `(B, max_response_len)` bool."""
+        return torch.arange(self.max_response_len) >= self.max_response_len - self.lengths
 
-    def sequences(self, columns: Tensor) -> Tensor:
+    def align_tokens(self, columns: Tensor) -> Tensor:
         """Of `(B, P + R)` those of the pass, `(B, width)`."""
-        return shifted(columns, self.response_length - self.lengths)[:, -self.width :]
+        return roll_rows(columns, self.response_length - self.lengths)[:, -self.width :]
 
-    def responses(self, columns: Tensor) -> Tensor:
-        """Of `(B, R)` those of the pass, `(B, end)`, 0 where a row has no response token."""
-        return shifted(columns, self.response_length - self.lengths)[:, -self.end :].masked_fill(~self.asked, 0)
+    def align_responses(self, columns: Tensor) -> Tensor:
+        """Of `(B, R)` those of the pass, `(B, max_response_len)`, 0 where a row has no response token."""
+        return roll_rows(columns, self.response_length - self.lengths)[:, -self.max_response_len :].masked_fill(
+            ~self.response_mask, 0
+        )
 
-    def states(self, columns: Tensor) -> Tensor:
+    def align_states(self, columns: Tensor) -> Tensor:
         """Of hidden states without those of the last token, `(B, P + R - 1, H)`, those of the pass."""
-        moved = shifted(columns, self.response_length - self.lengths)
+        moved = roll_rows(columns, self.response_length - self.lengths)
         return moved[:, columns.shape[1] + 1 - self.width :]
 
-    def responses_back(self, found: Tensor) -> Tensor:
-        """What a pass found, `(B, end)`, where it belongs in the rollout, `(B, R)`; 0 behind a response."""
-        columns = nn.functional.pad(found, (self.response_length - self.end, 0))
+    def restore_responses(self, found: Tensor) -> Tensor:
+        """Move `(B, max_response_len)` of a pass to its place in the rollout, `(B, R)`; 0 behind a response."""
+        columns = nn.functional.pad(found, (self.response_length - self.max_response_len, 0))
         behind = torch.arange(self.response_length) >= self.lengths
-        return shifted(columns, self.lengths - self.response_length).masked_fill(behind, 0)
+        return roll_rows(columns, self.lengths - self.response_length).masked_fill(behind, 0)
 
-    def states_back(self, found: Tensor, length: int) -> Tensor:
+    def restore_states(self, found: Tensor, length: int) -> Tensor:
         """Hidden states of a pass, `(B, width - 1, H)`, where they belong among `length` columns."""
         columns = nn.functional.pad(found, (0, 0, length + 1 - self.width, 0))
-        return shifted(columns, self.lengths - self.response_length)
+        return roll_rows(columns, self.lengths - self.response_length)
 
 
-def shifted(columns: Tensor, by: Tensor) -> Tensor:
+def roll_rows(columns: Tensor, by: Tensor) -> Tensor:
     """Each row of `(B, C, ...)` moved to the right by its entry of `(B, 1)`; what falls off comes in on the left."""
     width = columns.shape[1]
     return columns[torch.arange(len(columns))[:, None], (torch.arange(width) - by) % width]

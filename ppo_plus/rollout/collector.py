@@ -23,29 +23,29 @@ from .. import algo
 from ..algo.prefix_reward_baseline import RewardBaseline
 from ..config import PPOConfig
 from ..data.chat_templates import find_generation_opening, find_opening_ids, is_conversational, merge_template_kwargs
-from ..data.padding import left_pad, pad_id, unpadded
-from ..data.prompts import Row, columns_of
+from ..data.padding import left_pad, pad_id, unpad
+from ..data.prompts import Row, to_columns
 from ..kernels.batch_backoff import PATIENCE, BatchSize
 from ..models.actor_critic import ActorCritic
-from ..models.generation import Generation
+from ..models.generation import GenerateOutput
 from ..rewards import Completions, RewardSet
 from ..utils.devices import sum_dtype
-from .buffer import RightAligned, Rollout, response_mask
-from .decoding import continuation, decode, truncation
-from .phases import Stopwatch, Tally
+from .buffer import LeftPaddedLayout, Rollout, response_mask
+from .decoding import build_logits_processor, decode, decode_completion
+from .phases import PhaseTimer, ProgressReporter
 
 # Of the tokens of each row, which rows share a forward pass.
-Cut = Callable[[Tensor], list[Tensor]]
+BatchingFn = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Samples:
+class Experience:
     """Scored responses, before they become a rollout. Tensors are on the CPU; shapes as in `Rollout`.
 
     Attributes:
         input_ids: `(N, P + R)` int64.
         attention_mask: `(N, P + R)` int64.
-        mask: `(N, R)` bool.
+        action_mask: `(N, R)` bool.
         stopped: whether the response ended in a stop token, `(N,)` bool.
         logprobs: `(N, R)` float32, nats, from the same forward pass that the loss uses.
         sampled_logprobs: `(N, R)` float32, nats, as decoding computed them.
@@ -58,7 +58,7 @@ class Samples:
         completions: the texts.
         seconds: by phase.
         extra: columns that reward functions logged.
-        lower_states: as in `Rollout`; None where nobody is going to learn from these samples.
+        frozen_hidden_states: as in `Rollout`; None where nobody is going to learn from these samples.
         prefix_scores: what the reward adapters say of the text before each token, `(N, R)` float32; None as above, and
             where nobody asks for it.
         failed: names of reward functions that were left out because they failed.
@@ -66,7 +66,7 @@ class Samples:
 
     input_ids: Tensor
     attention_mask: Tensor
-    mask: Tensor
+    action_mask: Tensor
     stopped: Tensor
     logprobs: Tensor
     sampled_logprobs: Tensor
@@ -79,15 +79,15 @@ class Samples:
     completions: Completions
     seconds: dict[str, float]
     extra: dict[str, list] = field(default_factory=dict)
-    lower_states: Tensor | None = None
+    frozen_hidden_states: Tensor | None = None
     prefix_scores: Tensor | None = None
     failed: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.mask)
+        return len(self.action_mask)
 
 
-class Collector:
+class RolloutCollector:
     """Collects rollouts with a model, its rewards and a tokenizer.
 
     Args:
@@ -113,21 +113,21 @@ class Collector:
     ) -> None:
         self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
         self.accelerator, self.stop_ids, self.report = accelerator, list(stop_ids), report
-        self.warp = truncation(args)
+        self.logits_processor = build_logits_processor(args)
         micro_batches = args.num_mini_batches * args.gradient_accumulation_steps
-        self.forward_size = BatchSize(args.local_rollout_forward_batch_size)
+        self.forward_batch_size = BatchSize(args.local_rollout_forward_batch_size)
         self.micro_batch_size = BatchSize(args.rollout_batch_size, PATIENCE * micro_batches)
-        self.decode_size = BatchSize(args.generation_batch_size or args.local_rollout_forward_batch_size)
+        self.generation_batch_size = BatchSize(args.generation_batch_size or args.local_rollout_forward_batch_size)
 
     @torch.no_grad()
     def sample(
         self,
         rows: Sequence[Row],
-        noise: Tensor,
+        uniforms: Tensor,
         context: dict[str, Any],
-        cut: Cut | None = None,
+        cut: BatchingFn | None = None,
         score: bool = True,
-    ) -> Samples:
+    ) -> Experience:
         """Answer prompts, score the answers, and look at them with actor, critic and reference.
 
         Args:
@@ -138,24 +138,24 @@ class Collector:
                 is kept to go on from. Evaluations may have more rows than there is room for.
             score: whether rewards are called; without, all scores are NaN.
         """
-        watch = Stopwatch()
+        watch = PhaseTimer()
         self.model.eval()  # in train mode activation checkpointing would drop the cache
         with self.accelerator.autocast():
             prompts = [row["input_ids"] for row in rows]
-            generation = self._generate(prompts, noise)
-            watch.lap("generate")
+            generation = self._generate(prompts, uniforms)
+            watch.record("generate")
             tokens = generation.tokens
-            attended = response_mask(tokens, self.stop_ids)
-            mask = response_mask(tokens, self.stop_ids, include_stop=self.args.include_eos)
-            completions, extra = self._completions(rows, tokens, attended, context)
+            response_attention_mask = response_mask(tokens, self.stop_ids)
+            mask = response_mask(tokens, self.stop_ids, include_stop=self.args.train_on_eos)
+            completions, extra = self._completions(rows, tokens, response_attention_mask, context)
             self.report("scoring", 0, len(rows), 0)
             scores = self.rewards(completions) if score else self.rewards.leave_unscored(completions)
             self.report("scoring", len(rows), len(rows), 0)
             input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
             input_ids = torch.cat([input_ids, tokens], 1)
-            attention_mask = torch.cat([prompt_mask, attended.long()], 1)
-            prefix_scores = self._prefix_scores(input_ids, attention_mask, attended) if cut else None
-            watch.lap("score")
+            attention_mask = torch.cat([prompt_mask, response_attention_mask.long()], 1)
+            prefix_scores = self._prefix_scores(input_ids, attention_mask, response_attention_mask) if cut else None
+            watch.record("score")
             # What a row becomes depends on the shape of its pass, in half precision by some per cent of a probability.
             # So here it is the pass in which learning looks at that row first.
             passes = cut(attention_mask.sum(1)) if cut else None
@@ -164,24 +164,24 @@ class Collector:
             logprobs, values, entropy = self._forward(*inputs, lower)
             with self.model.reference():
                 ref_logprobs, _, _ = self._forward(*inputs, lower, actor=False)
-            watch.lap("logprobs")
+            watch.record("logprobs")
         stopped = torch.isin(tokens, torch.tensor(self.stop_ids)).any(1)
-        return Samples(
+        return Experience(
             input_ids, attention_mask, mask, stopped, logprobs, generation.logprobs, ref_logprobs, values, entropy,
             scores.by_function, scores.total, scores.per_token, completions, watch.seconds, extra, lower,
             prefix_scores, scores.failed,
         )  # fmt: skip
 
     @torch.no_grad()
-    def answer_as_reference(self, rows: Sequence[Row], noise: Tensor) -> Completions:
+    def generate_from_reference(self, rows: Sequence[Row], uniforms: Tensor) -> Completions:
         """What the reference answers to prompts that `sample` takes, with the same noise."""
         self.model.eval()
         with self.accelerator.autocast(), self.model.reference():
-            tokens = self._generate([row["input_ids"] for row in rows], noise).tokens
+            tokens = self._generate([row["input_ids"] for row in rows], uniforms).tokens
         return self._completions(rows, tokens, response_mask(tokens, self.stop_ids), {})[0]
 
     def rollout(
-        self, samples: Samples, scores: Tensor, kl_coef: float, baseline: RewardBaseline | None = None
+        self, samples: Experience, scores: Tensor, kl_coef: float, baseline: RewardBaseline | None = None
     ) -> Rollout:
         """Rewards per token, advantages and returns.
 
@@ -195,66 +195,66 @@ class Collector:
         """
         args = self.args
         scored = ~scores.isnan()
-        mask = samples.mask & scored[:, None]
+        mask = samples.action_mask & scored[:, None]
         scores = scores.nan_to_num()
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * (~samples.stopped)
-        kl = algo.kl_divergence(samples.logprobs, samples.ref_logprobs, args.kl_estimator) * mask
-        in_reward = kl_coef if args.kl_in == "reward" else 0.0
+        kl = algo.kl_estimate(samples.logprobs, samples.ref_logprobs, args.kl_estimator) * mask
+        in_reward = kl_coef if args.kl_penalty_in == "reward" else 0.0
         at_tokens = samples.token_rewards * mask
         rewards = algo.shape_rewards(scores - at_tokens.sum(1), kl, mask, in_reward, at_tokens)
         if args.whiten_rewards:
             rewards = algo.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
-        values, baselines = samples.values, torch.zeros_like(samples.values)
+        values, value_baselines = samples.values, torch.zeros_like(samples.values)
         if baseline is not None and samples.prefix_scores is not None:
-            earned, _ = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)
-            baselines = baseline.foretell(samples.prefix_scores, earned, mask, self.reduce)
-            values = values + baselines
+            mc_returns, _ = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)
+            value_baselines = baseline.fit_predict(samples.prefix_scores, mc_returns, mask, self.reduce)
+            values = values + value_baselines
         advantages, returns = algo.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
         advantages = algo.whiten(advantages, mask, reduce=self.reduce)
-        if args.importance_cap is not None:
+        if args.importance_sampling_cap is not None:
             # A positive factor of the advantage is one of the whole loss of that token.
             weights = algo.truncated_importance_weights(
-                samples.logprobs, samples.sampled_logprobs, cap=args.importance_cap
+                samples.logprobs, samples.sampled_logprobs, cap=args.importance_sampling_cap
             )
             advantages = torch.where(mask, advantages * weights, 0.0)
         return Rollout(
             input_ids=samples.input_ids,
             attention_mask=samples.attention_mask,
-            mask=mask,
+            action_mask=mask,
             logprobs=samples.logprobs,
             ref_logprobs=samples.ref_logprobs,
             values=values,
-            baselines=baselines,
+            value_baselines=value_baselines,
             advantages=advantages,
             returns=returns,
-            scores=scores,
-            kl=((samples.logprobs - samples.ref_logprobs) * mask).sum(1),
-            lower_states=samples.lower_states,
+            sequence_scores=scores,
+            sequence_kl=((samples.logprobs - samples.ref_logprobs) * mask).sum(1),
+            frozen_hidden_states=samples.frozen_hidden_states,
         )
 
     @torch.no_grad()
-    def with_lower_states(self, rollout: Rollout, passes: list[Tensor]) -> Rollout:
+    def recompute_frozen_states(self, rollout: Rollout, passes: list[Tensor]) -> Rollout:
         """A rollout from a checkpoint, which holds no hidden states, with those that it was collected with."""
         self.model.eval()
         with self.accelerator.autocast():
             lower = self._lower_states(rollout.input_ids, rollout.attention_mask, rollout.response_length, passes)
-        return replace(rollout, lower_states=lower)
+        return replace(rollout, frozen_hidden_states=lower)
 
-    def metrics(self, samples: Samples) -> dict[str, float]:
+    def metrics(self, samples: Experience) -> dict[str, float]:
         """What there is to say about sampled responses, over all processes; NaN for the mean of no score."""
-        lengths = samples.mask.sum(1).float()
-        log_ratio = (samples.logprobs - samples.ref_logprobs) * samples.mask
+        lengths = samples.action_mask.sum(1).float()
+        log_ratio = (samples.logprobs - samples.ref_logprobs) * samples.action_mask
         gap = (samples.logprobs - samples.sampled_logprobs).abs()
         reward, reward_var = self.moments(samples.scores)
         metrics = {
             "reward": reward,
             "reward_std": reward_var**0.5,
             "kl": self.moments(log_ratio.sum(1))[0],
-            "entropy": self.moments(samples.entropy, samples.mask)[0],
+            "entropy": self.moments(samples.entropy, samples.action_mask)[0],
             "completions/mean_length": self.moments(lengths)[0],
             "completions/clipped_ratio": self.moments((~samples.stopped).float())[0],
-            "rollout/logprob_gap": self.moments(gap, samples.mask)[0],
+            "sampling/logp_difference": self.moments(gap, samples.action_mask)[0],
         }
         for name, column in zip(self.rewards.names, samples.rewards.T, strict=True):
             mean, var = self.moments(column)
@@ -263,7 +263,7 @@ class Collector:
 
     def explained_variance(self, rollout: Rollout) -> float:
         """How much of the returns' variance the critic foresaw; 1 is all, 0 is none."""
-        return algo.explained_variance(rollout.values, rollout.returns, rollout.mask, reduce=self.reduce).item()
+        return algo.explained_variance(rollout.values, rollout.returns, rollout.action_mask, reduce=self.reduce).item()
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over processes; the result is on the tensor's own device."""
@@ -290,57 +290,59 @@ class Collector:
         nothing = torch.nan if self.reduce(mask.sum()) == 0 else 0.0
         return mean.item() + nothing, var.item() + nothing
 
-    def _generate(self, prompts: Sequence[list[int]], noise: Tensor) -> Generation:
-        (rows, length), padding = noise.shape, pad_id(self.tokenizer)
+    def _generate(self, prompts: Sequence[list[int]], uniforms: Tensor) -> GenerateOutput:
+        (rows, length), padding = uniforms.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
         order = torch.tensor([len(p) for p in prompts]).argsort(stable=True)
-        tally = Tally("generating", rows, self.report)
+        tally = ProgressReporter("generating", rows, self.report)
 
         def decode_rows(chunk: Tensor) -> None:
             input_ids, attention_mask = left_pad([prompts[int(i)] for i in chunk], pad_id(self.tokenizer))
             out = self.model.sample(
                 input_ids.to(self.accelerator.device),
                 attention_mask.to(self.accelerator.device),
-                noise[chunk],
+                uniforms[chunk],
                 stop_ids=self.stop_ids,
                 pad_token_id=pad_id(self.tokenizer),
                 temperature=self.args.temperature,
-                warp=self.warp,
+                logits_processor=self.logits_processor,
                 on_step=tally.decoding(len(chunk)),
             )
             tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
             tally.add(len(chunk), int(response_mask(tokens[chunk], self.stop_ids).sum()))
 
-        self.decode_size.run(order, decode_rows)
+        self.generation_batch_size.run(order, decode_rows)
         longest = int(response_mask(tokens, self.stop_ids).sum(1).max())
-        return Generation(tokens[:, :longest], logprobs[:, :longest])
+        return GenerateOutput(tokens[:, :longest], logprobs[:, :longest])
 
-    def _prefix_scores(self, input_ids: Tensor, attention_mask: Tensor, attended: Tensor) -> Tensor | None:
-        if not self.args.adds_reward_baseline:
+    def _prefix_scores(
+        self, input_ids: Tensor, attention_mask: Tensor, response_attention_mask: Tensor
+    ) -> Tensor | None:
+        if not self.args.uses_prefix_reward_baseline:
             return None
-        sequences = unpadded(input_ids, attention_mask)
+        sequences = unpad(input_ids, attention_mask)
         found = self.rewards.prefix_scores(sequences)
         if found is None:
             return None
-        scores = torch.zeros(attended.shape)
-        for row, (length, at_tokens) in enumerate(zip(attended.sum(1).tolist(), found, strict=True)):
+        scores = torch.zeros(response_attention_mask.shape)
+        for row, (length, at_tokens) in enumerate(zip(response_attention_mask.sum(1).tolist(), found, strict=True)):
             scores[row, :length] = at_tokens[len(sequences[row]) - length - 1 :][:length]  # as far as the token before
         return scores
 
     def _lower_states(
         self, input_ids: Tensor, attention_mask: Tensor, response_length: int, passes: list[Tensor] | None
     ) -> Tensor | None:
-        if not self.model.lower_layers:
+        if not self.model.num_cached_layers:
             return None
         length = input_ids.shape[1] - 1
         found: list[tuple[Tensor, Tensor]] = []
 
-        def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: RightAligned) -> None:
-            states = self.model.lower_states(ids, mask, aligned.sizes).cpu()
-            found.append((rows, aligned.states_back(states, length)))
+        def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: LeftPaddedLayout) -> None:
+            states = self.model.frozen_hidden_states(ids, mask, aligned.seq_lens).cpu()
+            found.append((rows, aligned.restore_states(states, length)))
 
-        self._in_passes(input_ids, attention_mask, response_length, passes, "lower layers", run)
+        self._map_micro_batches(input_ids, attention_mask, response_length, passes, "frozen_layers", run)
         one = found[0][1]
         states = one.new_zeros(len(input_ids), *one.shape[1:])
         for rows, part in found:
@@ -359,56 +361,56 @@ class Collector:
         shape = (len(input_ids), response_length)
         logprobs, values, entropy = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
 
-        def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: RightAligned) -> None:
+        def run(ids: Tensor, mask: Tensor, rows: Tensor, aligned: LeftPaddedLayout) -> None:
             out = self.model(
                 ids,
                 mask,
-                aligned.end,
+                aligned.max_response_len,
                 self.args.temperature,
                 with_values=actor,
                 with_entropy=actor,
-                lower_states=None if lower is None else aligned.states(lower[rows]).to(ids.device),
-                asked=aligned.asked.to(ids.device),
-                sizes=aligned.sizes,
+                frozen_hidden_states=None if lower is None else aligned.align_states(lower[rows]).to(ids.device),
+                response_mask=aligned.response_mask.to(ids.device),
+                seq_lens=aligned.seq_lens,
             )
-            logprobs[rows] = aligned.responses_back(out.logprobs.cpu())
+            logprobs[rows] = aligned.restore_responses(out.logprobs.cpu())
             if actor:
-                values[rows] = aligned.responses_back(out.values.cpu())
-                entropy[rows] = aligned.responses_back(out.entropy.cpu())
+                values[rows] = aligned.restore_responses(out.values.cpu())
+                entropy[rows] = aligned.restore_responses(out.entropy.cpu())
 
-        phase = "log-probabilities" if actor else "reference"
-        self._in_passes(input_ids, attention_mask, response_length, passes, phase, run)
+        phase = "logprobs" if actor else "reference"
+        self._map_micro_batches(input_ids, attention_mask, response_length, passes, phase, run)
         return logprobs, values, entropy
 
-    def _in_passes(
+    def _map_micro_batches(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         response_length: int,
         passes: list[Tensor] | None,
         phase: str,
-        run: Callable[[Tensor, Tensor, Tensor, RightAligned], None],
+        run: Callable[[Tensor, Tensor, Tensor, LeftPaddedLayout], None],
     ) -> None:
-        tally, device = Tally(phase, len(input_ids), self.report), self.accelerator.device
+        tally, device = ProgressReporter(phase, len(input_ids), self.report), self.accelerator.device
 
         def run_rows(rows: Tensor) -> None:
-            aligned = RightAligned.of(attention_mask[rows], response_length)
-            ids, mask = (aligned.sequences(columns[rows]).to(device) for columns in (input_ids, attention_mask))
+            aligned = LeftPaddedLayout.from_attention_mask(attention_mask[rows], response_length)
+            ids, mask = (aligned.align_tokens(columns[rows]).to(device) for columns in (input_ids, attention_mask))
             run(ids, mask, rows, aligned)
             tally.add(len(rows), int(mask.sum()))
 
         if passes is None:  # rows of similar length together
             order = attention_mask.sum(1).argsort(stable=True)
-            self.forward_size.run(order, run_rows)
+            self.forward_batch_size.run(order, run_rows)
             return
         for rows in passes:
             self.micro_batch_size.run(rows, run_rows)
 
     def _completions(
-        self, rows: Sequence[Row], tokens: Tensor, attended: Tensor, context: dict[str, Any]
+        self, rows: Sequence[Row], tokens: Tensor, response_attention_mask: Tensor, context: dict[str, Any]
     ) -> tuple[Completions, dict[str, list]]:
-        ids = [row[keep].tolist() for row, keep in zip(tokens, attended, strict=True)]
-        columns, prompt_ids = columns_of(rows), None
+        ids = [row[keep].tolist() for row, keep in zip(tokens, response_attention_mask, strict=True)]
+        columns, prompt_ids = to_columns(rows), None
         prompts, skip = columns.pop("prompt", None), self.args.skip_special_tokens
         if prompts is None:
             prompt_ids = [row["input_ids"] for row in rows]
@@ -416,7 +418,7 @@ class Collector:
         completions = [
             [{"role": "assistant", "content": decode(self.tokenizer, response, skip)}]
             if is_conversational(prompt)
-            else continuation(self.tokenizer, row["input_ids"], response, skip)
+            else decode_completion(self.tokenizer, row["input_ids"], response, skip)
             for prompt, row, response in zip(prompts, rows, map(self._strip_eos, ids), strict=True)
         ]
         extra: dict[str, list] = {}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-class Tally:
+class ProgressReporter:
     """Counts what a phase has done and reports it, from its begin on.
 
     Rows are added when their chunk is through, so a chunk that ran out of memory and starts again counts once.
@@ -34,14 +34,14 @@ class Tally:
         return step
 
 
-class Stopwatch:
+class PhaseTimer:
     """Seconds by phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
+    def record(self, phase: str) -> None:
         """Book the time since the last lap to a phase."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last

@@ -32,11 +32,11 @@ MANIFEST = "manifest.json"
 # How a system says that a file or folder cannot be flushed: Windows opens no folders and flushes no descriptor that
 # only reads; some network file systems flush no folders. A disk that is full or broken says something else.
 CANNOT_FLUSH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
-WITHIN_ROLLOUT = ("temperature",)  # of what must be equal, what may change between two rollouts
+MUTABLE_BETWEEN_ROLLOUTS = ("temperature",)  # of what must be equal, what may change between two rollouts
 
 
 @dataclass
-class Progress:
+class PPOState:
     """Where training stands within a rollout.
 
     Attributes:
@@ -45,7 +45,7 @@ class Progress:
         num_tokens: prompt and response tokens of all rollouts so far, over all processes.
         skipped: steps in a row that were skipped for gradients that are not finite.
         generator: the accelerator's random numbers when it was saved, as `generator_state` returns them.
-        evaluation_due: whether the evaluation after the last step has not been made to its end.
+        evaluation_pending: whether the evaluation after the last step has not been made to its end.
         baseline: what rollouts so far say of the next one's returns.
         meter: measurements since the last log.
     """
@@ -55,13 +55,13 @@ class Progress:
     num_tokens: int = 0
     skipped: int = 0
     generator: str | None = None
-    evaluation_due: bool = False
+    evaluation_pending: bool = False
     baseline: RewardBaseline = field(default_factory=RewardBaseline)
     meter: Meter = field(default_factory=Meter)
 
 
 def save_progress(
-    directory: str | Path, process_index: int, progress: Progress, fingerprint: dict[str, Any], inside_rollout: bool
+    directory: str | Path, process_index: int, progress: PPOState, fingerprint: dict[str, Any], inside_rollout: bool
 ) -> None:
     """Write this process's progress; the rollout only if steps are left that learn from it."""
     directory = Path(directory)
@@ -72,7 +72,7 @@ def save_progress(
         "num_tokens": progress.num_tokens,
         "skipped": progress.skipped,
         "generator": progress.generator,
-        "evaluation_due": progress.evaluation_due,
+        "evaluation_pending": progress.evaluation_pending,
         "baseline": asdict(progress.baseline),
         "meter": progress.meter.state_dict(),
     }
@@ -81,7 +81,7 @@ def save_progress(
         progress.rollout.save(_rollout_file(directory, process_index))
 
 
-def load_progress(directory: str | Path, process_index: int, fingerprint: dict[str, Any]) -> Progress:
+def load_progress(directory: str | Path, process_index: int, fingerprint: dict[str, Any]) -> PPOState:
     """Read what `save_progress` wrote.
 
     Raises:
@@ -105,16 +105,16 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
         f"{name} {saved.get(name)} there, {value} here"
         for name, value in fingerprint.items()
         if saved.get(name) != value
-        and (name not in WITHIN_ROLLOUT or _rollout_file(directory, process_index).is_file())
+        and (name not in MUTABLE_BETWEEN_ROLLOUTS or _rollout_file(directory, process_index).is_file())
     ]
     if differing:
         raise ValueError(
             f"{directory} cannot be resumed with these arguments: {'; '.join(differing)}. Use the checkpoint's "
             "values, or start a new run from its adapter."
         )
-    progress = Progress(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"], skipped=state["skipped"])
+    progress = PPOState(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"], skipped=state["skipped"])
     progress.generator = state.get("generator")
-    progress.evaluation_due = state.get("evaluation_due", False)
+    progress.evaluation_pending = state.get("evaluation_pending", False)
     progress.baseline = RewardBaseline(**state.get("baseline", {}))
     progress.meter.load_state_dict(state["meter"])
     if _rollout_file(directory, process_index).is_file():
@@ -146,7 +146,7 @@ def _rollout_file(directory: Path, process_index: int) -> Path:
     return directory / f"rollout_{process_index}.safetensors"
 
 
-def write_whole(
+def write_atomically(
     directory: str | Path, steps: Sequence[Callable[[], None]], on_error: str, agree: Callable[[bool], bool]
 ) -> bool:
     """Write a checkpoint, or leave nothing of it behind: what is half written also fills the disk.
@@ -173,7 +173,7 @@ def write_whole(
         if not agree(error is not None):
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        what = _unwritten(directory, error)
+        what = _write_error_message(directory, error)
         if on_error == "raise":
             raise OSError(f"{what} Free some space, or set save_total_limit or on_save_error='skip'.") from error
         warnings.warn(f"{what} Training goes on without it.", stacklevel=3)
@@ -181,10 +181,10 @@ def write_whole(
     return True
 
 
-def _unwritten(directory: Path, error: Exception | None) -> str:
+def _write_error_message(directory: Path, error: Exception | None) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        last = last_whole_checkpoint(directory.parent)
+        last = find_last_valid_checkpoint(directory.parent)
     free = shutil.disk_usage(directory.parent).free / 2**20
     reason = "another process failed" if error is None else (str(error) or type(error).__name__).splitlines()[0]
     return (
@@ -193,7 +193,7 @@ def _unwritten(directory: Path, error: Exception | None) -> str:
     )
 
 
-def seal(directory: str | Path) -> None:
+def write_manifest(directory: str | Path) -> None:
     """Flush a checkpoint's files to the disk, then write its manifest; from then on it is whole."""
     directory = Path(directory)
     aside = directory / f".{MANIFEST}"
@@ -206,7 +206,7 @@ def seal(directory: str | Path) -> None:
     _flush(directory.parent)
 
 
-def damage(directory: str | Path) -> str | None:
+def integrity_error(directory: str | Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is whole."""
     directory = Path(directory)
     try:
@@ -226,12 +226,12 @@ def check_checkpoint(directory: str) -> None:
     """Refuse to resume from what is no whole checkpoint."""
     if not Path(directory).is_dir():
         raise ValueError(f"resume_from_checkpoint={directory!r}: there is no such folder.")
-    if newest := last_whole_checkpoint(directory):
+    if newest := find_last_valid_checkpoint(directory):
         raise ValueError(
             f"resume_from_checkpoint={directory!r} holds checkpoints and is none. Pass the newest whole one, {newest}, "
             "or True with this output_dir."
         )
-    if found := damage(directory):
+    if found := integrity_error(directory):
         raise ValueError(f"{directory} cannot be resumed: {found}. Use the checkpoint before it.")
 
 
@@ -241,19 +241,19 @@ def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), path) for name, path in named if name and path.is_dir())
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+def find_last_valid_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint of a run that is whole, by its step; damaged newer ones are named in a warning."""
     for _, directory in reversed(checkpoints(output_dir)):
-        found = damage(directory)
+        found = integrity_error(directory)
         if found is None:
             return str(directory)
         warnings.warn(f"{directory} is skipped: {found}. The checkpoint before it is used.", stacklevel=2)
     return None
 
 
-def checkpoints_beyond(output_dir: str | Path, step: int) -> list[Path]:
+def stale_checkpoints(output_dir: str | Path, step: int) -> list[Path]:
     """Whole checkpoints of later steps than that: of another run, which had this folder before."""
-    return [path for at, path in checkpoints(output_dir) if at > step and damage(path) is None]
+    return [path for at, path in checkpoints(output_dir) if at > step and integrity_error(path) is None]
 
 
 def rotate(newest: Path, step: int, limit: int | None, best: str | None) -> None:

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from ..config import PPOConfig
-from ..data.prompts import Row, checked_prompts, tokenized
+from ..data.prompts import Row, tokenize_datasets, validate_prompts
 from ..data.seeding import isolated_rng
 from ..models.actor_critic import ActorCritic
 from ..rewards import Completions
-from ..rollout.collector import Collector, Samples
-from .checkpoint import Progress
+from ..rollout.collector import Experience, RolloutCollector
+from .checkpoint import PPOState
 from .metrics import Meter
 from .validation import named_datasets
 
@@ -34,13 +34,13 @@ class EvaluationMixin(Trainer):
     args: PPOConfig
     model: ActorCritic
     processing_class: PreTrainedTokenizerBase
-    collector: Collector
+    collector: RolloutCollector
     control: Any
-    _progress: Progress
+    _progress: PPOState
     _win_rate: WinRate
     _allow_interrupt: Any
-    _sample: Any
-    _draw: Any
+    _generate_and_score: Any
+    _sampling_uniforms: Any
 
     def evaluate(
         self,
@@ -63,8 +63,8 @@ class EvaluationMixin(Trainer):
             parts = {f"{metric_key_prefix}_{name}": part for name, part in dataset.items()}
         # All are answered before one is reported: a signal in between leaves nothing to be reported twice.
         # An evaluation that the user asks for is made to its end.
-        with self._allow_interrupt() if self._progress.evaluation_due else contextlib.nullcontext():
-            evaluated = [self._evaluated(part, prefix) for prefix, part in parts.items()]
+        with self._allow_interrupt() if self._progress.evaluation_pending else contextlib.nullcontext():
+            evaluated = [self._evaluate_dataset(part, prefix) for prefix, part in parts.items()]
         everything: dict[str, float] = {}
         for samples, metrics in evaluated:
             self.log(logged := {name: value for name, value in metrics.items() if not math.isnan(value)})
@@ -83,24 +83,24 @@ class EvaluationMixin(Trainer):
             `predictions`: token ids of the answers in the order of the prompts, `(N, R)` int64, filled up with -100;
             `metrics`: as of `evaluate`; `label_ids`: None.
         """
-        samples, metrics = self._evaluated(test_dataset, metric_key_prefix)
+        samples, metrics = self._evaluate_dataset(test_dataset, metric_key_prefix)
         self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
-        answers = gathered_answers(samples.completions.completion_ids)
+        answers = gather_completions(samples.completions.completion_ids)
         return PredictionOutput(predictions=answers, label_ids=None, metrics=metrics)
 
-    def _evaluated(self, dataset: Dataset, prefix: str) -> tuple[Samples, dict[str, float]]:
+    def _evaluate_dataset(self, dataset: Dataset, prefix: str) -> tuple[Experience, dict[str, float]]:
         meter = Meter()
-        samples = cast(Samples, self.generate_completions(dataset, meter))
+        samples = cast(Experience, self.generate_completions(dataset, meter))
         metrics = {**self.collector.metrics(samples), **meter.flush(self.collector.reduce, self.collector.union)}
         if self.collector.reduce(torch.tensor(float(len(samples.failed)))) > 0:
             metrics["reward"] = metrics["reward_std"] = math.nan  # of the others alone it is another quantity
         if self.args.eval_win_rate:
-            rows, share = self._evaluation_share(dataset)
-            noise, seed = self._draw(share, ("evaluation",))
+            rows, share = self._shard_for_rank(dataset)
+            noise, seed = self._sampling_uniforms(share, ("evaluation",))
             metrics["win_rate"] = self._win_rate(samples, rows, noise, seed, dataset._fingerprint, self.state)
         return samples, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Samples | None:
+    def generate_completions(self, dataset: Dataset | None = None, meter: Meter | None = None) -> Experience | None:
         """Answer prompts and score the answers, without logging; each process answers its share.
 
         Args:
@@ -118,13 +118,13 @@ class EvaluationMixin(Trainer):
         if not isinstance(prompts, Dataset):
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
         position = ("evaluation",)
-        return self._sample(*self._evaluation_share(prompts), position, meter or Meter())
+        return self._generate_and_score(*self._shard_for_rank(prompts), position, meter or Meter())
 
-    def _evaluation_share(self, prompts: Dataset) -> tuple[list[Row], range]:
+    def _shard_for_rank(self, prompts: Dataset) -> tuple[list[Row], range]:
         """The prompts that this process answers in an evaluation, and their numbers among those of all processes."""
         own = any(prompts is dataset for dataset in (self.train_dataset, *named_datasets(self.eval_dataset).values()))
         if not own or "input_ids" not in prompts.column_names:
-            prompts = self._as_prompts(prompts, "the dataset to evaluate on")
+            prompts = self._tokenize_prompts(prompts, "the dataset to evaluate on")
         share = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         if len(prompts) < self.accelerator.num_processes:  # seen by all processes: none waits for another
             raise ValueError(
@@ -133,12 +133,12 @@ class EvaluationMixin(Trainer):
             )
         return [prompts[i] for i in share], share
 
-    def _as_prompts(self, dataset: Any, name: str) -> Any:
-        dataset = tokenized({name: dataset}, self.processing_class, **self.args.prompt_options)[name]
+    def _tokenize_prompts(self, dataset: Any, name: str) -> Any:
+        dataset = tokenize_datasets({name: dataset}, self.processing_class, **self.args.tokenize_kwargs)[name]
         limits = (self.args.response_length, self.model.context, self.model.num_embeddings)
-        return checked_prompts(dataset, *limits, name)
+        return validate_prompts(dataset, *limits, name)
 
-    def answer_alone(self, prompts: Dataset) -> Samples:
+    def _generate_on_main_process(self, prompts: Dataset) -> Experience:
         """Answer tokenized prompts on this process, all of them; the others are not asked.
 
         The answers are scored by reward models; where there are reward functions, only if `report_rewards` says so.
@@ -146,7 +146,9 @@ class EvaluationMixin(Trainer):
         score = self.args.report_rewards or not self.collector.rewards.calls_functions
         rows = range(len(prompts))
         with self._allow_interrupt():
-            return cast(Samples, self._sample(list(prompts), rows, ("evaluation",), Meter(), score=score))
+            return cast(
+                Experience, self._generate_and_score(list(prompts), rows, ("evaluation",), Meter(), score=score)
+            )
 
 
 class WinRate:
@@ -159,14 +161,14 @@ class WinRate:
         collector: answers and scores.
     """
 
-    def __init__(self, collector: Collector) -> None:
+    def __init__(self, collector: RolloutCollector) -> None:
         self.collector = collector
         self.answers: dict[str, Completions] = {}
 
     @torch.no_grad()
     def __call__(
         self,
-        samples: Samples,
+        samples: Experience,
         rows: Sequence[Row],
         noise: Tensor,
         seed: int,
@@ -186,19 +188,19 @@ class WinRate:
         collector = self.collector
         with isolated_rng(seed):
             if dataset not in self.answers:
-                self.answers[dataset] = collector.answer_as_reference(rows, noise)
-            context = {"trainer_state": trainer_state, "log_metric": _drop, "log_extra": _drop}
+                self.answers[dataset] = collector.generate_from_reference(rows, noise)
+            context = {"trainer_state": trainer_state, "log_metric": _ignore, "log_extra": _ignore}
             with collector.accelerator.autocast():
                 theirs = collector.rewards(replace(self.answers[dataset], context=context)).total
         wins = (samples.scores > theirs).float() + 0.5 * (samples.scores == theirs)
         return collector.moments(wins.masked_fill((samples.scores + theirs).isnan(), torch.nan))[0]
 
 
-def _drop(name: str, value: Any) -> None:
+def _ignore(name: str, value: Any) -> None:
     """Log nothing."""
 
 
-def gathered_answers(ids: list[list[int]]) -> np.ndarray:
+def gather_completions(ids: list[list[int]]) -> np.ndarray:
     """Answers of all processes in the order of their prompts, `(N, R)` int64, filled up with -100.
 
     Args:

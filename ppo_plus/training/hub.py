@@ -106,16 +106,16 @@ class HubMixin:
         )
 
 
-def save_arguments(args: TrainingArguments, directory: str | Path) -> None:
+def save_training_args_json(args: TrainingArguments, directory: str | Path) -> None:
     """Write the arguments as JSON, readable and without tokens."""
     values = args.to_sanitized_dict() | {k: v for k, v in args.to_dict().items() if isinstance(v, dict)}
-    text = json.dumps(without_tokens(values), indent=2, default=str)
+    text = json.dumps(redact_tokens(values), indent=2, default=str)
     (Path(directory) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
 
 
-def without_tokens(values: Any) -> Any:
+def redact_tokens(values: Any) -> Any:
     """A copy in which whatever is named `token`, or ends in it, is blanked (`stop_token` excepted: it is a word)."""
     if not isinstance(values, dict):
         return values
     secret = {key for key in values if isinstance(key, str) and key.lower().endswith("token") and key != "stop_token"}
-    return {key: f"<{key.upper()}>" if key in secret else without_tokens(value) for key, value in values.items()}
+    return {key: f"<{key.upper()}>" if key in secret else redact_tokens(value) for key, value in values.items()}

@@ -49,7 +49,7 @@ class Meter:
         return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
 
     @contextlib.contextmanager
-    def unless_error(self) -> Iterator[None]:
+    def rollback_on_error(self) -> Iterator[None]:
         """Forget what was added inside the block if the block fails: it will be tried again."""
         before = dict(self._sums)
         try:

@@ -51,7 +51,7 @@ class Card:
     name: str
     repo: str
     base: str
-    loader: str
+    auto_class: str
     adapter: bool
     dataset: str | None
     prompts: int | None
@@ -64,7 +64,7 @@ class Card:
 
     def text(self) -> str:
         """The card in Markdown, its header in YAML."""
-        return "\n".join([*self._header(), *self._story(), *self._curves(), *self._loading(), *self._settings(), ""])
+        return "\n".join([*self._header(), *self._summary(), *self._curves(), *self._loading(), *self._settings(), ""])
 
     def _header(self) -> list[str]:
         library = {"library_name": "peft" if self.adapter else "transformers", "pipeline_tag": "text-generation"}
@@ -75,15 +75,15 @@ class Card:
             header["datasets"] = [self.dataset]
         return ["---", ModelCardData(**header).to_yaml(), "---", ""]
 
-    def _story(self) -> list[str]:
+    def _summary(self) -> list[str]:
         kind = "A LoRA adapter for" if self.adapter else "A fine-tuned version of"
         data = f"`{Path(self.dataset).name if Path(self.dataset).exists() else self.dataset}`" if self.dataset else ""
         rewards = ", ".join(f"`{name}` (weight {weight:g})" for name, weight in self.rewards.items())
         processes = "one process" if self.processes == 1 else f"{self.processes} processes"
         return [
             f"# {self.name}", "",
-            f"{kind} `{shown(self.base)}`, trained by proximal policy optimization (PPO, Schulman et al. 2017) with "
-            f"ppo_plus on {processes}.", "",
+            f"{kind} `{display_name(self.base)}`, trained by proximal policy optimization (PPO, Schulman et al. 2017) "
+            f"with ppo_plus on {processes}.", "",
             "| | |", "|---|---|",
             f"| prompts | {self.prompts or 'a stream'}{' of ' + data if data else ''} |",
             f"| reward | {rewards} |",
@@ -113,14 +113,14 @@ class Card:
         if self.adapter:
             lines += [
                 "from peft import PeftModel",
-                f"from transformers import {self.loader}, AutoTokenizer", "",
-                f'base = {self.loader}.from_pretrained("{shown(self.base)}")',
+                f"from transformers import {self.auto_class}, AutoTokenizer", "",
+                f'base = {self.auto_class}.from_pretrained("{display_name(self.base)}")',
                 f'model = PeftModel.from_pretrained(base, "{self.repo}")',
             ]  # fmt: skip
         else:
             lines += [
-                f"from transformers import {self.loader}, AutoTokenizer", "",
-                f'model = {self.loader}.from_pretrained("{self.repo}")',
+                f"from transformers import {self.auto_class}, AutoTokenizer", "",
+                f'model = {self.auto_class}.from_pretrained("{self.repo}")',
             ]  # fmt: skip
         lines += [f'tokenizer = AutoTokenizer.from_pretrained("{self.repo}")', "```", ""]
         return [*lines, "`value_head.safetensors` is the critic's head, which only further training needs.", ""]
@@ -131,7 +131,7 @@ class Card:
         return ["## Hyper-parameters", "", "| | |", "|---|---|", *rows, "", versions]
 
 
-def shown(name: str) -> str:
+def display_name(name: str) -> str:
     """A model's name; of a folder only the last part, which is all that means something elsewhere."""
     return Path(name).name if Path(name).exists() else name
 
@@ -231,7 +231,7 @@ class CardMixin:
             name=name,
             repo=self.hub_model_id or name,
             base=finetuned_from or model.language_model.config._name_or_path or "the base model",
-            loader=language_model_class(model.language_model.config).__name__,
+            auto_class=language_model_class(model.language_model.config).__name__,
             adapter=model.is_peft,
             dataset=data[0] if isinstance(data, list) else data,
             prompts=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,

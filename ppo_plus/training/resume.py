@@ -24,26 +24,26 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..config import PPOConfig
 from ..models.actor_critic import ActorCritic
-from ..models.adapters import scalings
-from ..rollout.collector import Collector
+from ..models.adapters import lora_scalings
+from ..rollout.collector import RolloutCollector
 from ..utils.devices import generator_state, set_generator_state
 from ..utils.interrupt import Interrupted
 from .checkpoint import (
-    WITHIN_ROLLOUT,
-    Progress,
+    MUTABLE_BETWEEN_ROLLOUTS,
+    PPOState,
     check_checkpoint,
-    checkpoints_beyond,
-    damage,
-    last_whole_checkpoint,
+    find_last_valid_checkpoint,
+    integrity_error,
     load_progress,
     rotate,
     save_progress,
-    seal,
+    stale_checkpoints,
     weights_digest,
-    write_whole,
+    write_atomically,
+    write_manifest,
 )
-from .hub import HubMixin, save_arguments
-from .shutdown import InterruptCallback
+from .hub import HubMixin, save_training_args_json
+from .shutdown import GracefulShutdownCallback
 
 
 class ResumeMixin(HubMixin, Trainer):
@@ -52,9 +52,9 @@ class ResumeMixin(HubMixin, Trainer):
     args: PPOConfig
     model: ActorCritic
     processing_class: PreTrainedTokenizerBase
-    collector: Collector
-    _interrupt: InterruptCallback
-    _progress: Progress
+    collector: RolloutCollector
+    _interrupt: GracefulShutdownCallback
+    _progress: PPOState
 
     def train(
         self,
@@ -71,29 +71,29 @@ class ResumeMixin(HubMixin, Trainer):
         if isinstance(resume_from_checkpoint, Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(cast(str, self.args.output_dir))
+            resume_from_checkpoint = find_last_valid_checkpoint(cast(str, self.args.output_dir))
             if resume_from_checkpoint is None:
                 warnings.warn(f"No whole checkpoint in {self.args.output_dir}: training starts anew.", stacklevel=2)
         elif isinstance(resume_from_checkpoint, str):
             check_checkpoint(resume_from_checkpoint)
         if not resume_from_checkpoint:
-            self._progress = Progress(kl_coef=self.args.kl_coef, baseline=self._progress.baseline)
-        self._name_other_runs(resume_from_checkpoint or None)
+            self._progress = PPOState(kl_coef=self.args.kl_coef, baseline=self._progress.baseline)
+        self._warn_stale_checkpoints(resume_from_checkpoint or None)
         with self._interrupt:
             try:
                 output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             except Interrupted:
-                return self._left_between_steps(trial)
+                return self._finish_interrupted(trial)
             self._interrupt.agree()  # none leaves before the others have saved
             # It came after the last step. On several processes all know of it, or none: they save together.
-            if self._interrupt.stops_for is not None and not self.args.load_best_model_at_end:
+            if self._interrupt.agreed_signal is not None and not self.args.load_best_model_at_end:
                 self._save_last_step(trial)
             return output
 
-    def _name_other_runs(self, resumed: str | None) -> None:
+    def _warn_stale_checkpoints(self, resumed: str | None) -> None:
         state = None if resumed is None else TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
         begins = 0 if state is None else state.global_step
-        others = checkpoints_beyond(cast(str, self.args.output_dir), begins)
+        others = stale_checkpoints(cast(str, self.args.output_dir), begins)
         if others and self.is_world_process_zero():
             warnings.warn(
                 f"{self.args.output_dir} has checkpoints of another run beyond step {begins}, where this one begins, "
@@ -102,7 +102,7 @@ class ResumeMixin(HubMixin, Trainer):
                 stacklevel=3,
             )
 
-    def _left_between_steps(self, trial: Any) -> TrainOutput:
+    def _finish_interrupted(self, trial: Any) -> TrainOutput:
         self._save_last_step(trial)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, {})
@@ -110,7 +110,7 @@ class ResumeMixin(HubMixin, Trainer):
     def _save_last_step(self, trial: Any) -> None:
         step = self.state.global_step
         saved = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if step > self._interrupt.began_at and self._on_any_process(damage(saved) is not None):
+        if step > self._interrupt.start_step and self._any_rank(integrity_error(saved) is not None):
             self._save_checkpoint(self.model_wrapped, trial)
 
     def _allow_interrupt(self) -> AbstractContextManager:
@@ -119,12 +119,15 @@ class ResumeMixin(HubMixin, Trainer):
         return self._interrupt.interrupt.allow() if alone else contextlib.nullcontext()
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        due, self._progress.evaluation_due = self._progress.evaluation_due, True  # until it is made, or a signal comes
+        due, self._progress.evaluation_pending = (
+            self._progress.evaluation_pending,
+            True,
+        )  # until it is made, or a signal comes
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        self._progress.evaluation_due = due and skip_scheduler  # that of eval_on_start is another one
+        self._progress.evaluation_pending = due and skip_scheduler  # that of eval_on_start is another one
         return metrics
 
-    def _make_due_evaluation(self) -> None:
+    def _run_pending_evaluation(self) -> None:
         """Evaluate as Trainer would have after the last step before a checkpoint, had no signal come."""
         metrics = self._evaluate(None, None)
         saved = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -137,7 +140,7 @@ class ResumeMixin(HubMixin, Trainer):
         directory = cast(str, output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model).save_pretrained(directory)
         self.processing_class.save_pretrained(directory)
-        save_arguments(self.args, directory)
+        save_training_args_json(self.args, directory)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Trainer calls this where it saves the rest of what a resumed run needs.
@@ -166,13 +169,13 @@ class ResumeMixin(HubMixin, Trainer):
         # Trainer would push it, and delete the one before, while this one has no manifest yet.
         limit, push = self.args.save_total_limit, self.args.push_to_hub
         self.args.save_total_limit, self.args.push_to_hub = None, False
-        write, finish = partial(super()._save_checkpoint, model, trial), partial(seal, directory)
+        write, finish = partial(super()._save_checkpoint, model, trial), partial(write_manifest, directory)
         try:
-            written = write_whole(
+            written = write_atomically(
                 directory,
                 [write, finish if self.args.should_save else lambda: None],  # as many everywhere: they are counted
                 self.args.on_save_error,
-                self._on_any_process,
+                self._any_rank,
             )
         finally:
             self.args.save_total_limit, self.args.push_to_hub = limit, push
@@ -184,10 +187,10 @@ class ResumeMixin(HubMixin, Trainer):
         if self.args.should_save:
             rotate(directory, self.state.global_step, limit, self.state.best_model_checkpoint)
 
-    def _highest(self, number: int) -> int:
+    def _all_reduce_max(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
 
-    def _on_any_process(self, failed: bool) -> bool:
+    def _any_rank(self, failed: bool) -> bool:
         return bool(self.collector.reduce(torch.tensor(float(failed))))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -206,12 +209,12 @@ class ResumeMixin(HubMixin, Trainer):
                 found = next(other for other in restored if type(other) is type(callback))
                 restored.remove(found)
                 before[place] = found
-                _say_what_is_restored(callback, found)
+                _warn_restored_arguments(callback, found)
         handler.callbacks = before
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With save_strategy="best" this alone decides what is saved, and a signal asks for a checkpoint.
-        return super()._determine_best_metric(metrics, trial) or self._interrupt.stops_for is not None
+        return super()._determine_best_metric(metrics, trial) or self._interrupt.agreed_signal is not None
 
     def _load_best_model(self) -> None:
         self.model.load_weights(self.state.best_model_checkpoint)
@@ -219,17 +222,17 @@ class ResumeMixin(HubMixin, Trainer):
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint's steps to mean the same in this run."""
         sizes = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length")
-        names = (*sizes, "critic", "seed", "data_seed", *WITHIN_ROLLOUT)
+        names = (*sizes, "critic", "seed", "data_seed", *MUTABLE_BETWEEN_ROLLOUTS)
         return {
             **{name: getattr(self.args, name) for name in names},
             "num_processes": self.accelerator.num_processes,
             "num_prompts": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            "adapter_scaling": scalings(self.model.policy),
+            "adapter_scaling": lora_scalings(self.model.policy),
             "base_weights": weights_digest(self.model.frozen_models),
         }
 
 
-def _say_what_is_restored(given: Any, restored: Any) -> None:
+def _warn_restored_arguments(given: Any, restored: Any) -> None:
     here, there = given.state()["args"], restored.state()["args"]
     if here != there:
         warnings.warn(

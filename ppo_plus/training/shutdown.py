@@ -19,13 +19,13 @@ from ..utils.interrupt import Interrupt
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
 
 
-def _leave_processes() -> None:
+def _destroy_process_group() -> None:
     # Threads of a process group that nobody leaves may abort the interpreter at its end, and that is its exit status.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-class InterruptCallback(TrainerCallback):
+class GracefulShutdownCallback(TrainerCallback):
     """SIGTERM or SIGINT once: finish the optimizer step, write a checkpoint, and end as the signal would have.
 
     A second one ends the process at once. A step is finished rather than a micro-batch, because only between steps
@@ -40,54 +40,54 @@ class InterruptCallback(TrainerCallback):
         highest: of a number on each process the highest, called on all of them at the same step.
     """
 
-    def __init__(self, highest: Callable[[int], int] = int) -> None:
-        self.highest = highest
+    def __init__(self, reduce_max: Callable[[int], int] = int) -> None:
+        self.reduce_max = reduce_max
         self.interrupt = Interrupt()
-        self.stops_for: int | None = None
-        self.began_at = 0
-        self._before: dict[int, Any] = {}
+        self.agreed_signal: int | None = None
+        self.start_step = 0
+        self._previous_handlers: dict[int, Any] = {}
 
     @property
     def received(self) -> int | None:
         """The signal that came to this process."""
         return self.interrupt.received
 
-    def __enter__(self) -> InterruptCallback:
-        self.interrupt.received = self.stops_for = None
+    def __enter__(self) -> GracefulShutdownCallback:
+        self.interrupt.received = self.agreed_signal = None
         if threading.current_thread() is threading.main_thread():  # only there can one listen to signals
-            self._before = {s: signal.signal(s, self._receive) for s in SIGNALS}
+            self._previous_handlers = {s: signal.signal(s, self._receive) for s in SIGNALS}
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._put_back()
-        number = self.received or self.stops_for
-        self.interrupt.received = self.stops_for = None
+        self._restore_handlers()
+        number = self.received or self.agreed_signal
+        self.interrupt.received = self.agreed_signal = None
         if number is not None:
-            atexit.register(_leave_processes)
+            atexit.register(_destroy_process_group)
             signal.raise_signal(number)  # what was put off happens now, with the conventional exit status
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the step that is resumed from: of it there is a checkpoint."""
-        self.began_at = state.global_step
+        self.start_step = state.global_step
 
     @property
     def came(self) -> bool:
         """Whether a signal ends the run."""
-        return self.received is not None or self.stops_for is not None
+        return self.received is not None or self.agreed_signal is not None
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if a signal came to any process."""
         self.agree()
-        if self.stops_for is not None:
+        if self.agreed_signal is not None:
             control.should_save = control.should_training_stop = True
 
     def agree(self) -> None:
         """Tell the other processes of a signal, and hear of theirs; all wait for all."""
-        self.stops_for = self.highest(self.received or 0) or None
+        self.agreed_signal = self.reduce_max(self.received or 0) or None
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is not None:
-            self._put_back()
+            self._restore_handlers()
             signal.raise_signal(number)
         name = signal.Signals(number).name
         with contextlib.suppress(RuntimeError):  # it came while stderr was written to, which cannot be entered twice
@@ -96,13 +96,13 @@ class InterruptCallback(TrainerCallback):
             )
         self.interrupt.receive(number)
 
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous_handlers = {}
 
 
-class WishesCallback(TrainerCallback):
+class DeferredControlCallback(TrainerCallback):
     """Keeps what callbacks wished for during a rollout (`control.should_save` and the like) until the step after it.
 
     A rollout comes before its first step begins, and there Trainer forgets what was wished for.
@@ -111,14 +111,14 @@ class WishesCallback(TrainerCallback):
     NAMES = ("should_save", "should_evaluate", "should_log")
 
     def __init__(self) -> None:
-        self._wished: set[str] = set()
+        self._pending: set[str] = set()
 
     def note(self, control: TrainerControl) -> None:
         """Remember what is wished for now."""
-        self._wished |= {name for name in self.NAMES if getattr(control, name)}
+        self._pending |= {name for name in self.NAMES if getattr(control, name)}
 
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Wish for it again."""
-        for name in self._wished:
+        for name in self._pending:
             setattr(control, name, True)
-        self._wished.clear()
+        self._pending.clear()

@@ -14,21 +14,31 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..callbacks.base import PPOCallback
-from ..config import PPOConfig, refuse_sharding
+from ..config import PPOConfig, check_no_sharding
 from ..kernels.liger import check_liger, check_liger_model
-from ..models.adapter_checks import check_no_adapter, check_own_weights, check_reward_adapter, check_trained_tokens
-from ..models.adapter_files import adapter_folder
-from ..models.base_weights import Samples, local_folder, sample_files, sample_model
+from ..models.adapter_checks import check_no_adapter, check_preserves_base, check_reward_adapter, check_trained_tokens
+from ..models.adapter_files import resolve_adapter_path
+from ..models.base_weights import WeightSamples, local_folder, sample_files, sample_model
 from ..models.loading import base_name, check_adapter_kind, count_embeddings, load_config
 from ..models.precision import check_trained_dtype
 from ..models.weight_checks import check_device_map
 from ..rewards.adapters import check_same_base
-from ..rewards.build import check_call, listed_rewards
+from ..rewards.build import check_signature, normalize_rewards
 from ..rewards.checks import check_reward_module, check_reward_task, load_reward_tokenizers
 from ..rewards.reward_set import check_weights
 
-OWN_METRICS = ("reward", "reward_std", "kl", "entropy", "num_tokens", "loss", "grad_norm", "learning_rate", "win_rate")
-OWN_GROUPS = ("rewards/", "completions/", "ppo/", "clip_ratio/", "critic/", "rollout/", "time/")
+RESERVED_METRICS = (
+    "reward",
+    "reward_std",
+    "kl",
+    "entropy",
+    "num_tokens",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "win_rate",
+)
+RESERVED_PREFIXES = ("rewards/", "completions/", "ppo/", "clip_ratio/", "critic/", "rollout/", "time/")
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
@@ -42,20 +52,20 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     """Refuse arguments of the wrong kind, and settings that this machine cannot run."""
     if not isinstance(args, PPOConfig):
         raise TypeError(f"args must be a ppo_plus.PPOConfig; got {type(args).__name__}.")
-    refuse_sharding(args)
+    check_no_sharding(args)
     if (reward_funcs is None) == (reward_model is None):
         both = "both" if reward_funcs is not None else "neither"
         raise ValueError(f"Pass reward_funcs or its other name reward_model; got {both}.")
     if isinstance(eval_dataset, dict) and {"train_dataset", "eval_dataset"} & set(eval_dataset):
         raise ValueError("eval_dataset: the names 'train_dataset' and 'eval_dataset' are taken; choose others.")
     for name, dataset in {"train_dataset": train_dataset, **named_datasets(eval_dataset)}.items():
-        check_dataset(name, dataset, may_stream=name == "train_dataset" and args.total_steps > 0)
+        check_dataset(name, dataset, allow_streaming=name == "train_dataset" and args.requested_max_steps > 0)
     if args.eval_strategy != "no" and not named_datasets(eval_dataset):
         raise ValueError(
             f"eval_strategy={args.eval_strategy.value!r} needs prompts to evaluate on: pass eval_dataset, or set "
             "eval_strategy='no'."
         )
-    if args.needs_best_metric and isinstance(eval_dataset, dict):
+    if args.tracks_best_metric and isinstance(eval_dataset, dict):
         check_best_metric(cast(str, args.metric_for_best_model), list(eval_dataset))
     if args.n_gpu > 1:
         raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
@@ -70,15 +80,15 @@ def check_optimizers(optimizers: tuple) -> None:
     if given:
         raise ValueError(
             f"optimizers: the {' and the '.join(given)} came before adapter and value head, so they would not train "
-            "them. Leave the argument out: set optim, learning_rate, value_learning_rate and lr_scheduler_type in "
+            "them. Leave the argument out: set optim, learning_rate, value_head_learning_rate and lr_scheduler_type in "
             "PPOConfig, or trainer.optimizer once the trainer is made."
         )
 
 
-def check_dataset(name: str, dataset: Any, may_stream: bool) -> None:
+def check_dataset(name: str, dataset: Any, allow_streaming: bool) -> None:
     """Refuse what is no dataset, and a stream where nothing says how much of it is used."""
     if isinstance(dataset, IterableDataset):
-        if may_stream:
+        if allow_streaming:
             return
         if name == "train_dataset":
             raise ValueError(f"{name} is a stream, which has no length: set max_steps or total_episodes.")
@@ -128,10 +138,10 @@ def check_models(model: Any, ref_model: Any, value_model: Any, tokenizer: PreTra
         raise ValueError(f"value_model has num_labels={labels}; a critic gives one number: use num_labels=1.")
     for name, other in (("ref_model", ref_model), ("value_model", value_model)):
         if isinstance(other, nn.Module):
-            check_reads_tokens(name, other, tokenizer)
+            check_vocab_size(name, other, tokenizer)
 
 
-def check_reads_tokens(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocab_size(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a second model that has no embeddings for some of the policy's tokens."""
     vocabulary = model.config.get_text_config().vocab_size
     padding_alone = tokenizer.pad_token_id == len(tokenizer) - 1  # added to the tokenizer and not to the model
@@ -145,13 +155,14 @@ def check_reads_tokens(name: str, model: Any, tokenizer: PreTrainedTokenizerBase
 def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: Any, value_model: Any) -> None:
     """Refuse adapters that train their base, or that were not trained as reward models of this base."""
     check_adapter_kind(peft_config)
-    actors = actors_adapter(model, peft_config)
+    actors = resolve_actor_peft_config(model, peft_config)
     if args.use_liger_kernel:
         named = not isinstance(model, nn.Module)
         init_kwargs = cast(dict, args.model_init_kwargs or {})
         check_liger_model(load_config(base_name(model), init_kwargs) if named else model.config)
     folders = map(
-        adapter_folder, [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]
+        resolve_adapter_path,
+        [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model],
     )
     adapters = [folder for folder in folders if folder is not None]
     if adapters:
@@ -163,7 +174,7 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
             if embeddings is not None:
                 check_trained_tokens(folder, embeddings)
             check_same_base(folder, config._name_or_path, samples)
-            check_same_kind(folder, actors)
+            check_same_peft_type(folder, actors)
     if args.critic == "adapter" and actors is None:
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
 
@@ -185,7 +196,7 @@ def check_quantized_device(args: PPOConfig, model: Any, quantization_config: Any
         )
 
 
-def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, Samples]:
+def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, WeightSamples]:
     """The configuration of the actor's base, and samples of its weights, empty where they are not on this machine."""
     if isinstance(model, nn.Module):
         return model.config, sample_model(model)
@@ -198,15 +209,20 @@ def check_precision(args: PPOConfig, model: Any, peft_config: PeftConfig | None)
     """Refuse or warn of a dtype in `model_init_kwargs` in which a model cannot well be trained in full."""
     options = cast(dict, args.model_init_kwargs or {})
     dtype = options.get("dtype", options.get("torch_dtype"))
-    if dtype is None or peft_config is not None or not isinstance(model, str) or adapter_folder(model) is not None:
+    if (
+        dtype is None
+        or peft_config is not None
+        or not isinstance(model, str)
+        or resolve_adapter_path(model) is not None
+    ):
         return
     dtype = load_config(model, options).dtype if dtype == "auto" else dtype
     check_trained_dtype(dtype, args.fp16, args.learning_rate)
 
 
-def actors_adapter(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
+def resolve_actor_peft_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
     """The configuration of the adapter that is trained: a new one, or the one that the model is or has; else None."""
-    folder = adapter_folder(model)
+    folder = resolve_adapter_path(model)
     if folder is None or peft_config is not None:
         config = getattr(model, "peft_config", {}).get("default")
         if peft_config is None and config is not None:
@@ -217,10 +233,10 @@ def actors_adapter(model: Any, peft_config: PeftConfig | None) -> PeftConfig | N
             "is_trainable=True), to go on training it, with what it is now as the reference; or merge it into its base "
             "(merge_and_unload), save that, and train a new one on it.",
         )
-        check_own_weights(peft_config, "peft_config")
+        check_preserves_base(peft_config, "peft_config")
         return peft_config or config
     config = PeftConfig.from_pretrained(str(folder))
-    check_own_weights(config, f"The adapter in {folder}")
+    check_preserves_base(config, f"The adapter in {folder}")
     check_task(config, f"model={model!r}")
     return config
 
@@ -231,7 +247,7 @@ def check_task(config: PeftConfig, whose: str) -> None:
         raise ValueError(f"{whose} is an adapter for {config.task_type}; a policy needs one for CAUSAL_LM.")
 
 
-def check_same_kind(folder: Path, actors: PeftConfig | None) -> None:
+def check_same_peft_type(folder: Path, actors: PeftConfig | None) -> None:
     """Refuse a reward adapter of another kind than the actor's: PEFT puts but one kind on a base."""
     theirs = PeftConfig.from_pretrained(str(folder)).peft_type
     if actors is not None and actors.peft_type != theirs:
@@ -243,7 +259,7 @@ def check_same_kind(folder: Path, actors: PeftConfig | None) -> None:
 
 def check_metric_name(name: str) -> None:
     """Refuse to log something else under the name of a metric of the trainer's own."""
-    if name in OWN_METRICS or name.startswith(OWN_GROUPS):
+    if name in RESERVED_METRICS or name.startswith(RESERVED_PREFIXES):
         raise ValueError(f"log_metric({name!r}, ...): that is a metric of PPOTrainer's own. Choose another name.")
 
 
@@ -254,20 +270,20 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: 
     Returns:
         the tokenizers of reward models, as `load_reward_tokenizers` has them.
     """
-    funcs, _ = listed_rewards(reward_funcs, tokenizers)
+    funcs, _ = normalize_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
-    if args.reward_baseline and not any(map(adapter_folder, funcs)):
+    if args.prefix_reward_baseline and not any(map(resolve_adapter_path, funcs)):
         raise ValueError(
-            "reward_baseline=True reads the scores of a reward adapter on the actor's backbone, and no reward function "
-            "is one: pass the folder of one, or leave the option out."
+            "prefix_reward_baseline=True reads the scores of a reward adapter on the actor's backbone, and no reward "
+            "function is one: pass the folder of one, or leave the option out."
         )
     for func in funcs:
         if not isinstance(func, str | Path | nn.Module):
             for name, found in columns.items():
-                check_call(func, [c for c in found if c not in ("prompt", "input_ids", "attention_mask")], name)
+                check_signature(func, [c for c in found if c not in ("prompt", "input_ids", "attention_mask")], name)
         elif isinstance(func, nn.Module):
             check_reward_module(func)
-        elif adapter_folder(func) is None:
+        elif resolve_adapter_path(func) is None:
             check_reward_task(str(func))
     return load_reward_tokenizers(reward_funcs, tokenizers)
 
@@ -290,7 +306,7 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
         train_dataset: its prompts.
         evaluates: whether there are prompts to evaluate on.
     """
-    steps = args.total_steps
+    steps = args.requested_max_steps
     if steps <= 0:
         rollouts = len(train_dataset) // (args.rollout_batch_size * args.world_size)
         steps = math.ceil(args.num_train_epochs * rollouts * args.steps_per_rollout)

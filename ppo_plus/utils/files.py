@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
-def readable(path: str | Path) -> Iterator[None]:
+def reraise_as_corrupt_file(path: str | Path) -> Iterator[None]:
     """Name the file where safetensors or JSON inside the block turn out to be damaged."""
     try:
         yield
@@ -28,7 +28,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged, or holds something else.
     """
-    with readable(file):
+    with reraise_as_corrupt_file(file):
         content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(
