@@ -25,7 +25,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
-from .config import RewardConfig, check_no_sharding, copy_arguments
+from .config import check_no_sharding, copy_arguments
+from .config.reward_config import RewardConfig
 from .data.preferences import tokenize_pairs
 from .data.tokenizers import check_embedded
 from .kernels.fp32_heads import compute_heads_in_fp32

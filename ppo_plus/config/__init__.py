@@ -1,8 +1,7 @@
-"""Configurations of `PPOTrainer` and `RewardTrainer`."""
+"""Configurations of `PPOTrainer` and (in `reward_config`, which needs TRL) of `RewardTrainer`."""
 
 from .ppo_config import PPOConfig
-from .reward_config import RewardConfig
 from .shared import check_no_sharding, copy_arguments, is_number
 from .trl_fields import TRLFields
 
-__all__ = ["PPOConfig", "RewardConfig", "TRLFields", "check_no_sharding", "copy_arguments", "is_number"]
+__all__ = ["PPOConfig", "TRLFields", "check_no_sharding", "copy_arguments", "is_number"]

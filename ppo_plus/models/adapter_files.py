@@ -18,9 +18,9 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
-from ..training.checkpoint import checkpoints
 from ..utils.files import read_json_object, reraise_as_corrupt_file
 from .base_weights import WeightSamples, decode_samples, local_folder, sample_files
 
@@ -55,10 +55,10 @@ def resolve_adapter_path(model: Any) -> Path | None:
         read_json_object(local / CONFIG_NAME)
         return local
     if local.exists():
-        if (saved := checkpoints(local)) and not (local / MODEL_CONFIG).is_file():
+        if local.is_dir() and (newest := get_last_checkpoint(local)) and not (local / MODEL_CONFIG).is_file():
             raise ValueError(
                 f"{model} holds checkpoints and no model: training has not ended, or save_model() was not called. Pass "
-                f"one of its checkpoints, the newest is {saved[-1][1]}, or call trainer.save_model()."
+                f"one of its checkpoints, the newest is {newest}, or call trainer.save_model()."
             )
         return None
     found = [download(str(model), file) for file in (CONFIG_NAME, WEIGHTS_FILE)]
