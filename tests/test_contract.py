@@ -466,8 +466,8 @@ def test_ppo_serves_one_list_of_micro_batches_and_one_number_of_tokens(tmp_path)
     trainer.train()
     ((num_batches, micro_batches, tokens),) = served
     assert isinstance(micro_batches, list) and num_batches == len(micro_batches) == 2
-    tensors = [value for batch in micro_batches for name, value in batch.items() if name != "sizes"]
+    tensors = [value for batch in micro_batches for name, value in batch.items() if name != "seq_lens"]
     assert all(isinstance(value, torch.Tensor) and len(value) == 2 for value in tensors)
-    assert all(len(batch["sizes"]) == 2 for batch in micro_batches)
+    assert all(len(batch["seq_lens"]) == 2 for batch in micro_batches)
     assert all("labels" not in batch for batch in micro_batches)
     assert tokens.item() == sum(batch["action_mask"].sum().item() for batch in micro_batches)

@@ -115,7 +115,7 @@ def test_the_checkpoint_before_stays_until_the_new_one_is_whole(tmp_path, monkey
         at_seal.append([s for s in steps(tmp_path) if integrity_error(tmp_path / f"checkpoint-{s}") is None])
         write_manifest(directory)
 
-    monkeypatch.setattr(resume_module, "seal", watched)
+    monkeypatch.setattr(resume_module, "write_manifest", watched)
     trainer.train()
     assert at_seal == [[], [1], [2]]
     assert steps(tmp_path) == [3]

@@ -165,12 +165,12 @@ def test_weights_at_rest_are_cast_once_and_change_no_bit(dtype):
     with torch.no_grad():
         expected = model(ids).logits
     with cached_lora_weights(model):
-        first, kept = model(ids).logits, layer._cache[("default",), dtype][0]
+        first, kept = model(ids).logits, layer._cached_weights[("default",), dtype][0]
         assert torch.equal(first, expected) and kept[0].dtype == dtype
-        assert torch.equal(model(ids).logits, expected) and layer._cache[("default",), dtype][0] is kept
+        assert torch.equal(model(ids).logits, expected) and layer._cached_weights[("default",), dtype][0] is kept
         with model.disable_adapter():
             assert not torch.equal(model(ids).logits, expected)
-    assert layer._cache is None
+    assert layer._cached_weights is None
 
 
 @pytest.mark.parametrize("rows", [1, plain.MAX_FP32_ROWS, plain.MAX_FP32_ROWS + 1])

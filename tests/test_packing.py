@@ -336,7 +336,7 @@ def test_padding_costs_less_than_a_twentieth_of_the_tokens(tmp_path, monkeypatch
             passes.append((sum(lengths), mask.numel() if found is NO_PACKING else sum(lengths), mask.numel()))
         return found
 
-    monkeypatch.setattr("ppo_plus.models.actor_critic.picked", watched)
+    monkeypatch.setattr("ppo_plus.models.actor_critic.make_packing", watched)
     trained(tmp_path, True)
     assert len(passes) > 8
     assert all(taken <= real / 0.95 for real, taken, _ in passes)

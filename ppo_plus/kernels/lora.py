@@ -144,11 +144,11 @@ def cached_lora_weights(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         try:
             for layer in layers:
-                layer._cache = {}
+                layer._cached_weights = {}
             yield
         finally:
             for layer in layers:
-                layer._cache = None
+                layer._cached_weights = None
 
 
 def _low_rank(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
@@ -174,7 +174,7 @@ def _is_vanilla_lora(layer: Any, name: str) -> bool:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
-    if layer._cache is not None:
+    if layer._cached_weights is not None:
         return _forward_cached(layer, x)
     added, base = _low_rank(layer), layer.base_layer
     if added is None:
@@ -193,9 +193,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _forward_cached(layer: Any, x: Tensor) -> Tensor:
     names = None if layer.disable_adapters else tuple(layer.active_adapters)
-    if names not in layer._cache:
-        layer._cache[names] = _low_rank(layer)
-    added = layer._cache[names]
+    if names not in layer._cached_weights:
+        layer._cached_weights[names] = _low_rank(layer)
+    added = layer._cached_weights[names]
     if added is None:
         return type(layer).forward(layer, x)
     result = layer.base_layer(x)
@@ -205,10 +205,10 @@ def _forward_cached(layer: Any, x: Tensor) -> Tensor:
     autocast = autocast_dtype(x.device.type)
     few = autocast is None and len(rows) <= MAX_FP32_ROWS and x.device.type == "cpu" and result.dtype != torch.float32
     dtype = torch.float32 if few else autocast or result.dtype
-    if (names, dtype) not in layer._cache:
+    if (names, dtype) not in layer._cached_weights:
         cast = [(a.to(dtype).t(), b.to(dtype).t(), scaling) for a, b, scaling in added]
-        layer._cache[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
-    for a, b, scaling in layer._cache[names, dtype]:
+        layer._cached_weights[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
+    for a, b, scaling in layer._cached_weights[names, dtype]:
         inner = flat.to(dtype).mm(a)
         if few:
             rows.add_(inner.mm(b).to(rows.dtype))
@@ -227,5 +227,5 @@ def patch_lora_forward(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
         if type(module) in _KINDS:
-            vars(module)["at_rest"] = None
+            vars(module)["_cached_weights"] = None
             module.forward = types.MethodType(_forward, module)
