@@ -260,8 +260,8 @@ def test_values_are_the_critics_and_the_line_of_other_responses(tmp_path, base, 
         rewards = -0.5 * (samples.logprobs - samples.ref_logprobs) * rollout.action_mask
         rewards[torch.arange(8), rollout.action_mask.sum(1) - 1] += rollout.sequence_scores
         found = line.fit_predict(samples.prefix_scores, rewards.flip(1).cumsum(1).flip(1), rollout.action_mask)
-        assert torch.allclose(rollout.baselines, found, atol=1e-6) and found.std() > 0
-        assert torch.allclose(rollout.values, samples.values + rollout.baselines, atol=1e-6)
+        assert torch.allclose(rollout.value_baselines, found, atol=1e-6) and found.std() > 0
+        assert torch.allclose(rollout.values, samples.values + rollout.value_baselines, atol=1e-6)
 
 
 def test_the_critic_learns_what_the_baseline_lacks(tmp_path, base, reward_adapter):
@@ -302,13 +302,13 @@ def test_scores_that_tell_make_values_that_foresee(tmp_path, telling):
 def test_who_gets_one(tmp_path, base, reward_adapter, config, on):
     _, recorder = run(tmp_path, base, reward_adapter, config={"max_steps": 8, **config})
     assert (recorder.samples[0].prefix_scores is not None) == on
-    assert bool(recorder.rollouts[1].baselines.any()) == on
+    assert bool(recorder.rollouts[1].value_baselines.any()) == on
 
 
 def test_without_a_reward_adapter_there_is_none(tmp_path):
     recorder = Recorder()
     make_trainer(tmp_path, callbacks=[recorder]).train()
-    assert not any(rollout.baselines.any() for rollout in recorder.rollouts)
+    assert not any(rollout.value_baselines.any() for rollout in recorder.rollouts)
     with pytest.raises(ValueError, match="prefix_reward_baseline=True reads the scores of a reward adapter"):
         make_trainer(tmp_path, config={"prefix_reward_baseline": True})
 

@@ -164,7 +164,7 @@ def test_a_step_of_decoding_waits_once_and_once_more_where_rows_leave(leaving):
         actor.sample(ids, torch.ones_like(ids), noise, stop_ids=[stop], **options)
     left = sum(before > after > 0 for before, after in itertools.pairwise(alive))
     assert (left > 0) == leaving
-    ours = [name for name, who in operators.found if who == "modeling._decode"]
+    ours = [name for name, who in operators.found if who == "actor_critic._decode"]
     assert (ours.count("_local_scalar_dense"), ours.count("nonzero")) == (len(alive), left)
     assert len(ours) == len(alive) + left
 
