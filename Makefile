@@ -9,6 +9,7 @@
 #   make test-latest  the same on the newest of everything, constraints.txt notwithstanding
 #                 (both: VERSIONS_TORCH=torch==2.13.0 keeps that torch; from 2 GB of download for another one)
 #   make format   ruff rewrites what lint would complain about
+#   make docs     builds the documentation site into site/; a broken link is an error
 #   make findings runs what findings/ states about other libraries and says what no longer holds (needs the network)
 #   make clean    removes caches and build leftovers; .venv and results stay
 
@@ -31,7 +32,7 @@ VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modelin
                     reward_trainer rewards recipe)
 VERSIONS_TORCH ?=
 
-.PHONY: demo test gpu test-oldest test-latest lint format findings install clean
+.PHONY: demo test gpu test-oldest test-latest lint format docs findings install clean
 
 demo: install
 	$(PY) recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml $(ARGS)
@@ -68,6 +69,9 @@ format: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: install
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # Each installs what it needs in a folder of its own; the output of one that no longer holds is shown.
 findings:
 	@status=0; for finding in findings/*.sh; do \
@@ -87,5 +91,5 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find ppo_plus recipes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

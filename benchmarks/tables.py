@@ -1,9 +1,9 @@
-"""Makes the tables of README.md and docs/algorithm.md from benchmarks/results/*.json: no figure is written by hand.
+"""Makes the tables of docs/, README.md and recipes/ from benchmarks/results/*.json: no figure is written by hand.
 
     python benchmarks/tables.py [--check]
 
-A table stands between `<!-- name -->` and `<!-- /name -->`. A result that is not there has no row. With `--check`
-nothing is written, and the exit status is 1 where a text differs from the results.
+A text shows a table where it has `<!-- name -->` and `<!-- /name -->`, with a name of `TABLES`. A result that does not
+exist has no row. `--check` writes nothing and exits with status 1 where a text differs from the results.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -152,12 +152,23 @@ def machine(r: dict) -> str:
     return ", ".join(filter(None, [where, r.get("date", "")]))
 
 
-def performance_table(results: Path = RESULTS) -> str:
-    """The table in Markdown, of the results that are in the folder."""
+# What README shows of the rows.
+HEADLINES = ("vs_trl_bfloat16", "memory", "reward_model", "verifiable", "kill", "demo")
+
+
+def headlines_table(results: Path = RESULTS) -> str:
+    """Return the rows of `performance_table` that README shows, and how soon TRL's final reward is reached."""
+    file = results / "learning.json"
+    sentence = f"\n\nOn the demo task, {headline(json.loads(file.read_text()))}." if file.is_file() else ""
+    return performance_table(results, HEADLINES) + sentence
+
+
+def performance_table(results: Path = RESULTS, names: Container[str] | None = None) -> str:
+    """The table in Markdown, of the results that are in the folder, or of some of them."""
     lines = ["| what | figures | where and when |", "|---|---|---|"]
     for name, what, figures in ROWS:
         file = results / f"{name}.json"
-        if file.is_file():
+        if file.is_file() and (names is None or name in names):
             result = json.loads(file.read_text())
             lines.append(f"| [{what}](benchmarks/results/{name}.json) | {figures(result)} | {machine(result)} |")
     return "\n".join(lines)
@@ -233,6 +244,7 @@ def headline(r: dict) -> str:
 QUESTIONS = {
     "critic": "critic",
     "prefix_reward_baseline": "baseline from prefix scores",
+    "reward_baseline": "baseline from prefix scores",  # its name when the committed result was measured
     "kl_controller": "KL coefficient",
     "kl_penalty": "KL penalty",
     "reward_normalization": "reward normalization",
@@ -329,16 +341,34 @@ def memory_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", " ".join(ran)]) if found else ""
 
 
-# Text, name of the table in it, and what makes the table.
-PLACES: list[tuple[str, str, Callable[[], str]]] = [
-    ("README.md", "performance", performance_table),
-    ("README.md", "learning", learning_table),
-    ("README.md", "demo", demo_table),
-    ("recipes/README.md", "recipes", recipes_table),
-    ("docs/memory.md", "memory", memory_table),
-    ("docs/algorithm.md", "defaults", defaults_table),
-    ("docs/algorithm.md", "signal", signal_table),
-]
+# What makes the table of each name.
+TABLES: dict[str, Callable[[], str]] = {
+    "performance": performance_table,
+    "headlines": headlines_table,
+    "learning": learning_table,
+    "demo": demo_table,
+    "recipes": recipes_table,
+    "memory": memory_table,
+    "defaults": defaults_table,
+    "signal": signal_table,
+}
+
+
+def find_places(root: Path = ROOT) -> list[tuple[str, str]]:
+    """Return each text of the repository with the name of a table that it has markers for."""
+    texts = [root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("recipes/**/README.md"))]
+    return [
+        (text.relative_to(root).as_posix(), name)
+        for text in texts
+        for name in TABLES
+        if re.search(f"<!-- /?{name} -->", text.read_text(encoding="utf-8"))
+    ]
+
+
+def make_table(file: str, name: str) -> str:
+    """Make a table for a text, with its links to the results as they are from there."""
+    results = f"{'../' * file.count('/')}benchmarks/results/"
+    return re.sub(r"\]\((?:\.\./)*benchmarks/results/", f"]({results}", TABLES[name]())
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -353,9 +383,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a text differs")
     args = parser.parse_args()
-    for file, name, make in PLACES:
+    for file, name in find_places():
         text = (ROOT / file).read_text()
-        made = with_table(text, name, make())
+        made = with_table(text, name, make_table(file, name))
         if args.check and made != text:
             sys.exit(f"{file} differs from benchmarks/results at {name}: run python benchmarks/tables.py")
         if not args.check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,10 +81,30 @@ def table_of(folder, results) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.parametrize(("file", "name", "make"), tables.PLACES)
-def test_texts_say_what_the_committed_results_say(file, name, make):
+@pytest.mark.parametrize(("file", "name"), tables.find_places())
+def test_texts_say_what_the_committed_results_say(file, name):
     text = (ROOT / file).read_text()
-    assert tables.with_table(text, name, make()) == text
+    assert tables.with_table(text, name, tables.make_table(file, name)) == text
+
+
+def test_every_table_but_the_headlines_is_in_docs_or_recipes():
+    found = {name for file, name in tables.find_places() if file != "README.md"}
+    assert found >= tables.TABLES.keys() - {"headlines"}
+
+
+def test_links_of_a_table_lead_to_the_results_from_where_it_stands():
+    for file in ("README.md", "docs/benchmarks.md"):
+        links = re.findall(r"\]\(([^)]+\.json)\)", tables.make_table(file, "performance"))
+        assert links and all((ROOT / file).parent.joinpath(link).is_file() for link in links)
+
+
+def test_headlines_are_some_rows_of_performance(tmp_path):
+    rows = table_of(tmp_path, RESULTS)
+    lines = tables.headlines_table(tmp_path).splitlines()[2:]
+    assert 0 < len(lines) < len(rows)
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == [
+        row for row in rows if any(f"/{name}.json" in row[0] for name in tables.HEADLINES)
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in tables.ROWS])
@@ -290,17 +311,17 @@ def test_a_figure_written_by_hand_is_found(tmp_path):
             "gradient_signal_trained", "recipes", *(row[0] for row in tables.ROWS),
         )
     ]  # fmt: skip
-    texts = {place for place, _, _ in tables.PLACES}
+    texts = {"README.md", *(place for place, _ in tables.find_places())}
     for file in [*texts, "benchmarks/tables.py", *results]:
         if (ROOT / file).is_file():
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_bytes((ROOT / file).read_bytes())
     command = [sys.executable, str(tmp_path / "benchmarks" / "tables.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0
-    readme = tmp_path / "README.md"
-    text = readme.read_text()
+    page = tmp_path / "docs" / "benchmarks.md"
+    text = page.read_text()
     table = text[text.index("<!-- performance -->") :]
     figure = next(c for c in table if c.isdigit())
-    readme.write_text(text.replace(table, table.replace(figure, str(9 - int(figure)), 1)))
+    page.write_text(text.replace(table, table.replace(figure, str(9 - int(figure)), 1)))
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 1 and "differs" in done.stderr

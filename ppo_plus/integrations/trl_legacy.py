@@ -1,7 +1,7 @@
 """What scripts and checkpoints of TRL's PPO bring along: fields of its `PPOConfig`, named adapters, `v_head.*` files.
 
 TRL had two: the one with `AutoModelForCausalLMWithValueHead` (up to 0.11), whose checkpoints LLaMA-Factory writes too,
-and `PPOTrainer(args=, processing_class=, model=, ...)` (0.12 to 1.12). docs/migration.md lists what differs.
+and `PPOTrainer(args=, processing_class=, model=, ...)` (0.12 to 1.12). docs/coming_from_trl.md lists what differs.
 """
 
 from __future__ import annotations
@@ -108,19 +108,19 @@ def read_value_head(directory: Path) -> dict[str, Tensor]:
 
 
 def export_with_value_head(
-    model: ActorCritic, directory: str | Path, form: Literal["trl", "llama_factory"] = "trl"
+    model: ActorCritic, directory: str | Path, format: Literal["trl", "llama_factory"] = "trl"
 ) -> None:
     """Write policy and critic the way older tools read them.
 
     Args:
         model: `trainer.model`, with `value_head="linear"`.
         directory: where to.
-        form: "trl" is `AutoModelForCausalLMWithValueHead.from_pretrained` (`v_head.*` in `model.safetensors` beside
+        format: "trl" is `AutoModelForCausalLMWithValueHead.from_pretrained` (`v_head.*` in `model.safetensors` beside
             the weights of a whole model, in `pytorch_model.bin` beside an adapter); "llama_factory" has them in
             `value_head.safetensors`.
     """
-    if form not in ("trl", "llama_factory"):
-        raise ValueError(f"format={form!r} is not known; choose 'trl' or 'llama_factory'.")
+    if format not in ("trl", "llama_factory"):
+        raise ValueError(f"format={format!r} is not known; choose 'trl' or 'llama_factory'.")
     if model.critic not in ("shared", "detached"):
         raise ValueError(
             "Only critic='shared' and 'detached' can be written as v_head.*, which reads the actor's hidden states; "
@@ -140,7 +140,7 @@ def export_with_value_head(
     directory = Path(directory)
     model.save_pretrained(directory)
     own_file = directory / "value_head.safetensors"
-    if form == "llama_factory":
+    if format == "llama_factory":
         save_file(head, own_file, metadata={"format": "pt"})
         return
     own_file.unlink()

@@ -372,7 +372,7 @@ class ActorCritic(nn.Module):
         Args:
             input_ids: prompt and response, `(B, P + R)` int64; nothing is asked after its last token.
             attention_mask: 1 for real tokens, `(B, P + R)`.
-            sizes: as `forward` takes them.
+            seq_lens: as `forward` takes them.
         """
         ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
         packing = self._packing(mask, lengths_without_last(seq_lens))
@@ -417,11 +417,11 @@ class ActorCritic(nn.Module):
         Args:
             input_ids: prompts, `(B, P)` int64, left-padded.
             attention_mask: 1 for real tokens, `(B, P)`.
-            noise: uniform numbers that decide each token, `(B, R)` float64; R is the longest response.
+            uniforms: uniform numbers that decide each token, `(B, R)` float64; R is the longest response.
             stop_ids: ids that end a response.
             pad_token_id: fills the positions after the stop token.
             temperature: divides the logits.
-            warp: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
+            logits_processor: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
             on_step: called at each decode step with the number of rows that get a token in it.
         """
         # Asked of dynamo only where it was loaded anyway.
