@@ -2,8 +2,9 @@
 
     python benchmarks/tables.py [--check]
 
-A text shows a table where it has `<!-- name -->` and `<!-- /name -->`, with a name of `TABLES`. A result that does not
-exist has no row. `--check` writes nothing and exits with status 1 where a text differs from the results.
+A text shows a table where it has `<!-- name -->` and `<!-- /name -->`, with a name of `TABLES`, or `rows` and names of
+results, as `<!-- rows kill long_run -->`. A result that does not exist has no row. `--check` writes nothing and exits
+with status 1 where a text differs from the results.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -163,8 +164,10 @@ def headlines_table(results: Path = RESULTS) -> str:
     return performance_table(results, HEADLINES) + sentence
 
 
-def performance_table(results: Path = RESULTS, names: Container[str] | None = None) -> str:
-    """The table in Markdown, of the results that are in the folder, or of some of them."""
+def performance_table(results: Path = RESULTS, names: Iterable[str] | None = None) -> str:
+    """The table in Markdown, of the results that are in the folder, or of those with some names."""
+    if unknown := {*(names or ())} - {name for name, _, _ in ROWS}:
+        raise ValueError(f"There is no row for {', '.join(sorted(unknown))}: add one to ROWS.")
     lines = ["| what | figures | where and when |", "|---|---|---|"]
     for name, what, figures in ROWS:
         file = results / f"{name}.json"
@@ -360,15 +363,21 @@ def find_places(root: Path = ROOT) -> list[tuple[str, str]]:
     return [
         (text.relative_to(root).as_posix(), name)
         for text in texts
-        for name in TABLES
-        if re.search(f"<!-- /?{name} -->", text.read_text(encoding="utf-8"))
+        for name in dict.fromkeys(re.findall(r"<!-- /?(\w+|rows [\w. ]+) -->", text.read_text(encoding="utf-8")))
+        if name in TABLES or name.startswith("rows ")
     ]
 
 
 def make_table(file: str, name: str) -> str:
-    """Make a table for a text, with its links to the results as they are from there."""
+    """Make a table for a text, with its links to the results as they are from there.
+
+    Args:
+        file: path of the text in the repository.
+        name: a key of `TABLES`, or `rows` and names of results: these rows of the table of performance.
+    """
     results = f"{'../' * file.count('/')}benchmarks/results/"
-    return re.sub(r"\]\((?:\.\./)*benchmarks/results/", f"]({results}", TABLES[name]())
+    table = performance_table(names=name.split()[1:]) if name.startswith("rows ") else TABLES[name]()
+    return re.sub(r"\]\((?:\.\./)*benchmarks/results/", f"]({results}", table)
 
 
 def with_table(text: str, name: str, table: str) -> str:

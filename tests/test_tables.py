@@ -98,6 +98,21 @@ def test_links_of_a_table_lead_to_the_results_from_where_it_stands():
         assert links and all((ROOT / file).parent.joinpath(link).is_file() for link in links)
 
 
+def test_a_page_may_show_some_rows():
+    table = tables.make_table("docs/x/y.md", "rows long_run kill")
+    links = re.findall(r"\]\(([^)]+)\)", table)
+    assert links == [f"../../benchmarks/results/{name}.json" for name in ("kill", "long_run")]  # in the order of ROWS
+    with pytest.raises(ValueError, match="gone"):
+        tables.make_table("README.md", "rows kill gone")
+
+
+def test_tables_are_found_by_their_markers(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- learning -->\n<!-- /learning -->\n<!-- parameters -->")
+    (tmp_path / "docs" / "a.md").write_text("<!-- /rows kill -->")  # its other marker is missing: an error later
+    assert tables.find_places(tmp_path) == [("README.md", "learning"), ("docs/a.md", "rows kill")]
+
+
 def test_headlines_are_some_rows_of_performance(tmp_path):
     rows = table_of(tmp_path, RESULTS)
     lines = tables.headlines_table(tmp_path).splitlines()[2:]
