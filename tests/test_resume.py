@@ -183,11 +183,11 @@ def test_a_missing_rollout_is_named(undisturbed, tmp_path):
 )
 def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest_gap, monkeypatch):
     """Negative controls: leave one piece out of what is restored, and the weights must differ."""
-    import ppo_plus.rollout.buffer as rollout_module
+    import ppo_plus.data.batching as batching_module
     import ppo_plus.trainer as trainer_module
 
     folder, whole = undisturbed()
-    derive_seed = rollout_module.derive_seed
+    derive_seed = batching_module.derive_seed
 
     def other_seed(kind):
         return lambda seed, *position: derive_seed(seed + (position[0] == kind), *position)
@@ -196,7 +196,7 @@ def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest
         if piece == "sampling":
             monkeypatch.setattr(trainer_module, "derive_seed", other_seed("rollout"))
         elif piece == "minibatches":
-            monkeypatch.setattr(rollout_module, "derive_seed", other_seed("minibatches"))
+            monkeypatch.setattr(batching_module, "derive_seed", other_seed("minibatches"))
         elif piece == "callbacks":
             trainer.args.restore_callback_states_from_checkpoint = False
         else:
