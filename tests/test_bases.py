@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.models.adapter_checks import check_base_weights
-from ppo_plus.models.adapter_loading import mount
+from ppo_plus.models.adapter_loading import load_reward_adapter
 from ppo_plus.models.base_weights import (
     are_different,
     decode_samples,
@@ -162,10 +162,10 @@ def test_an_adapter_of_a_4_bit_base_is_recorded_and_taken_on_that_base_in_any_pr
     recorded = json.loads((tmp_path / "reward" / "reward_model.json").read_text())["base_weights"]
     assert any(name.endswith(":nf4") for name in recorded) and len(json.dumps(recorded)) < 6000
     for policy in (quantized_policy(bases[0]), get_peft_model(AutoModelForCausalLM.from_pretrained(bases[0]), lora())):
-        mount(policy, "judge", tmp_path / "reward")
+        load_reward_adapter(policy, "judge", tmp_path / "reward")
     # Of a merge embeddings and norms are the same, so its 4-bit weights tell.
     with pytest.raises(ValueError, match="weights are others"):
-        mount(quantized_policy(bases[1]), "judge", tmp_path / "reward")
+        load_reward_adapter(quantized_policy(bases[1]), "judge", tmp_path / "reward")
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["v_proj"], ["down_proj"]])
@@ -249,7 +249,7 @@ def test_what_was_recorded_is_compared_with_the_loaded_weights_where_files_tell_
     check_same_base(adapter, "you/another-name", {})  # not known yet
     policy = PeftModel(AutoModelForCausalLM.from_pretrained(bases[1]), lora())
     with pytest.raises(ValueError, match="weights are others"):
-        mount(policy, "judge", adapter)
+        load_reward_adapter(policy, "judge", adapter)
 
 
 def test_files_without_weights_tell_nothing(tmp_path):

@@ -17,7 +17,7 @@ from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ppo_plus.data.chat_templates import find_generation_opening, find_opening_ids, fit_content
-from ppo_plus.data.prompts import tokenize_prompts, tokenized
+from ppo_plus.data.prompts import tokenize_datasets, tokenize_prompts
 from ppo_plus.rewards import Completions
 from ppo_plus.rewards.classifiers import ClassifierReward
 
@@ -125,7 +125,7 @@ def test_structs_of_other_columns_keep_their_keys():
 def test_the_rows_of_an_evaluation_set_are_named_by_it():
     rows = Dataset.from_list([{"prompt": [ASK]}, {"prompt": [{"role": "user", "content": None}]}])
     with pytest.raises(ValueError, match=r"^hard\[1\]: message 0 has the content None"):
-        tokenized({"easy": rows.select([0]), "hard": rows}, make_tokenizer(CHAT_TEMPLATE))
+        tokenize_datasets({"easy": rows.select([0]), "hard": rows}, make_tokenizer(CHAT_TEMPLATE))
 
 
 # Content in parts

@@ -331,7 +331,7 @@ def generator_of_the_device(folder, cpu, base, adapter):
 
 @group("control")
 def reference_left_behind(folder, cpu, base, adapter):
-    ppo_plus.models.actor_critic.place = lambda model, device: None
+    ppo_plus.models.actor_critic.move_if_movable = lambda model, device: None
     return trained(folder, cpu, peft_config=None)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from ppo_plus.kernels.cpu_attention import PLAIN
+from ppo_plus.kernels.cpu_attention import EAGER_GQA
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -21,7 +21,7 @@ from measuring import answer_continuously  # noqa: E402
 PROMPTS, LENGTHS = [[5, 6, 7], [8, 9, 10, 11, 12], [33]], [4, 30, 2]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", PLAIN])
+@pytest.mark.parametrize("attention", ["sdpa", EAGER_GQA])
 def test_continuous_batching_answers_as_generate_does(attention):
     """Greedily, to the same ids, once and once more with the manager kept; our own attention it does not know."""
     model = make_model().eval()

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from ppo_plus import PPOCallback
-from ppo_plus.kernels.frozen_layers import apart, decoder_layers
+from ppo_plus.kernels.frozen_layers import decoder_layers, relative_error
 from ppo_plus.kernels.packing import PackedMask
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.value_head import ValueHead
@@ -300,11 +300,11 @@ def test_states_are_apart_by_more_than_rounding():
     mask, states = torch.tensor([[0, 1]]), torch.tensor([[[9.0], [2.0]]])
     for dtype, within, beyond in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 0.125)):
         expected = states.to(dtype)
-        assert apart(expected * 1.0, expected, mask) == 0
-        assert apart(expected - torch.tensor([[[1.0], [within]]]), expected, mask) == 0  # the first is padding
-        off = apart(expected - torch.tensor([[[0.0], [beyond]]]), expected, mask)
+        assert relative_error(expected * 1.0, expected, mask) == 0
+        assert relative_error(expected - torch.tensor([[[1.0], [within]]]), expected, mask) == 0  # the first is padding
+        off = relative_error(expected - torch.tensor([[[0.0], [beyond]]]), expected, mask)
         assert off == pytest.approx(beyond / 2, rel=1e-2)
-        assert math.isnan(apart(expected * math.nan, expected, mask)), "not a number is not the same number"
+        assert math.isnan(relative_error(expected * math.nan, expected, mask)), "not a number is not the same number"
 
 
 def test_layers_are_themselves_again_after_each_pass():

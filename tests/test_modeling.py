@@ -38,7 +38,7 @@ from ppo_plus.models import actor_critic as modeling
 from ppo_plus.models import logprobs as logits
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.adapters import use_adapter
-from ppo_plus.models.backbone import place
+from ppo_plus.models.backbone import move_if_movable
 from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
 from ppo_plus.models.logprobs import chunked_logprobs, head_is_frozen, logits_function, sample, top_p_filter
 from ppo_plus.models.value_head import ValueHead
@@ -1134,7 +1134,7 @@ def test_a_model_is_moved_unless_it_is_spread_or_quantized(wrapped, marks, moves
     base = make_model()
     vars(base).update(marks)
     model = get_peft_model(base, lora()) if wrapped else base
-    place(model, torch.device("meta"))
+    move_if_movable(model, torch.device("meta"))
     assert {p.device.type for p in model.parameters()} == {"meta" if moves else "cpu"}
 
 
