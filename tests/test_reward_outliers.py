@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import LETTERS, make_prompts, make_trainer, messages_to_text
+from conftest import LETTERS, as_text, make_prompts, make_trainer
 from datasets import Dataset
 
 from ppo_plus import PPOCallback, RewardNormalizationCallback
@@ -31,7 +31,7 @@ class Spoiled:
 
     def __call__(self, prompts, completions, completion_ids, **kwargs):
         self.calls += 1
-        scores = [float(messages_to_text(c).count("e")) for c in completions]
+        scores = [float(as_text(c).count("e")) for c in completions]
         if self.per_token:
             scores = [[s / len(ids)] * len(ids) for s, ids in zip(scores, completion_ids, strict=True)]
         if self.calls == 1:

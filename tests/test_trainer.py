@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import (
     CHAT_TEMPLATE,
+    as_text,
     count_e,
     lora,
     make_config,
@@ -25,7 +26,6 @@ from conftest import (
     make_prompts,
     make_tokenizer,
     make_trainer,
-    messages_to_text,
 )
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
@@ -963,14 +963,12 @@ def test_async_and_plain_reward_functions_mix(tmp_path):
 
 
 def length(prompts, completions, **kwargs):
-    return [float(len(messages_to_text(c))) for c in completions]
+    return [float(len(as_text(c))) for c in completions]
 
 
 def sometimes(prompts, completions, wanted, **kwargs):
     """None for half of the prompts."""
-    return [
-        None if w in "ace" else float(messages_to_text(c).count(w)) for c, w in zip(completions, wanted, strict=True)
-    ]
+    return [None if w in "ace" else float(as_text(c).count(w)) for c, w in zip(completions, wanted, strict=True)]
 
 
 def test_rewards_are_weighted_and_none_is_left_out(tmp_path):
