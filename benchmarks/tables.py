@@ -80,7 +80,7 @@ def reward_model(r: dict) -> str:
     return (
         f"accuracy over {len(r['seeds'])} seeds {accuracies('ours', 'trl', r['accuracy_difference']['ours'])}; both on "
         f"an NF4 base {accuracies('ours_4bit', 'trl_4bit', r['accuracy_difference_4bit'])}; tensors of training on NF4 "
-        f"{r['memory_ratio']:.2f} of TRL's as it comes, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}** "
+        f"{r['memory_ratio']:.2f} of TRL's default, at 1.7B's shape **{r['memory_ratio_1.7b']:.2f}** "
         f"(resident {r['resident_ratio_1.7b']:.2f})"
     )
 
@@ -218,7 +218,7 @@ def learning_table(results: Path = RESULTS) -> str:
 
 def demo_table(results: Path = RESULTS) -> str:
     """The demo before and after, a row per base and seed, in Markdown; empty where it was not run."""
-    files = {"as it comes": results / "demo.json", "in NF4": results / "demo_4bit.json"}
+    files = {"not quantized": results / "demo.json", "in NF4": results / "demo_4bit.json"}
     found = {base: json.loads(file.read_text()) for base, file in files.items() if file.is_file()}
     if not found:
         return ""
@@ -327,7 +327,7 @@ def memory_table(results: Path = RESULTS) -> str:
     """Memory in use beside TRL's, in Markdown, with ours over theirs; of what was measured."""
     files = {name: results / f"{name}.json" for name in ("memory", "reward_model")}
     found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
-    lines = ["| what | ppo_plus | TRL as it comes | TRL on NF4 |", "|---|---|---|---|"]
+    lines = ["| what | ppo_plus | TRL (default) | TRL on NF4 |", "|---|---|---|---|"]
 
     def row(what: str, ours: float, *theirs: float) -> None:
         cells = [f"{ours:,.0f} MB", *(f"{their:,.0f} MB ({ours / their:.2f})" for their in theirs)]

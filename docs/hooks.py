@@ -48,8 +48,13 @@ def _escape(text: str) -> str:
 
 
 def link_target(page: str, link: str) -> str:
-    """Return the file to which a relative link of a page leads, as a path from the repository root."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+    """Return the file to which a relative link of a page leads, as a path from the repository root.
+
+    A link to a folder leads to its README.md.
+    """
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+    readme = f"{target}/README.md"
+    return readme if (ROOT / readme).is_file() else target
 
 
 def site_path(file: str) -> str:

@@ -278,6 +278,7 @@ def test_links_that_leave_docs_lead_to_copies():
     )
     assert hooks.rewrite_links("[a](../README.md)", "docs/api/config.md") == "[a](../README.md)"  # docs/README.md: none
     assert hooks.rewrite_links("[a](docs/index.md)", "README.md") == "[a](../index.md)"
+    assert hooks.rewrite_links("[a](../recipes/)", "docs/index.md") == "[a](repository/recipes/README.md)"
     assert hooks.rewrite_links("[a](../docs/index.md)", "recipes/README.md") == "[a](../../index.md)"
 
 

@@ -143,7 +143,7 @@ def test_every_result_becomes_words(tmp_path):
         "0.75× at 4× the width",
         "**0.33** of TRL's peak",
         "accuracy over 2 seeds 0.750 (+0.010 ± 0.002), TRL's 0.740; both on an NF4 base 0.700 (-0.010 ± 0.013), TRL's "
-        "0.710; tensors of training on NF4 0.30 of TRL's as it comes, at 1.7B's shape **0.20** (resident 0.25)",
+        "0.710; tensors of training on NF4 0.30 of TRL's default, at 1.7B's shape **0.20** (resident 0.25)",
         "right answers to held-out sums: 0.25 before, after 2000 tokens PPO 0.50, GRPO 0.40, RLOO 0.30",
         "1.50× the time of a pass for each role",
         "1.25× the time of a pass for each role",
@@ -216,7 +216,7 @@ def test_the_demo_in_words(tmp_path):
     assert tables.demo_table(tmp_path) == ""
     (tmp_path / "demo.json").write_text(json.dumps({"runs": [run], "date": "2026-01-02"}))
     lines = tables.demo_table(tmp_path).splitlines()
-    assert lines[2] == "| as it comes | 3 | 0.80 | 0.50 → 1.50 | 0.05 → 0.15 | 6.8 | 0.50 → 0.50 | 4.0 |"
+    assert lines[2] == "| not quantized | 3 | 0.80 | 0.50 → 1.50 | 0.05 → 0.15 | 6.8 | 0.50 → 0.50 | 4.0 |"
     assert lines[-1].endswith("2026-01-02.")
     other = run | {"seed": 5, "after": figures(1.25, 6)}
     (tmp_path / "demo_4bit.json").write_text(json.dumps({"runs": [other], "date": "2026-01-03"}))
