@@ -55,7 +55,10 @@ def sums(n: int, seed: int, held_out: bool) -> dict[str, list[str]]:
 
 
 class Checker:
-    """The reward function of all sides: 1 for exactly the right number. Keeps the curve over generated tokens."""
+    """The reward function of all sides: 1 for exactly the right number. Keeps the curve over generated tokens.
+
+    What PPOTrainer asks before its first rollout (an empty answer, and the prompt repeated) is no generated text.
+    """
 
     __name__ = "right"
 
@@ -64,6 +67,8 @@ class Checker:
 
     def __call__(self, completions: list[str], completion_ids: list[list[int]], wanted: list[str], **_: Any) -> list:
         right = [float(text.strip() == answer) for text, answer in zip(completions, wanted, strict=True)]
+        if completions[0] == "" and len(completions) < RESPONSES:
+            return right
         self.tokens += sum(map(len, completion_ids))
         self.curve.append({"tokens": self.tokens, "reward": statistics.fmean(right)})
         return right

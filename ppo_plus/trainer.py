@@ -66,7 +66,7 @@ from .models.loading import (
     warn_of_bf16,
 )
 from .report import RunReportCallback, fixed_prompts
-from .rewards import build_rewards, usable_scores
+from .rewards import CheapAnswers, build_rewards, usable_scores
 from .rewards.checks import check_templates
 from .rollout.buffer import Rollout
 from .rollout.collector import BatchingFn, Experience, RolloutCollector
@@ -324,6 +324,8 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         return [part for rows in minibatches for part in micro_batch_indices(rows, lengths, size)]
 
     def _collect(self, prompts: list[Row], rollout_index: int) -> Rollout:
+        asks = rollout_index == 0 and self.collector.rewards.calls_functions
+        cheap = self._ask_about_cheap_answers(prompts) if asks else None
         settings = RolloutSettings(kl_coef=self.args.kl_coef)
         self._call_event("on_rollout_begin", settings=settings)
         first = self.accelerator.process_index * len(prompts)
@@ -332,6 +334,8 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         # A rollout that is given up is made again: what reward functions logged of it must not count twice.
         with self._allow_interrupt(), self._progress.meter.rollback_on_error():
             samples = self._generate_and_score(prompts, rows, ("rollout", rollout_index), cut=cut)
+        if cheap is not None:
+            self._warn_of_cheap_answers(cheap, samples.rewards)
         watch = PhaseTimer()
         scores = samples.scores.clone()
         self._fire_on_scores(scores, samples.token_rewards)
@@ -342,6 +346,7 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         watch.record("advantages")
         self._progress.num_tokens += int(self.collector.reduce(samples.attention_mask.sum()))
         metrics |= {
+            **({} if cheap is None else cheap.metrics()),
             "num_tokens": self._progress.num_tokens,
             "ppo/kl_coef": settings.kl_coef,
             "critic/explained_variance": self.collector.explained_variance(rollout),
@@ -354,6 +359,18 @@ class PPOTrainer(LigerMixin, CardMixin, ResumeMixin, EvaluationMixin, Trainer):
         self._progress.kl_coef = settings.kl_coef
         self._wishes.note(self.control)
         return rollout
+
+    def _ask_about_cheap_answers(self, prompts: list[Row]) -> CheapAnswers:
+        """Ask reward functions about answers that take no work, without a trace in metrics or generators."""
+        context = {"trainer_state": self.state, "log_metric": lambda name, value: check_metric_name(name)}
+        seed = derive_seed(self.args.seed, "cheap answers", self.accelerator.process_index)
+        with self._allow_interrupt(), isolated_rng(seed):
+            return self.collector.ask_about_cheap_answers(prompts, context)
+
+    def _warn_of_cheap_answers(self, cheap: CheapAnswers, first: Tensor) -> None:
+        warning = cheap.warning(self._gather_scores(first))
+        if warning is not None and self.is_world_process_zero():
+            warnings.warn(warning, stacklevel=2)
 
     def _generate_and_score(
         self,

@@ -95,9 +95,6 @@ def as_text(completion) -> str:
 
 
 def lora(**overrides) -> LoraConfig:
-    # PEFT 0.20, the oldest supported, does not have it.
-    if "kasa_config" in overrides and "kasa_config" not in LoraConfig.__dataclass_fields__:
-        pytest.skip("this version of PEFT has no kasa_config")
     return LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **overrides}
     )

@@ -341,7 +341,7 @@ def fails_at(calls):
 @pytest.mark.parametrize("others", [[], [lambda completions, **kwargs: [5.0] * len(completions)]])
 def test_an_evaluation_without_its_reward_is_no_best_model(tmp_path, others):
     config = {**SHORT, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "on_reward_error": "skip"}
-    rewards = [fails_at({3}), *others]  # a rollout, and evaluations after steps 1, 2, 3
+    rewards = [fails_at({4}), *others]  # cheap answers, a rollout, and evaluations after steps 1, 2, 3
     trainer = make_trainer(tmp_path, reward_funcs=rewards, eval_dataset=make_prompts(4), config=config)
     with pytest.warns(UserWarning, match="service is away"):
         trainer.train()

@@ -305,7 +305,8 @@ def test_an_interrupt_while_generating_leaves_the_state_before_the_rollout(tmp_p
         sent = RaiseInGeneration(patch, 1, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    assert len(sent.calls) == 4 + 1 and scored == [8]  # one batch of four of the second rollout; nothing was scored
+    # Cheap answers and one rollout; of the second, one batch of four was generated, and nothing scored.
+    assert len(sent.calls) == 4 + 1 and scored == [8, 8]
     assert steps(tmp_path) == [4] and integrity_error(tmp_path / "checkpoint-4") is None
 
     resumed = make_trainer(tmp_path, config=config)

@@ -209,7 +209,8 @@ class TestRun:
             return count_e(prompts, completions)
 
         trained(tmp_path, {"report_rewards": asked, "max_steps": 8}, reward_funcs=judge)
-        assert calls == ([6, 8, 6, 8, 6] if asked else [8, 8])  # rollouts of 8, and the fixed prompts between them
+        # About cheap answers once, rollouts of 8, and the fixed prompts between them.
+        assert calls == ([8, 6, 8, 6, 8, 6] if asked else [8, 8, 8])
         answered = read_run(tmp_path / REPORT)["answers"]
         assert [at["step"] for at in answered] == [0, 4, 8]
         rewards = [row["reward"] for at in answered for row in at["rows"]]

@@ -22,19 +22,19 @@ def numbers(logs):
 
 
 class Spoiled:
-    """Counts the letter e, but for one answer of the first rollout."""
+    """Counts the letter e, but for one answer of the call `at`: the second is the first rollout."""
 
     __name__ = "spoiled"
 
-    def __init__(self, outlier, per_token=False):
-        self.outlier, self.per_token, self.calls, self.prompt = outlier, per_token, 0, None
+    def __init__(self, outlier, per_token=False, at=2):
+        self.outlier, self.per_token, self.at, self.calls, self.prompt = outlier, per_token, at, 0, None
 
     def __call__(self, prompts, completions, completion_ids, **kwargs):
         self.calls += 1
         scores = [float(as_text(c).count("e")) for c in completions]
         if self.per_token:
             scores = [[s / len(ids)] * len(ids) for s, ids in zip(scores, completion_ids, strict=True)]
-        if self.calls == 1:
+        if self.calls == self.at:
             self.prompt = prompts[3]
             scores[3] = [self.outlier, *scores[3][1:]] if self.per_token else self.outlier
         return scores
@@ -141,7 +141,7 @@ def test_what_a_callback_makes_of_scores_is_bounded_too(tmp_path, value):
 
 
 def test_an_evaluation_stays_finite(tmp_path):
-    reward = Spoiled(1e38)
+    reward = Spoiled(1e38, at=1)  # cheap answers are asked about when training starts, not here
     trainer = make_trainer(tmp_path, reward_funcs=reward, eval_dataset=make_prompts(8))
     with pytest.warns(UserWarning, match="'spoiled' gave"):
         metrics = trainer.evaluate()

@@ -910,7 +910,8 @@ def test_conversations_go_through_the_chat_template_and_come_back_as_messages(tm
 
     trainer, recorder = recorded(tmp_path, reward_funcs=watched, train_dataset=data, processing_class=tokenizer)
     trainer.train()
-    for (prompts, completions, ids, topics), samples in zip(seen, recorder.samples, strict=True):
+    _, *rollouts = seen  # before them: an empty answer, and the prompt repeated
+    for (prompts, completions, ids, topics), samples in zip(rollouts, recorder.samples, strict=True):
         for i, prompt in enumerate(prompts):
             which = talks.index(prompt)
             assert topics[i] == "xy"[which]
@@ -1038,8 +1039,8 @@ def test_reward_functions_can_log_and_know_the_state(tmp_path):
 
     trainer, recorder = recorded(tmp_path, reward_funcs=telling, config={"logging_steps": 4})
     trainer.train()
-    assert steps == [0, 4]
-    assert logged(trainer, "mood") == [0.25, 0.5]
+    assert steps == [0, 0, 4]  # before the first rollout once more, and what is logged then is dropped
+    assert logged(trainer, "mood") == [0.5, 0.75]
     assert recorder.samples[0].extra == {"length": [len(c) for c in recorder.samples[0].completions.completions]}
 
 

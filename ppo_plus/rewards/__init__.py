@@ -9,6 +9,7 @@ beginning, as the policy sampled it; sequence classifiers and reward adapters re
 
 from .adapters import AdapterReward
 from .build import build_rewards
+from .cheap_answers import CheapAnswers
 from .classifiers import ClassifierReward
 from .completions import Completions, Reward, Score
 from .functions import FunctionReward
@@ -16,6 +17,7 @@ from .reward_set import RewardSet, Scores, usable_scores
 
 __all__ = [
     "AdapterReward",
+    "CheapAnswers",
     "ClassifierReward",
     "Completions",
     "FunctionReward",

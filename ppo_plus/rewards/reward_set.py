@@ -22,6 +22,12 @@ OUTLIER = 1e6  # float32 has 7 digits: beside a score that many times larger the
 LARGEST_SCORE = 1e15  # squares of it, summed over a million tokens, still are in float32's range
 
 
+NOT_SAMPLED = (
+    "The policy had not answered yet: these completions are empty, or repeat the prompt. A policy may answer so, and a "
+    "reward function must return a number or None for it."
+)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What all rewards of a run say of N completions of at most R tokens, in reward units.
@@ -73,7 +79,7 @@ class RewardSet:
     def __call__(self, batch: Completions) -> Scores:
         """Score completions: functions in their order, then async ones, which run side by side."""
         self._failed: list[str] = []
-        answers = self._all_scores(batch)
+        answers = self._all_scores(self.rewards, batch)
         by_reward = [without_outliers(r.name, scores, batch) for r, scores in zip(self.rewards, answers, strict=True)]
         by_function = torch.tensor([[_sum(s) for s in scores] for scores in by_reward], dtype=torch.float32).T
         per_token = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
@@ -92,6 +98,26 @@ class RewardSet:
         total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
         return Scores(by_function, per_token, total, tuple(self._failed))
 
+    def ask_functions(self, batch: Completions) -> Tensor:
+        """Score completions by the reward functions alone, outside a rollout.
+
+        Errors are treated as in a rollout (`on_error`).
+
+        Returns:
+            `(N, F)` float32 as `Scores.by_function`; NaN for reward models too.
+        """
+        self._failed = []
+        functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
+        try:
+            found = self._all_scores(functions, batch)
+        except Exception as error:
+            error.add_note(NOT_SAMPLED)
+            raise
+        answers = dict(zip((f.name for f in functions), found, strict=True))
+        nothing: list[Score] = [None] * len(batch)
+        columns = [[_sum(score) for score in answers.get(name, nothing)] for name in self.names]
+        return torch.tensor(columns, dtype=torch.float32).T
+
     @property
     def scores_prefixes(self) -> bool:
         """Whether `prefix_scores` gives any."""
@@ -108,14 +134,14 @@ class RewardSet:
         by_adapter = [[weight * scores for scores in r.prefix_scores(sequences)] for weight, r in adapters]
         return [sum(scores[1:], scores[0]) for scores in zip(*by_adapter, strict=True)] if adapters else None
 
-    def _all_scores(self, batch: Completions) -> list[Sequence[Score]]:
-        functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
+    def _all_scores(self, rewards: Sequence[Reward], batch: Completions) -> list[Sequence[Score]]:
+        functions = [reward for reward in rewards if isinstance(reward, FunctionReward)]
         begun = self._begin(functions, batch)
         waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
         if waiting:  # together: what they wait for, they wait for at the same time
             answers = await_all(waiting, batch)
             begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
-        return [self._scores(reward, batch, begun) for reward in self.rewards]
+        return [self._scores(reward, batch, begun) for reward in rewards]
 
     def _begin(self, functions: Sequence[FunctionReward], batch: Completions) -> dict[str, Any]:
         begun: dict[str, Any] = {}

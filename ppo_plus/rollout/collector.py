@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .. import algo
@@ -28,7 +29,9 @@ from ..data.prompts import Row, to_columns
 from ..kernels.batch_backoff import PATIENCE, BatchSize
 from ..models.actor_critic import ActorCritic
 from ..models.generation import GenerateOutput
-from ..rewards import Completions, RewardSet
+from ..rewards import CheapAnswers, Completions, RewardSet
+from ..rewards.cheap_answers import PROMPTS, mean_by_kind
+from ..rewards.completions import message_texts
 from ..utils.devices import sum_dtype
 from .buffer import LeftPaddedLayout, Rollout, response_mask
 from .decoding import build_logits_processor, decode, decode_completion
@@ -171,6 +174,38 @@ class RolloutCollector:
             scores.by_function, scores.total, scores.per_token, completions, watch.seconds, extra, lower,
             prefix_scores, scores.failed,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def ask_about_cheap_answers(self, rows: Sequence[Row], context: dict[str, Any]) -> CheapAnswers:
+        """Ask reward functions, in one call, about an empty answer and the prompt repeated, to a few prompts.
+
+        Reward models are not asked. The answers are such as the policy could give: they end in EOS, and at
+        `response_length`.
+
+        Args:
+            rows: of a tokenized dataset; the first few are taken.
+            context: handed to reward functions.
+        """
+        self.model.eval()  # as in a rollout
+        rows = rows[:PROMPTS]
+        end = [self.tokenizer.eos_token_id]
+        answers = [end] * len(rows) + [self._prompt_ids(row) + end for row in rows]
+        tokens = pad_sequence(
+            [torch.tensor(answer[: self.args.response_length]) for answer in answers],
+            batch_first=True,
+            padding_value=pad_id(self.tokenizer),
+        )
+        completions, _ = self._completions([*rows, *rows], tokens, response_mask(tokens, self.stop_ids), context)
+        scores = self.rewards.ask_functions(completions)
+        return CheapAnswers(self.rewards.names, self.rewards.weights, mean_by_kind(scores))
+
+    def _prompt_ids(self, row: Row) -> list[int]:
+        """Token ids of a prompt's text as an answer repeats it: the last message of a conversation, no BOS."""
+        prompt = row.get("prompt")
+        if prompt is None:
+            prompt = self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        text = message_texts(prompt[-1:])[0] if is_conversational(prompt) else prompt
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
     def generate_from_reference(self, rows: Sequence[Row], uniforms: Tensor) -> Completions:
