@@ -15,7 +15,9 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -344,6 +346,69 @@ def memory_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", " ".join(ran)]) if found else ""
 
 
+VERIFIERS = {"math-verify": "math-verify", "reasoning-gym": "reasoning-gym", "if-verifiable": "IFEval"}
+NO_WORK = ("empty", "full stop", "refusal", "question")
+WRONG_ANSWER = 0.01  # what many data sets of reasoning-gym pay for any answer, by intent
+
+
+def verifiers(results: Path = RESULTS) -> dict:
+    """The committed measurement of verifiers; empty where there is none."""
+    file = results / "verifiers.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def paid(score: Any) -> bool:
+    """Whether a score is more than what a wrong answer gets, or none at all."""
+    return isinstance(score, str) or score > WRONG_ANSWER + 1e-9
+
+
+def score_cell(score: Any) -> str:
+    return score if isinstance(score, str) else f"{score:.2f}"
+
+
+def verifiers_table(results: Path = RESULTS) -> str:
+    """What each kind of answer earns from each verifier, in Markdown."""
+    r = verifiers(results)
+    if not r:
+        return ""
+    forms, sets, checkers = (r[name]["scores"] for name in VERIFIERS)
+    heads = [*(f"math-verify, {form}" for form in forms), "reasoning-gym", "IFEval"]
+    lines = [f"| answer | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for kind in dict.fromkeys([*next(iter(forms.values())), *next(iter(checkers.values()))]):
+        cells = [score_cell(row[kind]) if kind in row else "" for row in forms.values()]
+        of_sets = [row[kind] for row in sets.values() if kind in row]
+        if of_sets:
+            full, nothing = sum(s == 1 for s in of_sets), sum(not paid(s) for s in of_sets)
+            cells.append(f"{full} in full, {len(of_sets) - full - nothing} in part, {nothing} nothing")
+        else:
+            cells.append("")
+        shares = [row[kind] for row in checkers.values() if not isinstance(row.get(kind, ""), str)]
+        cells.append(
+            f"{sum(s == 1 for s in shares)} always, {sum(0 < s < 1 for s in shares)} sometimes" if shares else ""
+        )
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {r[name]['version']}" for name in VERIFIERS)
+    counts = f"{len(sets)} data sets and {sum(not isinstance(c['empty'], str) for c in checkers.values())} checkers"
+    return "\n".join([*lines, "", f"{versions}; {counts}, {r['items']} items each; {r['date']}."])
+
+
+def paid_for_nothing_table(name: str, results: Path = RESULTS) -> str:
+    """The scorers of one verifier that pay for an answer that solves nothing, in Markdown."""
+    r = verifiers(results)
+    if not r:
+        return ""
+    scores = r[name]["scores"]
+    kinds = [kind for kind in NO_WORK if kind in next(iter(scores.values()))]
+    rows = {scorer: [row[kind] for kind in kinds] for scorer, row in scores.items()}
+    lines = [f"| scorer | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    lines += [
+        f"| `{scorer}` | {' | '.join(map(score_cell, found))} |"
+        for scorer, found in rows.items()
+        if any(map(paid, found)) and "no data" not in found
+    ]
+    return "\n".join(lines)
+
+
 # What makes the table of each name.
 TABLES: dict[str, Callable[[], str]] = {
     "performance": performance_table,
@@ -354,6 +419,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "defaults": defaults_table,
     "signal": signal_table,
+    "verifiers": verifiers_table,
+    "reasoning_gym": partial(paid_for_nothing_table, "reasoning-gym"),
+    "ifeval": partial(paid_for_nothing_table, "if-verifiable"),
 }
 
 
