@@ -461,7 +461,7 @@ def test_a_table_holds_prompts_completions_rewards_kl_and_what_functions_logged(
     rows = Dataset.from_dict({"prompt": [f"[i]q{'abcdefgh'[i]}[/i]" for i in range(8)]})
     run(tmp_path, rollouts=1, config=config, reward_funcs=score, train_dataset=rows)
     printed = capsys.readouterr().out
-    prompts, completions = seen[0]
+    prompts, completions = seen[1]  # the first call is about cheap answers
     for i in range(3):
         line = next(line for line in printed.splitlines() if prompts[i] in line)
         for text in (f"{1.25 + i:.2f}", "0.00", f"[b]because {i}[/b]", completions[i].splitlines()[0].strip()):

@@ -182,6 +182,17 @@ def test_broken_links_are_found(tmp_path):
     assert broken_links(page) == ["#three", "gone.md", "page.md#four"]
 
 
+def test_every_finding_is_linked_from_a_page():
+    linked = {
+        Path(child.attrs["href"]).name
+        for page in (ROOT / "docs").glob("*.md")
+        for token in tokens(page)
+        for child in token.children or []
+        if child.type == "link_open" and "/findings/" in child.attrs["href"]
+    }
+    assert linked == {file.name for file in (ROOT / "findings").glob("*.sh")}
+
+
 def test_every_page_of_docs_is_in_the_navigation_and_the_reverse():
     nav = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}

@@ -21,7 +21,7 @@ def run(tmp_path, tracker):
 
     def score(prompts, completions, log_extra, trainer_state, **kwargs):
         log_extra("why", [NASTY] * len(prompts))
-        seen.setdefault((trainer_state.global_step, len(prompts)), (prompts, completions))
+        seen[trainer_state.global_step, len(prompts)] = prompts, completions  # cheap answers are before the rollout
         return [i - 0.5 for i in range(len(prompts))]
 
     config = {"report_to": tracker, "num_sample_generations": 2, "num_completions_to_print": 3,

@@ -401,7 +401,8 @@ def test_extra_columns_reach_the_reward_function_in_the_order_of_its_prompts(tmp
         return [0.0] * len(completions)
 
     train(tmp_path, config={"max_steps": 8}, train_dataset=Dataset.from_list(rows), reward_funcs=reward)
-    assert sorted(item[0] for item in seen) == sorted(row["prompt"] for row in rows)
+    # The first 8 are cheap answers to four of the prompts.
+    assert sorted(item[0] for item in seen[8:]) == sorted(row["prompt"] for row in rows)
     for prompt, number, ragged, maybe, nested in seen:
         assert rows[number] == {
             "prompt": prompt, "number": number, "ragged": ragged, "maybe": maybe, "nested": nested,
