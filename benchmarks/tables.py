@@ -124,6 +124,15 @@ def demo_ends(r: dict) -> str:
     return f"held-out reward by seed {', '.join(ends)}; {demo(r)}; {minutes:.1f} minutes"
 
 
+def against_grpo(r: dict) -> str:
+    shapes = [
+        f"{shape['prompt_tokens']} + {shape['response_tokens']} tokens: **{shape['time_ratio']:.2f}** of the time, "
+        f"**{shape['memory_ratio']:.2f}** of the memory"
+        for shape in r["shapes"].values()
+    ]
+    return "; ".join(shapes)
+
+
 # File, what it shows, and its figures in words; in the order of the table.
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("vs_trl_bfloat16", "one update against TRL 1.12's PPO, SmolLM2-135M, bf16", against_trl),
@@ -134,6 +143,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("uneven", "64 responses, 60 short and 4 long, against `generate`", uneven),
     ("scaling", "cost as the work grows", scaling),
     ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),
+    ("vs_grpo", "one update against TRL 1.16's GRPO, 8 prompts x 4 answers, a critic trained on top", against_grpo),
     ("memory", "peak memory of an update against TRL 1.12's", memory),
     ("reward_model", "a reward model against TRL's RewardTrainer", reward_model),
     ("verifiable", "an exact checker as reward, beside TRL's GRPO and RLOO", verifiable),
@@ -155,8 +165,35 @@ def machine(r: dict) -> str:
     return ", ".join(filter(None, [where, r.get("date", "")]))
 
 
+def cards_table(results: Path = RESULTS) -> str:
+    """Which models the planner predicts to fit which card, in Markdown; empty where it was not asked."""
+    file = results / "cards.json"
+    if not file.is_file():
+        return ""
+    r = json.loads(file.read_text())
+    cards = list(r["models_by_card"])
+    lines = [f"| Qwen2.5 in NF4 | {' | '.join(f'{card} GB' for card in cards)} |", "|---" * (len(cards) + 1) + "|"]
+    for name, row in r["models"].items():
+        lines.append(f"| {name} | {' | '.join(card_cell(row[card]) for card in cards)} |")
+    lines += [
+        "",
+        "Predicted by the planner, never compared with a card: micro-batch of learning and peak, for prompts of "
+        f"{r['prompt_length']} and responses of {r['response_length']} tokens, all four roles on one base. \\* with "
+        "activation checkpointing ([cards.json](benchmarks/results/cards.json)).",
+    ]
+    return "\n".join(lines)
+
+
+def card_cell(cell: dict) -> str:
+    """Return the micro-batch and the peak of one model on one card."""
+    if not cell["fits"]:
+        return "no"
+    star = "\\*" if cell["activation_checkpointing"] else ""
+    return f"{cell['per_device_train_batch_size']} rows{star}, {cell['peak_gib']:.1f} GB"
+
+
 # What README shows of the rows.
-HEADLINES = ("vs_trl_bfloat16", "memory", "reward_model", "verifiable", "kill", "demo")
+HEADLINES = ("vs_trl_bfloat16", "vs_grpo", "memory", "reward_model", "verifiable", "kill", "demo")
 
 
 def headlines_table(results: Path = RESULTS) -> str:
@@ -413,6 +450,7 @@ def paid_for_nothing_table(name: str, results: Path = RESULTS) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "performance": performance_table,
     "headlines": headlines_table,
+    "cards": cards_table,
     "learning": learning_table,
     "demo": demo_table,
     "recipes": recipes_table,
