@@ -189,7 +189,8 @@ def card_cell(cell: dict) -> str:
     if not cell["fits"]:
         return "no"
     star = "\\*" if cell["activation_checkpointing"] else ""
-    return f"{cell['per_device_train_batch_size']} rows{star}, {cell['peak_gib']:.1f} GB"
+    rows = cell["per_device_train_batch_size"]
+    return f"{rows} row{'' if rows == 1 else 's'}{star}, {cell['peak_gib']:.1f} GB"
 
 
 # What README shows of the rows.
