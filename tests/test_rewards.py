@@ -84,7 +84,7 @@ def test_the_same_total_in_one_number_is_paid_at_the_end(tmp_path):
 
     per_token, _, _ = collected(tmp_path, reward_funcs=even_ids)
     in_one, _, _ = collected(tmp_path, reward_funcs=total)
-    assert in_one.scores.tolist() == pytest.approx(per_token.scores.tolist())
+    assert in_one.sequence_scores.tolist() == pytest.approx(per_token.sequence_scores.tolist())
     assert torch.allclose(in_one.returns[:, 0], per_token.returns[:, 0], atol=1e-5)
     assert (in_one.returns - per_token.returns).abs().max() > 0.1
 

@@ -28,7 +28,7 @@ SUPPORTED_VERSIONS: Mapping[str, SupportedVersions] = {
     "torch": SupportedVersions("2.8", "2.13.0"),
     "transformers": SupportedVersions("5.23", "5.24.0"),
     "trl": SupportedVersions("1.16", "1.16.0"),
-    "peft": SupportedVersions("0.20", "0.21.2"),
+    "peft": SupportedVersions("0.21", "0.21.2"),
     "bitsandbytes": SupportedVersions("0.46.1", "0.50.2"),
     "accelerate": SupportedVersions("1.10.1", "1.15.0"),
     "datasets": SupportedVersions("4.7", "5.2.0"),
