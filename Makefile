@@ -32,7 +32,7 @@ VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modelin
                     reward_trainer rewards recipe)
 VERSIONS_TORCH ?=
 
-.PHONY: demo test gpu test-oldest test-latest lint format docs findings install clean
+.PHONY: demo test gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
 
 demo: install
 	$(PY) recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml $(ARGS)
@@ -40,17 +40,21 @@ demo: install
 test: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-oldest:
+test-oldest: install-oldest
+	$(call version_tests,.venv-oldest)
+
+install-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	$(PYTHON) .ci/lower_bounds.py $(VERSIONS_TORCH) > .venv-oldest/lower_bounds.txt
 	.venv-oldest/bin/python -m pip install -c .venv-oldest/lower_bounds.txt -e '.[demo,test]'
-	$(call version_tests,.venv-oldest)
+
+test-latest: install-latest
+	$(call version_tests,.venv-latest)
 
 # Without eager upgrades, what is installed already counts as new enough.
-test-latest:
+install-latest:
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager $(or $(VERSIONS_TORCH),torch) -e '.[demo,test]'
-	$(call version_tests,.venv-latest)
 
 define version_tests
 	-$(1)/bin/python -c '$(FETCH)'
