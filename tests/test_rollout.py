@@ -67,8 +67,8 @@ def make_rollout(prompts=(2, 4, 3), responses=(3, 1, 2), longest_prompt=5, longe
         input_ids=place,
         attention_mask=((columns >= starts) & (columns < ends)).long(),
         mask=mask,
-        sequence_sequence_scores=torch.arange(n) + 0.5,
-        sequence_sequence_kl=torch.arange(n) - 0.25,
+        sequence_scores=torch.arange(n) + 0.5,
+        sequence_kl=torch.arange(n) - 0.25,
         **per_token,
     )
 
