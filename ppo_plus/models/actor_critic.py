@@ -45,7 +45,16 @@ from ..utils.devices import float64_device
 from ..utils.files import reraise_as_corrupt_file
 from .adapter_loading import explain_state_dict_mismatch, load_reward_adapter
 from .adapters import active_adapter, is_adapter_parameter, use_adapter
-from .backbone import backbone_interface, cache_of, check_head, is_recurrent, move_if_movable, unwrap_peft
+from .backbone import (
+    backbone_interface,
+    cache_of,
+    check_head,
+    check_padding,
+    is_probed_on,
+    is_recurrent,
+    move_if_movable,
+    unwrap_peft,
+)
 from .generation import GenerateOutput, select_rows
 from .logprobs import chunked_logprobs, head_is_frozen, logits_function, sample
 from .saving import load_model, save_model
@@ -112,15 +121,15 @@ class ActorCritic(nn.Module):
         self._active_model: PreTrainedModel = self.language_model
         self._frozen_cache: FrozenPrefix | None = None
         self._roles_sharing_cache: set[str | None] = set()
-        models = [self.language_model, *self._ref_model, *([unwrap_peft(value_model)] if value_model else [])]
+        models = self.transformers_models
         self._sdpa_models = [m for m in models if m.config.get_text_config()._attn_implementation == SDPA]
         if not self.is_peft and ref_model is None:
             raise ValueError(
                 "Full fine-tuning needs a reference that training does not change: pass ref_model, "
                 "or peft_config to train an adapter whose base is the reference."
             )
-        check_head(self.language_model)
-        self._packable_models = [m for m in self._sdpa_models if self._probe_packing(m)]
+        self._packable_models: list[PreTrainedModel] = []
+        self._probe_models()
 
     # What Trainer and accelerate look up on a model.
 
@@ -198,6 +207,15 @@ class ActorCritic(nn.Module):
         self.value_head.to(device)
         for model in (*self._ref_model, *([self.value_model] if self.value_model else [])):
             move_if_movable(model, device)
+        if not all([is_probed_on(model, model.device) for model in self.transformers_models]):
+            self._probe_models()
+
+    def _probe_models(self) -> None:
+        """Refuse models that compute something else in a batch, or with a cache, than of a row by itself."""
+        check_head(self.language_model)
+        for model in self.transformers_models[1:]:
+            check_padding(model)
+        self._packable_models = [m for m in self._sdpa_models if self._probe_packing(m)]
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Tag the policy for the Hub."""

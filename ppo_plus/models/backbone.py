@@ -2,47 +2,65 @@
 
 transformers 5.24 renamed the cache of every model, and forwards swallow unknown keywords, so a cache under the wrong
 name is lost without an error: each token would be computed without its context. Signatures do not show which names are
-taken. Therefore each model is tried once, on three tokens.
+taken. Therefore each model is tried out once on a device: rows of unequal length, padded on the left, in one pass, by
+steps with a cache, and each row by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ..kernels.frozen_layers import relative_error
 from .logprobs import logits_function
 
 # Newest first: the newest name gives no deprecation warning where it is known.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-# Largest error of a cached step, relative to the largest hidden state, that is rounding in fp32.
-CACHED_STEP_TOLERANCE = 1e-3
+# Real tokens of the rows of a trial, and how many of its last tokens are cached steps. Windows are narrower meanwhile.
+TRIAL_LENGTHS, TRIAL_STEPS, TRIAL_WINDOW = (5, 12, 9), 4, 4
+# Errors of hidden states relative to the largest, by precision: up to the first of each two they are rounding, beyond
+# the second another computation. Measured: SmolLM2-135M 1.4e-5 in fp32 and 3e-3 in bf16; tiny models 6e-6 and 9e-3,
+# those that compute something else 4e-2 to 1.
+ERRORS, ERRORS_OF_TF32, ERRORS_IN_HALF = (2e-5, 1e-2), (2e-3, 5e-2), (5e-2, 1e-1)
+# Padding changes how the same tokens are rounded; rounding of a cached step is at most so many times as large.
+ROUNDING_OF_CACHED_STEPS = 30
 UNSUPPORTED_HINT = "Choose another model; most decoders of transformers work."
 
 
 @dataclass(frozen=True)
 class BackboneInterface:
-    """What keywords a backbone takes.
+    """What keywords a backbone takes, and how right it is with them.
+
+    Errors are of hidden states, relative to the largest.
 
     Attributes:
         cache_name: under which it goes on from the cache that it returned; None where it does not.
         takes_positions: whether it takes `position_ids`.
         takes_mask: whether it takes `attention_mask`, and heeds it.
-        cached_error: of the hidden state of a cached step, relative to the full pass; 0 within rounding.
+        padding_error: of a row that is padded on the left, relative to the row by itself.
+        cached_error: of steps with a cache, relative to the full pass.
+        rounding: up to which an error may be rounding, in the precision of the trial.
+        gross_error: from which on the numbers have another meaning.
+        device: where it was tried out; a device may have kernels of its own.
     """
 
     cache_name: str | None
     takes_positions: bool
     takes_mask: bool
+    padding_error: float = 0.0
     cached_error: float = 0.0
+    rounding: float = ERRORS[0]
+    gross_error: float = ERRORS[1]
+    device: torch.device | None = None
 
 
 # By model and for as long as it lives: a copy is another module, and is tried by itself.
@@ -55,10 +73,39 @@ def backbone_interface(model: PreTrainedModel) -> BackboneInterface:
         training = model.training
         model.eval()
         try:
-            _interfaces[model] = _probe(model)
+            with narrow_windows(model):
+                _interfaces[model] = replace(_probe(model), device=model.device)
         finally:
             model.train(training)
     return _interfaces[model]
+
+
+def is_probed_on(model: PreTrainedModel, device: torch.device) -> bool:
+    """Tell whether a model was probed on a device; what was found on another one is dropped."""
+    if backbone_interface(model).device == device:
+        return True
+    del _interfaces[model]
+    return False
+
+
+@contextlib.contextmanager
+def narrow_windows(model: PreTrainedModel, width: int = TRIAL_WINDOW) -> Iterator[None]:
+    """Inside, sliding windows are at most so wide, so that a few tokens show how rows beyond them are computed.
+
+    Masks and caches take the window from the configuration, some kernels from the module of attention.
+    """
+    configs = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)]
+    before: list[tuple[Any, int]] = []
+    for holder in {id(h): h for h in (model.config.get_text_config(), *configs, *model.modules())}.values():
+        window = getattr(holder, "sliding_window", None)
+        if isinstance(window, int) and not isinstance(window, bool) and window > width:
+            before.append((holder, window))
+            holder.sliding_window = width
+    try:
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
 
 
 def cache_of(outputs: Any) -> Cache | None:
@@ -75,7 +122,8 @@ def check_decoding(model: PreTrainedModel) -> None:
     """Refuse a model that cannot answer left-padded prompts side by side, token by token.
 
     Raises:
-        ValueError: it heeds no attention mask, or does not go on from a cache, or rows cannot leave its cache.
+        ValueError: it heeds no attention mask, or padding changes its numbers, or it does not go on from a cache, or
+            the cache changes them by much.
     """
     name, interface = type(model).__name__, backbone_interface(model)
     if not interface.takes_mask:
@@ -83,55 +131,97 @@ def check_decoding(model: PreTrainedModel) -> None:
             f"{name} has no attention mask, so prompts of unequal length could not be answered side by side. "
             f"{UNSUPPORTED_HINT}"
         )
+    check_padding(model)
     if interface.cache_name is None:
         raise ValueError(
             f"{name} gives no cache back that it goes on from, so every token would be answered from the start again. "
             + UNSUPPORTED_HINT
         )
-    if interface.cached_error > CACHED_STEP_TOLERANCE:
-        warnings.warn(
-            f"{name} computes other hidden states with its cache than without (relative error "
-            f"{interface.cached_error:.1e}), so responses are sampled from another distribution than is scored.",
-            stacklevel=2,
+    error = (
+        f"{name} computes other hidden states with its cache than without (relative error "
+        f"{interface.cached_error:.1e}), so responses are sampled from another distribution than is scored."
+    )
+    if not interface.cached_error <= interface.gross_error:  # or NaN
+        raise ValueError(f"{error} {UNSUPPORTED_HINT}")
+    if interface.cached_error > interface.rounding:
+        warnings.warn(error, stacklevel=2)
+
+
+def check_padding(model: PreTrainedModel) -> None:
+    """Refuse a model that computes something else of a row that is padded on the left than of the row by itself."""
+    interface = backbone_interface(model)
+    if not interface.padding_error <= interface.gross_error:  # or NaN
+        raise ValueError(
+            f"{type(model).__name__} computes other hidden states of a row that is padded on the left than of the row "
+            f"by itself (relative error {interface.padding_error:.1e}), so log-probabilities would depend on the other "
+            f"rows of a batch. {UNSUPPORTED_HINT}"
         )
 
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> BackboneInterface:
-    backbone, device = model.base_model, model.device
-    ids = torch.tensor([[1, 2, 3, 1], [3, 1, 2, 2]], device=device)
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=device)
+    backbone, device, longest = model.base_model, model.device, max(TRIAL_LENGTHS)
+    # No token twice in a row: what chooses the largest of equal scores would choose at random.
+    ids = torch.stack([1 + (torch.arange(longest) + row) % longest for row in range(len(TRIAL_LENGTHS))]).to(device)
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in TRIAL_LENGTHS], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     takes_positions = _accepts(backbone, ids, position_ids=positions)
     if not _accepts(backbone, ids, attention_mask=mask):
         return BackboneInterface(None, takes_positions, takes_mask=False)
 
-    def run(start: int, end: int, mask: Tensor, **kwargs: Any) -> Any:
-        kwargs |= {"position_ids": positions[:, start:end]} if takes_positions else {}
-        return backbone(input_ids=ids[:, start:end], attention_mask=mask, **kwargs)
+    def run(ids: Tensor, mask: Tensor, positions: Tensor, **kwargs: Any) -> Any:
+        kwargs |= {"position_ids": positions} if takes_positions else {}
+        return backbone(input_ids=ids, attention_mask=mask, **kwargs)
 
-    expected = run(0, 4, mask, use_cache=False).last_hidden_state
-    takes_mask = "attention_mask" in inspect.signature(backbone.forward).parameters
-    if not takes_mask and device.type != "meta":  # swallowed, or handed on
-        takes_mask = not torch.equal(expected, run(0, 4, torch.ones_like(mask), use_cache=False).last_hidden_state)
+    expected = run(ids, mask, positions, use_cache=False).last_hidden_state
+    takes_mask, in_half = "attention_mask" in inspect.signature(backbone.forward).parameters, has_few_bits(model)
+    padding_error = 0.0
+    if device.type != "meta":
+        if not takes_mask:  # swallowed, or handed on
+            everywhere = run(ids, torch.ones_like(mask), positions, use_cache=False).last_hidden_state
+            takes_mask = not torch.equal(expected, everywhere)
+        for row, n in enumerate(TRIAL_LENGTHS):
+            by_itself = ids[row : row + 1, -n:], mask[row : row + 1, -n:], positions[row : row + 1, -n:]
+            found = run(*by_itself, use_cache=False).last_hidden_state
+            padding_error = max(padding_error, hidden_state_error(expected[row, -n:], found[0], in_half))
+    rounding, gross = ERRORS_IN_HALF if in_half else ERRORS if device.type == "cpu" else ERRORS_OF_TF32
+    limits = max(rounding, ROUNDING_OF_CACHED_STEPS * padding_error), gross
     for name in CACHE_NAMES:
-        cache = cache_of(run(0, 3, mask[:, :3], use_cache=True))
+        cache = cache_of(run(*(x[:, :-TRIAL_STEPS] for x in (ids, mask, positions)), use_cache=True))
         if cache is None:
             break
-        try:
-            step = run(3, 4, mask[:, 3:] if is_recurrent(cache) else mask, use_cache=True, **{name: cache})
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError):  # an unknown keyword, or a mask that is longer than the keys
-            continue
-        if cache_of(step) is cache:  # where the name was swallowed, the step began a cache of its own
-            error = (
-                0.0
-                if device.type == "meta"
-                else relative_error(step.last_hidden_state, expected[:, 3:], mask[:, 3:], 0.2)
-            )
-            return BackboneInterface(name, takes_positions, takes_mask, error)
-    return BackboneInterface(None, takes_positions, takes_mask)
+        states: list[Tensor] = []
+        for end in range(longest - TRIAL_STEPS + 1, longest + 1):
+            new = slice(end - 1, end)
+            seen = mask[:, new] if is_recurrent(cache) else mask[:, :end]
+            try:
+                step = run(ids[:, new], seen, positions[:, new], use_cache=True, **{name: cache})
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, RuntimeError):  # an unknown keyword, or a mask that is longer than the keys
+                break
+            if cache_of(step) is not cache:  # where the name was swallowed, the step began a cache of its own
+                break
+            states.append(step.last_hidden_state)
+        if len(states) == TRIAL_STEPS:
+            steps = torch.cat(states, 1)
+            error = 0.0 if device.type == "meta" else hidden_state_error(steps, expected[:, -TRIAL_STEPS:], in_half)
+            return BackboneInterface(name, takes_positions, takes_mask, padding_error, error, *limits)
+    return BackboneInterface(None, takes_positions, takes_mask, padding_error, 0.0, *limits)
+
+
+def has_few_bits(model: PreTrainedModel) -> bool:
+    """Tell whether a model computes in half precision, or in a precision that its 4-bit or 8-bit layers choose."""
+    return model.dtype in (torch.float16, torch.bfloat16) or bool(getattr(model, "is_quantized", False))
+
+
+def hidden_state_error(found: Tensor, expected: Tensor, in_half: bool) -> float:
+    """How far hidden states `(..., H)` are off, over the largest, at the worst token.
+
+    In half precision it is that of the median token: rounding sends single tokens to other experts.
+    """
+    off = (found - expected).float().abs().amax(-1).flatten()
+    return float((off.median() if in_half else off.max()) / expected.float().abs().max())
 
 
 def _accepts(backbone: torch.nn.Module, ids: Tensor, **kwargs: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -150,6 +152,8 @@ def load_policy(
         auto = language_model_class(load_config(base_name(model), kwargs))
         model = auto.from_pretrained(base_name(model), **kwargs)
         clone_mmapped_tensors(model)
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            warn_of_unquantized(model)
         if folder is not None:
             model = _load_adapter_onto(model, folder)
     elif quantization_config is not None or model_init_kwargs:
@@ -220,6 +224,35 @@ def warn_of_bf16(model: nn.Module) -> None:
         warnings.warn(
             f"The base {getattr(base.config, '_name_or_path', '')!r} is loaded in bf16 and this run is in fp16, so its "
             "weights are cast in each pass. Pass it by name without a dtype, or load it with dtype=torch.float16.",
+            stacklevel=3,
+        )
+
+
+def quantized_share(model: PreTrainedModel) -> float:
+    """Return how many of a model's weights in matrices are quantized by bitsandbytes, from 0 to 1.
+
+    Embeddings, output head and adapters, which stay as they are, do not count.
+    """
+    ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
+    quantized = others = 0
+    for name, parameter in model.named_parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            quantized += math.prod(state.shape)
+        elif type(parameter).__name__ == "Int8Params":
+            quantized += parameter.numel()
+        elif parameter.ndim > 1 and id(parameter) not in ends and ".lora_" not in name:
+            others += parameter.numel()
+    return quantized / max(1, quantized + others)
+
+
+def warn_of_unquantized(model: PreTrainedModel) -> None:
+    """Name a quantization that leaves most of a model as it was: it takes nearly as much memory as without."""
+    share = quantized_share(model)
+    if share < 0.5:
+        warnings.warn(
+            f"quantization_config reaches {share:.0%} of the weights of {type(model).__name__}: bitsandbytes quantizes "
+            "layers that are torch.nn.Linear itself, and no experts that are one tensor. Expect the memory of a model "
+            "that is not quantized.",
             stacklevel=3,
         )
 
