@@ -41,11 +41,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from ppo_plus.data.seeding import sampling_noise
+from ppo_plus.data.seeding import sampling_uniforms
 from ppo_plus.kernels.frozen_layers import decoder_layers
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.classifier import load_classifier, set_padding
-from ppo_plus.models.loading import CriticSource, build_actor_critic, load_policy
+from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
 
 RESULT = ROOT / "benchmarks" / "results" / "architectures.json"
 COLUMNS = {
@@ -109,6 +109,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * 2,
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "doge": {"keep_window_size": LENGTH},  # beyond, it keeps tokens of the largest scores: among equal tokens, any
@@ -140,7 +144,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
-    "xlstm": {"num_heads": 2, "qk_dim_factor": 1.0, "mlstm_round_up_to_multiple_of": 16},
+    "xlstm": {"num_heads": 2, "hidden_size": 128, "embedding_dim": 128},
     "zamba": {"attention_hidden_size": 64, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"num_mem_blocks": 1},
     "zaya": {"num_experts_per_tok": 1},
@@ -258,7 +262,7 @@ def responses() -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
     return ids, mask, asked, answers
 
 
-def sizes_of(answers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def lengths_of(answers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     return [(len(p) + len(a), len(a)) for p, a in zip(PROMPTS, answers, strict=True)]
 
 
@@ -277,7 +281,7 @@ def verdict(gap: float, what: str = "log-probabilities", right: str = "yes") -> 
 
 def actor_of(model: Any) -> ActorCritic:
     """What PPOTrainer makes of a model that is trained in full."""
-    return build_actor_critic(load_policy(model, peft_config=None), critic=CriticSource()).eval()
+    return build_actor_critic(load_policy(model, peft_config=None), critic=CriticSpec()).eval()
 
 
 class Sweep:
@@ -362,15 +366,21 @@ class Sweep:
     @torch.no_grad()
     def packing(self, actor: ActorCritic) -> str:
         found = actor(
-            self.ids, self.mask, STEPS, TEMPERATURE, with_values=False, asked=self.asked, sizes=sizes_of(self.answers)
+            self.ids,
+            self.mask,
+            STEPS,
+            TEMPERATURE,
+            with_values=False,
+            response_mask=self.asked,
+            seq_lens=lengths_of(self.answers),
         ).logprobs
-        packs = actor.language_model in actor._packable
+        packs = actor.language_model in actor._packable_models
         return verdict(off(found, self.expected), right="yes" if packs else "slow: padded passes")
 
     @torch.no_grad()
     def cached_decoding(self, actor: ActorCritic) -> str:
         ids, mask = left_padded()
-        noise = sampling_noise(0, len(ids), STEPS)
+        noise = sampling_uniforms(0, len(ids), STEPS)
         out = actor.sample(ids, mask, noise, stop_ids=STOPS, pad_token_id=0, temperature=TEMPERATURE)
         lengths = [next((i + 1 for i, t in enumerate(row) if t in STOPS), STEPS) for row in out.tokens.tolist()]
         rows = [row[:n] for row, n in zip(out.tokens.tolist(), lengths, strict=True)]
@@ -384,7 +394,13 @@ class Sweep:
         top = TopKLogitsWarper(1)
         noise = torch.full((len(ids), STEPS), 0.5, dtype=torch.float64)
         ours = actor.sample(
-            ids, mask, noise, stop_ids=[2], pad_token_id=0, temperature=1.0, warp=lambda logits: top(None, logits)
+            ids,
+            mask,
+            noise,
+            stop_ids=[2],
+            pad_token_id=0,
+            temperature=1.0,
+            logits_processor=lambda logits: top(None, logits),
         ).tokens.tolist()
         options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
         for prompt, answer in zip(PROMPTS, ours, strict=True):
@@ -412,23 +428,25 @@ class Sweep:
         top = [names[id(m)] for m in layers[-1].modules() if isinstance(m, LINEAR)]
         top = [name for name in top if "att" in name] or top  # PEFT adapts experts in all layers or in none
         policy = load_policy(model, peft_config=lora(target_modules=top or "all-linear"))
-        actor = build_actor_critic(policy, critic=CriticSource()).eval()
+        actor = build_actor_critic(policy, critic=CriticSpec()).eval()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            actor.reuse_lower_layers()
-        if not actor.lower_layers:
+            actor.enable_frozen_layer_cache()
+        if not actor.num_cached_layers:
             said = [str(w.message).partition(" in every pass: ")[2] for w in caught]
             return "slow: all layers run in every pass" + "".join(f" ({reason[:120]})" for reason in said if reason)
         with torch.no_grad():
-            states = actor.lower_states(self.ids, self.mask)
-            found = actor(self.ids, self.mask, STEPS, TEMPERATURE, with_values=False, lower_states=states).logprobs
+            states = actor.frozen_hidden_states(self.ids, self.mask)
+            found = actor(
+                self.ids, self.mask, STEPS, TEMPERATURE, with_values=False, frozen_hidden_states=states
+            ).logprobs
         return verdict(off(found, self.expected))
 
     def lora(self) -> str:
         """Whether LoRA adapts all that is a linear layer, is right, and all of it learns."""
         model = copy.deepcopy(self.plain)
         policy = load_policy(model, peft_config=lora())
-        actor = build_actor_critic(policy, critic=CriticSource()).eval()
+        actor = build_actor_critic(policy, critic=CriticSpec()).eval()
         with torch.no_grad():
             gap = off(actor(self.ids, self.mask, STEPS, TEMPERATURE, with_values=False).logprobs, self.expected)
         if gap >= TOLERANCE:
@@ -471,7 +489,7 @@ class Sweep:
             str(folder), peft_config=lora(target_modules=self.adaptable()), quantization_config=options,
             frozen_dtype=torch.float32,
         )  # fmt: skip
-        actor = build_actor_critic(policy, critic=CriticSource()).eval()
+        actor = build_actor_critic(policy, critic=CriticSpec()).eval()
         model = actor.language_model
         with torch.no_grad():
             found = actor(self.ids, self.mask, STEPS, TEMPERATURE, with_values=False).logprobs
@@ -526,9 +544,9 @@ class Sweep:
             expected = torch.stack([reward(input_ids=torch.tensor([t])).logits[0, 0] for t in texts])
         actor = build_actor_critic(
             load_policy(str(folder), peft_config=lora(target_modules=self.adaptable()), frozen_dtype=torch.float32),
-            critic=CriticSource(),
+            critic=CriticSpec(),
         ).eval()
-        head = actor.mount_reward("reward_0", self.folder / "reward")
+        head = actor.load_reward_adapter("reward_0", self.folder / "reward")
         with torch.no_grad():
             found = actor.reward_scores("reward_0", head, ids, mask, 0)
         gap = float(((found - expected).abs().max() / expected.abs().max()).nan_to_num(nan=torch.inf))

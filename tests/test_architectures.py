@@ -257,7 +257,8 @@ def test_rows_of_recurrent_states_leave_with_their_keys():
     ("name", "differs", "unknown", "message"),
     [
         ("Rwkv", {"attention_hidden_size": 32}, ONLY_STATES[1:], "gives no cache back"),
-        ("MiniMax", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4, **LINEAR}, (),
+        ("MiniMax", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4,
+                     "layer_types": ["full_attention", "linear_attention"]}, (),
          "keeps states beside the layers of its cache"),
         ("RecurrentGemma", {"head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]}, (),
          "gives no cache back"),

@@ -56,8 +56,8 @@ def test_a_backbone_that_swallows_its_cache_under_every_name_is_refused():
         actor_of(renamed(None))
 
 
-def test_other_numbers_with_the_cache_than_without_are_named():
-    with pytest.warns(UserWarning, match="LlamaForCausalLM computes other hidden states with its cache"):
+def test_quite_other_numbers_with_the_cache_than_without_are_refused():
+    with pytest.raises(ValueError, match="LlamaForCausalLM computes other hidden states with its cache"):
         actor_of(renamed(CACHE_NAMES[0], forget=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .base import PPOCallback
 from .completions import messages_to_text
 
@@ -23,6 +25,8 @@ class TrainingHealthCallback(PPOCallback):
     def __init__(self, max_kl: float = 50.0) -> None:
         self.max_kl = max_kl
         self._warned: set[str] = set()
+        self._without_gradient: set[str] | None = None
+        self._actor_steps = 0
 
     def on_rollout_end(
         self, args: Any, state: Any, control: Any, rollout: Rollout, samples: Experience, metrics: dict[str, float],
@@ -61,6 +65,27 @@ class TrainingHealthCallback(PPOCallback):
             len(texts) == 1 and len(rollout) > 1,
             f"All {len(rollout)} prompts of a rollout got the same answer: the policy has collapsed. Look at what the "
             "reward pays for, and raise kl_coef.",
+        )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Look for adapter weights that no step of the first rollout gives a gradient: they keep their values.
+
+        A top-k of scores passes none on (indexers of sparse attention), nor does a layer whose weight is read past its
+        forward (Jamba's `dt_proj`), nor a vision tower that sees no image.
+        """
+        if self._actor_steps >= args.steps_per_rollout or state.global_step < args.critic_warmup_steps:
+            return
+        trained = dict(getattr(model, "policy", nn.Module()).named_parameters())
+        idle = {name for name, p in trained.items() if ".lora_" in name and p.requires_grad and p.grad is None}
+        self._without_gradient = idle if self._without_gradient is None else self._without_gradient & idle
+        self._actor_steps += 1
+        modules = [name.partition(".lora_")[0].removeprefix("base_model.model.") for name in self._without_gradient]
+        kinds = sorted({name.rpartition(".")[2] for name in modules})
+        self._warn_once(
+            "adapters without gradient",
+            bool(modules) and self._actor_steps == args.steps_per_rollout,
+            f"{len({*modules})} adapters get no gradient, so they never learn: those of {', '.join(kinds[:8])} "
+            f"(the first is {min(modules, default='')}). Leave them out: LoraConfig(exclude_modules=[...]).",
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

@@ -131,12 +131,12 @@ def check_decoding(model: PreTrainedModel) -> None:
             f"{name} has no attention mask, so prompts of unequal length could not be answered side by side. "
             f"{UNSUPPORTED_HINT}"
         )
-    check_padding(model)
     if interface.cache_name is None:
         raise ValueError(
             f"{name} gives no cache back that it goes on from, so every token would be answered from the start again. "
             + UNSUPPORTED_HINT
         )
+    check_padding(model)
     error = (
         f"{name} computes other hidden states with its cache than without (relative error "
         f"{interface.cached_error:.1e}), so responses are sampled from another distribution than is scored."
