@@ -637,10 +637,15 @@ def main() -> None:
     for kind in args.only or swept():
         rows.append(in_a_process(kind, args.seconds))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    result = {**summary(rows), "rows": sorted(rows, key=lambda row: row["model"].lower()), **describe_machine()}
+    result = {
+        **summary(rows),
+        "columns": COLUMNS,
+        "rows": sorted(rows, key=lambda row: row["model"].lower()),
+        **describe_machine(),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("rows", "columns")}))
 
 
 if __name__ == "__main__":

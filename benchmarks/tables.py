@@ -447,6 +447,39 @@ def paid_for_nothing_table(name: str, results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def reason(text: str) -> str:
+    """What a cell says after its first word, without what differs from model to model."""
+    text = re.sub(r"\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration)\b", "the model", text)
+    text = re.sub(r"/tmp/\S+|'\S*/tmp\S*'", "a folder", text).replace("<", "&lt;")
+    return re.sub(r" \(relative error \S+\)", "", text).strip(" .")
+
+
+def architectures_table(results: Path = RESULTS) -> str:
+    """What works with which decoder, in Markdown, with the reasons in a list; empty where it was not measured."""
+    file = results / "architectures.json"
+    if not file.is_file():
+        return ""
+    r = json.loads(file.read_text())
+    columns: dict[str, str] = r["columns"]
+    numbers: dict[str, int] = {}
+    lines = [f"| model | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for row in (row for row in r["rows"] if "cells" in row and "refused" not in row):
+        cells = []
+        for name in columns:
+            word, why = re.match(r"(\w+)[:,]?\s*(.*)", row["cells"][name]).groups()  # type: ignore[union-attr]
+            number = numbers.setdefault(reason(why), len(numbers) + 1) if why else None
+            cells.append(word if number is None else f"{word} ({number})")
+        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {why}" for why, number in numbers.items())]
+    for key, title in (("refused", "Refused when a trainer is made"), ("left_out", "Not measured")):
+        lines += ["", f"{title}:", "", "| model | reason |", "|---|---|"]
+        lines += [f"| {row['model']} | {reason(row[key])} |" for row in r["rows"] if key in row]
+    counts = f"{r['models']} classes of transformers {r['versions']['transformers']}: {r['taken']} taken, "
+    counts += f"{r['refused']} refused, {r['left_out']} not measured"
+    link = "[architectures.json](benchmarks/results/architectures.json), by `benchmarks/architectures.py`"
+    return "\n".join([*lines, "", f"{counts} ({link}; {machine(r)})."])
+
+
 # What makes the table of each name.
 TABLES: dict[str, Callable[[], str]] = {
     "performance": performance_table,
@@ -461,6 +494,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verifiers": verifiers_table,
     "reasoning_gym": partial(paid_for_nothing_table, "reasoning-gym"),
     "ifeval": partial(paid_for_nothing_table, "if-verifiable"),
+    "architectures": architectures_table,
 }
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import lora, make_model, make_trainer
 from peft import get_peft_model
-from transformers import Cache, MistralConfig, MistralForCausalLM
+from transformers import BitsAndBytesConfig, Cache, MistralConfig, MistralForCausalLM
 
 from ppo_plus import ActorCritic, ValueHead
 from ppo_plus.models import backbone
 from ppo_plus.models.backbone import backbone_interface, hidden_state_error, narrow_windows
+from ppo_plus.models.loading import load_policy, quantized_share
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -230,3 +231,24 @@ def test_errors_of_hidden_states_by_hand():
     found = expected + torch.tensor([[[0.0, 1.0], [0.0, 0.5], [0.25, 0.0]]])
     assert hidden_state_error(found, expected, in_half=False) == 0.25
     assert hidden_state_error(found, expected, in_half=True) == 0.125  # of the median token
+
+
+# --- quantization ---
+
+
+@pytest.mark.parametrize(("kind", "share"), [("llama", 1.0), ("falcon", 0.0), ("mixtral", 0.2)])
+def test_a_quantization_that_leaves_most_of_a_model_as_it_was_is_named(kind, share, tmp_path):
+    """Falcon's layers are a class of their own, and Mixtral's experts are one tensor of each layer."""
+    architectures.tiny_model(kind).save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policy = load_policy(str(tmp_path), peft_config=lora(), quantization_config=nf4)
+    said = [str(w.message) for w in caught if "quantization_config reaches" in str(w.message)]
+    assert len(said) == (share < 0.5) and all(f"{quantized_share(policy):.0%}" in text for text in said)
+    sizes = {True: 0, False: 0}  # the oracle: bytes of the layers, 4 bits a weight or as many as on disk
+    for name, parameter in policy.get_base_model().named_parameters():
+        if parameter.ndim > 1 and ".lora_" not in name and "embed" not in name and "lm_head" not in name:
+            packed = parameter.dtype == torch.uint8
+            sizes[packed] += parameter.numel() * (2 if packed else 1)
+    assert quantized_share(policy) == sizes[True] / sum(sizes.values()) == pytest.approx(share, abs=0.15)
