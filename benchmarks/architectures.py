@@ -32,6 +32,7 @@ import torch
 import transformers
 from machine import ROOT, describe_machine
 from peft import LoraConfig, get_peft_model
+from tables import ARCHITECTURE_COLUMNS as COLUMNS
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.generation.logits_process import TopKLogitsWarper
@@ -48,16 +49,6 @@ from ppo_plus.models.classifier import load_classifier, set_padding
 from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
 
 RESULT = ROOT / "benchmarks" / "results" / "architectures.json"
-COLUMNS = {
-    "left_padding": "left padding",
-    "packing": "packing",
-    "frozen_layers": "frozen layers",
-    "cached_decoding": "cached decoding",
-    "generate": "greedy = `generate`",
-    "nf4": "4 bit (NF4)",
-    "reward_head": "reward head",
-    "lora": "LoRA, all-linear",
-}
 
 # The sizes of tiny models, by the names that configurations give them. Windows and chunks are shorter than rows.
 VOCABULARY, LENGTH = 64, 128
@@ -645,7 +636,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key not in ("rows", "columns")}))
+    print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
 
 
 if __name__ == "__main__":

@@ -450,8 +450,23 @@ def paid_for_nothing_table(name: str, results: Path = RESULTS) -> str:
 def reason(text: str) -> str:
     """What a cell says after its first word, without what differs from model to model."""
     text = re.sub(r"\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration)\b", "the model", text)
-    text = re.sub(r"/tmp/\S+|'\S*/tmp\S*'", "a folder", text).replace("<", "&lt;")
+    text = re.sub(r"/tmp/\S+|'\S*/tmp\S*'", "a folder", text)
+    text = re.sub(r" (<class \S+>|\(model_type=\S+\))| (Model type should be|Incompatible modules:) .*", "", text)
+    text = text.replace("<", "&lt;")
     return re.sub(r" \(relative error \S+\)", "", text).strip(" .")
+
+
+# What is measured of each architecture, and the heading of its column.
+ARCHITECTURE_COLUMNS = {
+    "left_padding": "left padding",
+    "packing": "packing",
+    "frozen_layers": "frozen layers",
+    "cached_decoding": "cached decoding",
+    "generate": "greedy = `generate`",
+    "nf4": "4 bit (NF4)",
+    "reward_head": "reward head",
+    "lora": "LoRA, all-linear",
+}
 
 
 def architectures_table(results: Path = RESULTS) -> str:
@@ -460,7 +475,7 @@ def architectures_table(results: Path = RESULTS) -> str:
     if not file.is_file():
         return ""
     r = json.loads(file.read_text())
-    columns: dict[str, str] = r["columns"]
+    columns = ARCHITECTURE_COLUMNS
     numbers: dict[str, int] = {}
     lines = [f"| model | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for row in (row for row in r["rows"] if "cells" in row and "refused" not in row):

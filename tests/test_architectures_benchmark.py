@@ -90,23 +90,24 @@ def test_the_script_writes_a_row_for_each_model(tmp_path):
 
 
 def test_the_table_in_words(tmp_path):
-    columns = {"a": "one", "b": "two"}
+    right = dict.fromkeys(tables.ARCHITECTURE_COLUMNS, "yes")
+    differs = "ForCausalLM differs by 1"
     rows = [
-        {
-            "model": "AForCausalLM",
-            "cells": {"a": "yes", "b": "no: AForCausalLM differs by 1 (relative error 2e-1), so"},
-        },
-        {"model": "BForCausalLM", "cells": {"a": "yes, without gate", "b": "no: BForCausalLM differs by 1, so."}},
-        {"model": "CForCausalLM", "refused": "CForCausalLM reads pads.", "cells": {"a": "refused", "b": "refused"}},
+        {"model": "AForCausalLM", "cells": right | {"lora": f"no: A{differs} (relative error 2e-1), so"}},
+        {"model": "BForCausalLM", "cells": right | {"packing": "yes, without gate", "lora": f"no: B{differs}, so."}},
+        {"model": "CForCausalLM", "refused": "CForCausalLM reads pads.", "cells": right},
         {"model": "D", "left_out": "TypeError: no"},
     ]
-    result = {"columns": columns, "rows": rows, "models": 4, "taken": 2, "refused": 1, "left_out": 1,
-              "versions": {"transformers": "5.0"}, "date": "2026-01-02"}  # fmt: skip
+    result = {"rows": rows, "models": 4, "taken": 2, "refused": 1, "left_out": 1, "date": "2026-01-02",
+              "versions": {"transformers": "5.0"}}  # fmt: skip
     assert tables.architectures_table(tmp_path) == ""
     (tmp_path / "architectures.json").write_text(json.dumps(result))
     lines = tables.architectures_table(tmp_path).splitlines()
-    assert lines[0] == "| model | one | two |"
-    assert lines[2:4] == ["| AForCausalLM | yes | no (1) |", "| BForCausalLM | yes (2) | no (1) |"]
+    assert lines[0].startswith("| model | left padding | packing |") and lines[0].endswith("| LoRA, all-linear |")
+    middle = " | ".join(["yes"] * 5)
+    assert lines[2:4] == [
+        f"| AForCausalLM | yes | yes | {middle} | no (1) |", f"| BForCausalLM | yes | yes (2) | {middle} | no (1) |"
+    ]  # fmt: skip
     assert lines[5:7] == ["1. the model differs by 1, so", "2. without gate"]
     assert "| CForCausalLM | the model reads pads |" in lines and "| D | TypeError: no |" in lines
     assert lines[-1].startswith("4 classes of transformers 5.0: 2 taken, 1 refused, 1 not measured")
