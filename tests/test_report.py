@@ -439,7 +439,7 @@ def big_rollout(rows, length):
     tokenizer = make_tokenizer()
     ids = torch.randint(4, len(tokenizer), (rows, length + 1))
     mask = torch.ones(rows, length, dtype=torch.bool)
-    shared = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": mask}
+    shared = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "action_mask": mask}
     rollout = Rollout(**shared, **numbers, sequence_scores=torch.randn(rows), sequence_kl=torch.randn(rows))
     texts = Completions(["p" * 5000] * rows, ["c" * 5000] * rows, ids[:, 1:].tolist(), {}, {})
     samples = Experience(

@@ -66,7 +66,7 @@ def make_rollout(prompts=(2, 4, 3), responses=(3, 1, 2), longest_prompt=5, longe
     return Rollout(
         input_ids=place,
         attention_mask=((columns >= starts) & (columns < ends)).long(),
-        mask=mask,
+        action_mask=mask,
         sequence_scores=torch.arange(n) + 0.5,
         sequence_kl=torch.arange(n) - 0.25,
         **per_token,
@@ -314,11 +314,11 @@ def test_padding_is_under_5_percent_of_the_tokens_on_uneven_data(seed):
     for rows in minibatch_indices(256, 4, seed=seed, rollout_index=0, ppo_epoch=0):
         parts = micro_batch_indices(rows, rollout.lengths(), 4)
         assert len(parts) == 16
-        assert padding(map(rollout.take, parts)) < 0.05
+        assert padding(map(rollout.micro_batch, parts)) < 0.05
         # Sorted but cut into equal parts, and not sorted at all.
         equal = rows[rollout.lengths()[rows].argsort()].split(4)
-        assert padding(map(rollout.take, equal)) > 0.05
-        assert padding(map(rollout.take, rows.split(4))) > 0.4
+        assert padding(map(rollout.micro_batch, equal)) > 0.05
+        assert padding(map(rollout.micro_batch, rows.split(4))) > 0.4
 
 
 def test_rows_of_equal_length_keep_their_order():
