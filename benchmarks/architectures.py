@@ -333,7 +333,7 @@ class Sweep:
         """Fill a cell; what raises was refused, by ppo_plus or by what it calls."""
         found = self.construct(measure)
         known = re.match(r"(yes|no|slow)\b", found)
-        self.cells[column] = found if known else f"refused: {found}"
+        self.cells[column] = found if known else f"refused: {found}".replace(self.temporary.name, "FOLDER")
 
     @torch.no_grad()
     def plain_padding_gap(self) -> float | str:

@@ -492,10 +492,10 @@ class Rows:
     """As much of a rollout as the watch looks at."""
 
     def __init__(self, kl):
-        self.kl = kl
+        self.sequence_kl = kl
 
     def __len__(self):
-        return len(self.kl)
+        return len(self.sequence_kl)
 
 
 def watched(tmp_path, **overrides):
