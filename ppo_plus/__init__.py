@@ -1,4 +1,4 @@
-"""PPO for the Hugging Face ecosystem: reward model, then PPO, on one backbone, in `Trainer.train()`."""
+"""PPO for the Hugging Face ecosystem: train a reward model, then PPO on the same backbone, with `Trainer.train()`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .utils.versions import check_versions, installed_versions
 
-check_versions(installed_versions())  # first: on older libraries, imports below fail with less helpful errors
+check_versions(installed_versions())  # runs first: with older libraries, later imports fail with less helpful errors
 
 if TYPE_CHECKING:
     from .callbacks.base import PPOCallback, RolloutSettings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .rollout.buffer import Rollout
     from .trainer import PPOTrainer
 
-# Loaded when first used: a configuration or the planner needs neither TRL nor bitsandbytes.
+# Imported on first use: the configuration and the planner need neither TRL nor bitsandbytes.
 _MODULES = {
     "ActorCritic": "models.actor_critic",
     "AdaptiveKLCallback": "callbacks.kl",

@@ -380,11 +380,11 @@ CASES = {
     "an evaluation of weights in fewer bits": config("bf16_full_eval=True is not supported", bf16_full_eval=True),
     "label smoothing": config("label_smoothing_factor=0.1 is not supported: PPO has no", label_smoothing_factor=0.1),
     "NEFTune": config("neftune_noise_alpha=5 is not supported", neftune_noise_alpha=5),
-    "remove_unused_columns": config("reward functions get every column", remove_unused_columns=True),
+    "remove_unused_columns": config("remove_unused_columns=True is not supported", remove_unused_columns=True),
     "ignore_data_skip": config("ignore_data_skip=True is not supported", ignore_data_skip=True),
-    "FSDP": config("fsdp=.* asks for FSDP, which is not supported: .*Use plain DDP", fsdp=True),
-    "DeepSpeed": config("deepspeed=.* asks for DeepSpeed, .*Use plain DDP", deepspeed={"zero_optimization": {}}),
-    "sharding that comes later": Case(with_sharding, "ACCELERATE_USE_FSDP .* asks for FSDP", early=True),
+    "FSDP": config("fsdp=.* FSDP, which is not supported: .*Use DDP", fsdp=True),
+    "DeepSpeed": config("deepspeed=.* DeepSpeed, .*Use DDP", deepspeed={"zero_optimization": {}}),
+    "sharding that comes later": Case(with_sharding, "ACCELERATE_USE_FSDP .* FSDP, which is not supported", early=True),
     "two GPUs in one process": Case(on_two_gpus, "DataParallel: use accelerate launch, or show", early=True),
     "evaluation without prompts": before_weights(
         "eval_strategy='steps'.*eval_dataset", args={"eval_strategy": "steps"}
@@ -419,23 +419,23 @@ CASES = {
         r"has 7 prompts, but one rollout takes 8 \(per_device_train_batch_size 2 x .*Add prompts, or lower one",
         train_dataset=make_prompts(7),
     ),
-    "an empty prompt": prompts(r"train_dataset\[3\] is empty; drop such rows", ["a", "b", "c", ""]),
-    "a prompt of spaces": prompts(r"train_dataset\[1\] is empty; drop such rows", ["a", " \n\t "]),
+    "an empty prompt": prompts(r"train_dataset\[3\] is empty; remove such rows", ["a", "b", "c", ""]),
+    "a prompt of spaces": prompts(r"train_dataset\[1\] is empty; remove such rows", ["a", " \n\t "]),
     "a prompt without tokens": prompts(
         r"train_dataset\[0\] .*no tokens", ["a"], tokenizer=lambda: tokenizer_that_drops_everything()
     ),
-    "None as a prompt": prompts(r"train_dataset\[2\] is None; a prompt is text", ["a", "b", None]),
-    "a number as a prompt": prompts(r"train_dataset\[0\] is 7; a prompt is text, or a list of messages", [7]),
-    "a nested list as a prompt": prompts(r"train_dataset\[0\] is \[\['a'\]\]; a prompt is text", [[["a"]]]),
+    "None as a prompt": prompts(r"train_dataset\[2\] is None; a prompt must be text", ["a", "b", None]),
+    "a number as a prompt": prompts(r"train_dataset\[0\] is 7; a prompt must be text, or a list of messages", [7]),
+    "a nested list as a prompt": prompts(r"train_dataset\[0\] is \[\['a'\]\]; a prompt must be text", [[["a"]]]),
     "a list of strings as a prompt": prompts(r"train_dataset\[0\] is \['a', 'b'\]; a prompt", [["a", "b"]]),
     "a message without a role": chat(r"train_dataset\[0\] .*a list of messages such as", {"content": "hi"}),
     "a message whose role is None": chat(r"\[0\].*message 0 .*role.*None", {"role": None, "content": "hi"}),
     "a message without content": chat(r"\[0\].*message 1 .*content", USER, {"role": "user"}),
     "a message whose content is None": chat(r"\[0\].*message 0 .*content.*None", {"role": "user", "content": None}),
     "a message whose content is a number": chat(r"\[0\].*message 0 .*content.*3", {"role": "user", "content": 3}),
-    "an empty list of messages": chat(r"train_dataset\[0\] is \[\]; a prompt is"),
+    "an empty list of messages": chat(r"train_dataset\[0\] is \[\]; a prompt must be"),
     "a role that the template refuses": chat(
-        r"train_dataset\[0\]: the chat template does not take .*unknown role wizard",
+        r"train_dataset\[0\]: the chat template cannot render .*unknown role wizard",
         {"role": "wizard", "content": "hi"},
         template=STRICT_TEMPLATE,
     ),
@@ -476,8 +476,8 @@ CASES = {
         "model must be .*got Linear", error=TypeError, model=lambda: torch.nn.Linear(2, 2)
     ),
     "prompts longer than the context": with_model(
-        r"train_dataset\[0\] has 6 tokens; with response_length=8 that exceeds the model's context of 12. "
-        "Set max_prompt_length=4 or filter",
+        r"train_dataset\[0\] has 6 tokens; with response_length=8 it exceeds the model's context of 12 tokens. "
+        "Set max_prompt_length=4",
         model=lambda: make_model(max_position_embeddings=12),
     ),
     "a response longer than the context": with_model(
@@ -579,7 +579,7 @@ CASES = {
     "no reward": before_weights("Pass reward_funcs or its other name reward_model; got neither", reward_funcs=None),
     "both names of the reward": before_weights("reward_model; got both", reward_model=count_e),
     "an empty list of rewards": before_weights("needs reward_funcs: a function, a reward model", reward_funcs=[]),
-    "a reward that is a number": before_weights("A reward function is .*got 3", reward_funcs=3, error=TypeError),
+    "a reward that is a number": before_weights("A reward must be .*got 3", reward_funcs=3, error=TypeError),
     "too few weights": before_weights(
         "reward_weights has 1 numbers for 2 reward functions",
         reward_funcs=[count_e, count_e],
@@ -793,7 +793,7 @@ def test_a_reward_of_none_leaves_the_response_out_of_learning(tmp_path):
     def score(completions, **kwargs):
         return [None if i in (1, 4) else 1.0 for i in range(len(completions))]
 
-    with pytest.warns(UserWarning, match="returned None for 2 of 8 responses, which are left out of learning"):
+    with pytest.warns(UserWarning, match="returned None for 2 of 8 responses, which are excluded from training"):
         _, _, seen = trained(tmp_path, reward_funcs=score, config={"max_steps": 1})
     learned = seen.rollouts[0].action_mask.any(1)
     assert learned.tolist() == [True, False, True, True, False, True, True, True]

@@ -513,15 +513,15 @@ def test_a_healthy_run_is_not_warned_about(tmp_path):
 def test_truncated_sampling_is_named_as_the_cause_of_a_negative_kl(tmp_path):
     callback, args = TrainingHealthCallback(), make_config(tmp_path, top_k=1)
     samples = SimpleNamespace(completions=SimpleNamespace(completions=["a", "b"]))
-    with pytest.warns(UserWarning, match=r"KL to the reference is -3.10 nats.*top_p, top_k or min_p.*turn them off"):
+    with pytest.warns(UserWarning, match=r"KL to the reference is -3.10 nats.*top_p, top_k or min_p"):
         callback.on_rollout_end(args, None, None, Rows(torch.tensor([-3.0, -3.2])), samples, {"kl": -3.1, "entropy": 1})
 
 
 @pytest.mark.parametrize(
     ("metrics", "texts", "words"),
     [
-        ({"kl": 80.0, "entropy": 1.0}, ["a", "b"], "80 nats per response; beyond 50 text tends to break"),
-        ({"kl": 1.0, "entropy": 0.001}, ["a", "b"], "hardly samples any more"),
+        ({"kl": 80.0, "entropy": 1.0}, ["a", "b"], "80 nats per response; above 50"),
+        ({"kl": 1.0, "entropy": 0.001}, ["a", "b"], "Entropy is 0.001 nats per token"),
         ({"kl": 1.0, "entropy": 1.0}, ["a", "a"], "All 2 prompts of a rollout got the same answer"),
         ({"kl": -2.0, "entropy": 1.0}, ["a", "b"], "a KL cannot be negative"),
     ],
@@ -549,7 +549,7 @@ def test_what_scatters_around_zero_is_no_negative_kl(tmp_path, kl, said):
 
 def test_a_first_ratio_that_is_not_one_is_named(tmp_path):
     callback = TrainingHealthCallback()
-    with pytest.warns(UserWarning, match="the ratio was off 1 by 0.40"):
+    with pytest.warns(UserWarning, match="ratio .* 1 by 0.40"):
         callback.on_log(None, None, None, logs={"ppo/initial_ratio_error": 0.4})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -607,17 +607,17 @@ def stopped_at(folder, kl, resume=None, **arguments):
         ([11, 1, 11, 1, 11, 1], 2, 6),
     ],
 )
-@pytest.mark.filterwarnings("ignore:KL to the reference", "ignore:Training ends")
+@pytest.mark.filterwarnings("ignore:KL to the reference", "ignore:Training stops")
 def test_training_ends_when_kl_stays_too_high(tmp_path, kl, patience, step):
     assert stopped_at(tmp_path, kl, max_kl=10.0, patience=patience) == step
 
 
 @pytest.mark.filterwarnings("ignore:KL to the reference")
 def test_a_resumed_run_goes_on_counting(tmp_path):
-    with pytest.warns(UserWarning, match=r"Training ends after this step \(4\): KL .* is 11.0 nats.*for 3 rollouts"):
+    with pytest.warns(UserWarning, match=r"after this step \(4\): KL .* is 11.0 nats.*for 3 consecutive"):
         assert stopped_at(tmp_path, [1, 11, 11, 11, 11, 11], max_kl=10.0, patience=3) == 4
     resumed = str(tmp_path / "checkpoint-3")
-    with pytest.warns(UserWarning, match=r"Training ends after this step \(4\)"):
+    with pytest.warns(UserWarning, match=r"Training stops after this step \(4\)"):
         assert stopped_at(tmp_path / "again", [1, 11, 11, 11, 11, 11], resume=resumed, max_kl=10.0, patience=3) == 4
 
 

@@ -61,14 +61,14 @@ def test_an_adapter_that_does_not_speak_is_not_trained_unseen(tmp_path, speaks):
 def test_models_that_would_freeze_each_other_are_refused(tmp_path):
     torch.manual_seed(1)
     critic = LlamaForSequenceClassification(replace_labels(make_model().config))
-    with pytest.raises(ValueError, match="shares weights with the policy or its critic"):
+    with pytest.raises(ValueError, match="shares trainable weights with the policy"):
         make_trainer(tmp_path, reward_funcs=critic, reward_processing_classes=make_tokenizer(), value_model=critic)
     policy, reference = make_model(), make_model()
     critic.model = reference.model
     with pytest.raises(ValueError, match="value_model and ref_model share their weights"):
         make_trainer(tmp_path, model=policy, value_model=critic, ref_model=reference)
     critic.model = policy.model
-    with pytest.raises(ValueError, match="shares weights with the policy"):
+    with pytest.raises(ValueError, match="shares trainable weights with the policy"):
         make_trainer(
             tmp_path, model=policy, peft_config=None, reward_funcs=critic, reward_processing_classes=make_tokenizer()
         )
@@ -485,7 +485,7 @@ def test_reward_models_read_the_tools_that_the_policy_read(tmp_path, as_json, nu
 
 def test_tools_that_are_no_json_are_named(tmp_path):
     rows = Dataset.from_list([{"prompt": [USER], "tools": "{add"}] * 16)
-    with pytest.raises(ValueError, match="tools is '{add'; it must be a list of tools, or one as JSON"):
+    with pytest.raises(ValueError, match="tools is '{add'; it must be a list of tools"):
         make_trainer(tmp_path, train_dataset=rows, processing_class=make_tokenizer(TEMPLATE))
 
 

@@ -247,7 +247,7 @@ DONE = [ASK, {"role": "assistant", "content": "so it is."}]
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        (DONE, r"ends in an assistant's message.*so it is"),
+        (DONE, r"ends with an assistant's message.*so it is"),
         (json.dumps(DONE), r"written as text.*json\.loads"),
         (str(DONE), r"written as text"),
         ([ASK], None),
@@ -286,7 +286,7 @@ def test_a_template_without_generation_prompt_is_named(template, named):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"messages": DONE}, r"\[0\] ends in the assistant's answer.*row\['messages'\]\[:-1\]"),
+        ({"messages": DONE}, r"\[0\] ends with the assistant's answer.*row\['messages'\]\[:-1\]"),
         ({"messages": [ASK]}, r"rename_column\('messages', 'prompt'\)"),
         ({"conversations": [{"from": "human", "value": "why"}]}, "'human': 'user'"),
         ({"conversations": [ASK]}, r"rename_column\('conversations', 'prompt'\)"),

@@ -67,7 +67,7 @@ def test_the_defaults_are_those_that_are_documented():
 @pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
 def test_a_half_precision_that_a_cpu_has_not_is_named(kind, recwarn):
     given = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
-    with pytest.warns(UserWarning, match="fp16=True does nothing on a CPU"):
+    with pytest.warns(UserWarning, match="fp16=True has no effect on a CPU"):
         kind(**given, fp16=True, bf16=False)
     recwarn.clear()
     kind(**given, bf16=True)
@@ -218,12 +218,12 @@ def test_what_would_split_the_weights_is_refused_however_it_is_asked_for(make, k
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "false")  # as `accelerate launch` may leave it
     make(output_dir="out", use_cpu=True, report_to="none", fsdp="", deepspeed=None)
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{kind} in the environment .* Use plain DDP"):
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{kind} in the environment .* Use DDP"):
         make(output_dir="out", use_cpu=True, report_to="none")
 
 
 @pytest.mark.parametrize("asked", [{"fsdp": "full_shard"}, {"fsdp": True}, {"deepspeed": "zero3.json"}])
 def test_a_reward_model_is_not_split_either(asked):
     (name,) = asked
-    with pytest.raises(ValueError, match=rf"RewardConfig\({name}=...\) asks for .*Use plain DDP"):
+    with pytest.raises(ValueError, match=rf"RewardConfig\({name}=...\) .*Use DDP"):
         RewardConfig(output_dir="out", use_cpu=True, report_to="none", **asked)

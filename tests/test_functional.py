@@ -730,8 +730,8 @@ class TestPairwiseLoss:
         close(pf.pairwise_loss(chosen, rejected, margin=torch.zeros(2)), [0.3132617, 0.3132617])
 
     def test_centring_pulls_the_sum_to_zero(self):
-        close(pf.pairwise_loss(tensor([3.0]), tensor([3.0]), centre=0.01), [LOG2 + 0.36])
-        close(pf.pairwise_loss(tensor([3.0]), tensor([-3.0]), centre=0.01), [math.log1p(math.exp(-6))])
+        close(pf.pairwise_loss(tensor([3.0]), tensor([3.0]), center_coefficient=0.01), [LOG2 + 0.36])
+        close(pf.pairwise_loss(tensor([3.0]), tensor([-3.0]), center_coefficient=0.01), [math.log1p(math.exp(-6))])
 
     def test_extreme_gaps_stay_finite(self):
         close(pf.pairwise_loss(tensor([0.0, 1e4]), tensor([1e4, 0.0])), [1e4, 0.0])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from ppo_plus import PPOConfig, PPOTrainer
-from ppo_plus.config.trl_fields import DERIVED
+from ppo_plus.config.trl_fields import DERIVED_SIZE_FIELDS
 from ppo_plus.integrations.trl_legacy import export_with_value_head, load_value_head
 
 # The steps of TRL's examples: policy, reference, reward and value model from paths in PPOConfig, a padding token that
@@ -156,7 +156,7 @@ def test_critic_and_policy_learn_as_trls_own_tests_ask(tmp_path, peft):
                      num_ppo_epochs=2, report_to="none", use_cpu=True, save_strategy="no", learning_rate=1e-3,
                      response_length=6, num_train_epochs=1)  # fmt: skip
     scorer = classifier(1)
-    with pytest.warns(UserWarning, match="'\\[PAD\\]' has no embedding.*EOS pads"):
+    with pytest.warns(UserWarning, match="'\\[PAD\\]' has no embedding.*EOS is used"):
         trainer = PPOTrainer(
             args=args, processing_class=tokenizer, model=model, ref_model=None if peft else make_model(),
             reward_model=scorer, value_model=critic, train_dataset=data, eval_dataset=data,
@@ -177,7 +177,7 @@ def test_critic_and_policy_learn_as_trls_own_tests_ask(tmp_path, peft):
 # Fields of TRL's PPOConfig
 
 
-@pytest.mark.parametrize("name", DERIVED)
+@pytest.mark.parametrize("name", DERIVED_SIZE_FIELDS)
 def test_a_size_that_is_derived_is_taken_with_a_warning(tmp_path, name):
     with pytest.warns(UserWarning, match=f"{name} is derived from"):
         config = make_config(tmp_path, **{name: 77})
@@ -189,7 +189,7 @@ def test_a_size_that_is_derived_is_taken_with_a_warning(tmp_path, name):
 
 def test_derived_sizes_have_trls_names(tmp_path):
     config = make_config(tmp_path, total_episodes=20)  # 2 per micro-batch, 2 of them per minibatch, 2 minibatches
-    found = {name: getattr(config, name) for name in DERIVED}
+    found = {name: getattr(config, name) for name in DERIVED_SIZE_FIELDS}
     assert found == {
         "world_size": 1, "num_total_batches": 3, "micro_batch_size": 2, "local_batch_size": 8, "batch_size": 8,
         "local_mini_batch_size": 4, "mini_batch_size": 4,

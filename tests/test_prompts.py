@@ -130,7 +130,7 @@ def test_a_stream_that_ran_dry_says_so():
     dataset = IterableDataset.from_generator(lambda: ({"prompt": "e"} for _ in range(next(epochs))))
     prompts = PromptStream(dataset, 8)
     assert len(prompts[0]) == 8
-    with pytest.raises(ValueError, match="ended before it gave the 8 prompts of one rollout, in epoch 1"):
+    with pytest.raises(ValueError, match="fewer than the 8 prompts of one rollout in epoch 1"):
         prompts[1]
 
 

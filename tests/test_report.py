@@ -24,9 +24,16 @@ from transformers import PreTrainedTokenizerFast
 from ppo_plus import PPOCallback
 from ppo_plus.report import REPORT, callback, fixed_prompts, plot_curves, read_run, write_page
 from ppo_plus.report.__main__ import main
-from ppo_plus.report.curves import POINTS, curves
+from ppo_plus.report.curves import MAX_POINTS, curves
 from ppo_plus.report.page import to_script_json
-from ppo_plus.report.samples import PROMPTS, RESPONSES, TOKENS, answers, token_texts, token_view
+from ppo_plus.report.samples import (
+    MAX_PROMPTS,
+    MAX_RESPONSES,
+    MAX_TOKENS,
+    completions_snapshot,
+    token_texts,
+    token_view,
+)
 from ppo_plus.rewards import Completions
 from ppo_plus.rollout.buffer import Rollout
 from ppo_plus.rollout.collector import Experience
@@ -258,7 +265,7 @@ class TestRun:
     @pytest.mark.parametrize("stop", [6, 8])
     def test_resuming_goes_on_with_the_page(self, tmp_path, stop, monkeypatch):
         """Killed at step 10, resumed from a checkpoint before: as if nothing had happened."""
-        monkeypatch.setattr(callback, "WRITING", math.inf)  # a page at every log
+        monkeypatch.setattr(callback, "MAX_WRITE_FRACTION", math.inf)  # a page at every log
         config = {"max_steps": 12, "save_strategy": "steps", "save_steps": stop}
         trained(tmp_path / "whole", config)
 
@@ -456,16 +463,16 @@ class TestSize:
         trainer = make_trainer(tmp_path)
         rollout, samples, tokenizer = big_rollout(64, 1500)
         view = token_view(rollout, samples, tokenizer, trainer.args, kl_coef=0.1, step=0)
-        assert len(view["responses"]) == RESPONSES
-        assert {len(response["tokens"]) for response in view["responses"]} == {TOKENS}
+        assert len(view["responses"]) == MAX_RESPONSES
+        assert {len(response["tokens"]) for response in view["responses"]} == {MAX_TOKENS}
         assert view["responses"][0]["length"] == 1500
-        few = answers(samples, 0)
-        few["rows"] = few["rows"][:PROMPTS]
+        few = completions_snapshot(samples, 0)
+        few["rows"] = few["rows"][:MAX_PROMPTS]
         history = [
             {"step": i, "reward": 0.123456 * i, "kl": 0.1, "entropy": 1.0, "speed/learn": 2.0} for i in range(50_000)
         ]
         run = example_run() | {
-            "rollouts": [view] * callback.ROLLOUTS,
+            "rollouts": [view] * callback.MAX_ROLLOUTS,
             "answers": [few] * (callback.NUM_SNAPSHOTS + 1),
             "curves": curves(history),
         }
@@ -482,9 +489,9 @@ class TestSize:
 
 class TestCurves:
     def test_neighbours_are_averaged(self):
-        history = [{"step": i, "reward": float(i % 2)} for i in range(4 * POINTS)]
+        history = [{"step": i, "reward": float(i % 2)} for i in range(4 * MAX_POINTS)]
         steps, values = curves(history)["reward"]
-        assert len(steps) == len(values) == POINTS
+        assert len(steps) == len(values) == MAX_POINTS
         assert steps[:2] == [1.5, 5.5]
         assert set(values) == {0.5}
 
@@ -494,7 +501,7 @@ class TestCurves:
         tried = []
         real = re.sub
         monkeypatch.setattr(re, "sub", lambda *args, **kwargs: tried.append(args) or real(*args, **kwargs))
-        assert len(curves(history)["reward"][0]) <= POINTS
+        assert len(curves(history)["reward"][0]) <= MAX_POINTS
         assert len(tried) <= 4
 
     def test_what_is_drawn(self):

@@ -90,4 +90,4 @@ def test_a_manifest_of_a_checkpoint_that_holds_something_else_is_named(tmp_path,
     with pytest.raises(ValueError, match="ppo_state_0.json"):
         load_progress(checkpoint, 0, {})
     (checkpoint / MANIFEST).write_text(content)
-    assert f"{MANIFEST} must hold a JSON object, and holds {json.loads(content)}" in integrity_error(checkpoint)
+    assert f"{MANIFEST} must contain a JSON object; got {json.loads(content)}" in integrity_error(checkpoint)

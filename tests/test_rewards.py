@@ -290,7 +290,7 @@ def test_a_text_that_is_too_long_keeps_its_first_special_token_and_its_end(kind)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     reward = reward_of(model, tokenizer)
     batch = Completions([prompt, "short", "b" * 15], [answer, "x", "c" * 15], [[4]] * 3)
-    with pytest.warns(UserWarning, match="'encoder' reads 32 tokens, but .* up to 71: the beginning of the prompt"):
+    with pytest.warns(UserWarning, match="'encoder' is 32 tokens, but .* up to 71: the start of the prompt"):
         found = reward(batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
@@ -301,7 +301,7 @@ def test_a_text_that_is_too_long_keeps_its_first_special_token_and_its_end(kind)
     assert abs(found[0] - alone(model, input_ids=[1, *ids(prompt + answer)[:30], 2])) > 1e-3  # negative control
     assert found[1] == pytest.approx(alone(model, input_ids=[1, *ids("shortx"), 2]), abs=1e-5)
     assert found[2] == pytest.approx(alone(model, input_ids=[1, *ids("b" * 15 + "c" * 15), 2]), abs=1e-5)  # just fits
-    reward.read.longest = None
+    reward.tokenize.max_length = None
     with pytest.raises((IndexError, RuntimeError)):  # nowhere to look a position up, or a buffer that ends
         reward(batch)
 
@@ -316,7 +316,7 @@ def test_a_classifier_reads_what_its_tokenizer_says_and_no_more_than_it_has_posi
 
 
 def test_a_pair_that_is_too_long_is_cut_also_where_the_tokenizer_knows_no_limit():
-    with pytest.warns(UserWarning, match="'encoder' reads 64 tokens.*the longer of the two is cut"):
+    with pytest.warns(UserWarning, match="'encoder' is 64 tokens.*the longer of the two is truncated"):
         cut = reward_of(encoder("bert"), pair_tokenizer())(Completions(["a" * 100], ["b"], [[4]]))
     assert cut == reward_of(encoder("bert"), pair_tokenizer())(Completions(["a" * 60], ["b"], [[4]]))
 

@@ -145,7 +145,7 @@ def test_a_precision_that_was_asked_for_is_kept_and_named(tmp_path, half_base):
 def test_fp16_weights_whose_gradients_cannot_be_unscaled_are_refused(tmp_path, base):
     config = {"model_init_kwargs": {"dtype": "float16"}, "fp16": True}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fp16=True does nothing on a CPU")
+        warnings.filterwarnings("ignore", "fp16=True has no effect on a CPU")
         with pytest.raises(ValueError, match="float16.*fp16=True"):
             make_trainer(tmp_path, model=str(base), peft_config=None, config=config)
         with pytest.raises(ValueError, match="float16.*fp16=True"):

@@ -1,14 +1,14 @@
-"""The mathematics of PPO for language models, per token: what would be true on a whiteboard.
+"""Pure functions of PPO for language models: losses, advantages, KL estimators and masked statistics per token.
 
 Notation:
     B: sequences in the batch. R: response tokens, right-padded. V: vocabulary size.
     mask: 1 (or True) for response tokens up to and including EOS, else 0, `(B, R)`.
     logprobs: natural log of the probability of the token that was sampled, nats.
-    policy, old, reference: the model being trained, the same model when it sampled, the frozen model.
+    policy, old, reference: the model being trained, the same model at sampling time, the frozen model.
 
 Losses are returned per token and never reduced: the trainer masks, sums and divides once, by the token
 count of the whole minibatch, so that the gradient does not depend on how the minibatch is split.
-What stands outside `mask` never reaches a result of a function that takes one, not even NaN.
+Values outside `mask`, NaN included, never affect the result of a function that takes a mask.
 """
 
 from .advantages import gae, shape_rewards, truncated_importance_weights

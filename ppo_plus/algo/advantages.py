@@ -1,4 +1,4 @@
-"""From scores to advantages: reward shaping, GAE, importance weights of sampling."""
+"""Reward shaping, generalized advantage estimation, and importance sampling weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def shape_rewards(
     kl_coef: float,
     token_rewards: Tensor | None = None,
 ) -> Tensor:
-    """Reward per token: KL penalty everywhere, score at the last real token (Ziegler et al. 2019, eq. 2).
+    """Compute per-token rewards: KL penalty everywhere, score at the last real token (Ziegler et al. 2019, eq. 2).
 
     Args:
         scores: one score per response, `(B,)`, reward units.
         kl: KL of policy against reference per token, `(B, R)`, nats.
         mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`.
-        kl_coef: price of one nat, reward units per nat.
-        token_rewards: rewards for single tokens, `(B, R)`, reward units, added as they are.
+        kl_coef: coefficient of the KL penalty, reward units per nat.
+        token_rewards: rewards for single tokens, `(B, R)`, reward units, added without scaling.
 
     Returns:
         Rewards, `(B, R)` float32, reward units; 0 outside `mask`, and all 0 for a row whose mask is empty.
@@ -43,7 +43,7 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation over response tokens (Schulman et al. 2016, eq. 16).
+    """Compute generalized advantage estimates over response tokens (Schulman et al. 2016, eq. 16).
 
     `delta_t = r_t + gamma V(s_{t+1}) - V(s_t)` and `A_t = delta_t + gamma lam A_{t+1}`, backwards from the
     last real token, after which both V and A are 0.
@@ -61,27 +61,27 @@ def gae(
     """
     rewards, values = _masked(rewards, mask), _masked(values, mask)
     advantage = next_value = torch.zeros_like(values[:, 0])
-    backwards = []
+    advantages_reversed = []
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
-        backwards.append(advantage)
-    advantages = torch.stack(backwards[::-1], dim=1)
+        advantages_reversed.append(advantage)
+    advantages = torch.stack(advantages_reversed[::-1], dim=1)
     return advantages, advantages + values
 
 
 def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:
-    """`min(pi_old(a_t | s_t) / mu(a_t | s_t), cap)`, where mu is what decoding sampled from.
+    """Compute `min(pi_old(a_t | s_t) / mu(a_t | s_t), cap)`, where mu is the distribution that decoding sampled from.
 
-    mu and pi_old are the same policy by other kernels (a cache, quantized products, another precision), so the weight
-    is 1 up to numerics. Truncated as in Espeholt et al. 2018 (IMPALA, eq. 1), per token. A gap below 1e-3 nats is
-    rounding and weighs exactly 1, so in fp32 nothing depends on how many rows were decoded side by side.
+    mu and pi_old are the same policy computed by different kernels (KV cache, quantized matmuls, another precision), so
+    the weight is 1 up to numerics. Truncated as in Espeholt et al. 2018 (IMPALA, eq. 1), per token. A gap below 1e-3
+    nats is rounding and weighs exactly 1, so in fp32 the result does not depend on the generation batch size.
 
     Args:
-        logprobs: of the forward pass that the loss uses, `(B, R)`, nats.
-        sampled_logprobs: as decoding computed them, `(B, R)`, nats.
-        cap: the largest weight.
+        logprobs: log-probabilities from the forward pass that the loss uses, `(B, R)`, nats.
+        sampled_logprobs: log-probabilities computed during decoding, `(B, R)`, nats.
+        cap: upper bound on the weight.
 
     Returns:
         weights, `(B, R)` float32.

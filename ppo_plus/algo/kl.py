@@ -1,4 +1,4 @@
-"""KL divergence between policies, its estimators, and the controllers of its coefficient."""
+"""KL divergence between policies, its estimators, and controllers of the KL coefficient."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ MAX_KL_ERROR = 0.2  # bound on the relative error in the proportional controller
 
 
 def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """`KL(P || Q) = sum_v p_v (log p_v - log q_v)` over the whole vocabulary, not estimated from a sample.
+    """Compute `KL(P || Q) = sum_v p_v (log p_v - log q_v)` exactly, over the whole vocabulary.
 
     The order of the arguments is the direction:
-        `exact_kl(policy, reference)`: what `kl_estimate` estimates, the KL of the RLHF reward.
+        `exact_kl(policy, reference)`: the quantity that `kl_estimate` estimates, the KL of the RLHF reward.
         `exact_kl(original, current)`: the penalty `KL(orig || current)`, where the frozen model weighs the
-        terms. It is another quantity: large where the current model no longer says what the original did.
+        terms. It is a different quantity: large where the current model gives low probability to tokens that
+        are likely under the original.
 
     Args:
         logits_p: logits of P, over which the expectation runs, `(B, R, V)`, divided by the temperature.
@@ -32,7 +33,7 @@ def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return (probs * (logprobs_p - logprobs_q).masked_fill(probs == 0, 0.0)).sum(-1)
 
 
-_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+_KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda log_ratio: -log_ratio,
     "k2": lambda log_ratio: log_ratio.square() / 2,
     "k3": lambda log_ratio: torch.expm1(log_ratio) - log_ratio,
@@ -40,45 +41,45 @@ _ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-KL_ESTIMATORS = tuple(_ESTIMATES)
+KL_ESTIMATORS = tuple(_KL_ESTIMATORS)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """Per-token estimate of `KL(policy || reference)` from tokens that the policy sampled.
+    """Estimate `KL(policy || reference)` per token from tokens that the policy sampled.
 
     Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). With the log ratio
-    `log r = ref_logprobs - logprobs`, which is negative where the policy likes the token more:
-        `k1 = -log r = logprobs - ref_logprobs`: unbiased; a single token's may be negative.
+    `log r = ref_logprobs - logprobs`, which is negative where the token is more likely under the policy:
+        `k1 = -log r = logprobs - ref_logprobs`: unbiased; the estimate of a single token may be negative.
         `k2 = (log r)^2 / 2`: never negative, biased, low variance.
         `k3 = (r - 1) - log r`: never negative and unbiased.
         `abs = |log r|`: never negative; not an estimate of the KL but an upper bound on the size of k1.
-    They estimate the value, for the reward. As a loss on `logprobs` k1 does nothing: its gradient there is
-    0 in expectation.
+    These estimate the value, for use in the reward. As a loss on `logprobs`, k1 has no effect: its gradient
+    is 0 in expectation.
 
     Args:
-        logprobs: of the sampled tokens under the policy that sampled them, `(B, R)`, nats.
-        ref_logprobs: of the same tokens under the reference, `(B, R)`, nats.
+        logprobs: log-probabilities of the sampled tokens under the policy that sampled them, `(B, R)`, nats.
+        ref_logprobs: log-probabilities of the same tokens under the reference, `(B, R)`, nats.
         estimator: one of `KL_ESTIMATORS`.
 
     Returns:
         The estimate per token, `(B, R)`, nats.
     """
-    if estimator not in _ESTIMATES:
+    if estimator not in _KL_ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}; choose one of {', '.join(KL_ESTIMATORS)}")
-    return _ESTIMATES[estimator](ref_logprobs - logprobs)
+    return _KL_ESTIMATORS[estimator](ref_logprobs - logprobs)
 
 
 def proportional_kl_coef(
     kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int, max_error: float = MAX_KL_ERROR
 ) -> float:
-    """Proportional controller of the KL coefficient in log space (Ziegler et al. 2019, section 2.2).
+    """Update the KL coefficient with a proportional controller in log space (Ziegler et al. 2019, section 2.2).
 
     `kl_coef (1 + clip(kl / target - 1, -max_error, max_error) episodes / horizon)`.
 
     Args:
-        kl_coef: the coefficient that held for these episodes, reward units per nat.
-        kl: the KL that was measured, nats per sequence.
-        target: the KL that is wanted, nats per sequence, above 0.
+        kl_coef: the coefficient used for these episodes, reward units per nat.
+        kl: the measured KL, nats per sequence.
+        target: the target KL, nats per sequence, above 0.
         horizon: episodes over which the coefficient changes by about `max_error` at most.
         episodes: episodes since the last call, over all processes.
         max_error: bound on the relative error.
@@ -91,17 +92,17 @@ def proportional_kl_coef(
 
 
 def band_kl_coef(kl_coef: float, kl: float, *, low: float, high: float, factor: float = 2.0) -> float:
-    """Keep the KL in a band: a lower price below, a higher one above (after Schulman et al. 2017, section 4).
+    """Update the KL coefficient to keep the KL in a band (after Schulman et al. 2017, section 4).
 
     Args:
-        kl_coef: the coefficient that held so far, reward units per nat.
-        kl: the KL that was measured, in the unit of `low` and `high`.
-        low: below it the policy hardly moves: the coefficient is divided by `factor`.
-        high: above it the policy moves too far: the coefficient is multiplied by `factor`.
-        factor: above 1.
+        kl_coef: the current coefficient, reward units per nat.
+        kl: the measured KL, in the unit of `low` and `high`.
+        low: lower end of the band; the coefficient is divided by `factor` below it.
+        high: upper end of the band; the coefficient is multiplied by `factor` above it.
+        factor: factor of one update, above 1.
 
     Returns:
-        The coefficient from now on; unchanged inside the band, its ends included.
+        The new coefficient; unchanged inside the band, both ends included.
     """
     if kl < low:
         return kl_coef / factor

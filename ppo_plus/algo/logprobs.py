@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of tokens, from logits that are all in memory."""
+"""Log-probabilities and entropy of tokens, from logits `(B, R, V)` held in memory at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of the token that follows, under the distribution that sampling drew from.
+    """Compute log-probabilities of the target tokens under the temperature-scaled sampling distribution.
 
     Args:
-        logits: scores of the next token, `(B, R, V)`, any floating dtype.
-        targets: the tokens that were sampled, `(B, R)` int64.
+        logits: logits of the next token, `(B, R, V)`, any floating dtype.
+        targets: the sampled tokens, `(B, R)` int64.
         temperature: the sampling temperature, which divides the logits; above 0.
 
     Returns:
@@ -24,26 +24,28 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
 def logprobs_and_entropy(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_logprobs` and `entropy` from one softmax; `None` for the entropy where it is not asked for."""
+    """Compute `token_logprobs` and `entropy` from one softmax; the entropy is None without `with_entropy`."""
     logprobs = scaled_log_softmax(logits, temperature)
     chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen, entropy_from_logprobs(logprobs) if with_entropy else None
 
 
 def scaled_log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of the whole vocabulary, `(..., V)` float32, nats."""
+    """Compute log-probabilities of the whole vocabulary, `(..., V)` float32, nats."""
     scaled = logits.float()
     if temperature != 1:
-        # In place where a copy was made just now: these are the largest tensors there are.
+        # In place where `float()` made a copy: these are the largest tensors of a forward pass.
         scaled = scaled / temperature if scaled is logits else scaled.div_(temperature)
     return F.log_softmax(scaled, dim=-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of the next-token distribution, `H = -sum_v p_v log p_v` (`S` in Schulman et al. 2017, eq. 9).
+    """Compute the entropy of the next-token distribution, `H = -sum_v p_v log p_v`.
+
+    This is `S` in Schulman et al. 2017, eq. 9.
 
     Args:
-        logits: scores of the next token, `(B, R, V)`, any floating dtype; `-inf` means impossible.
+        logits: logits of the next token, `(B, R, V)`, any floating dtype; `-inf` excludes a token.
         temperature: the sampling temperature, which divides the logits; above 0.
 
     Returns:
@@ -53,6 +55,6 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def entropy_from_logprobs(logprobs: Tensor) -> Tensor:
-    """`entropy` where the log-probabilities `(..., V)` are known already."""
+    """Compute `entropy` from log-probabilities `(..., V)`, nats; returns `(...)`."""
     # The limit of p log p at p = 0 is 0; computed, it is 0 * -inf.
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)

@@ -1,4 +1,4 @@
-"""The losses of actor, critic and reward model."""
+"""Losses of the actor, the critic and the reward model."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def clipped_policy_loss(
     cliprange_high: float | None = None,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate, negated to be minimised (Schulman et al. 2017, eq. 7).
+    """Compute PPO's clipped surrogate, negated so that it is minimized (Schulman et al. 2017, eq. 7).
 
     `-min(r A, clip(r, 1 - cliprange, 1 + cliprange_high) A)` with `r = exp(logprobs - old_logprobs)`.
 
     Args:
-        logprobs: of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
-        old_logprobs: of the same tokens when they were sampled, `(B, R)`, nats.
-        advantages: of the same tokens, `(B, R)`.
-        cliprange: how far below 1 the ratio may usefully go.
-        cliprange_high: how far above 1; `cliprange` when None ("clip-higher", DAPO, 2503.14476).
+        logprobs: log-probabilities of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
+        old_logprobs: log-probabilities of the same tokens under the old policy, `(B, R)`, nats.
+        advantages: advantages of the same tokens, `(B, R)`.
+        cliprange: clip range of the ratio below 1.
+        cliprange_high: clip range above 1; `cliprange` when None ("clip-higher", DAPO, 2503.14476).
         dual_clip: c above 1 bounds the loss of a negative advantage to `-c A`, however large the ratio
             (Ye et al. 2020, 1912.09729, eq. 5); unbounded when None.
 
     Returns:
-        The loss, `(B, R)`, unit of the advantages, and a bool `(B, R)`: True where a bound took the place
-        of the ratio (a tie does not count), so that the token has no gradient.
+        The loss, `(B, R)`, unit of the advantages, and a bool `(B, R)`: True where a bound replaced the
+        ratio (a tie does not count), so that the token has no gradient.
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
@@ -51,12 +51,12 @@ def clipped_policy_loss(
 
 
 def unclipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Importance-sampled policy gradient `-r A`, of unlimited step (Schulman et al. 2017, eq. 6).
+    """Compute the importance-sampled policy gradient loss `-r A` without a bound (Schulman et al. 2017, eq. 6).
 
     Args:
-        logprobs: of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
-        old_logprobs: of the same tokens when they were sampled, `(B, R)`, nats.
-        advantages: of the same tokens, `(B, R)`.
+        logprobs: log-probabilities of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
+        old_logprobs: log-probabilities of the same tokens under the old policy, `(B, R)`, nats.
+        advantages: advantages of the same tokens, `(B, R)`.
 
     Returns:
         The loss, `(B, R)`, unit of the advantages.
@@ -65,17 +65,17 @@ def unclipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Te
 
 
 def kl_penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
-    """PPO1: `-r A + beta KL(old || policy)` (Schulman et al. 2017, eq. 8).
+    """Compute the PPO1 loss `-r A + beta KL(old || policy)` (Schulman et al. 2017, eq. 8).
 
-    The tokens were sampled by the old policy, so the KL that can be estimated from them is the one that
-    the old policy weighs. Its k3 estimate, `(r - 1) - log r`, is never negative, and its gradient
-    `(r - 1) grad log pi` is in expectation that of the KL; the gradient is 0 where policy and old agree.
+    The old policy sampled the tokens, so they only allow an estimate of `KL(old || policy)`, whose expectation
+    runs over the old policy. Its k3 estimate, `(r - 1) - log r`, is never negative, and its gradient
+    `(r - 1) grad log pi` equals that of the KL in expectation; it is 0 where policy and old agree.
 
     Args:
-        logprobs: of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
-        old_logprobs: of the same tokens when they were sampled, `(B, R)`, nats.
-        advantages: of the same tokens, `(B, R)`.
-        beta: price of one nat, in the unit of the advantages.
+        logprobs: log-probabilities of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
+        old_logprobs: log-probabilities of the same tokens under the old policy, `(B, R)`, nats.
+        advantages: advantages of the same tokens, `(B, R)`.
+        beta: coefficient of the KL penalty, in the unit of the advantages per nat.
 
     Returns:
         The loss, `(B, R)`, unit of the advantages.
@@ -87,15 +87,15 @@ def kl_penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: T
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float | None = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the critic, pessimistic about leaving its old value (2403.17031, appendix).
+    """Compute half the squared error of the critic, or the clipped error if larger (2403.17031, appendix).
 
     `0.5 max((V - G)^2, (clip(V, V_old - cliprange, V_old + cliprange) - G)^2)`.
 
     Args:
-        values: of the critic, with gradient, `(B, R)`, reward units.
-        old_values: of the critic when the tokens were sampled, `(B, R)`, reward units.
+        values: values from the critic, with gradient, `(B, R)`, reward units.
+        old_values: values from the critic at sampling time, `(B, R)`, reward units.
         returns: the target G, `(B, R)`, reward units.
-        cliprange: how far a value may usefully move, reward units; None means a plain squared error.
+        cliprange: clip range around the old value, reward units; None means a plain squared error.
 
     Returns:
         The loss, `(B, R)`, squared reward units, and a bool `(B, R)`: True where the clipped error is the
@@ -111,17 +111,17 @@ def clipped_value_loss(
 
 
 def pairwise_loss(
-    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | None = None, centre: float = 0.0
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | None = None, center_coefficient: float = 0.0
 ) -> Tensor:
-    """Bradley-Terry loss of a reward model, `-log sigmoid(chosen - rejected)` (Ouyang et al. 2022, eq. 1).
+    """Compute the Bradley-Terry loss `-log sigmoid(chosen - rejected)` of a reward model (Ouyang et al. 2022, eq. 1).
 
     Args:
         chosen: scores of the preferred responses, `(B,)`, reward units.
         rejected: scores of the other responses to the same prompts, `(B,)`, reward units.
-        margin: by how much the chosen response is better, `(B,)` or one number, reward units (Touvron et
+        margin: margin by which the chosen response is better, `(B,)` or one number, reward units (Touvron et
             al. 2023, Llama 2, eq. 2).
-        centre: weight of `(chosen + rejected)^2`, which pins the otherwise free level of the scores to 0
-            (Eisenstein et al. 2023, 2312.09244, eq. 2).
+        center_coefficient: weight of `(chosen + rejected)^2`, which pins the otherwise undetermined mean score
+            to 0 (Eisenstein et al. 2023, 2312.09244, eq. 2).
 
     Returns:
         The loss per pair, `(B,)`, nats; `log 2` for equal scores.
@@ -129,4 +129,4 @@ def pairwise_loss(
     gap = chosen - rejected
     if margin is not None:
         gap = gap - margin
-    return -F.logsigmoid(gap) + centre * (chosen + rejected).square()
+    return -F.logsigmoid(gap) + center_coefficient * (chosen + rejected).square()

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all processes; every process calls it equally often, also one with an empty mask."""
+"""All-reduce (sum) of a tensor over all processes; each process must call it equally often, even with an empty mask."""
 
 
 Average = TypeVar("Average", float, Tensor)
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` in at least float32, 0 outside `mask`."""
+    """Return `values` in at least float32, with 0 outside `mask`."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     # Filling rather than multiplying: 0 * inf is NaN, and padding may hold anything.
     return values.masked_fill(~mask.bool(), 0.0)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over the positions where `mask` is 1; 0, not NaN, where there is none.
+    """Compute the mean over positions where `mask` is 1; 0, not NaN, if there is none.
 
     Args:
         values: any quantity, `(B, R)`.
@@ -40,7 +40,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_moments(values: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and variance over all masked positions of all processes (two-pass, corrected: Chan et al. 1983).
+    """Compute mean and variance over the masked positions of all processes (corrected two-pass: Chan et al. 1983).
 
     Args:
         values: any quantity, `(B, R)`; B and R may differ between processes.
@@ -57,15 +57,15 @@ def masked_moments(values: Tensor, mask: Tensor, *, reduce: Reduce | None = None
     count = count.clamp(min=1)
     mean = total / count
 
-    centred = _masked(kept - mean, mask)
-    residual, squares = reduce(torch.stack([centred.sum(), centred.square().sum()])) / count
-    # What rounding left in the mean: without this, equal values get a variance a hair above 0, and
-    # whoever divides by it amplifies noise.
+    centered = _masked(kept - mean, mask)
+    residual, squares = reduce(torch.stack([centered.sum(), centered.square().sum()])) / count
+    # Correct the rounding error of the mean: without this, equal values get a variance slightly above 0, and
+    # dividing by it amplifies noise.
     return mean + residual, (squares - residual.square()).clamp(min=0)
 
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:
-    """Biased variance over the positions where `mask` is 1, of this process.
+    """Compute the biased variance over the positions where `mask` is 1, on this process.
 
     Args:
         values: any quantity, `(B, R)`.
@@ -90,9 +90,9 @@ def whiten(
     Args:
         values: advantages or rewards, `(B, R)`.
         mask: 1 for the positions that count, same shape as `values`.
-        shift_mean: True gives mean 0 (advantages). False scales the spread around the mean and keeps the
-            mean itself (rewards, whose level tells good from bad).
-        reduce: sums a tensor over all processes; the statistics are then those of all of them.
+        shift_mean: True gives mean 0 (advantages). False scales the deviations from the mean and keeps the
+            mean itself (rewards, whose sign and level matter).
+        reduce: sums a tensor over all processes; the statistics then cover all processes.
         eps: added to the variance.
 
     Returns:
@@ -105,11 +105,11 @@ def whiten(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
-    """Share of the variance of the returns that the critic predicts, `1 - Var[G - V] / Var[G]`.
+    """Compute the share of the variance of the returns that the critic predicts, `1 - Var[G - V] / Var[G]`.
 
     Args:
-        values: of the critic, `(B, R)`, reward units.
-        returns: what it should have said, `(B, R)`, reward units.
+        values: V, the critic's predictions, `(B, R)`, reward units.
+        returns: G, the targets, `(B, R)`, reward units.
         mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`.
         reduce: sums a tensor over all processes.
 
@@ -123,11 +123,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce:
 
 
 def ema(old: Average, new: Average, decay: float) -> Average:
-    """Exponential moving average, `decay old + (1 - decay) new`.
+    """Update an exponential moving average: `decay old + (1 - decay) new`.
 
     Args:
-        old: the average so far.
-        new: the value that was just measured, in the same unit.
+        old: the current average.
+        new: the new measurement, in the same unit.
         decay: share of `old` that remains, 0 to 1.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Callbacks of a rollout and of training: they look and steer, and never train."""
+"""Callbacks for rollout events and training events: they observe and set coefficients or control flags."""

@@ -1,4 +1,4 @@
-"""Tables of sampled completions, in the terminal and in trackers."""
+"""Tables of sampled completions in the terminal and in experiment trackers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class CompletionsTableCallback(PPOCallback):
-    """Shows a table of sampled responses with their scores as training goes, and at each evaluation.
+    """Print and log a table of sampled responses with their scores, during training and at each evaluation.
 
     Args:
-        trackers: gives Trainer's callbacks, among them those of `report_to`: wandb and trackio get the table as
-            `completions` and `eval/completions`, TensorBoard as text. By default it is printed only.
+        trackers: returns Trainer's callbacks, including those of `report_to`: wandb and trackio receive the table as
+            `completions` and `eval/completions`, TensorBoard as text. By default the table is only printed.
     """
 
     def __init__(self, trackers: Callable[[], Iterable[TrainerCallback]] = tuple) -> None:
@@ -32,7 +32,7 @@ class CompletionsTableCallback(PPOCallback):
         self, args: Any, state: TrainerState, control: Any, rollout: Rollout, samples: Experience, metrics: Any,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Show at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
+        """Print a table at `num_sample_generations` rollouts spread over training, or at all with `log_completions`."""
         due = args.log_completions or is_logging_rollout(args, state, args.num_sample_generations)
         if state.is_world_process_zero and due:
             self._show("completions", f"Samples at step {state.global_step}", args, state, samples)
@@ -40,7 +40,7 @@ class CompletionsTableCallback(PPOCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: Any, samples: Experience | None = None, **kwargs: Any
     ) -> None:
-        """Show the first answers of an evaluation: the same prompts each time."""
+        """Print the first completions of an evaluation, for the same prompts each time."""
         if state.is_world_process_zero and samples is not None:
             self._show("eval/completions", f"Evaluation at step {state.global_step}", args, state, samples)
 
@@ -51,29 +51,29 @@ class CompletionsTableCallback(PPOCallback):
 
 
 def sample_table(samples: Experience, rows: int) -> dict[str, list[Any]]:
-    """The first rows of samples in columns: prompt, completion, reward, KL in nats, and what was logged, as text."""
-    shown, completions = range(min(rows, len(samples))), samples.completions
+    """Return the first rows as columns: prompt, completion, reward, KL (nats) and logged extra columns, as text."""
+    indices, completions = range(min(rows, len(samples))), samples.completions
     kl = ((samples.logprobs - samples.ref_logprobs) * samples.action_mask).sum(1)
     return {
-        "prompt": [messages_to_text(completions.prompts[i]) for i in shown],
-        "completion": [messages_to_text(completions.completions[i]) for i in shown],
-        "reward": [float(samples.scores[i]) for i in shown],
-        "kl": [float(kl[i]) for i in shown],
-        **{name: [str(values[i]) for i in shown] for name, values in samples.extra.items()},
+        "prompt": [messages_to_text(completions.prompts[i]) for i in indices],
+        "completion": [messages_to_text(completions.completions[i]) for i in indices],
+        "reward": [float(samples.scores[i]) for i in indices],
+        "kl": [float(kl[i]) for i in indices],
+        **{name: [str(values[i]) for i in indices] for name, values in samples.extra.items()},
     }
 
 
 def messages_to_text(prompt: Any) -> str:
-    """A prompt or completion for people: messages become lines."""
+    """Format a prompt or completion as text; each message of a conversation becomes a line."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def escape_terminal(text: str) -> str:
-    """Text that a terminal shows and does not obey.
+    """Escape terminal control sequences in a text.
 
-    Control characters, what turns the direction of writing, and what the encoding of stdout lacks become escapes.
+    Control characters, bidirectional controls, and characters that the encoding of stdout lacks become escapes.
     """
-    # A log or pipe on Windows is in a code page, and a character that it lacks would end training.
+    # On Windows, logs and pipes use a code page; printing a character that it lacks raises an error.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     bidi_controls = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -86,7 +86,7 @@ def escape_terminal(text: str) -> str:
 
 
 def print_samples(title: str, columns: dict[str, list[Any]]) -> None:
-    """Print a table, fractions with two digits: with rich where it is installed, as plain lines otherwise."""
+    """Print a table with two decimals per float, with rich if installed and as plain lines otherwise."""
     title = escape_terminal(title)
     columns = {
         escape_terminal(name): [f"{v:.2f}" if isinstance(v, float) else escape_terminal(str(v)) for v in values]
@@ -101,7 +101,7 @@ def print_samples(title: str, columns: dict[str, list[Any]]) -> None:
         for row in zip(*columns.values(), strict=True):
             print(" | ".join(f"{name}: {value}" for name, value in zip(columns, row, strict=True)))
         return
-    table = Table(title=Text(title), show_lines=True)  # Text: what people and models write is not markup
+    table = Table(title=Text(title), show_lines=True)  # Text: prompts and completions are not rich markup
     for name in columns:
         table.add_column(Text(name), overflow="fold")
     for row in zip(*columns.values(), strict=True):

@@ -1,4 +1,4 @@
-"""Callbacks that steer by the KL divergence to the reference policy."""
+"""Callbacks that adapt the KL coefficient or stop training by the KL to the reference policy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .base import PPOCallback, RolloutSettings
 
 
 class AdaptiveKLCallback(PPOCallback, ExportableState):
-    """Steers the KL coefficient so that the policy stays about so far from the reference.
+    """Adapt the KL coefficient to keep the KL to the reference near a target.
 
     Args:
-        target: wished KL per response, nats (proportional controller of Ziegler et al. 2019, section 2.2).
+        target: target KL per response, nats (proportional controller of Ziegler et al. 2019, section 2.2).
         horizon: episodes over which the controller acts; smaller is faster. None means a tenth of the run's episodes,
-            at least one rollout and at most 10,000 (Ziegler's): the coefficient can then change sevenfold in the run.
-        band: `(low, high)` in nats; if given, the coefficient is halved below and doubled above, and `target` and
-            `horizon` play no part (adaptive KL penalty of PPO, Schulman et al. 2017, section 4).
+            at least one rollout and at most 10,000 (Ziegler's): the coefficient can then change sevenfold in a run.
+        band: `(low, high)` in nats; if set, the coefficient is halved below and doubled above, and `target` and
+            `horizon` have no effect (adaptive KL penalty of PPO, Schulman et al. 2017, section 4).
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
         self.kl_coef: float | None = None
 
     def check_arguments(self, args: PPOConfig) -> None:
-        """Refuse a coefficient that stays 0, and a horizon so short that one rollout could turn its sign."""
+        """Refuse kl_coef=0, and a horizon so short that one rollout could change the coefficient's sign."""
         if args.kl_coef == 0:
             raise ValueError(
-                "AdaptiveKLCallback multiplies the KL coefficient, which stays 0 where kl_coef=0: set kl_coef above 0 "
-                "(0.05 is the default), or leave the callback out."
+                "AdaptiveKLCallback multiplies the KL coefficient, which stays 0 with kl_coef=0: set kl_coef above 0 "
+                "(the default is 0.05), or remove the callback."
             )
         episodes = args.rollout_batch_size * args.world_size
         if self.band is None and self.horizon is not None and MAX_KL_ERROR * episodes >= self.horizon:
@@ -50,7 +50,7 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
             )
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start over when training does; a resumed run goes on from the coefficient in its checkpoint."""
+        """Reset the coefficient when training starts; a resumed run continues with the one in its checkpoint."""
         self.check_arguments(args)
         if state.global_step == 0:
             self.kl_coef = None
@@ -59,13 +59,13 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
             if MAX_KL_ERROR * run < 0.1 * self.horizon:
                 warnings.warn(
                     f"AdaptiveKLCallback: with horizon={self.horizon} the KL coefficient changes by at most "
-                    f"{MAX_KL_ERROR * run / self.horizon:.1%} in all of this run's {run} episodes. Leave horizon out: "
-                    f"it is then {default_horizon(rollout, run)}.",
+                    f"{MAX_KL_ERROR * run / self.horizon:.1%} over the {run} episodes of this run. Remove horizon: "
+                    f"its default is then {default_horizon(rollout, run)}.",
                     stacklevel=2,
                 )
 
     def on_rollout_begin(self, args: Any, state: Any, control: Any, settings: RolloutSettings, **kwargs: Any) -> None:
-        """Put the current coefficient to work."""
+        """Set the coefficient of this rollout."""
         if self.kl_coef is None:
             self.kl_coef = settings.kl_coef
         settings.kl_coef = self.kl_coef
@@ -73,8 +73,8 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
     def on_rollout_end(
         self, args: Any, state: Any, control: Any, rollout: Any, samples: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        """Set the coefficient of the next rollout by the KL of this one."""
-        assert self.kl_coef is not None, "on_rollout_begin comes first"
+        """Compute the coefficient of the next rollout from the KL of this one."""
+        assert self.kl_coef is not None, "on_rollout_begin must be called first"
         if self.band is not None:
             self.kl_coef = band_kl_coef(self.kl_coef, metrics["kl"], low=self.band[0], high=self.band[1])
         else:
@@ -88,7 +88,7 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
             )
 
     def state(self) -> dict:
-        """For `trainer_state.json`."""
+        """Return arguments and attributes for `trainer_state.json`."""
         band = None if self.band is None else list(self.band)
         return {
             "args": {"target": self.target, "horizon": self.horizon, "band": band},
@@ -97,22 +97,22 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
 
 
 def _episodes(args: PPOConfig, state: TrainerState) -> tuple[int, int]:
-    """Episodes of one rollout and of the whole run, over all processes."""
+    """Return the episodes of one rollout and of the whole run, over all processes."""
     rollout = args.rollout_batch_size * args.world_size
     return rollout, rollout * -(-state.max_steps // args.steps_per_rollout)
 
 
 def default_horizon(rollout: int, run: int) -> int:
-    """Choose the horizon of the KL controller, in episodes, for a run of so many."""
+    """Choose the horizon of the KL controller, in episodes, from the episodes per rollout and per run."""
     return max(rollout, min(run // 10, 10_000))
 
 
 class EarlyStoppingOnKLCallback(PPOCallback, ExportableState):
-    """Ends training when the policy has left the reference too far behind.
+    """Stop training when the KL to the reference exceeds a bound.
 
     Args:
-        max_kl: KL per response that a rollout may have, nats.
-        patience: rollouts in a row above it that end training.
+        max_kl: bound on the mean KL per response of a rollout, nats.
+        patience: number of consecutive rollouts above the bound after which training stops.
     """
 
     def __init__(self, max_kl: float = 30.0, patience: int = 1) -> None:
@@ -120,31 +120,35 @@ class EarlyStoppingOnKLCallback(PPOCallback, ExportableState):
             raise ValueError(
                 f"EarlyStoppingOnKLCallback: max_kl={max_kl!r} must be above 0, patience={patience!r} 1 or more."
             )
-        self.max_kl, self.patience, self.above = max_kl, patience, 0
+        self.max_kl, self.patience, self.num_exceeded = max_kl, patience, 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start over when training does; a resumed run goes on counting."""
+        """Reset the count when training starts; a resumed run continues it."""
         if state.global_step == 0:
-            self.above = 0
+            self.num_exceeded = 0
 
     def on_rollout_end(
         self, args: Any, state: Any, control: TrainerControl, rollout: Any, samples: Any, metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Count. A KL that is no number is not below the bound."""
-        self.above = 0 if metrics["kl"] <= self.max_kl else self.above + 1
-        if self.above >= self.patience:
+        """Count consecutive rollouts above the bound; a NaN counts as above it."""
+        self.num_exceeded = 0 if metrics["kl"] <= self.max_kl else self.num_exceeded + 1
+        if self.num_exceeded >= self.patience:
             warnings.warn(
-                f"Training ends after this step ({state.global_step + 1}): KL to the reference is "
-                f"{metrics['kl']:.1f} nats per response, above {self.max_kl} for {self.above} rollouts in a row.",
+                f"Training stops after this step ({state.global_step + 1}): KL to the reference is "
+                f"{metrics['kl']:.1f} nats per response, above {self.max_kl} for {self.num_exceeded} consecutive "
+                "rollouts. Raise kl_coef or max_kl, or lower the learning rate.",
                 stacklevel=2,
             )
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop here: in the middle of a step Trainer would drop what was accumulated."""
-        if self.above >= self.patience:
+        """Stop training here; during a step Trainer would discard the accumulated gradients."""
+        if self.num_exceeded >= self.patience:
             control.should_training_stop = True
 
     def state(self) -> dict:
-        """For `trainer_state.json`."""
-        return {"args": {"max_kl": self.max_kl, "patience": self.patience}, "attributes": {"above": self.above}}
+        """Return arguments and attributes for `trainer_state.json`."""
+        return {
+            "args": {"max_kl": self.max_kl, "patience": self.patience},
+            "attributes": {"num_exceeded": self.num_exceeded},
+        }

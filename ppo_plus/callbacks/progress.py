@@ -1,7 +1,7 @@
-"""Trainer's progress bar, with the phase of PPO in front of it: `generating 12/64, 210 tokens/s`.
+"""Trainer's progress bar with the current PPO phase as prefix: `generating 12/64, 210 tokens/s`.
 
-On a terminal it is one bar. Where output is not a terminal (logs, pipes) there is no bar: a line of its own for each
-phase that ended. A notebook keeps the table that Trainer draws there.
+On a terminal there is one bar. If the output is not a terminal (logs, pipes), one line is written per finished phase
+instead. A notebook keeps Trainer's table.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from .base import PPOCallback
 
 
 class PPOProgressCallback(ProgressCallback, PPOCallback):
-    """Shows which phase training is in, how far it is, and its tokens per second.
+    """Show the current phase, its progress and its tokens per second.
 
-    Generating and scoring count responses, learning counts optimizer steps. It reads the clock and numbers that the
-    host has already, so nothing waits for the device because of it.
+    Generating and scoring count responses, learning counts optimizer steps. The callback reads only the clock and
+    host-side numbers, so it causes no host sync.
     """
 
     def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Open the bar; without a terminal it stays silent and only writes lines."""
+        """Open the bar; without a terminal the bar is disabled and only lines are written."""
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
         self.current_step = 0
-        self._tokens_per_step = 0.0  # unknown until a rollout ends, as where training resumes inside one
+        self._tokens_per_step = 0.0  # unknown until a rollout ends, for example when training resumes inside a rollout
         self._begin("")
 
     def on_rollout_progress(
         self, args: PPOConfig, state: TrainerState, control: TrainerControl, phase: str, done: int, total: int,
         tokens: int, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Show a phase of the rollout."""
+        """Update the bar with the progress of a rollout phase."""
         if self.training_bar is not None:
             self._show(state, phase, done, total, tokens)
 
@@ -43,18 +43,18 @@ class PPOProgressCallback(ProgressCallback, PPOCallback):
         self, args: PPOConfig, state: TrainerState, control: TrainerControl, rollout: Any, samples: Any,
         metrics: dict[str, float], **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Note how many response tokens an optimizer step learns from, on average."""
+        """Store the mean number of response tokens per optimizer step."""
         self._tokens_per_step = float(rollout.action_mask.sum()) / args.num_mini_batches
 
     def on_step_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Learning starts, or goes on after an evaluation."""
+        """Begin the learning phase, after a rollout or an evaluation."""
         if self.training_bar is not None and self._phase != "learning":
             self._begin("learning")
             self._first_step = state.global_step
             self._show(state, "learning", state.global_step % args.steps_per_rollout, args.steps_per_rollout)
 
     def on_step_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One optimizer step further."""
+        """Advance the bar by one optimizer step."""
         if self.training_bar is not None:
             done = (state.global_step - 1) % args.steps_per_rollout + 1
             tokens = self._tokens_per_step * (state.global_step - self._first_step)
@@ -62,23 +62,23 @@ class PPOProgressCallback(ProgressCallback, PPOCallback):
         super().on_step_end(args, state, control, **kwargs)
 
     def _begin(self, phase: str) -> None:
-        self._phase, self._started, self._shown = phase, time.perf_counter(), 0.0
+        self._phase, self._phase_start, self._last_refresh = phase, time.perf_counter(), 0.0
 
     def _show(self, state: TrainerState, phase: str, done: int, total: int, tokens: float = 0) -> None:
         if phase != self._phase:
             self._begin(phase)
         bar, now = self.training_bar, time.perf_counter()
-        seconds, ended = now - self._started, done == total
+        seconds, ended = now - self._phase_start, done == total
         text = f"{phase} {done}/{total}" + (f", {tokens / seconds:.0f} tokens/s" if tokens else "")
         if bar.disable:
             if ended:
                 bar.write(f"step {state.global_step}/{state.max_steps}: {text}, {seconds:.1f} s")
-        elif ended or now - self._shown >= bar.mininterval:
+        elif ended or now - self._last_refresh >= bar.mininterval:
             bar.set_description_str(text)
-            self._shown = now
+            self._last_refresh = now
 
 
 def install_progress_bar(trainer: Trainer) -> None:
-    """Let `PPOProgressCallback` take the place of Trainer's own bar, where Trainer has put that one up."""
+    """Replace Trainer's `ProgressCallback`, if installed, with `PPOProgressCallback`."""
     callbacks = trainer.callback_handler.callbacks
     callbacks[:] = [PPOProgressCallback() if type(c) is ProgressCallback else c for c in callbacks]

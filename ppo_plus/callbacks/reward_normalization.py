@@ -15,11 +15,11 @@ from .base import PPOCallback
 
 
 class RewardNormalizationCallback(PPOCallback, ExportableState):
-    """Centres and scales scores by exponential moving averages of their mean and variance, then clips them.
+    """Center and scale scores by exponential moving averages of their mean and variance, then clip them.
 
     Args:
-        decay: how much of the old average stays per rollout.
-        clip: bound on the normalized score, in standard deviations; None turns it off.
+        decay: weight of the old average per rollout, at least 0 and below 1.
+        clip: bound on the normalized score, in standard deviations; None disables clipping.
     """
 
     def __init__(self, decay: float = 0.9, clip: float | None = 5.0) -> None:
@@ -32,7 +32,7 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
         self.var: float | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start over when training does."""
+        """Reset the averages when training starts; a resumed run continues with those in its checkpoint."""
         if state.global_step == 0:
             self.mean = self.var = None
 
@@ -40,11 +40,11 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
         self, args: Any, state: Any, control: Any, scores: Tensor, gathered_scores: Tensor, token_rewards: Tensor,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Update the averages with this rollout, then normalize it, the rewards of single tokens by the same scale."""
-        known = gathered_scores[~gathered_scores.isnan()]
-        if len(known) == 0:
+        """Update the averages with this rollout, then normalize its scores and scale its token rewards."""
+        valid = gathered_scores[~gathered_scores.isnan()]
+        if len(valid) == 0:
             return
-        mean, var = known.mean().item(), known.var(unbiased=False).item()
+        mean, var = valid.mean().item(), valid.var(unbiased=False).item()
         if self.mean is not None and self.var is not None:
             mean, var = ema(self.mean, mean, self.decay), ema(self.var, var, self.decay)
         self.mean, self.var = mean, var
@@ -54,7 +54,7 @@ class RewardNormalizationCallback(PPOCallback, ExportableState):
             scores.clamp_(-self.clip, self.clip)
 
     def state(self) -> dict:
-        """For `trainer_state.json`."""
+        """Return arguments and attributes for `trainer_state.json`."""
         return {
             "args": {"decay": self.decay, "clip": self.clip},
             "attributes": {"mean": self.mean, "var": self.var},

@@ -1,4 +1,4 @@
-"""Tables for the trackers that `report_to` names. Trainer's own callbacks hold the writers; here is what they lack."""
+"""Logging of tables to the trackers in `report_to`, through the writers of Trainer's integration callbacks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 
 def log_table(callbacks: Iterable[TrainerCallback], name: str, columns: dict[str, list[Any]], step: int) -> None:
-    """Write a table to every tracker among the callbacks that has been started.
+    """Log a table to every initialized tracker among the callbacks.
 
-    wandb and trackio get a table with the step as its first column, TensorBoard gets text.
+    wandb and trackio receive a table with the step as its first column, TensorBoard receives text.
 
     Args:
-        callbacks: Trainer's; those that are no trackers, or trackers without tables, are left alone.
-        name: of the table in the tracker.
-        columns: of equal length, by name: numbers or text.
-        step: the optimizer step that it belongs to.
+        callbacks: Trainer's callbacks; callbacks that are not trackers, or trackers without tables, are ignored.
+        name: name of the table in the tracker.
+        columns: columns of equal length, by name: numbers or text.
+        step: optimizer step of the table.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -35,13 +35,13 @@ def log_table(callbacks: Iterable[TrainerCallback], name: str, columns: dict[str
 
 
 def markdown_table(columns: dict[str, list[Any]]) -> str:
-    """Columns as a table in Markdown that shows text as it is: nothing in it is markup, a link or an image."""
+    """Format columns as a Markdown table, with markup, links and images in the text escaped."""
     rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    lines = [[value if at == 1 else _shown(value) for value in row] for at, row in enumerate(rows)]
+    lines = [[value if i == 1 else _escape_markdown(value) for value in row] for i, row in enumerate(rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _shown(value: Any) -> str:
+def _escape_markdown(value: Any) -> str:
     text = f"{value:.2f}" if isinstance(value, float) else str(value)
     escaped = re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(text, quote=False))
     return "<br>".join(escaped.splitlines())

@@ -1,4 +1,4 @@
-"""Warnings about runs that do not learn what they should."""
+"""Warnings about common failures of PPO runs: high KL, collapsed entropy, no gradient."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class TrainingHealthCallback(PPOCallback):
-    """Warns, once each and in words, of what usually means that a run is not doing what it seems to.
+    """Warn, once per problem, about metrics that usually indicate a failing run.
 
     Args:
-        max_kl: KL per response beyond which text tends to break, nats.
+        max_kl: KL per response above which generated text tends to degenerate, nats.
     """
 
     def __init__(self, max_kl: float = 50.0) -> None:
@@ -32,39 +32,39 @@ class TrainingHealthCallback(PPOCallback):
         self, args: Any, state: Any, control: Any, rollout: Rollout, samples: Experience, metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Look at the figures of a rollout."""
+        """Check KL, entropy and completions of a rollout."""
         kl, entropy = metrics["kl"], metrics["entropy"]
         truncated = args.top_p < 1 or args.top_k or args.min_p
-        # The mean of a log-ratio over few responses scatters around its expectation, which is never negative.
-        spread = float(rollout.sequence_kl.std(unbiased=False)) / max(1, len(rollout)) ** 0.5
+        # The mean log-ratio over few responses varies around its expectation, which is never negative.
+        standard_error = float(rollout.sequence_kl.std(unbiased=False)) / max(1, len(rollout)) ** 0.5
         self._warn_once(
             "negative KL",
-            kl < -0.5 - 4 * spread,
+            kl < -0.5 - 4 * standard_error,
             f"KL to the reference is {kl:.2f} nats per response, and a KL cannot be negative. "
             + (
-                "top_p, top_k or min_p sample from another distribution than the one that is scored: turn them off."
+                "top_p, top_k or min_p sample from a different distribution than the scored one: disable them."
                 if truncated
-                else "Look for a model or reference that changes outside of training, or dropout in one of them."
+                else "Check whether the model or the reference changes outside of training, or has dropout."
             ),
         )
         self._warn_once(
             "high KL",
             kl > self.max_kl,
-            f"KL to the reference is {kl:.0f} nats per response; beyond {self.max_kl:.0f} text tends to break. Raise "
-            "kl_coef, use AdaptiveKLCallback, or lower the learning rate.",
+            f"KL to the reference is {kl:.0f} nats per response; above {self.max_kl:.0f} generated text tends to "
+            "degenerate. Raise kl_coef, use AdaptiveKLCallback, or lower the learning rate.",
         )
         self._warn_once(
             "entropy",
             entropy < 0.02,
-            f"Entropy is {entropy:.3f} nats per token: the policy hardly samples any more. Raise kl_coef or "
+            f"Entropy is {entropy:.3f} nats per token: sampling is almost deterministic. Raise kl_coef or "
             "entropy_coef, or lower the learning rate.",
         )
         texts = {messages_to_text(text) for text in samples.completions.completions}
         self._warn_once(
             "one answer",
             len(texts) == 1 and len(rollout) > 1,
-            f"All {len(rollout)} prompts of a rollout got the same answer: the policy has collapsed. Look at what the "
-            "reward pays for, and raise kl_coef.",
+            f"All {len(rollout)} prompts of a rollout got the same answer: the policy has collapsed. Check the reward "
+            "function, and raise kl_coef.",
         )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -89,23 +89,25 @@ class TrainingHealthCallback(PPOCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Look at the first ratio of a rollout, which only learning may move away from 1, and at the gradient."""
+        """Check the initial ratio of a rollout, which must be 1, and the gradient norm."""
         logs = logs or {}
         error = logs.get("ppo/initial_ratio_error", 0.0)
         self._warn_once(
             "first ratio",
             error > 0.1,
-            f"Before anything was learned from a rollout the ratio was off 1 by {error:.2f} on average: old and new "
-            "log-probabilities do not come from the same computation. LoRA dropout does this, and very low precision.",
+            f"Before the first optimizer step on a rollout the ratio differed from 1 by {error:.2f} on average: old "
+            "and new log-probabilities are computed differently. Common causes are lora_dropout above 0 and a model in "
+            "very low precision.",
         )
         self._warn_once(
             "no gradient",
             logs.get("grad_norm") == 0 and state.global_step > args.critic_warmup_steps,
-            "The gradient of the actor is exactly 0, so nothing is learned: all answers score alike (reward_std), none "
-            "has a score, or the weights that are trained take no part in the forward pass (look at peft_config).",
+            "The gradient of the actor is exactly 0, so nothing is learned: all answers have the same score (see "
+            "reward_std), no answer has a score, or the trainable weights are not used in the forward pass (check "
+            "peft_config).",
         )
 
-    def _warn_once(self, kind: str, holds: bool, text: str) -> None:
-        if holds and kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(text, stacklevel=2)
+    def _warn_once(self, key: str, condition: bool, message: str) -> None:
+        if condition and key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Configurations of `PPOTrainer` and (in `reward_config`, which needs TRL) of `RewardTrainer`."""
+"""Configuration of `PPOTrainer`; `reward_config`, which imports TRL, holds that of `RewardTrainer`."""
 
 from .ppo_config import PPOConfig
 from .shared import check_no_sharding, copy_arguments, is_number

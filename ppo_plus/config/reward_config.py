@@ -14,7 +14,7 @@ from .shared import _check_length, _RedactSecrets, _resolve_direction, _resolve_
 class RewardConfig(_RedactSecrets, TRLRewardConfig):
     """Configuration of `RewardTrainer`: TRL's `RewardConfig`, with fp16 or full precision where bf16 is not native."""
 
-    # TRL turns on what transformers now calls activation_checkpointing, by its deprecated name.
+    # TRL enables activation_checkpointing under its deprecated name; None leaves it off.
     gradient_checkpointing: bool | None = _field(None, "Deprecated name of activation_checkpointing.")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Fields of TRL 1.12's `PPOConfig` that scripts still set."""
+"""Fields of TRL 1.12's `PPOConfig` that existing scripts set."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 Config = TypeVar("Config", bound=type)
 
 
-# Sizes that TRL 1.12 computed, and overwrote where they were given.
-DERIVED = (
+# Sizes that TRL 1.12 computed; it overwrote values passed for them.
+DERIVED_SIZE_FIELDS = (
     "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 )  # fmt: skip
@@ -19,26 +19,31 @@ DERIVED = (
 
 @dataclass(repr=False)
 class TRLFields:
-    """Fields of TRL 1.12's `PPOConfig` that `PPOConfig` would not have otherwise."""
+    """Fields of TRL 1.12's `PPOConfig`, kept so that its scripts run unchanged."""
 
     sft_model_path: str = field(
-        default="EleutherAI/pythia-160m", metadata={"help": "For scripts: where they load policy and reference from."}
+        default="EleutherAI/pythia-160m",
+        metadata={"help": "Path of the policy and the reference; read by scripts, not by the trainer."},
     )
     reward_model_path: str = field(
-        default="EleutherAI/pythia-160m", metadata={"help": "For scripts: where they load the reward model from."}
+        default="EleutherAI/pythia-160m",
+        metadata={"help": "Path of the reward model; read by scripts, not by the trainer."},
     )
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "For scripts: processes that they tokenize with."}
+        default=None,
+        metadata={"help": "Number of processes for tokenization; read by scripts, not by the trainer."},
     )
-    exp_name: str | None = field(default=None, metadata={"help": "Name of the run in reports; run_name goes before."})
+    exp_name: str | None = field(
+        default=None, metadata={"help": "Name of the run in reports; run_name takes precedence."}
+    )
     model_adapter_name: str | None = field(
-        default=None, metadata={"help": "Which adapter of a PeftModel is trained; None means 'default'."}
+        default=None, metadata={"help": "Name of the PeftModel adapter to train; None means 'default'."}
     )
     ref_adapter_name: str | None = field(
-        default=None, metadata={"help": "Which adapter of a PeftModel is the reference; None means a frozen copy."}
+        default=None, metadata={"help": "Name of the PeftModel adapter used as reference; None means a frozen copy."}
     )
     ds3_gather_for_generation: bool = field(
-        default=True, metadata={"help": "Nothing is sharded, so nothing is gathered; False gives a warning."}
+        default=True, metadata={"help": "Has no effect, because weights are not sharded; False emits a warning."}
     )
 
     @property
@@ -63,12 +68,12 @@ class TRLFields:
 
     @property
     def micro_batch_size(self) -> int:
-        """Responses per forward pass of learning, over all processes."""
+        """Responses per micro-batch, over all processes."""
         return self.per_device_train_batch_size * self.world_size  # type: ignore[attr-defined]
 
     @property
     def num_total_batches(self) -> int | None:
-        """Rollouts of the whole training; None where `total_episodes` does not say it."""
+        """Rollouts in the whole run; None where `total_episodes` is None."""
         episodes: int | None = self.total_episodes  # type: ignore[attr-defined]
         return None if episodes is None else -(-episodes // self.batch_size)
 
@@ -84,16 +89,16 @@ class TRLFields:
 
 
 def ignore_derived_fields(config: Config) -> Config:
-    """Let a configuration be made with the sizes that TRL computed itself, saying why they do nothing."""
+    """Make a config class accept and ignore the sizes that TRL derived, with a warning for each."""
     original: Any = config.__init__  # type: ignore[misc]
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in DERIVED:
+        for name in DERIVED_SIZE_FIELDS:
             if kwargs.pop(name, None) is not None:
                 warnings.warn(
                     f"PPOConfig: {name} is derived from per_device_train_batch_size, gradient_accumulation_steps, "
-                    "num_mini_batches, total_episodes and the number of processes; what is given is not used (TRL "
+                    "num_mini_batches, total_episodes and the number of processes; the value passed is ignored (TRL "
                     "overwrote it). Remove it.",
                     stacklevel=2,
                 )

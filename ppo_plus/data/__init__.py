@@ -1,1 +1,1 @@
-"""From datasets to token ids, batches and seeds."""
+"""Data preparation: datasets to token ids, batches and seeds."""

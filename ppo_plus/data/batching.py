@@ -1,4 +1,4 @@
-"""Which rows form a minibatch or a micro-batch, and which prompts a rollout gets."""
+"""Assignment of rows to minibatches and micro-batches, and of prompts to rollouts."""
 
 from __future__ import annotations
 
@@ -9,60 +9,63 @@ from torch import Tensor
 
 from .seeding import derive_seed
 
-MAX_PARTITION_ROWS = 256
+MAX_PARTITION_ROWS = 256  # rows per call of the partition search, whose time is quadratic in the rows
 
 
 def minibatch_indices(
     n: int, num_mini_batches: int, *, seed: int, rollout_index: int, ppo_epoch: int, process_index: int = 0
 ) -> list[Tensor]:
-    """Rows of each minibatch of one PPO epoch, drawn anew for each epoch.
+    """Draw the row indices of each minibatch of one PPO epoch, independently per epoch.
 
-    Every `num_mini_batches` consecutive rows of the rollout are dealt out at random, one to each minibatch. So a
-    process finds its own rows of a minibatch without knowing the others', and how many processes share a rollout
-    does not change which responses are learned from together.
+    Every `num_mini_batches` consecutive rows of the rollout are assigned at random, one to each minibatch. Each process
+    therefore computes its rows of a minibatch without communication, and the number of processes does not change which
+    responses share a minibatch.
 
     Args:
         n: rows of this process, a multiple of `num_mini_batches`.
-        num_mini_batches: M.
-        seed: of the run.
-        rollout_index: which rollout.
-        ppo_epoch: which pass over it.
-        process_index: this process holds the rows from `process_index * n` on.
+        num_mini_batches: number of minibatches, M.
+        seed: seed of the run.
+        rollout_index: index of the rollout.
+        ppo_epoch: index of the PPO epoch within the rollout.
+        process_index: rank of this process, which holds the rows from `process_index * n` on.
 
     Returns:
         M tensors of `n / M` row indices within this process, ascending.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "minibatches", rollout_index, ppo_epoch))
     groups = n // num_mini_batches
-    dealt = torch.rand((process_index + 1) * groups, num_mini_batches, generator=generator).argsort(-1)
-    mine = dealt[process_index * groups :].flatten()
-    return [(mine == minibatch).nonzero().squeeze(-1) for minibatch in range(num_mini_batches)]
+    assignment = torch.rand((process_index + 1) * groups, num_mini_batches, generator=generator).argsort(-1)
+    local_assignment = assignment[process_index * groups :].flatten()
+    return [(local_assignment == minibatch).nonzero().squeeze(-1) for minibatch in range(num_mini_batches)]
 
 
 def micro_batch_indices(rows: Tensor, lengths: Tensor, batch_size: int) -> list[Tensor]:
-    """Cut one minibatch into as many micro-batches as `batch_size` rows each would be, with the least padding.
+    """Partition a minibatch into micro-batches with minimal padding, as many as with `batch_size` rows each.
 
-    Rows are sorted by length and cut where it costs fewest tokens: many short rows, or few long ones. None of them
-    has more tokens, padding included, than `batch_size` rows of the longest. Neither order nor cut changes the
-    gradient: the loss is summed and divided by the tokens of the whole minibatch.
+    Rows are sorted by length and partitioned to minimize tokens: many short rows, or few long ones per micro-batch. No
+    micro-batch has more tokens, padding included, than `batch_size` rows of the maximum length. The partition does not
+    change the gradient: the loss is summed and divided by the tokens of the whole minibatch.
     """
     ordered = rows[lengths[rows].argsort(stable=True)]
-    most = batch_size * float(lengths[rows].max())
-    # The search takes time with the square of the rows, so many rows are cut a window at a time.
+    max_tokens = batch_size * float(lengths[rows].max())
+    # The search is quadratic in the number of rows, so many rows are partitioned in windows.
     windows = ordered.split(batch_size * max(1, MAX_PARTITION_ROWS // batch_size))
-    return [part for window in windows for part in min_padding_partition(window, lengths[window], batch_size, most)]
+    return [
+        part for window in windows for part in min_padding_partition(window, lengths[window], batch_size, max_tokens)
+    ]
 
 
-def min_padding_partition(rows: Tensor, lengths: Tensor, batch_size: int, most: float) -> list[Tensor]:
-    """The cut of rows in ascending order of length that has the fewest tokens, by dynamic programming.
+def min_padding_partition(rows: Tensor, lengths: Tensor, batch_size: int, max_tokens: float) -> list[Tensor]:
+    """Partition rows sorted by length into micro-batches with the fewest tokens, by dynamic programming.
 
-    `tokens[i, j]` is what rows i to j - 1 take as one micro-batch; `best[j]` the least that rows 0 to j - 1 take.
+    `tokens[i, j]` is the number of tokens of rows i to j - 1 as one micro-batch; `best[j]` is the minimal total of
+    rows 0 to j - 1.
     """
     n = len(rows)
     ends = torch.arange(n + 1)
     counts = ends[None, :] - ends[:, None]
     tokens = counts * torch.cat([lengths.new_zeros(1), lengths]).double()
-    tokens.masked_fill_((counts < 1) | (tokens > most), torch.inf)
+    tokens.masked_fill_((counts < 1) | (tokens > max_tokens), torch.inf)
     best, starts = tokens[0], []
     for _ in range(-(-n // batch_size) - 1):
         best, start = (best[:, None] + tokens).min(0)
@@ -75,19 +78,19 @@ def min_padding_partition(rows: Tensor, lengths: Tensor, batch_size: int, most: 
 
 
 class PromptSampler:
-    """Batch sampler that hands all prompts of a rollout to its first micro-batch and nothing to the others.
+    """Batch sampler that yields all prompts of a rollout for its first micro-batch and no prompts for the others.
 
-    It is as long as training is (one item per micro-batch), so `Trainer`'s arithmetic of epochs, schedules and
-    skipped batches holds unchanged. The order is a pure function of (seed, epoch).
+    It has one item per micro-batch of training, so `Trainer` computes epochs, schedules and skipped batches as usual.
+    The order is a pure function of (seed, epoch).
 
     Args:
-        num_prompts: D, the size of the dataset. The `D mod N` prompts left over in an epoch sit it out.
-        rollout_batch_size: N per process.
+        num_prompts: size of the dataset, D. The last `D mod N` prompts of each epoch are dropped.
+        rollout_batch_size: prompts per process and rollout; N is this number over all processes.
         micro_batches_per_rollout: PPO epochs x minibatches x micro-batches.
         seed: seed of the permutation.
-        shuffle: whether to permute at all.
-        process_index: which share of each rollout this process takes.
-        num_processes: how many share a rollout.
+        shuffle: whether to permute the prompts.
+        process_index: rank of this process, which selects its shard of each rollout.
+        num_processes: number of processes that share a rollout.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class PromptSampler:
         self.process_index, self.num_processes = process_index, num_processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation; `Trainer` calls this at every epoch, also when it resumes."""
+        """Set the epoch of the permutation; `Trainer` calls this at the start of each epoch, also when it resumes."""
         self.epoch = epoch
 
     def __len__(self) -> int:

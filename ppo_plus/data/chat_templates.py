@@ -1,4 +1,4 @@
-"""Chat messages and their template: keys that Arrow added are dropped, text parts joined, errors name the row."""
+"""Chat messages and templates: remove keys added by Arrow, join text parts, raise errors that name the row."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from transformers import PreTrainedTokenizerBase
 
 # Columns that the chat template reads.
 TEMPLATE_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-# Text that no template alters; its place in a rendered conversation shows how the template treats a message.
+# Text that no template changes; its position in a rendered conversation shows how the template formats a message.
 PROBE = "probe"
-# A last tag of a generation prompt; one with a bar (DeepSeek's is the full-width bar) is a header, not an opening.
-OPENS_TAG = re.compile(r"<[^<>/|\uff5c]+>\s*$")
-CLOSES_TAG = re.compile(r"(</[^<>]+>|<[^<>|]+\|>)\s*$")
+# The last tag of a generation prompt; a tag with a bar (DeepSeek's is the full-width bar) is a header, not an opening.
+OPENING_TAG = re.compile(r"<[^<>/|\uff5c]+>\s*$")
+CLOSING_TAG = re.compile(r"(</[^<>]+>|<[^<>|]+\|>)\s*$")
 
 
 def is_conversational(prompt: object) -> bool:
-    """Whether a prompt is a list of messages with a role each."""
+    """Return whether a prompt is a non-empty list of messages that each have a role."""
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
 
 
 def shorten(value: object) -> str:
-    """Return the value's repr in at most 80 characters, for an error message."""
+    """Return the value's repr, truncated to 80 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -36,11 +36,11 @@ def shorten(value: object) -> str:
 
 
 def drop_null_keys(value: Any) -> Any:
-    """Drop the keys whose value is None at every depth; None inside a list stays.
+    """Drop keys whose value is None at every depth; keep None inside lists.
 
-    In an Arrow struct column each value has the keys of all rows, and None for the keys that its row lacks. (TRL's
-    `remove_none_values` does the same.) A message keeps its keys `role` and `content`: chat templates (DeepSeek) test
-    whether the content is None beside `tool_calls`.
+    In an Arrow struct column each value has the keys of all rows, with None for the keys that its row lacks. (TRL's
+    `remove_none_values` does the same.) A message keeps its keys `role` and `content`: some chat templates (DeepSeek)
+    test whether the content is None when `tool_calls` is set.
     """
     if isinstance(value, Mapping):
         is_message = "role" in value
@@ -53,10 +53,10 @@ def drop_null_keys(value: Any) -> Any:
 
 
 def struct_columns(features: Mapping[str, Any] | None, columns: Sequence[str]) -> list[str]:
-    """List the columns of messages, tools or template arguments that Arrow holds as structs, with keys filled in.
+    """List the columns of messages, tools or template arguments that Arrow stores as structs with added keys.
 
-    A `Json` column keeps the keys of each value: None in it is the user's own. Streams without declared features may
-    hold either, and their columns are taken for structs.
+    A `Json` column keeps the keys of each value, so its None values come from the user. Streams without declared
+    features may contain either; their columns are treated as structs.
     """
     if features is None:
         return [name for name in columns if name in TEMPLATE_COLUMNS]
@@ -75,7 +75,7 @@ def _element(feature: Any) -> Any:
 
 
 def as_json_features(features: Features, columns: Sequence[str]) -> Features:
-    """Return the features with these struct columns as `Json`, in which each value keeps its own keys."""
+    """Return the features with these struct columns as `Json`, which stores the keys of each value separately."""
     changed = {name: Json() if isinstance(features[name], dict) else List(Json()) for name in columns}
     return Features({**features, **changed})
 
@@ -84,34 +84,38 @@ def as_json_features(features: Features, columns: Sequence[str]) -> Features:
 
 
 def parse_tools(tools: Any) -> dict[str, Any]:
-    """Return the template argument `tools` of a row's column (a list, or its JSON text); empty where there are none."""
+    """Parse a row's `tools` (a list, or its JSON text) into template arguments; empty without tools."""
     try:
         parsed = json.loads(tools) if isinstance(tools, str) and tools else tools
     except json.JSONDecodeError as error:
-        raise ValueError(f"tools is {shorten(tools)}; it must be a list of tools, or one as JSON ({error}).") from error
+        raise ValueError(
+            f"tools is {shorten(tools)}; it must be a list of tools, or a list as JSON text ({error})."
+        ) from error
     return {"tools": parsed} if parsed else {}
 
 
 def merge_template_kwargs(run: Mapping[str, Any] | None, row: Mapping[str, Any], where: str = "prompt") -> dict:
-    """Merge the template arguments of the run and of a row (columns `tools`, `chat_template_kwargs`); the row's win."""
-    own = row.get("chat_template_kwargs")
-    if isinstance(own, str) and own.strip():
+    """Merge the run's template arguments with a row's `tools` and `chat_template_kwargs`, which take precedence."""
+    row_kwargs = row.get("chat_template_kwargs")
+    if isinstance(row_kwargs, str) and row_kwargs.strip():
         with contextlib.suppress(json.JSONDecodeError):  # refused below, with the row
-            own = json.loads(own)
-    if own and not isinstance(own, Mapping):
-        raise ValueError(f"{where}: chat_template_kwargs is {shorten(own)}; it must be a dict, or one as JSON text.")
+            row_kwargs = json.loads(row_kwargs)
+    if row_kwargs and not isinstance(row_kwargs, Mapping):
+        raise ValueError(
+            f"{where}: chat_template_kwargs is {shorten(row_kwargs)}; it must be a dict, or a dict as JSON text."
+        )
     try:
         tools = parse_tools(row.get("tools"))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return {**tools, **(run or {}), **(own or {})}
+    return {**tools, **(run or {}), **(row_kwargs or {})}
 
 
 # Messages
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Refuse what a chat template would render as the word None, as nothing, or without its images."""
+    """Refuse messages that a chat template would render as "None", as empty text, or without their images."""
     for index, message in enumerate(messages):
         role, content = message["role"], message.get("content")
         if not isinstance(role, str) or not role:
@@ -122,18 +126,18 @@ def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
             kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
             if kind != "text":
                 raise ValueError(
-                    f"{where}: message {index} has a part of type {kind!r}, but ppo_plus trains on text only. Drop "
-                    "such rows with dataset.filter, or keep the parts of type 'text'."
+                    f"{where}: message {index} has a part of type {kind!r}, but ppo_plus trains on text only. Remove "
+                    "such rows with dataset.filter, or keep only the parts of type 'text'."
                 )
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{where}: message {index} has a part without text: {shorten(part)}.")
 
 
 def fit_content(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
-    """Return the messages with their content in the form that the tokenizer's chat template reads: text, or parts.
+    """Convert message contents to the form that the chat template expects: text or a list of parts.
 
-    A template for text prints a list of parts as Python's repr of it; a template for parts alone (SmolVLM) prints
-    nothing of a text. Parts are joined without a separator, as templates for parts print them.
+    A template for text renders a list of parts as its Python repr; a template for parts (SmolVLM) renders nothing for
+    text. Parts are joined without a separator, as templates for parts do.
     """
     as_text = _reads_text(tokenizer, json.dumps(tokenizer.chat_template))
     return [_convert_content(message, as_text) for message in messages]
@@ -150,18 +154,18 @@ def _convert_content(message: Mapping[str, Any], as_text: bool) -> Mapping[str, 
 
 @functools.lru_cache(maxsize=64)
 def _reads_text(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the template prints content that is text, rather than a list of parts alone."""
+    """Return whether the template renders content given as text, instead of only as a list of parts."""
     if PROBE in _render_probe(tokenizer, PROBE):
         return True
     parts = [{"type": "text", "text": PROBE}]
-    printed = _render_probe(tokenizer, parts)
-    return PROBE not in printed or str(parts) in printed
+    rendered = _render_probe(tokenizer, parts)
+    return PROBE not in rendered or str(parts) in rendered
 
 
 def _render_probe(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:
     try:
         return cast(str, tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
-    except Exception:  # a template may raise anything; the row's own messages then show the error with their place
+    except Exception:  # a template may raise any exception; tokenizing the row raises it again and names the row
         return ""
 
 
@@ -171,30 +175,30 @@ def _render_probe(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:
 def find_generation_opening(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
 ) -> str:
-    """Return the part of the answer that the generation prompt has begun already, such as `<think>`; "" for none.
+    """Return the start of the answer that the generation prompt contains, such as `<think>`; "" for none.
 
-    It is what the generation prompt has beyond the header that the template writes before an assistant's message. A
-    template that rewrites the beginning of an answer (DeepSeek-V3.1 closes the tag there) is read by the tag that the
-    generation prompt ends in. An opening that the template has closed again leaves nothing for the answer to continue.
+    It is the text of the generation prompt after the header that the template writes before an assistant's message. If
+    a template rewrites the start of an answer (DeepSeek-V3.1 closes the tag there), it is the last tag of the
+    generation prompt. If the template also closes the tag, there is nothing for the answer to continue.
 
     Args:
-        messages: the prompt, as the chat template gets it; the last message is not the assistant's.
-        tokenizer: of the policy.
+        messages: the prompt, as passed to the chat template; the last message is not the assistant's.
+        tokenizer: tokenizer of the policy.
         kwargs: arguments of the chat template.
     """
-    asked = render_chat(messages, tokenizer, {**kwargs, "add_generation_prompt": True})
-    answered = render_chat([*messages, {"role": "assistant", "content": PROBE}], tokenizer, kwargs)
-    header, printed, _ = answered.rpartition(PROBE)
-    if printed and asked.startswith(header):
-        opening = asked[len(header) :]
+    prompt_text = render_chat(messages, tokenizer, {**kwargs, "add_generation_prompt": True})
+    full_text = render_chat([*messages, {"role": "assistant", "content": PROBE}], tokenizer, kwargs)
+    header, has_probe, _ = full_text.rpartition(PROBE)
+    if has_probe and prompt_text.startswith(header):
+        opening = prompt_text[len(header) :]
     else:
-        tag = OPENS_TAG.search(asked.removeprefix(render_chat(messages, tokenizer, kwargs)))
+        tag = OPENING_TAG.search(prompt_text.removeprefix(render_chat(messages, tokenizer, kwargs)))
         opening = tag[0] if tag else ""
-    return "" if CLOSES_TAG.search(opening) else opening
+    return "" if CLOSING_TAG.search(opening) else opening
 
 
 def find_opening_ids(prompt_ids: Sequence[int], opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the last token ids of a prompt, as few as spell the opening of the answer; empty for no opening."""
+    """Return the shortest suffix of the prompt's token ids that decodes to the opening; empty for none."""
     if not opening:
         return []
     counts = range(1, min(len(prompt_ids), len(opening.encode()) + 1) + 1)
@@ -203,9 +207,9 @@ def find_opening_ids(prompt_ids: Sequence[int], opening: str, tokenizer: PreTrai
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping) -> str:
-    """Render messages as text by the chat template; "" where the template refuses them."""
+    """Render messages as text with the chat template; "" if the template raises."""
     try:
         fitted = fit_content(messages, tokenizer)
         return cast(str, tokenizer.apply_chat_template(fitted, **{**kwargs, "tokenize": False}))
-    except Exception:  # a template that takes no answer here has no header to compare with
+    except Exception:  # a template that refuses an answer after these messages has no header to compare with
         return ""

@@ -1,4 +1,4 @@
-"""Preference pairs to token ids: mistakes are named by their row, pairs that teach nothing are left out and counted."""
+"""Tokenization of preference pairs; errors name the row, and pairs without a training signal are dropped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from .chat_templates import drop_null_keys, is_conversational, merge_template_kwargs, shorten, struct_columns
 from .prompts import Row, WarnOnce, column_names, reset_format, tokenize_chat, tokenize_text
 
-# Columns of token ids by the names that TRL gave them over time; `ID_COLUMNS` are today's.
+# Names of the token id columns in TRL versions; `ID_COLUMNS` are the current names.
 ID_COLUMNS = ("chosen_ids", "rejected_ids")
 OLD_ID_COLUMNS = (("input_ids_chosen", "input_ids_rejected"), ("chosen_input_ids", "rejected_input_ids"))
-# Rows that tell whether answers repeat the text of their prompt.
-COMPARED_ROWS = 256
+MAX_COMPARED_ROWS = 256  # rows checked for whether answers repeat the text of their prompt
 
 
 def tokenize_pairs(
@@ -29,19 +28,19 @@ def tokenize_pairs(
     num_proc: int | None = None,
     name: str = "train_dataset",
 ) -> Any:
-    """Add `chosen_ids` and `rejected_ids` to preference pairs, and leave out pairs that teach nothing.
+    """Add `chosen_ids` and `rejected_ids` to preference pairs, and drop pairs without a training signal.
 
     Args:
-        dataset: columns `chosen` and `rejected` as text or messages, and maybe `prompt`, which is read once where both
-            answers begin with it too; or the token ids in `chosen_ids` and `rejected_ids`. Columns `tools` and
-            `chat_template_kwargs` go to the chat template, `margin` to the loss.
-        tokenizer: its EOS ends plain text; messages go through its chat template.
-        max_length: tokens; a pair with a longer answer is left out. None keeps all.
-        num_proc: processes that tokenize.
-        name: how errors call the dataset.
+        dataset: columns `chosen` and `rejected` as text or messages, and optionally `prompt`, which is not repeated if
+            both answers begin with it; or token ids in `chosen_ids` and `rejected_ids`. Columns `tools` and
+            `chat_template_kwargs` are passed to the chat template, `margin` to the loss.
+        tokenizer: its EOS is appended to plain text; its chat template renders messages.
+        max_length: maximum tokens; a pair with a longer answer is dropped. None means no limit.
+        num_proc: number of processes for tokenization.
+        name: name of the dataset in errors.
 
     Raises:
-        ValueError: no usable column, no rows, no pair that is left, or a row that is not a pair; the row is named.
+        ValueError: no usable column, no rows, no remaining pair, or a row that is not a pair; the error names the row.
     """
     dataset = reset_format(dataset, name)
     dataset = check_pair_columns(dataset, name)
@@ -60,17 +59,17 @@ def tokenize_pairs(
 
 
 def check_pair_columns(dataset: Any, name: str) -> Any:
-    """Return the dataset with its token ids under today's names; refuse one without rows or without pairs."""
+    """Rename token id columns to their current names; refuse a dataset without rows or without pairs."""
     columns = column_names(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"{name} is empty: it has no pairs. Look at how it was loaded or filtered.")
+        raise ValueError(f"{name} is empty: it has no pairs. Check how it was loaded or filtered.")
     for old in OLD_ID_COLUMNS:
         if set(old) <= set(columns) and not set(ID_COLUMNS) <= set(columns):
             dataset = dataset.rename_columns(dict(zip(old, ID_COLUMNS, strict=True)))
             columns = column_names(dataset)
     if not set(ID_COLUMNS) <= set(columns) and not {"chosen", "rejected"} <= set(columns):
         raise ValueError(
-            f"{name} has no columns 'chosen' and 'rejected' (it has {columns}). Rename yours: "
+            f"{name} has no columns 'chosen' and 'rejected' (it has {columns}). Rename its columns: "
             "dataset.rename_columns({'...': 'chosen', '...': 'rejected'})."
         )
     return dataset
@@ -96,27 +95,27 @@ def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, w
     kwargs = merge_template_kwargs(None, row, where)
     return {
         f"{column}_ids": tokenize_chat(
-            _whole_conversation(prompt, answer, f"{where}: {column}"), tokenizer, kwargs, f"{where}: {column}"
+            _join_conversation(prompt, answer, f"{where}: {column}"), tokenizer, kwargs, f"{where}: {column}"
         )
         for column, answer in answers.items()
     }
 
 
 def check_pair(row: Row, where: str) -> None:
-    """Refuse a pair without text, one whose parts are of two kinds, and a margin that is no number."""
+    """Refuse a pair with an empty part, with both text and messages, or with an invalid margin."""
     for column in ("chosen", "rejected", *(("prompt",) if "prompt" in row else ())):
         value = row[column]
         filled = bool(value.strip()) if isinstance(value, str) else is_conversational(value)
         if not filled and not (column == "prompt" and value == ""):
             raise ValueError(
-                f"{where}: {column} is {shorten(value)}; it must be text that is not empty, or a list of messages. "
-                "Drop such rows with dataset.filter."
+                f"{where}: {column} is {shorten(value)}; it must be non-empty text, or a list of messages. Remove "
+                "such rows with dataset.filter."
             )
     kinds = {column: "text" if isinstance(row[column], str) else "messages" for column in ("chosen", "rejected")}
     if kinds["chosen"] != kinds["rejected"]:
         raise ValueError(
-            f"{where}: chosen is {kinds['chosen']} and rejected is {kinds['rejected']}, so the chat template would "
-            "tell them apart. Make both text, or both messages."
+            f"{where}: chosen is {kinds['chosen']} and rejected is {kinds['rejected']}, so the reward model could "
+            "distinguish them by the chat template. Make both text, or both messages."
         )
     if kinds["chosen"] == "text" and row.get("prompt") and not isinstance(row["prompt"], str):
         raise ValueError(
@@ -127,53 +126,53 @@ def check_pair(row: Row, where: str) -> None:
 
 
 def check_margin(row: Row, where: str) -> None:
-    """Refuse a margin that is missing or not finite: the loss would be NaN, and all weights with it."""
+    """Refuse a margin that is missing or not finite, which would make the loss and all weights NaN."""
     margin = row.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise ValueError(
-            f"{where}: margin is {shorten(margin)}; it must be a finite number. Put 0.0 where there is none, or drop "
-            "the column: dataset.remove_columns('margin')."
+            f"{where}: margin is {shorten(margin)}; it must be a finite number. Set 0.0 for pairs without a margin, or "
+            "drop the column: dataset.remove_columns('margin')."
         )
 
 
-def _whole_conversation(prompt: Any, answer: list, where: str) -> list:
-    """The prompt's messages and the answer's; a prompt with which the answer begins already is taken once."""
+def _join_conversation(prompt: Any, answer: list, where: str) -> list:
+    """Join the messages of prompt and answer, without repeating a prompt that the answer begins with."""
     if not prompt:
         return answer
     if isinstance(prompt, str):
-        asked = next((_text_of(message) for message in answer if message["role"] == "user"), None)
-        if asked is None or asked.strip() != prompt.strip():
+        question = next((_message_text(message) for message in answer if message["role"] == "user"), None)
+        if question is None or question.strip() != prompt.strip():
             raise ValueError(
-                f"{where}: prompt is the text {shorten(prompt)}, and the user's first message is {shorten(asked)}. "
-                "Drop the column 'prompt' if the conversations are whole, or make it messages: "
+                f"{where}: prompt is the text {shorten(prompt)}, but the user's first message is {shorten(question)}. "
+                "Drop the column 'prompt' if chosen and rejected contain whole conversations, or make it messages: "
                 "[{'role': 'user', 'content': row['prompt']}]."
             )
         return answer
-    begins = answer[: len(prompt)]
-    if len(answer) > len(prompt) and [_as_said(m) for m in begins] == [_as_said(m) for m in prompt]:
+    start = answer[: len(prompt)]
+    if len(answer) > len(prompt) and [_message_key(m) for m in start] == [_message_key(m) for m in prompt]:
         return answer
     return prompt + answer
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
+def _message_text(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
-def _as_said(message: Mapping[str, Any]) -> tuple:
-    return message["role"], _text_of(message), message.get("tool_calls") or None
+def _message_key(message: Mapping[str, Any]) -> tuple:
+    return message["role"], _message_text(message), message.get("tool_calls") or None
 
 
 def _repeats_prompt(dataset: Any, name: str) -> bool:
-    """Whether the text of `prompt` begins both answers in all of the first rows; said, as it is a guess."""
+    """Return whether both answers begin with the text of `prompt` in all compared rows; warn if so."""
     if "prompt" not in column_names(dataset):
         return False
-    rows = list(islice(iter(dataset), COMPARED_ROWS))
+    rows = list(islice(iter(dataset), MAX_COMPARED_ROWS))
     if not all(map(_begin_with_prompt, rows)):
         return False
     warnings.warn(
-        f"{name}: chosen and rejected begin with the text of prompt in each of the first {len(rows)} rows, so it is "
-        "read once. Drop the column 'prompt' to say so yourself.",
+        f"{name}: chosen and rejected begin with the text of prompt in each of the first {len(rows)} rows, so the "
+        "prompt is not repeated. Drop the column 'prompt' to silence this warning.",
         stacklevel=2,
     )
     return True
@@ -190,24 +189,26 @@ def _begin_with_prompt(row: Row) -> bool:
 
 
 def _drop_useless(dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str) -> Any:
-    """The pairs that teach something; the others are counted in one warning for each reason."""
+    """Drop pairs without a training signal, and warn with their number per reason."""
     if isinstance(dataset, IterableDataset):
         return _drop_from_stream(dataset, tokenizer, max_length, name)
     columns = [c for c in (*ID_COLUMNS, "margin") if c in dataset.column_names]
     dropped: dict[str, list[int]] = {}
     for index, row in enumerate(dataset.select_columns(columns)):
-        if reason := _why_useless(row, tokenizer, max_length, f"{name}[{index}]"):
+        if reason := _find_drop_reason(row, tokenizer, max_length, f"{name}[{index}]"):
             dropped.setdefault(reason, []).append(index)
     if not dropped:
         return dataset
-    said = "; ".join(
+    summary = "; ".join(
         f"{len(rows)} of {len(dataset)} pairs {reason}, the first is {name}[{rows[0]}]"
         for reason, rows in dropped.items()
     )
     useless = {row for rows in dropped.values() for row in rows}
     if len(useless) == len(dataset):
-        raise ValueError(f"{name} has no pair that could be learned from: {said}.")
-    warnings.warn(f"{name}: these pairs are left out: {said}.", stacklevel=2)
+        raise ValueError(
+            f"{name} has no usable pair: {summary}. Add pairs with two different answers, or raise max_length."
+        )
+    warnings.warn(f"{name}: dropped pairs: {summary}.", stacklevel=2)
     return dataset.select([row for row in range(len(dataset)) if row not in useless])
 
 
@@ -217,23 +218,23 @@ def _drop_from_stream(
     warn = WarnOnce()
 
     def is_useful(row: Row, index: int) -> bool:
-        reason = _why_useless(row, tokenizer, max_length, f"{name}[{index}]")
+        reason = _find_drop_reason(row, tokenizer, max_length, f"{name}[{index}]")
         if reason:
-            warn(reason, f"{name}: pairs that {reason} are left out, the first is {name}[{index}].")
+            warn(reason, f"{name}: dropped pairs that {reason}, the first is {name}[{index}].")
         return reason is None
 
     return dataset.filter(is_useful, with_indices=True)
 
 
-def _why_useless(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str) -> str | None:
+def _find_drop_reason(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str) -> str | None:
     check_margin(row, where)
     for column in ID_COLUMNS:
         ids = row[column]
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
             raise ValueError(
-                f"{where}: {column} is {shorten(ids)}; it must be a list of token ids, at least one, each below "
-                f"{len(tokenizer)}, the tokenizer's vocabulary."
+                f"{where}: {column} is {shorten(ids)}; it must be a non-empty list of token ids, each below "
+                f"{len(tokenizer)}, the size of the tokenizer's vocabulary."
             )
     if max_length is not None and max(len(row[column]) for column in ID_COLUMNS) > max_length:
         return f"have more than max_length={max_length} tokens"
-    return "are two equal answers" if row["chosen_ids"] == row["rejected_ids"] else None
+    return "have two equal answers" if row["chosen_ids"] == row["rejected_ids"] else None

@@ -1,4 +1,4 @@
-"""Seeds and random numbers as pure functions of a position in training."""
+"""Deterministic seeds and random numbers as pure functions of the position in training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 
-def derive_seed(seed: int, *position: int | str) -> int:
-    """A 63-bit seed that depends on nothing but `seed` and a position such as `("sampling", rollout_index)`."""
-    digest = hashlib.blake2b(repr((seed, *position)).encode(), digest_size=8).digest()
+def derive_seed(seed: int, *key: int | str) -> int:
+    """Derive a 63-bit seed that depends only on `seed` and a key such as `("sampling", rollout_index)`."""
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 @contextlib.contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's generators inside the block and put them back after it.
+    """Seed the generators of Python, NumPy and torch inside the block, and restore their states after it.
 
-    User code runs inside rollouts and evaluations (reward functions may draw numbers); without this, how often
-    one evaluates would change how one trains.
+    User code such as reward functions may draw random numbers in rollouts and evaluations. Without isolation, the
+    number of evaluations would change the results of training.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     accelerator = torch.accelerator.current_accelerator()
@@ -39,10 +39,10 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 def sampling_uniforms(seed: int, rows: int, length: int) -> Tensor:
-    """Uniform numbers that decide every sampled token, `(rows, length)` float64 on the CPU.
+    """Draw the uniforms that determine every sampled token, `(rows, length)` float64 on the CPU.
 
-    Drawn per row and position rather than per step, so a response does not depend on the size of the decode
-    batch, on the order of its rows, or on when its neighbours finished.
+    They are drawn per row and position rather than per decoding step, so a response does not depend on the generation
+    batch size, on the order of the rows, or on when other rows finish.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, length, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a tokenizer must have for training: a padding side, special tokens that the model embeds, stop tokens."""
+"""Checks of the tokenizer: EOS and padding tokens, embeddings of special tokens, stop token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot end or pad a response; take EOS as padding where there is none."""
+    """Refuse a tokenizer without EOS, and set the padding token to EOS if it is missing."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
             f"processing_class must be a tokenizer; got {type(tokenizer).__name__}. Pass "
@@ -18,40 +18,40 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no response could ever end. "
-            "Set processing_class.eos_token before you pass it."
+            f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no response could end. Set "
+            "processing_class.eos_token before you pass it."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
 def check_embedded(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, *, with_eos: bool = True) -> None:
-    """Refuse an EOS that the model does not embed; pad with EOS in the place of a padding token that it does not.
+    """Refuse an EOS without an embedding, and replace a padding token without one by EOS.
 
     Args:
         tokenizer: its padding token may be changed.
-        num_embeddings: of the model.
-        with_eos: False where another EOS will take the place of the tokenizer's.
+        num_embeddings: number of token embeddings of the model.
+        with_eos: whether to check EOS; False if another EOS replaces the tokenizer's later.
     """
     fix = "call model.resize_token_embeddings(len(tokenizer)) and pass the model"
-    ends = tokenizer.eos_token_id
-    if with_eos and ends is not None and ends >= num_embeddings:
+    eos_id = tokenizer.eos_token_id
+    if with_eos and eos_id is not None and eos_id >= num_embeddings:
         raise ValueError(
-            f"The EOS token {tokenizer.eos_token!r} (id {ends}) has no embedding in the model ({num_embeddings} "
-            "tokens): no response could end in it and no reward model read it. "
+            f"The EOS token {tokenizer.eos_token!r} (id {eos_id}) has no embedding in the model ({num_embeddings} "
+            "tokens), so no response could end with it and no reward model could process it. "
             f"Set processing_class.eos_token, or {fix}."
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num_embeddings:
         warnings.warn(
             f"The padding token {tokenizer.pad_token!r} has no embedding in the model ({num_embeddings} tokens): EOS "
-            "pads in its place, which changes no result.",
+            "is used for padding instead, which does not change any result.",
             stacklevel=3,
         )
         tokenizer.pad_token = tokenizer.eos_token
 
 
 def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, extra: Sequence[int] = ()) -> list[int]:
-    """List every id that ends a response: the tokenizer's EOS, those that the model declares, and further ones."""
+    """List the ids that end a response: the tokenizer's EOS, the generation config's EOS ids, and extra ids."""
     declared = getattr(generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
     ids: list[Any] = [tokenizer.eos_token_id, *declared, *extra]

@@ -1,1 +1,1 @@
-"""Files and scripts of other libraries."""
+"""Compatibility with files and scripts of other libraries."""

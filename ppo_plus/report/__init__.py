@@ -1,8 +1,8 @@
-"""The run report: one self-contained page about a run, kept up to date as it goes, and the same curves as a picture.
+"""Run report: a self-contained HTML page about a run, updated during training, and a PNG of its curves.
 
 `RunReportCallback` writes `report.html` into the output folder: curves, the answers to fixed prompts over time, and
-the tokens of the last rollouts coloured by advantage, value, KL and reward. The page carries its data as JSON and needs
-nothing else to be opened. A resumed run goes on from the data in the page, its curves from Trainer's log history.
+the tokens of the last rollouts colored by advantage, value, KL and reward. The page contains its data as JSON and loads
+no other files. A resumed run continues the data in the page; its curves come from Trainer's log history.
 
     python -m ppo_plus.report out/run1 out/run2 --output comparison.html
 """

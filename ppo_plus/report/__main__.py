@@ -1,4 +1,4 @@
-"""`python -m ppo_plus.report DIR...`: compare runs in one page."""
+"""Command line `python -m ppo_plus.report DIR...`: compare runs in one page."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ COMPARISON = "report_comparison.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare runs in one page."""
+    """Write one page that compares the reports of several runs."""
     parser = argparse.ArgumentParser(prog="python -m ppo_plus.report", description="Compare runs in one page.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"output folders, each with a {REPORT}")
-    parser.add_argument("--output", type=Path, default=Path(COMPARISON), help="the page to write")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"output folders that contain {REPORT}")
+    parser.add_argument("--output", type=Path, default=Path(COMPARISON), help="path of the comparison page")
     args = parser.parse_args(arguments)
     runs = []
     for folder in args.folders:
         page = folder / REPORT if folder.is_dir() else folder
         if page.resolve() == args.output.resolve():
-            parser.error(f"--output {args.output} is the report of {folder}, which would be lost: name another file.")
+            parser.error(f"--output {args.output} would overwrite the report of {folder}: pass another path.")
         try:
             runs.append({**read_run(page), "name": str(folder)})
         except (ValueError, OSError) as error:
             parser.error(str(error))
     try:
         if args.output.is_dir():
-            parser.error(f"--output {args.output} is a folder: name a file, as {args.output / COMPARISON}.")
+            parser.error(f"--output {args.output} is a folder: pass a file, such as {args.output / COMPARISON}.")
         write_page(args.output, runs)
     except OSError as error:
-        parser.error(f"--output {args.output} cannot be written ({error}): name another file.")
+        parser.error(f"--output {args.output} cannot be written ({error}): pass another path.")
     print(f"{len(runs)} runs: {args.output}")
 
 

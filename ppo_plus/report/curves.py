@@ -1,4 +1,4 @@
-"""Which metrics are drawn, and their curves: as numbers for the page, as a picture for paper and model cards."""
+"""Charts of a run: curves of metrics as numbers for the page, and as a PNG for papers and model cards."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-POINTS = 400  # of each curve at most
-COLOURS = ("#0b62a4", "#c2520a", "#00785a", "#a6427f")
+MAX_POINTS = 400  # points per curve
+SERIES_COLORS = ("#0b62a4", "#c2520a", "#00785a", "#a6427f")
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Chart:
     """One chart: metrics of the same unit over optimizer steps.
 
     Attributes:
-        title: what is shown.
-        unit: of the vertical axis.
-        series: label by metric; metrics that a run does not have are left out.
+        title: title of the chart.
+        unit: unit of the vertical axis.
+        series: label by metric; metrics that a run lacks are skipped.
         log: whether the vertical axis is logarithmic.
     """
 
@@ -54,46 +54,46 @@ CHARTS = (
 
 
 def curves(log_history: Iterable[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """The metrics of `CHARTS` over steps, thinned to at most `POINTS` by averaging neighbours.
+    """Extract the metrics of `CHARTS` over steps, downsampled to at most `MAX_POINTS` by averaging.
 
     Args:
         log_history: rows as in `TrainerState.log_history`.
 
     Returns:
-        `[steps, values]` by metric. A metric of several evaluation sets, `eval_<set>_<metric>`, has one each.
+        `[steps, values]` by metric. With several evaluation datasets each has its metric, `eval_<set>_<metric>`.
     """
-    found: dict[str, list[list[float]]] = {}
+    series: dict[str, list[list[float]]] = {}
     for row in log_history:
         for name, value in row.items():
             if _is_drawn(name) and isinstance(value, int | float) and math.isfinite(value) and "step" in row:
-                steps, values = found.setdefault(name, [[], []])
+                steps, values = series.setdefault(name, [[], []])
                 steps.append(row["step"])
                 values.append(float(value))
-    return {name: [_thinned(steps), _thinned(values)] for name, (steps, values) in found.items()}
+    return {name: [_downsample(steps), _downsample(values)] for name, (steps, values) in series.items()}
 
 
 @functools.cache
 def _is_drawn(name: str) -> bool:
-    """Return whether a metric is in a chart; cached, since each page reads the whole log history again."""
+    """Return whether a metric is in a chart; cached because each page reads the whole log history."""
     base = re.sub(r"^eval_.+?_(?=(reward|kl|entropy|completions/mean_length)$)", "eval_", name)
     return any(base in chart.series for chart in CHARTS)
 
 
-def _thinned(numbers: list[float]) -> list[float]:
-    size = -(-len(numbers) // POINTS)
+def _downsample(numbers: list[float]) -> list[float]:
+    size = -(-len(numbers) // MAX_POINTS)
     chunks = [numbers[i : i + size] for i in range(0, len(numbers), size)] if size > 1 else []
     return [sum(chunk) / len(chunk) for chunk in chunks] if chunks else list(numbers)
 
 
 def plot_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path | None:
-    """Draw the curves of a run as one picture, for a model card or for paper.
+    """Plot the curves of a run as a PNG, for a model card or a paper.
 
     Args:
         log_history: rows as in `TrainerState.log_history`.
-        path: of the PNG; its folder is made.
+        path: path of the PNG; its folder is created.
 
     Returns:
-        The path, or None where there is nothing to draw or matplotlib is not installed (said once).
+        The path, or None if no metric was logged or matplotlib is not installed (which is warned about once).
     """
     drawn = curves(log_history)
     charts = [chart for chart in CHARTS if any(name in drawn for name in chart.series)]
@@ -105,11 +105,11 @@ def plot_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path
     figure.set_size_inches(3.6 * columns, 2.5 * rows)
     for index, chart in enumerate(charts):
         axes = figure.add_subplot(rows, columns, index + 1)
-        for (name, label), colour in zip(chart.series.items(), COLOURS, strict=False):
+        for (name, label), color in zip(chart.series.items(), SERIES_COLORS, strict=False):
             if name in drawn:
                 steps, values = drawn[name]
                 marker = "o" if name.startswith("eval_") or len(steps) == 1 else None
-                axes.plot(steps, values, color=colour, label=label, linewidth=1.4, marker=marker, markersize=3)
+                axes.plot(steps, values, color=color, label=label, linewidth=1.4, marker=marker, markersize=3)
         axes.set_title(chart.title, fontsize=9)
         axes.set_ylabel(chart.unit, fontsize=7)
         axes.tick_params(labelsize=7)
@@ -129,7 +129,9 @@ def _has_matplotlib() -> bool:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        warnings.warn("No picture of the curves: it needs matplotlib (pip install matplotlib).", stacklevel=4)
+        warnings.warn(
+            "The curves are not plotted, since matplotlib is missing: pip install matplotlib.", stacklevel=4
+        )
         return False
     return True
 
@@ -140,6 +142,6 @@ def _figure() -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(layout="constrained")  # without pyplot: no global state, no display
+    figure = Figure(layout="constrained")  # without pyplot, which has global state and may need a display
     FigureCanvasAgg(figure)
     return figure

@@ -1,4 +1,4 @@
-"""The page: a template and the data of runs as JSON, written as one file and read again from it."""
+"""Report page: an HTML template with the data of runs as JSON, written to one file and read back from it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("template.html")
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 FORMAT_VERSION = 1
-PARTS = {"settings": dict, "curves": dict, "answers": list, "rollouts": list}  # what the page needs of a run
+REQUIRED_PARTS = {"settings": dict, "curves": dict, "answers": list, "rollouts": list}  # type by key of a run's data
 
 
 def to_script_json(data: Any) -> str:
-    """JSON that stands safely inside a `<script>` element; NaN and infinities become null."""
+    """Serialize data as JSON that is safe inside a `<script>` element; NaN and infinities become null."""
     text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # In strings only: JSON has none of these outside them. No `</script>`, no `<!--`, whatever a model writes.
+    # JSON has these characters only inside strings. Escaping them prevents `</script>` and `<!--` in generated text.
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
@@ -39,44 +39,44 @@ def _finite(data: Any) -> Any:
 
 
 def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
-    """Write the page of one run, or of several side by side; readers never see half of it.
+    """Write the page of one or several runs atomically.
 
     Args:
-        path: of the page.
-        runs: what `RunReportCallback` collected, or `read_run` read.
+        path: path of the page.
+        runs: data of runs, from `RunReportCallback` or `read_run`.
     """
     data = to_script_json({"format": FORMAT_VERSION, "runs": list(runs), "charts": [asdict(chart) for chart in CHARTS]})
     before, after = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes((before + data + after).encode("utf-8", "replace"))
-        aside.replace(path)
+        tmp_path.write_bytes((before + data + after).encode("utf-8", "replace"))
+        tmp_path.replace(path)
     finally:
         with contextlib.suppress(OSError):  # it is not there any more, unless something went wrong
-            aside.unlink()
+            tmp_path.unlink()
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The run in a page of one.
+    """Read the data of a run from its report page.
 
     Raises:
-        ValueError: there is no such page, or it is none of ours, or a newer one.
+        ValueError: the page does not exist, is not a report of one run, or has a newer format.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist. PPOTrainer writes it as it trains, unless html_report=False.")
+        raise ValueError(f"{path} does not exist. PPOTrainer writes it during training, unless html_report=False.")
     try:
-        found = DATA.search(path.read_text(encoding="utf-8"))
-        data = json.loads(found[1]) if found else {}
-    except (ValueError, RecursionError):  # no UTF-8, or no JSON
+        match = DATA.search(path.read_text(encoding="utf-8"))
+        data = json.loads(match[1]) if match else {}
+    except (ValueError, RecursionError):  # not UTF-8, or not JSON
         data = {}
     version, runs = (data.get("format"), data.get("runs")) if isinstance(data, dict) else (None, None)
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(f"{path} was written by a newer ppo_plus (format {version}). Upgrade ppo_plus.")
     if not isinstance(runs, list) or len(runs) != 1 or not _is_run(runs[0]):
-        raise ValueError(f"{path} is not the report of one run, or damaged: give the output folder of a PPOTrainer.")
+        raise ValueError(f"{path} is not the report of one run, or damaged: pass the output folder of a PPOTrainer.")
     return runs[0]
 
 
 def _is_run(data: Any) -> bool:
-    return isinstance(data, dict) and all(isinstance(data.get(name), kind) for name, kind in PARTS.items())
+    return isinstance(data, dict) and all(isinstance(data.get(name), kind) for name, kind in REQUIRED_PARTS.items())

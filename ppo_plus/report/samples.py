@@ -1,4 +1,4 @@
-"""What the page shows of responses: the answers to fixed prompts, and tokens with their numbers."""
+"""Responses on the report page: answers to fixed prompts, and tokens with their per-token values."""
 
 from __future__ import annotations
 
@@ -19,62 +19,62 @@ if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
     from ..rollout.collector import Experience
 
-# What keeps a page below two megabytes, however long the run and its responses.
-PROMPTS = 6  # answered again and again
-RESPONSES = 8  # of a rollout
-TOKENS = 400  # of each response
-CHARACTERS = 1200  # of each prompt, its end, and of each answer, its beginning
+# These limits keep a page below two megabytes for any run and any response length.
+MAX_PROMPTS = 6  # fixed prompts
+MAX_RESPONSES = 8  # responses per rollout
+MAX_TOKENS = 400  # tokens per response
+MAX_CHARACTERS = 1200  # last characters of each prompt, first characters of each answer
 
 
 def fixed_prompts(train: Dataset | IterableDataset, evaluation: Any) -> Dataset:
-    """The prompts that are answered again and again: of evaluation if reward functions can score them."""
+    """Select the fixed prompts, from the evaluation dataset if it has all columns of the training dataset."""
     if isinstance(train, IterableDataset):
-        train = Dataset.from_list(list(train.take(PROMPTS)))
+        train = Dataset.from_list(list(train.take(MAX_PROMPTS)))
     held_out = evaluation if isinstance(evaluation, Dataset) else next(iter((evaluation or {}).values()), None)
-    known = held_out is not None and set(train.column_names) <= set(held_out.column_names)
-    dataset: Any = held_out if known else train
+    has_columns = held_out is not None and set(train.column_names) <= set(held_out.column_names)
+    dataset: Any = held_out if has_columns else train
     rows: dict[tuple[int, ...], int] = {}
-    for row, ids in enumerate(dataset[:200]["input_ids"]):  # different ones, for they are told apart by their text
+    for row, ids in enumerate(dataset[:200]["input_ids"]):  # without duplicates, since the page identifies rows by text
         rows.setdefault(tuple(ids), row)
-    return dataset.select(list(rows.values())[:PROMPTS])
+    return dataset.select(list(rows.values())[:MAX_PROMPTS])
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; empty where a token only begins a character that a later one ends."""
-    texts, start, read = [], 0, 0
+    """Decode each token to the text it adds; empty if the token is only the first part of a character."""
+    texts, start, done = [], 0, 0
     for end in range(1, len(ids) + 1):
-        # From a few tokens before: some tokenizers drop a leading space of what they decode.
-        known, now = _decoded(tokenizer, ids[start:read]), _decoded(tokenizer, ids[start:end])
-        if len(now) > len(known) and (not now.endswith("\ufffd") or end == len(ids)):
-            texts.append(now[len(known) :])
-            start, read = read, end
+        # Decode from a few tokens earlier, since some tokenizers drop a leading space.
+        before, after = _decode(tokenizer, ids[start:done]), _decode(tokenizer, ids[start:end])
+        if len(after) > len(before) and (not after.endswith("\ufffd") or end == len(ids)):
+            texts.append(after[len(before) :])
+            start, done = done, end
         else:
             texts.append("")
     return texts
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _beginning(text: str) -> str:
-    return text if len(text) <= CHARACTERS else text[:CHARACTERS] + " […]"
+def _truncate_right(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " […]"
 
 
-def _end(text: str) -> str:
-    return text if len(text) <= CHARACTERS else "[…] " + text[-CHARACTERS:]
+def _truncate_left(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else "[…] " + text[-MAX_CHARACTERS:]
 
 
-def answers(samples: Experience, step: int) -> dict[str, Any]:
-    """Return the policy's answers to the fixed prompts at a step; `reward` is NaN where they were not scored."""
+def completions_snapshot(samples: Experience, step: int) -> dict[str, Any]:
+    """Return the policy's answers to the fixed prompts at a step; `reward` is NaN if they were not scored."""
     kl = ((samples.logprobs - samples.ref_logprobs) * samples.action_mask).sum(1)
     texts = samples.completions
     return {
         "step": step,
         "rows": [
             {
-                "prompt": _end(messages_to_text(texts.prompts[i])),
-                "answer": _beginning(messages_to_text(texts.completions[i])),
+                "prompt": _truncate_left(messages_to_text(texts.prompts[i])),
+                "answer": _truncate_right(messages_to_text(texts.completions[i])),
                 "reward": float(samples.scores[i]),
                 "kl": float(kl[i]),
             }
@@ -92,27 +92,28 @@ def token_view(
     kl_coef: float,
     step: int,
 ) -> dict[str, Any]:
-    """The tokens of some responses of a rollout with their numbers, evenly spread over the scores.
+    """Select responses of a rollout, evenly spaced by score, with per-token values.
 
     Args:
         rollout: the rollout, `(N, R)`.
-        samples: the texts of its responses, and what was paid at single tokens.
-        tokenizer: of the policy.
-        args: where the KL is penalized and how it is estimated.
+        samples: texts and token rewards of its responses.
+        tokenizer: tokenizer of the policy.
+        args: sets where the KL is penalized and its estimator.
         kl_coef: coefficient of the KL penalty, reward units per nat.
-        step: at which the rollout was collected.
+        step: step at which the rollout was collected.
 
     Returns:
         Per response the prompt, the score (reward units), the KL (nats) and, token by token, its text, advantage
         (standard deviations), value, KL (nats), reward (before whitening) and log-probability (nats).
     """
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator) * rollout.action_mask
-    at_tokens = samples.token_rewards * rollout.action_mask
-    in_reward = kl_coef if args.kl_penalty_in == "reward" else 0.0
-    rewards = shape_rewards(rollout.sequence_scores - at_tokens.sum(1), kl, rollout.action_mask, in_reward, at_tokens)
+    mask, token_rewards = rollout.action_mask, samples.token_rewards * rollout.action_mask
+    reward_kl_coef = kl_coef if args.kl_penalty_in == "reward" else 0.0
+    final_scores = rollout.sequence_scores - token_rewards.sum(1)
+    rewards = shape_rewards(final_scores, kl, mask, reward_kl_coef, token_rewards)
     ranked = rollout.sequence_scores.argsort(descending=True, stable=True)
-    shown = min(RESPONSES, len(rollout))
-    rows = ranked[torch.linspace(0, len(rollout) - 1, shown).round().long()]
+    num_responses = min(MAX_RESPONSES, len(rollout))
+    rows = ranked[torch.linspace(0, len(rollout) - 1, num_responses).round().long()]
     per_token = {
         "advantage": rollout.advantages, "value": rollout.values, "kl": kl, "reward": rewards,
         "logprob": rollout.logprobs,
@@ -127,14 +128,14 @@ def token_view(
 def _response(
     row: int, rollout: Rollout, samples: Experience, tokenizer: PreTrainedTokenizerBase, per_token: dict[str, Tensor]
 ) -> dict[str, Any]:
-    length = int(rollout.action_mask[row].sum())  # actions come first, padding after them
-    kept = min(length, TOKENS)
-    ids = rollout.input_ids[row, rollout.prompt_length :][:kept].tolist()
+    length = int(rollout.action_mask[row].sum())  # responses are right-padded
+    num_tokens = min(length, MAX_TOKENS)
+    ids = rollout.input_ids[row, rollout.prompt_length :][:num_tokens].tolist()
     return {
-        "prompt": _end(messages_to_text(samples.completions.prompts[row])),
+        "prompt": _truncate_left(messages_to_text(samples.completions.prompts[row])),
         "score": float(rollout.sequence_scores[row]),
         "total_kl": float(rollout.sequence_kl[row]),
         "length": length,
         "tokens": token_texts(tokenizer, ids),
-        **{name: [round(x, 4) for x in numbers[row, :kept].tolist()] for name, numbers in per_token.items()},
+        **{name: [round(x, 4) for x in numbers[row, :num_tokens].tolist()] for name, numbers in per_token.items()},
     }

@@ -1,10 +1,10 @@
-"""A score per response: Python functions, sequence classifiers, and reward adapters on the actor's own backbone.
+"""Rewards: Python functions, sequence classifiers, and reward adapters on the actor's backbone.
 
-The contract of a reward function is that of TRL's GRPO and RLOO trainers, and one thing more: it may return a list
-of numbers for a response, one per token, instead of one number. Those are paid at the tokens they belong to.
+Reward functions have the signature of TRL's GRPO and RLOO trainers. In addition, a function may return for a response a
+list of numbers, one per token, instead of one number; each number is the reward of its token.
 
-Where the generation prompt of a chat template begins the answer (`<think>`), functions get the completion without that
-beginning, as the policy sampled it; sequence classifiers and reward adapters read the whole answer.
+If the generation prompt of a chat template contains the start of the answer (`<think>`), functions receive the
+completion without it, as sampled; sequence classifiers and reward adapters score the whole answer.
 """
 
 from .adapters import AdapterReward

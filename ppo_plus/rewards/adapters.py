@@ -1,4 +1,4 @@
-"""Reward adapters on the actor's own backbone, and what must be true of one before it is mounted there."""
+"""Reward adapters on the actor's backbone, and checks that an adapter matches base, template and precision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .tokenization import RewardTokenizer, score_in_batches
 
 
 class AdapterReward:
-    """A reward adapter mounted on the actor's backbone: a reward model for the memory of its LoRA weights."""
+    """Reward model as a PEFT adapter on the actor's backbone; it needs memory only for its LoRA weights."""
 
     def __init__(
         self,
@@ -44,31 +44,32 @@ class AdapterReward:
         check_same_template(path, self.info, tokenizer)
         check_same_precision(path, self.info, model.config)
         self.head = model.load_reward_adapter(name, path)
-        self.pad_token_id = own_padding(path, self.info, tokenizer)
+        self.pad_token_id = find_padding_id(path, self.info, tokenizer)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
-        self.read = RewardTokenizer(tokenizer, name, model.context, embeddings=model.num_embeddings)
-        self._seen: dict[tuple[int, ...], Tensor] = {}  # of the last batch: scores at its tokens, by the tokens
+        self.tokenize = RewardTokenizer(tokenizer, name, model.context, num_embeddings=model.num_embeddings)
+        # Prefix scores of the last batch, by token ids.
+        self._prefix_score_cache: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
-        """Score prompt and completion as the stand-alone reward model would.
+        """Score prompts with completions, with the same result as the reward model used alone.
 
-        Prompts that are token ids are read as they are, and so are the tokens that were sampled after them.
+        Prompts given as token ids, and the tokens sampled after them, are scored without tokenizing them again.
         """
-        self._seen.clear()
+        self._prefix_score_cache.clear()
         texts: list
         if batch.prompt_ids is None:
-            # The reward model was trained on texts that end in EOS.
+            # The reward model was trained on texts that end with EOS.
             texts = batch.texts(self.tokenizer, self.chat_template_kwargs, cast(str, self.tokenizer.eos_token))
         else:
             texts = self._sequences(batch.prompt_ids, batch)
 
         def score(texts: list) -> Tensor:
-            inputs = self.read(texts, batch)
+            inputs = self.tokenize(texts, batch)
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            scores = self._token_scores(ids, mask)
-            for row, at_tokens in zip(unpad(ids, mask), scores, strict=True):
-                self._seen[self._before_eos(row)] = at_tokens
+            scores = self._score_tokens(ids, mask)
+            for row, row_scores in zip(unpad(ids, mask), scores, strict=True):
+                self._prefix_score_cache[self._strip_eos(row)] = row_scores
             return pool_last_token(scores, ids, mask, self.pad_token_id)
 
         return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
@@ -80,77 +81,80 @@ class AdapterReward:
 
     @torch.no_grad()
     def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor]:
-        """Scores of each sequence as far as each of its tokens, but for an EOS at its end; float32, reward units.
+        """Score every prefix of each sequence, except for an EOS at its end; float32, reward units.
 
-        Costs nothing where the last texts scored have just these tokens; others are read here.
+        Sequences of the last scored batch come from the cache; the others need a forward pass.
         """
-        ends = self.tokenizer.eos_token_id
-        keys = [tuple(s[:-1] if s[-1] == ends else s) for s in sequences]
-        missing = [key for key in keys if key not in self._seen]
+        eos = self.tokenizer.eos_token_id
+        keys = [tuple(s[:-1] if s[-1] == eos else s) for s in sequences]
+        missing = [key for key in keys if key not in self._prefix_score_cache]
 
         def score_rows(rows: Tensor) -> None:
-            chosen = [missing[int(i)] for i in rows]
-            scores = self._token_scores(*left_pad(chosen, pad_id(self.tokenizer)))
-            self._seen.update((key, at_tokens[-len(key) :]) for key, at_tokens in zip(chosen, scores, strict=True))
+            batch = [missing[int(i)] for i in rows]
+            scores = self._score_tokens(*left_pad(batch, pad_id(self.tokenizer)))
+            self._prefix_score_cache.update((key, row[-len(key) :]) for key, row in zip(batch, scores, strict=True))
 
         order = torch.tensor([len(key) for key in missing], dtype=torch.int64).argsort(stable=True)
         self.batch_size.run(order, score_rows)
-        return [self._seen[key][: len(key)] for key in keys]
+        return [self._prefix_score_cache[key][: len(key)] for key in keys]
 
-    def _token_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         device, lengths = self.model.device, attention_mask.sum(1).tolist()
         inputs = input_ids.to(device), attention_mask.to(device)
         return self.model.prefix_rewards(self.name, self.head, *inputs, lengths).cpu()
 
-    def _before_eos(self, ids: list[int]) -> tuple[int, ...]:
-        # The last EOS and what a chat template puts behind it were not sampled, or end what was.
-        ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
-        return tuple(ids[: ends[-1]] if ends else ids)
+    def _strip_eos(self, ids: list[int]) -> tuple[int, ...]:
+        # The last EOS and the tokens that a chat template appends to it are not part of the sampled prefix.
+        eos_positions = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
+        return tuple(ids[: eos_positions[-1]] if eos_positions else ids)
 
 
 def check_same_base(path: Path, base: str, samples: WeightSamples) -> None:
-    """Refuse an adapter that was trained on another base than the actor's, by the weights, else by the names.
+    """Refuse an adapter trained on a different base than the actor's, by the weights or else by the names.
 
     Args:
-        path: of the adapter.
+        path: folder of the adapter.
         base: name of the actor's base.
-        samples: of the weights of the actor's base; empty where none is on this machine yet.
+        samples: weight samples of the actor's base; empty if the base is not on this machine yet.
     """
-    theirs = trained_on(path)
+    trained_base = trained_on(path)
     if check_base_weights(path, samples, base) or (not samples and base_samples(path)):
-        return  # the same, or compared once the actor's base is loaded
-    names = [Path(name).name.lower().removesuffix("-bnb-4bit").removesuffix("-unsloth") for name in (theirs, base)]
+        return  # the weights are equal, or will be compared after the actor's base is loaded
+    names = [
+        Path(name).name.lower().removesuffix("-bnb-4bit").removesuffix("-unsloth") for name in (trained_base, base)
+    ]
     if all(names) and names[0] != names[1]:
         raise ValueError(
-            f"The reward adapter in {path} was trained on {theirs!r}, the actor's base is {base!r}: its numbers mean "
-            "nothing there. Train one on the actor's base (or, if this is the same base under another name, put that "
-            f"name into {REWARD_FILE} and {CONFIG_NAME})."
+            f"The reward adapter in {path} was trained on {trained_base!r}, but the actor's base is {base!r}, so its "
+            "scores would be meaningless. Train an adapter on the actor's base (or, if this is the same base under "
+            f"another name, write that name into {REWARD_FILE} and {CONFIG_NAME})."
         )
-    if all(names) and theirs != base:
+    if all(names) and trained_base != base:
         warnings.warn(
-            f"The reward adapter in {path} was trained on {theirs!r}, which is not on this machine, so its weights "
-            f"could not be compared with those of the actor's base {base!r}: they are taken for the same by the name.",
+            f"The reward adapter in {path} was trained on {trained_base!r}, which is not on this machine, so its "
+            f"weights could not be compared with those of the actor's base {base!r}: only the names were compared.",
             stacklevel=2,
         )
 
 
-def own_padding(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the padding token of a reward adapter used alone; None where its score is read at the last token.
+def find_padding_id(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the padding token id of a reward adapter; None if its score is at the last token.
 
-    The sources, in their order: what `RewardTrainer` wrote; a value head of LLaMA-Factory, which is read at the last
-    token; the adapter's own tokenizer, whose padding token TRL's `RewardTrainer` gives to the model; the base.
+    Sources, in order of precedence: the metadata written by `RewardTrainer`; a value head of LLaMA-Factory, whose score
+    is at the last token; the adapter's tokenizer, whose padding token TRL's `RewardTrainer` sets in the model; the
+    configuration of the base.
 
     Args:
-        path: of the adapter.
-        info: of `load_reward_metadata`.
-        tokenizer: of the base.
+        path: folder of the adapter.
+        info: metadata from `load_reward_metadata`.
+        tokenizer: tokenizer of the base.
     """
     if "pad_token_id" in info:
         recorded = info["pad_token_id"]
         if not isinstance(recorded, int | None):
             raise ValueError(
-                f"{path / REWARD_FILE}: pad_token_id is {recorded!r}; it must be the id of a token, or null where the "
-                "score is read at the last token."
+                f"{path / REWARD_FILE}: pad_token_id is {recorded!r}; it must be a token id, or null if the score is "
+                "at the last token."
             )
         return recorded
     if read_v_head(path):
@@ -163,31 +167,34 @@ def own_padding(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizer
 
 
 def check_same_template(path: Path, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Name both sides where a reward adapter was trained with another chat template than the actor's."""
+    """Warn if a reward adapter was trained with a different chat template than the actor's."""
     template = info.get("chat_template_sha256")
     if "chat_template_sha256" in info and template != template_hash(tokenizer):
         warnings.warn(
-            f"The reward adapter in {path} was trained with the chat template {str(template)[:12]}, the actor's "
-            f"tokenizer has {str(template_hash(tokenizer))[:12]}; conversations would be scored in another form.",
+            f"The reward adapter in {path} was trained with the chat template {str(template)[:12]}, but the actor's "
+            f"tokenizer has {str(template_hash(tokenizer))[:12]}, so conversations are rendered differently. Set the "
+            "template of the reward adapter's training on the actor's tokenizer.",
             stacklevel=2,
         )
 
 
 def check_same_precision(path: Path, info: dict[str, Any], config: PretrainedConfig) -> None:
-    """Name both sides where a reward adapter was trained on a base that is quantized otherwise than the actor's."""
-    given = getattr(config, "quantization_config", None)
-    here = quantization_name(given.to_dict() if isinstance(given, QuantizationConfigMixin) else given)
-    there = quantization_name(info.get("quantization"))
-    if "quantization" in info and here != there:
+    """Warn if the base of a reward adapter was quantized differently than the actor's base."""
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, QuantizationConfigMixin):
+        quantization = quantization.to_dict()
+    actor_format, trained_format = quantization_name(quantization), quantization_name(info.get("quantization"))
+    if "quantization" in info and actor_format != trained_format:
         warnings.warn(
-            f"The reward adapter in {path} was trained on a base that is {there}, the actor's is {here}: its scores "
-            "are not those that it was trained and calibrated with. Load both bases the same way.",
+            f"The reward adapter in {path} was trained on a base that is {trained_format}, but the actor's base is "
+            f"{actor_format}: its scores differ from those it was trained and calibrated with. Load both bases the "
+            "same way.",
             stacklevel=2,
         )
 
 
 def quantization_name(config: dict[str, Any] | None) -> str:
-    """What a quantization makes of the weights, in a word or two."""
+    """Return a short name of a quantization format, such as `nf4`, `int8` or `not quantized`."""
     if not config:
         return "not quantized"
     if config.get("load_in_4bit"):
@@ -196,6 +203,6 @@ def quantization_name(config: dict[str, Any] | None) -> str:
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of the chat template, or None where there is none."""
+    """Return the SHA-256 of the chat template, or None without a template."""
     template = tokenizer.chat_template
     return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Reward models that could not score, told before the policy is loaded: by a trial pass, and by trial conversations."""
+"""Checks of reward models before the policy is loaded: a trial forward pass and trial conversations."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ from ..models.classifier import is_encoder, load_reward_tokenizer
 from .build import normalize_rewards, reward_name
 from .completions import Completions
 
-# Classes whose outputs are no score of a text, by the end of their names in a model's `architectures`.
-OTHER_TASKS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-FIX = (
-    "Pass a sequence classifier with num_labels=1, or a function(prompts, completions, **kwargs) that asks this model."
+# Suffixes of class names in a model's `architectures` whose outputs are not the score of a text.
+UNSUPPORTED_TASK_SUFFIXES = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+REWARD_MODEL_HINT = (
+    "Pass a sequence classifier with num_labels=1, or a function(prompts, completions, **kwargs) that calls this model."
 )
 
 
 def check_reward_module(model: nn.Module) -> None:
-    """Refuse a module that is no sequence classifier with one label, by a trial pass over three tokens.
+    """Refuse a module that is not a sequence classifier with one label, by a forward pass over three tokens.
 
     Raises:
-        ValueError: it has no weights or another number of labels, fails, or returns something else than
-            `logits` of shape (1, 1).
+        ValueError: it has no weights or another number of labels, fails, or does not return `logits` of shape (1, 1).
     """
     name, config = reward_name(model), getattr(model, "config", None)
     weight = next(model.parameters(), None)
     if weight is None:
-        raise ValueError(f"The reward model {name!r} ({type(model).__name__}) has no weights. {FIX}")
+        raise ValueError(f"The reward model {name!r} ({type(model).__name__}) has no weights. {REWARD_MODEL_HINT}")
     if (labels := getattr(config, "num_labels", 1)) != 1:
         raise ValueError(f"The reward model {name!r} has num_labels={labels}; a reward model needs num_labels=1.")
     if weight.is_meta:
         return
-    end = getattr(config, "eos_token_id", None)  # BART reads its score there
-    ids = torch.tensor([[0, 1, end if isinstance(end, int) and end >= 0 else 1]], device=weight.device)
+    eos = getattr(config, "eos_token_id", None)  # BART pools its score at EOS
+    ids = torch.tensor([[0, 1, eos if isinstance(eos, int) and eos >= 0 else 1]], device=weight.device)
     training = model.training
     model.eval()
     try:
@@ -49,42 +48,45 @@ def check_reward_module(model: nn.Module) -> None:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except Exception as error:
         raise ValueError(
-            f"The reward model {name!r} ({type(model).__name__}) failed on a text of three tokens, called with "
-            f"input_ids and attention_mask: {type(error).__name__}: {error}. {FIX}"
+            f"The reward model {name!r} ({type(model).__name__}) failed on three tokens, called with input_ids and "
+            f"attention_mask: {type(error).__name__}: {error}. {REWARD_MODEL_HINT}"
         ) from error
     finally:
         model.train(training)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape != (1, 1):
-        found = f"a {type(output).__name__} without logits"
+        returned = f"a {type(output).__name__} without logits"
         if isinstance(logits, Tensor):
-            found = f"logits of shape {tuple(logits.shape)}"
+            returned = f"logits of shape {tuple(logits.shape)}"
         raise ValueError(
-            f"The reward model {name!r} ({type(model).__name__}) returned {found} for one text; a reward model returns "
-            f"logits of shape (1, 1). {FIX}"
+            f"The reward model {name!r} ({type(model).__name__}) returned {returned} for one text; a reward model must "
+            f"return logits of shape (1, 1). {REWARD_MODEL_HINT}"
         )
 
 
 def check_reward_task(name: str) -> None:
-    """Refuse the name of a model whose configuration says that it was trained for another task."""
+    """Refuse the name of a model whose configuration lists an architecture for another task."""
     architectures = PreTrainedConfig.get_config_dict(name)[0].get("architectures") or []
-    if other := [each for each in architectures if each.endswith(OTHER_TASKS)]:
-        raise ValueError(f"The reward model {name!r} is a {other[0]}, whose outputs are no score of a text. {FIX}")
+    if unsupported := [each for each in architectures if each.endswith(UNSUPPORTED_TASK_SUFFIXES)]:
+        raise ValueError(
+            f"The reward model {name!r} is a {unsupported[0]}, whose outputs are not the score of a text. "
+            f"{REWARD_MODEL_HINT}"
+        )
 
 
 def load_reward_tokenizers(reward_funcs: Any, tokenizers: Any) -> list[PreTrainedTokenizerBase | None]:
-    """Return the tokenizer of each reward model, loaded by its name where none was passed.
+    """Return the tokenizer of each reward model, loaded by the model's name if none was passed.
 
-    None stands for a reward function, a reward adapter, which reads with the policy's, and an instance without a name.
+    None for a reward function, for a reward adapter, which uses the policy's tokenizer, and for a model without a name.
     """
-    funcs, passed = normalize_rewards(reward_funcs, tokenizers)
-    loaded: list[PreTrainedTokenizerBase | None] = []
-    for func, tokenizer in zip(funcs, passed, strict=True):
-        asks_by_name = (
+    funcs, passed_tokenizers = normalize_rewards(reward_funcs, tokenizers)
+    reward_tokenizers: list[PreTrainedTokenizerBase | None] = []
+    for func, tokenizer in zip(funcs, passed_tokenizers, strict=True):
+        needs_loading = (
             isinstance(func, str | Path | nn.Module) and tokenizer is None and resolve_adapter_path(func) is None
         )
-        loaded.append(load_reward_tokenizer(func) if asks_by_name else tokenizer)
-    return loaded
+        reward_tokenizers.append(load_reward_tokenizer(func) if needs_loading else tokenizer)
+    return reward_tokenizers
 
 
 def check_templates(
@@ -94,26 +96,26 @@ def check_templates(
     datasets: Mapping[str, Any],
     chat_template_kwargs: dict[str, Any],
 ) -> None:
-    """Refuse conversations that the chat template of a reward model does not render, by their row.
+    """Refuse conversations that the chat template of a reward model cannot render; errors name the row.
 
-    Each form of conversation, by its roles, kinds of content and template arguments, is rendered once with an answer.
-    Rows of a stream are not known yet: they are named when they are scored.
+    Each form of conversation, by its roles, types of content and template arguments, is rendered once with an answer.
+    Rows of a stream are checked when they are scored.
 
     Args:
-        reward_funcs: what the user passed.
-        tokenizers: of each, as `load_reward_tokenizers` returns them.
-        policy_tokenizer: reads for reward adapters, and where there is no other.
-        datasets: of prompts, by name.
-        chat_template_kwargs: of the run.
+        reward_funcs: rewards as passed by the user.
+        tokenizers: tokenizer of each reward, from `load_reward_tokenizers`.
+        policy_tokenizer: tokenizer for reward adapters and for models without a tokenizer.
+        datasets: datasets of prompts, by name.
+        chat_template_kwargs: arguments of the chat template for the run.
     """
     funcs, _ = normalize_rewards(reward_funcs, None)
-    asked = [
+    models = [
         (func, policy_tokenizer if tokenizer is None or resolve_adapter_path(func) is not None else tokenizer)
         for func, tokenizer in zip(funcs, tokenizers, strict=True)
         if isinstance(func, str | Path | nn.Module)
     ]
-    readers = [(func, tokenizer) for func, tokenizer in asked if not _takes_pairs(func, tokenizer)]
-    if not readers:
+    chat_models = [(func, tokenizer) for func, tokenizer in models if not _expects_pairs(func, tokenizer)]
+    if not chat_models:
         return
     for name, dataset in datasets.items():
         for index, row in _distinct_conversations(dataset):
@@ -122,17 +124,18 @@ def check_templates(
             }
             answer = [{"role": "assistant", "content": "yes"}]
             trial = Completions([row["prompt"]], [answer], [[0]], columns)
-            for func, tokenizer in readers:
+            for func, tokenizer in chat_models:
                 try:
                     trial.texts(tokenizer, chat_template_kwargs)
                 except ValueError as error:
                     raise ValueError(
-                        f"{name}[{index}]: the reward model {reward_name(func)!r} cannot read it. {error} Set "
-                        "chat_template on its tokenizer and pass that in reward_processing_classes, or change the row."
+                        f"{name}[{index}]: the reward model {reward_name(func)!r} cannot process it. {error} Set "
+                        "chat_template on its tokenizer and pass the tokenizer in reward_processing_classes, or change "
+                        "the row."
                     ) from error
 
 
-def _takes_pairs(func: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _expects_pairs(func: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     if tokenizer.chat_template is not None or resolve_adapter_path(func) is not None:
         return False
     if isinstance(func, nn.Module):
@@ -143,12 +146,12 @@ def _takes_pairs(func: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _distinct_conversations(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The first row of each form of conversation in a dataset, with its index."""
+    """Yield index and content of the first row of each form of conversation in a dataset."""
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return
-    kept = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in dataset.column_names]
+    columns = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in dataset.column_names]
     seen: set[str] = set()
-    for index, row in enumerate(dataset.select_columns(kept)):
+    for index, row in enumerate(dataset.select_columns(columns)):
         if not is_conversational(row["prompt"]):
             continue
         messages = [

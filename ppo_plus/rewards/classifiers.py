@@ -1,4 +1,4 @@
-"""Sequence classifiers as rewards, with a tokenizer of their own."""
+"""Sequence classifiers as rewards, each with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .tokenization import RewardTokenizer, max_input_length, score_in_batches
 
 
 class ClassifierReward:
-    """A sequence classifier with one label and its own tokenizer.
+    """Score completions with a sequence classifier that has one label and its own tokenizer.
 
-    An encoder (BERT, DeBERTa) whose tokenizer has no chat template reads question and answer as a pair of texts, the
-    way such reward models are trained. Every other classifier reads one text, and so does an encoder that
-    `RewardTrainer` has trained: through its own chat template where prompts are messages, else with its EOS at the end,
-    with or without which the same text may get quite another score. `RewardTokenizer` truncates a text that is
-    longer than the model reads. The score is read where the model itself would read it of the text alone: at the last
-    token but for the padding token of the model's own configuration, whatever padding token the tokenizer has.
+    An encoder (BERT, DeBERTa) whose tokenizer has no chat template receives question and answer as a text pair, as in
+    the training of such reward models. Every other classifier receives a single text, and so does an encoder trained by
+    `RewardTrainer`: messages are rendered with its chat template, and EOS is appended to plain text, because the score
+    may differ considerably without it. `RewardTokenizer` truncates texts that exceed the model's maximum input length.
+    The score is taken at the same token as for the unpadded text: the last token that is not the padding token of the
+    model's configuration, whatever the padding token of the tokenizer.
 
     Args:
-        model: with one label; on its device already.
-        tokenizer: of that model. One without `eos_token` leaves plain text as it is.
-        name: what metrics call it.
+        model: classifier with one label, already on its device.
+        tokenizer: tokenizer of the model. Without `eos_token`, plain text is scored without EOS.
+        name: name in metrics and errors.
         batch_size: texts per forward pass.
         chat_template_kwargs: arguments of `apply_chat_template`.
-        expects_single_text: whether `RewardTrainer` has trained it: on texts with EOS, whatever the tokenizer adds.
+        expects_single_text: whether `RewardTrainer` trained the model, on texts with EOS for any tokenizer.
     """
 
     def __init__(
@@ -50,34 +50,38 @@ class ClassifierReward:
         if labels != 1:
             raise ValueError(f"The reward model {name!r} has num_labels={labels}; a reward model needs num_labels=1.")
         text_config = None if config is None else config.get_text_config()
-        own_padding, known = (getattr(text_config, key, None) for key in ("pad_token_id", "vocab_size"))
+        pad_token_id, num_embeddings = (getattr(text_config, key, None) for key in ("pad_token_id", "vocab_size"))
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         compute_heads_in_fp32(model)
         self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
-        self.read = RewardTokenizer(tokenizer, name, max_input_length(model, tokenizer), own_padding, known)
-        self.reads_pairs = is_encoder(config) and tokenizer.chat_template is None and not expects_single_text
+        self.tokenize = RewardTokenizer(
+            tokenizer, name, max_input_length(model, tokenizer), pad_token_id, num_embeddings
+        )
+        self.expects_pairs = is_encoder(config) and tokenizer.chat_template is None and not expects_single_text
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
-        self.end = tokenizer.eos_token or "" if expects_single_text or not adds_eos else ""
+        self.text_suffix = tokenizer.eos_token or "" if expects_single_text or not adds_eos else ""
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
-        """Score prompt and completion, rendered with this model's own template and tokenizer."""
-        one = (self.tokenizer, self.chat_template_kwargs, self.end)
-        texts = batch.pairs() if self.reads_pairs else batch.texts(*one)
+        """Score prompts with completions, rendered with this model's template and tokenizer."""
+        if self.expects_pairs:
+            texts: list = batch.pairs()
+        else:
+            texts = batch.texts(self.tokenizer, self.chat_template_kwargs, self.text_suffix)
         device = next(self.model.parameters()).device
 
         def score(texts: list) -> Tensor:
-            inputs = self.read(texts, batch)
+            inputs = self.tokenize(texts, batch)
             self._check_vocabulary(int(inputs["input_ids"].max()))
-            filler = self.read.padding(unpad(inputs["input_ids"], inputs["attention_mask"]))
-            with set_padding(self.model, filler):
+            pad_token_id = self.tokenize.choose_pad_id(unpad(inputs["input_ids"], inputs["attention_mask"]))
+            with set_padding(self.model, pad_token_id):
                 return self.model(**inputs.to(device)).logits[:, 0].float()
 
         return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
 
-    def _check_vocabulary(self, largest: int) -> None:
-        known = getattr(getattr(self.model, "config", None), "vocab_size", None)
-        if known is not None and largest >= known:
+    def _check_vocabulary(self, max_id: int) -> None:
+        vocab_size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if vocab_size is not None and max_id >= vocab_size:
             raise ValueError(
-                f"The reward model {self.name!r} has embeddings for {known} tokens, but its tokenizer gave the id "
-                f"{largest}. Pass the reward model's own tokenizer in reward_processing_classes."
+                f"The reward model {self.name!r} has embeddings for {vocab_size} tokens, but its tokenizer returned "
+                f"the id {max_id}. Pass the reward model's tokenizer in reward_processing_classes."
             )

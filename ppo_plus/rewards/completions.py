@@ -1,4 +1,4 @@
-"""The contract: what is scored, and what a score may be."""
+"""Completions to score, the protocol of rewards, and validation of their scores."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.chat_templates import fit_content, is_conversational, merge_template_kwargs, shorten
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32_MAX = torch.finfo(torch.float32).max  # reward units: bound on the size of one score
 
 
 @dataclass
 class Completions:
-    """What is scored: N prompts with their completions, and the other columns of the dataset.
+    """N prompts with their completions, and the other columns of the dataset.
 
     Attributes:
         prompts: text or messages, as in the dataset.
-        completions: text, or one assistant message in a list where the prompt is messages.
+        completions: text, or a list of one assistant message if the prompt is messages.
         completion_ids: token ids, without padding.
-        columns: further columns of the dataset, by name.
-        context: `trainer_state`, `log_extra` and `log_metric`, handed to functions.
-        prompt_ids: token ids, where that is what the dataset gave; `prompts` are then their text.
-        openings: what the generation prompt began of each answer (`<think>`), "" for nothing. The policy's prompt ends
-            in it, and `completions` do not contain it.
-        opening_ids: its token ids, the last of the prompt's.
+        columns: other columns of the dataset, by name.
+        context: `trainer_state`, `log_extra` and `log_metric`, passed to functions.
+        prompt_ids: token ids, if the dataset has them instead of text; `prompts` are then their decoded text.
+        openings: start of each answer that the generation prompt contains (`<think>`), "" for none. The policy's prompt
+            ends with it, and `completions` do not contain it.
+        opening_ids: token ids of the opening, which are the last ids of the prompt.
     """
 
     prompts: list
@@ -45,39 +45,39 @@ class Completions:
         return len(self.prompts)
 
     def texts(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any], end: str = ""
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any], suffix: str = ""
     ) -> list[str]:
-        """Prompt and completion as one text: messages through the chat template, plain text with this at its end.
+        """Join each prompt and completion to one text; messages by the chat template, plain text with a suffix.
 
-        The template gets the columns `tools` and `chat_template_kwargs`, where there are any, as it did for the policy.
-        An answer begins with what the generation prompt began of it (`openings`).
+        The template receives the columns `tools` and `chat_template_kwargs`, if present, as for the policy. An answer
+        begins with the part in the generation prompt (`openings`).
 
         Raises:
-            ValueError: the template does not render a conversation; its prompt is named.
+            ValueError: the template cannot render a conversation; the error names the prompt.
         """
         return [
             self._render(row, tokenizer, chat_template_kwargs)
             if is_conversational(prompt)
-            else (prompt + completion).removesuffix(end) + end
+            else (prompt + completion).removesuffix(suffix) + suffix
             for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True))
         ]
 
     def _render(self, row: int, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> str:
         if tokenizer.chat_template is None:
             raise ValueError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no chat template, and the prompt is a conversation, "
+                f"The tokenizer {tokenizer.name_or_path!r} has no chat template, but the prompt is a conversation, "
                 f"{shorten(self.prompts[row])}."
             )
-        own: dict[str, Any] = {
+        row_columns: dict[str, Any] = {
             name: self.columns[name][row] for name in ("tools", "chat_template_kwargs") if name in self.columns
         }
-        kwargs = {**merge_template_kwargs(chat_template_kwargs, own), "tokenize": False}
+        kwargs = {**merge_template_kwargs(chat_template_kwargs, row_columns), "tokenize": False}
         messages = self._conversation(row)
         try:
             return cast(str, tokenizer.apply_chat_template(fit_content(messages, tokenizer), **kwargs))
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # a template may raise any exception
             raise ValueError(
-                f"The chat template of the tokenizer {tokenizer.name_or_path!r} does not take {shorten(messages)}: "
+                f"The chat template of the tokenizer {tokenizer.name_or_path!r} cannot render {shorten(messages)}: "
                 f"{error}."
             ) from error
 
@@ -87,7 +87,7 @@ class Completions:
         return join_messages(self.prompts[row], [{**answer, "content": opening + answer["content"]}])
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Question and answer as two texts; of a conversation, what was said before the answer, by lines."""
+        """Return question and answer as text pairs; the question of a conversation has one message per line."""
         return [
             ("\n".join(message_texts(messages[:-1])), "\n".join(message_texts(messages[-1:])))
             for messages in (
@@ -98,52 +98,55 @@ class Completions:
 
 
 def join_messages(prompt: list, completion: list) -> list:
-    """Prompt and completion as messages: an assistant's message that the prompt begins and the completion ends is one.
+    """Join the messages of prompt and completion; merge an assistant's message that the completion continues.
 
     Args:
         prompt: messages.
-        completion: one message of an assistant.
+        completion: a list of one assistant message.
     """
-    begun, (ended,) = prompt[-1], completion
-    if begun["role"] != "assistant":
+    last, (answer,) = prompt[-1], completion
+    if last["role"] != "assistant":
         return prompt + completion
-    first, rest = begun.get("content") or "", ended["content"]
-    whole = first + rest if isinstance(first, str) else [*first, {"type": "text", "text": rest}]
-    return [*prompt[:-1], {**begun, "content": whole}]
+    first, rest = last.get("content") or "", answer["content"]
+    content = first + rest if isinstance(first, str) else [*first, {"type": "text", "text": rest}]
+    return [*prompt[:-1], {**last, "content": content}]
 
 
 def message_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The text of each message that has one; parts that are no text (images) are left out."""
+    """Return the text of each message; parts that are not text (images) are skipped."""
     contents = [message.get("content") or "" for message in messages]
     parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
     return [" ".join(part.get("text") or "" for part in message) for message in parts]
 
 
-# What a reward gives a response: a score, one number per token, or nothing.
+# Reward of a response: a score, one number per token, or None (not applicable).
 Score = float | list[float] | None
 
 
 class Reward(Protocol):
-    """Scores completions; `None` where a reward does not apply."""
+    """Protocol of rewards: score completions, with None where the reward does not apply."""
 
     name: str
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
-        """One score per completion, or a list of one per token of it; reward units."""
+        """Return for each completion a score, or a list of one number per token, reward units."""
         ...
 
 
 def validate_scores(scores: Any, batch: Completions, name: str) -> list[Score]:
-    """Scores as a list of finite floats, lists of them, or None; anything else is named with its prompt."""
+    """Validate scores: finite floats, lists of them, or None; errors name the prompt."""
     if isinstance(scores, Tensor):
         scores = scores.tolist()
-    listed = hasattr(scores, "__len__") and getattr(scores, "ndim", 1) > 0
-    if not listed or isinstance(scores, str | bytes | Mapping | Set):
+    is_list = hasattr(scores, "__len__") and getattr(scores, "ndim", 1) > 0
+    if not is_list or isinstance(scores, str | bytes | Mapping | Set):
         raise ValueError(
-            f"The reward function {name!r} returned {scores!r}; it must return a list with one number each."
+            f"The reward function {name!r} returned {scores!r}; it must return a list with one number per completion."
         )
     if len(scores) != len(batch):
-        raise ValueError(f"The reward function {name!r} returned {len(scores)} rewards for {len(batch)} completions.")
+        raise ValueError(
+            f"The reward function {name!r} returned {len(scores)} rewards for {len(batch)} completions; return one per "
+            "completion."
+        )
     result: list[Score] = []
     for row, value in enumerate(scores):
         per_token = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
@@ -157,7 +160,7 @@ def validate_scores(scores: Any, batch: Completions, name: str) -> list[Score]:
         if None in numbers:
             raise ValueError(
                 f"The reward function {name!r} returned {value!r} for prompt {batch.prompts[row]!r} with completion "
-                f"{batch.completions[row]!r}; return a finite number, or None where the reward does not apply."
+                f"{batch.completions[row]!r}; return a finite number, or None if the reward does not apply."
             )
         finite = cast(list[float], numbers)
         result.append(None if value is None else finite if per_token else finite[0])
@@ -169,4 +172,4 @@ def _finite(value: Any) -> float | None:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         return None
-    return number if abs(number) <= FLOAT32_MAX else None  # of NaN, too
+    return number if abs(number) <= FLOAT32_MAX else None  # also None for NaN

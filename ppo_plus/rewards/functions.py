@@ -1,4 +1,4 @@
-"""Python functions as rewards, sync or async, with a limit to their time."""
+"""Python functions as rewards, synchronous or async, with an optional timeout."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from ..utils.interrupt import Interrupted, interruptible, raise_if_interrupted
 from .completions import Completions, Score, validate_scores
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-POLL_SECONDS = 0.1  # between two looks at whether a signal came, while another thread works
+POLL_SECONDS = 0.1  # interval between checks for a signal while another thread works
 
 
 class FunctionReward:
-    """A Python function, sync or async: `f(prompts=, completions=, completion_ids=, **columns, ...) -> list`.
+    """Score with a Python function, sync or async.
+
+    Its signature is `f(prompts=, completions=, completion_ids=, **columns, ...) -> list`.
 
     Args:
-        function: what to call.
-        name: what metrics and errors call it.
-        timeout: seconds that it may take; None waits for ever.
+        function: the reward function.
+        name: name in metrics and errors.
+        timeout: maximum seconds per call; None means no limit.
     """
 
     def __init__(self, function: Callable, name: str, timeout: float | None = None) -> None:
         self.function, self.name, self.timeout = function, name, timeout
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
-        """Call the function; and wait for it if it is async."""
-        result = self.begin(batch)
+        """Call the function, and await its result if it is async."""
+        result = self.start(batch)
         if inspect.isawaitable(result):
             (result,) = await_all([(self, result)], batch)
-        return self.finish(result, batch)
+        return self.result(result, batch)
 
-    def begin(self, batch: Completions) -> Any:
-        """What the function returns: scores, or an awaitable of them where it is async."""
+    def start(self, batch: Completions) -> Any:
+        """Call the function; returns its scores, an awaitable of them, or the exception it raised."""
         call = functools.partial(
             self.function,
             prompts=batch.prompts,
@@ -53,59 +55,60 @@ class FunctionReward:
             with without_autocast():
                 if self.timeout is not None:
                     return call_with_timeout(self.timeout, call)
-                with interruptible():  # in the main thread: `signal.alarm` and clients of one thread work there alone
+                with interruptible():  # `signal.alarm` and single-threaded clients work only in the main thread
                     return call()
         except _CallTimeout:
             return self.timeout_error(batch)
         except Exception as error:
             return error
 
-    def finish(self, result: Any, batch: Completions) -> Sequence[Score]:
-        """The scores, checked; an error that the function raised is raised here, with its name."""
+    def result(self, result: Any, batch: Completions) -> Sequence[Score]:
+        """Validate the scores; raise an exception of the function here, with a note that names it."""
         if isinstance(result, Exception):
-            result.add_note(f"This was raised by the reward function {self.name!r}, given {len(batch)} completions.")
+            result.add_note(f"Raised by the reward function {self.name!r}, called with {len(batch)} completions.")
             raise result
         return validate_scores(result, batch, self.name)
 
     def timeout_error(self, batch: Completions) -> TimeoutError:
-        """The error of a function that did not answer in time."""
+        """Create the error of a function that exceeded its timeout."""
         prompts = ", ".join(repr(prompt)[:80] for prompt in batch.prompts[:3])
         return TimeoutError(
-            f"The reward function {self.name!r} did not answer within reward_timeout={self.timeout} seconds; it was "
-            f"given {len(batch)} completions, of the prompts {prompts}{', ...' if len(batch) > 3 else ''}. Python "
-            "cannot stop a function, so it may go on in the background until the process ends."
+            f"The reward function {self.name!r} did not return within reward_timeout={self.timeout} seconds; it was "
+            f"called with {len(batch)} completions, of the prompts {prompts}{', ...' if len(batch) > 3 else ''}. "
+            "Python cannot stop a thread, so the function may continue in the background. Raise reward_timeout, or "
+            "make the function faster."
         )
 
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Let code of users compute in the precision that they wrote; threads of their own do so anyway."""
+    """Disable autocast inside the block, so that user code computes in the dtypes it was written for."""
     accelerator = torch.accelerator.current_accelerator()
-    with contextlib.ExitStack() as off:
-        for kind in {"cpu"} if accelerator is None else {"cpu", accelerator.type}:
-            off.enter_context(torch.autocast(kind, enabled=False))
+    with contextlib.ExitStack() as stack:
+        for device_type in {"cpu"} if accelerator is None else {"cpu", accelerator.type}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
 
 class _CallTimeout(Exception):
-    """A call that did not return in time."""
+    """Raised if a call does not return within its timeout."""
 
 
 def call_with_timeout(seconds: float | None, call: Callable[[], Any]) -> Any:
-    """Call in a thread of its own, and leave it to itself after some seconds.
+    """Call a function in a daemon thread, and abandon the thread after the timeout.
 
-    The thread is a daemon: one that never returns does not keep the process from ending.
+    A daemon thread that never returns does not prevent the process from exiting.
 
     Raises:
-        _CallTimeout: it did not return in time.
-        Interrupted: a signal came first.
+        _CallTimeout: the call did not return in time.
+        Interrupted: a signal was received first.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
-    gradients = torch.is_grad_enabled()  # torch keeps this by thread
+    grad_enabled = torch.is_grad_enabled()  # a thread-local setting of torch
 
     def run() -> None:
         try:
-            with torch.set_grad_enabled(gradients):
+            with torch.set_grad_enabled(grad_enabled):
                 outcome.append((call(), None))
         except BaseException as error:
             outcome.append((None, error))
@@ -121,75 +124,76 @@ def call_with_timeout(seconds: float | None, call: Callable[[], Any]) -> Any:
 
 
 def _poll(wait_for: Callable[[float], Any], is_done: Callable[[], bool], seconds: float | None) -> bool:
-    """Wait for another thread up to some seconds; return whether it is done, or raise `Interrupted` if a signal came.
+    """Wait for another thread up to `seconds`; return whether it is done, or raise `Interrupted` after a signal.
 
-    The handler of a signal does not raise here: an exception in the midst of `join` may leave its lock taken.
+    The signal handler does not raise here, because an exception inside `join` may leave its lock acquired.
     """
-    end = None if seconds is None else time.monotonic() + seconds
+    deadline = None if seconds is None else time.monotonic() + seconds
     while True:
-        left = POLL_SECONDS if end is None else max(min(POLL_SECONDS, end - time.monotonic()), 0.0)
-        wait_for(left)
+        interval = POLL_SECONDS if deadline is None else max(min(POLL_SECONDS, deadline - time.monotonic()), 0.0)
+        wait_for(interval)
         if is_done():
             return True
         raise_if_interrupted()
-        if end is not None and time.monotonic() >= end:
+        if deadline is not None and time.monotonic() >= deadline:
             return False
 
 
-def await_all(waiting: Sequence[tuple[FunctionReward, Any]], batch: Completions) -> list[Any]:
-    """Await what async reward functions returned, all at once; errors stand in the place of results."""
-    answers: dict[int, Any] = {}
-    ended = threading.Event()
+def await_all(awaitables: Sequence[tuple[FunctionReward, Any]], batch: Completions) -> list[Any]:
+    """Await async reward functions concurrently; returns results, or exceptions in their place."""
+    results: dict[int, Any] = {}
+    all_done = threading.Event()
 
     async def wait_for(index: int, reward: FunctionReward, awaitable: Any) -> None:
-        async def answer() -> Any:
+        async def await_result() -> Any:
             return await awaitable
 
-        task = asyncio.ensure_future(answer())
+        task = asyncio.ensure_future(await_result())
         try:
             done, _ = await asyncio.wait([task], timeout=reward.timeout)
         finally:
             task.cancel()
         if done:
-            answers[index] = task.exception() or task.result()
+            results[index] = task.exception() or task.result()
 
     async def wait_for_all() -> None:
         try:
-            await asyncio.gather(*(wait_for(index, *pair) for index, pair in enumerate(waiting)))
+            await asyncio.gather(*(wait_for(index, *pair) for index, pair in enumerate(awaitables)))
         finally:
-            ended.set()
+            all_done.set()
 
-    timeouts = [reward.timeout for reward, _ in waiting]
-    # An async function may block its loop, or not let itself be cancelled; a second more than all were given is enough
-    # to know, and the next rollout gets another loop.
-    longest = None if None in timeouts else max(cast(list[float], timeouts)) + 1.0
+    timeouts = [reward.timeout for reward, _ in awaitables]
+    # An async function may block the event loop or ignore its cancellation. After all timeouts and one more second the
+    # loop is abandoned, and the next rollout uses a new one.
+    max_wait = None if None in timeouts else max(cast(list[float], timeouts)) + 1.0
     pending = asyncio.run_coroutine_threadsafe(wait_for_all(), event_loop())
     try:
-        if not _poll(lambda seconds: wait([pending], seconds), pending.done, longest):
+        if not _poll(lambda seconds: wait([pending], seconds), pending.done, max_wait):
             event_loop.cache_clear()
     except Interrupted:
-        _cancel(pending, ended)
+        _cancel(pending, all_done)
         raise
-    return [answers.get(index, reward.timeout_error(batch)) for index, (reward, _) in enumerate(waiting)]
+    return [results.get(index, reward.timeout_error(batch)) for index, (reward, _) in enumerate(awaitables)]
 
 
-def _cancel(pending: Future, ended: threading.Event) -> None:
-    """Cancel async functions; a loop that does not answer within a second is left to itself."""
+def _cancel(pending: Future, all_done: threading.Event) -> None:
+    """Cancel async functions; abandon the event loop if it does not react within a second."""
     pending.cancel()
-    if not ended.wait(1.0):
+    if not all_done.wait(1.0):
         event_loop.cache_clear()
 
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """The loop of all async reward functions, in a thread of its own: a notebook's own loop is running already.
+    """Return the event loop of all async reward functions, which runs in its own thread.
 
-    It lives as long as the process, so that a client which a function opened in one rollout serves the next too.
+    The main thread may already run a loop, as in notebooks. The loop lives as long as the process, so that a client
+    opened by a function in one rollout can be reused in the next.
     """
     loop = asyncio.new_event_loop()
 
     def run() -> None:
-        with torch.no_grad():  # torch keeps this by thread, and rewards are never differentiated
+        with torch.no_grad():  # a thread-local setting of torch; rewards are never differentiated
             loop.run_forever()
 
     threading.Thread(target=run, daemon=True, name="async reward functions").start()

@@ -1,4 +1,4 @@
-"""All rewards of a run: asked together, weighted, summed."""
+"""All rewards of a run: call them, check their scores, and sum them with weights."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from .adapters import AdapterReward
 from .completions import Completions, Reward, Score
 from .functions import FunctionReward, await_all
 
-OUTLIER = 1e6  # float32 has 7 digits: beside a score that many times larger the usual differences are gone
-LARGEST_SCORE = 1e15  # squares of it, summed over a million tokens, still are in float32's range
+MAX_OUTLIER_RATIO = 1e6  # float32 has 7 digits: next to a score this many times larger, other differences are lost
+MAX_SCORE = 1e15  # reward units; its squares, summed over a million tokens, are still in float32's range
 
 
-NOT_SAMPLED = (
-    "The policy had not answered yet: these completions are empty, or repeat the prompt. A policy may answer so, and a "
-    "reward function must return a number or None for it."
+CHEAP_ANSWERS_NOTE = (
+    "These completions were not sampled: they are empty, or repeat the prompt. A policy may generate such completions, "
+    "so a reward function must return a number or None for them."
 )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What all rewards of a run say of N completions of at most R tokens, in reward units.
+    """Scores of N completions with at most R tokens by all F rewards of a run, in reward units.
 
     Attributes:
-        by_function: `(N, F)` float32; the sum where a function scored tokens, NaN where it returned None.
-        per_token: the weighted sum of token-level rewards, `(N, R)` float32.
+        by_function: `(N, F)` float32; the sum if a function scored tokens, NaN if it returned None.
+        per_token: weighted sum of token-level rewards, `(N, R)` float32.
         total: weighted sum over functions and tokens, `(N,)` float32; NaN for rows that no function scored.
-        failed: names of functions that were left out because they failed.
+        failed: names of functions that failed and were skipped.
     """
 
     by_function: Tensor
@@ -46,12 +46,12 @@ class Scores:
 
 
 class RewardSet:
-    """All rewards of a run, weighted.
+    """Weighted sum of all rewards of a run.
 
     Args:
-        rewards: at least one.
-        weights: one each; `None` means 1.
-        on_error: "raise", or "skip" to go on without a reward function that failed, as if it had returned None.
+        rewards: at least one reward.
+        weights: one weight per reward; None means 1 for each.
+        on_error: "raise", or "skip" to treat a failed reward function as if it had returned None.
     """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None, on_error: str = "raise") -> None:
@@ -62,25 +62,25 @@ class RewardSet:
 
     @property
     def names(self) -> list[str]:
-        """Names for metrics, one per reward, distinct."""
+        """Distinct names of the rewards in metrics."""
         return [reward.name for reward in self.rewards]
 
     @property
     def calls_functions(self) -> bool:
-        """Whether code of the user is called, which may cost money or keep a state; reward models do neither."""
+        """Whether any reward is a user function, whose calls may cost money or change state."""
         return any(isinstance(reward, FunctionReward) for reward in self.rewards)
 
     def leave_unscored(self, batch: Completions) -> Scores:
-        """Return no score for each completion, without a call."""
+        """Return NaN scores for all completions without calling any reward."""
         tokens = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
-        nothing = torch.full((len(batch), len(self.rewards)), torch.nan)
-        return Scores(nothing, tokens, nothing[:, 0].clone())
+        unscored = torch.full((len(batch), len(self.rewards)), torch.nan)
+        return Scores(unscored, tokens, unscored[:, 0].clone())
 
     def __call__(self, batch: Completions) -> Scores:
-        """Score completions: functions in their order, then async ones, which run side by side."""
+        """Score completions: sync functions in order, and async functions concurrently after them."""
         self._failed: list[str] = []
-        answers = self._all_scores(self.rewards, batch)
-        by_reward = [without_outliers(r.name, scores, batch) for r, scores in zip(self.rewards, answers, strict=True)]
+        all_scores = self._call_rewards(self.rewards, batch)
+        by_reward = [remove_outliers(r.name, scores, batch) for r, scores in zip(self.rewards, all_scores, strict=True)]
         by_function = torch.tensor([[_sum(s) for s in scores] for scores in by_reward], dtype=torch.float32).T
         per_token = torch.zeros(len(batch), max(map(len, batch.completion_ids), default=0))
         for weight, scores in zip(self.weights, by_reward, strict=True):
@@ -91,42 +91,41 @@ class RewardSet:
         if unscored.any():
             row = int(unscored.nonzero()[0])
             warnings.warn(
-                f"Every reward function returned None for {int(unscored.sum())} of {len(batch)} responses, which "
-                f"are left out of learning; the first has prompt {batch.prompts[row]!r}.",
+                f"Every reward function returned None for {int(unscored.sum())} of {len(batch)} responses, which are "
+                f"excluded from training; the first has prompt {batch.prompts[row]!r}. Return a number for them, or "
+                "ignore this warning if they should not be trained on.",
                 stacklevel=2,
             )
         total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
         return Scores(by_function, per_token, total, tuple(self._failed))
 
     def ask_functions(self, batch: Completions) -> Tensor:
-        """Score completions by the reward functions alone, outside a rollout.
-
-        Errors are treated as in a rollout (`on_error`).
+        """Score completions with the reward functions only, outside a rollout; errors are handled by `on_error`.
 
         Returns:
-            `(N, F)` float32 as `Scores.by_function`; NaN for reward models too.
+            `(N, F)` float32 as in `Scores.by_function`, with NaN for reward models.
         """
         self._failed = []
         functions = [reward for reward in self.rewards if isinstance(reward, FunctionReward)]
         try:
-            found = self._all_scores(functions, batch)
+            all_scores = self._call_rewards(functions, batch)
         except Exception as error:
-            error.add_note(NOT_SAMPLED)
+            error.add_note(CHEAP_ANSWERS_NOTE)
             raise
-        answers = dict(zip((f.name for f in functions), found, strict=True))
-        nothing: list[Score] = [None] * len(batch)
-        columns = [[_sum(score) for score in answers.get(name, nothing)] for name in self.names]
+        by_name = dict(zip((f.name for f in functions), all_scores, strict=True))
+        unscored: list[Score] = [None] * len(batch)
+        columns = [[_sum(score) for score in by_name.get(name, unscored)] for name in self.names]
         return torch.tensor(columns, dtype=torch.float32).T
 
     @property
     def scores_prefixes(self) -> bool:
-        """Whether `prefix_scores` gives any."""
+        """Whether any reward is a reward adapter, which scores prefixes."""
         return any(isinstance(reward, AdapterReward) for reward in self.rewards)
 
     def prefix_scores(self, sequences: Sequence[list[int]]) -> list[Tensor] | None:
-        """The weighted sum of what reward adapters say of each sequence as far as each of its tokens.
+        """Return the weighted sum of the reward adapters' scores of every prefix of each sequence.
 
-        None where there is no reward adapter. Other rewards can only be asked at the end.
+        None without a reward adapter: other rewards only score whole responses.
         """
         adapters = [
             (weight, r) for weight, r in zip(self.weights, self.rewards, strict=True) if isinstance(r, AdapterReward)
@@ -134,78 +133,83 @@ class RewardSet:
         by_adapter = [[weight * scores for scores in r.prefix_scores(sequences)] for weight, r in adapters]
         return [sum(scores[1:], scores[0]) for scores in zip(*by_adapter, strict=True)] if adapters else None
 
-    def _all_scores(self, rewards: Sequence[Reward], batch: Completions) -> list[Sequence[Score]]:
+    def _call_rewards(self, rewards: Sequence[Reward], batch: Completions) -> list[Sequence[Score]]:
         functions = [reward for reward in rewards if isinstance(reward, FunctionReward)]
-        begun = self._begin(functions, batch)
-        waiting = [(reward, begun[reward.name]) for reward in functions if inspect.isawaitable(begun[reward.name])]
-        if waiting:  # together: what they wait for, they wait for at the same time
-            answers = await_all(waiting, batch)
-            begun |= {reward.name: answer for (reward, _), answer in zip(waiting, answers, strict=True)}
-        return [self._scores(reward, batch, begun) for reward in rewards]
+        started = self._start(functions, batch)
+        awaitables = [
+            (reward, started[reward.name]) for reward in functions if inspect.isawaitable(started[reward.name])
+        ]
+        if awaitables:
+            results = await_all(awaitables, batch)
+            started |= {reward.name: result for (reward, _), result in zip(awaitables, results, strict=True)}
+        return [self._result(reward, batch, started) for reward in rewards]
 
-    def _begin(self, functions: Sequence[FunctionReward], batch: Completions) -> dict[str, Any]:
-        begun: dict[str, Any] = {}
+    def _start(self, functions: Sequence[FunctionReward], batch: Completions) -> dict[str, Any]:
+        started: dict[str, Any] = {}
         try:
             for reward in functions:
                 raise_if_interrupted()
-                begun[reward.name] = reward.begin(batch)
+                started[reward.name] = reward.start(batch)
         except Interrupted:
-            for result in begun.values():
-                if inspect.iscoroutine(result):  # nobody is going to await it
+            for result in started.values():
+                if inspect.iscoroutine(result):  # it will not be awaited
                     result.close()
             raise
-        return begun
+        return started
 
-    def _scores(self, reward: Reward, batch: Completions, begun: dict[str, Any]) -> Sequence[Score]:
+    def _result(self, reward: Reward, batch: Completions, started: dict[str, Any]) -> Sequence[Score]:
         raise_if_interrupted()
         try:
-            return reward.finish(begun[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
+            return reward.result(started[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            warnings.warn(f"{reward.name!r} is left out of this rollout: {type(error).__name__}: {error}", stacklevel=3)
+            warnings.warn(
+                f"The reward {reward.name!r} is skipped in this rollout: {type(error).__name__}: {error}", stacklevel=3
+            )
             self._failed.append(reward.name)
             return [None] * len(batch)
 
 
-def without_outliers(name: str, scores: Sequence[Score], batch: Completions) -> Sequence[Score]:
-    """Replace scores beside which float32 loses all others by None, with a warning that names the first.
+def remove_outliers(name: str, scores: Sequence[Score], batch: Completions) -> Sequence[Score]:
+    """Replace scores next to which the others vanish in float32 rounding by None, with a warning.
 
-    One such score, or number of a token, would be the mean, the variance and the gradient of its rollout, and stay in
+    One such score, or number of a token, would dominate the mean, the variance and the gradient of its rollout, and the
     running averages for the rest of the run.
     """
     sizes = [0.0 if score is None else _size(score) for score in scores]
-    known = [size for size, score in zip(sizes, scores, strict=True) if score is not None]
-    bound = min(LARGEST_SCORE, OUTLIER * max(1.0, median_low(known))) if known else LARGEST_SCORE
-    outside = [row for row, size in enumerate(sizes) if size > bound]
-    if not outside:
+    scored_sizes = [size for size, score in zip(sizes, scores, strict=True) if score is not None]
+    bound = min(MAX_SCORE, MAX_OUTLIER_RATIO * max(1.0, median_low(scored_sizes))) if scored_sizes else MAX_SCORE
+    outliers = [row for row, size in enumerate(sizes) if size > bound]
+    if not outliers:
         return scores
     warnings.warn(
-        f"The reward function {name!r} gave {scores[outside[0]]!r} for prompt {batch.prompts[outside[0]]!r} with "
-        f"completion {batch.completions[outside[0]]!r}, beyond {bound:.3g} ({OUTLIER:.0e} times the median size of the "
-        f"rollout's scores, at most {LARGEST_SCORE:.0e}): beside it the other scores are lost in rounding. It and "
-        f"{len(outside) - 1} others of {len(batch)} count as None. Bound what the function returns.",
+        f"The reward function {name!r} returned {scores[outliers[0]]!r} for prompt {batch.prompts[outliers[0]]!r} with "
+        f"completion {batch.completions[outliers[0]]!r}, above {bound:.3g} ({MAX_OUTLIER_RATIO:.0e} times the median "
+        f"size of the rollout's scores, at most {MAX_SCORE:.0e}): the other scores would be lost in float32 rounding. "
+        f"It and {len(outliers) - 1} others of {len(batch)} count as None. Bound the values that the function returns.",
         stacklevel=3,
     )
-    return [None if row in outside else score for row, score in enumerate(scores)]
+    return [None if row in outliers else score for row, score in enumerate(scores)]
 
 
 def usable_scores(scores: Tensor, prompts: Sequence[Any]) -> Tensor:
-    """Replace scores that callbacks or weights made too large to compute with by NaN, which is left out of learning.
+    """Replace scores above `MAX_SCORE` by NaN, which excludes them from training; warn about the first.
 
     Args:
-        scores: `(N,)`, reward units; NaN where there is none.
-        prompts: of the same rows.
+        scores: scores after weights and callbacks, `(N,)`, reward units; NaN for unscored rows.
+        prompts: prompts of the same rows.
     """
-    outside = scores.abs() > LARGEST_SCORE
-    if outside.any():
-        row = int(outside.nonzero()[0])
+    outliers = scores.abs() > MAX_SCORE
+    if outliers.any():
+        row = int(outliers.nonzero()[0])
         warnings.warn(
             f"After reward_weights and callbacks the score of prompt {prompts[row]!r} is {scores[row].item():.3g}, "
-            f"beyond {LARGEST_SCORE:.0e}: {int(outside.sum())} of {len(scores)} responses are left out of learning.",
+            f"above {MAX_SCORE:.0e}: {int(outliers.sum())} of {len(scores)} responses are excluded from training. "
+            "Lower reward_weights, or bound the scores.",
             stacklevel=2,
         )
-    return scores.masked_fill(outside, torch.nan)
+    return scores.masked_fill(outliers, torch.nan)
 
 
 def _size(score: float | list[float]) -> float:
@@ -219,6 +223,6 @@ def _sum(score: Score) -> float:
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> None:
-    """Refuse weights that are not one per reward function."""
+    """Refuse a list of weights whose length differs from the number of reward functions."""
     if weights is not None and len(weights) != count:
-        raise ValueError(f"reward_weights has {len(weights)} numbers for {count} reward functions; give one each.")
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {count} reward functions; pass one for each.")

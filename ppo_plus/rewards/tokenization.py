@@ -1,4 +1,4 @@
-"""From texts to the inputs of a reward model, as many at a time as fit."""
+"""Tokenization of texts for a reward model, and batching that backs off when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,57 +19,57 @@ from .completions import Completions
 
 
 class RewardTokenizer:
-    """Makes right-padded inputs of texts, pairs of texts or token ids, and says once where there are too many tokens.
+    """Create right-padded inputs from texts, text pairs or token ids; truncate long inputs with one warning.
 
-    One text keeps its end, where the response is, and its first token if that is a special one (BOS, CLS). Of a pair
-    the longer text is cut.
+    A truncated text keeps its end, which holds the response, and its first token if it is special (BOS, CLS). Of a text
+    pair, the longer text is truncated.
 
     Args:
-        tokenizer: of the reward model; its padding token is not used where the model has one of its own.
-        name: of the reward model.
-        longest: most tokens that it reads; None where there is no limit.
-        pad_token_id: the padding token in the configuration of the reward model itself; None where it has none.
-        embeddings: how many token ids the reward model has embeddings for; None where that is not known.
+        tokenizer: tokenizer of the reward model; the padding token of the model's configuration takes precedence.
+        name: name of the reward model in warnings.
+        max_length: maximum tokens per input; None means no limit.
+        pad_token_id: padding token id in the configuration of the reward model; None if it has none.
+        num_embeddings: number of token embeddings of the reward model; None if unknown.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         name: str,
-        longest: int | None,
+        max_length: int | None,
         pad_token_id: int | None = None,
-        embeddings: int | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
-        self.tokenizer, self.name, self.longest = tokenizer, name, longest
-        self.pad_token_id, self.embeddings = pad_token_id, embeddings
+        self.tokenizer, self.name, self.max_length = tokenizer, name, max_length
+        self.pad_token_id, self.num_embeddings = pad_token_id, num_embeddings
         self._warned = False
 
     def __call__(self, texts: list, batch: Completions) -> BatchEncoding:
-        """Inputs of the reward model, `(B, T)` each; a chat template has put its special tokens in already."""
+        """Tokenize to padded inputs, `(B, T)` each; texts from a chat template already have special tokens."""
         columns = self._tokenize(texts, batch)
         tokens = max(map(len, columns["input_ids"]))
-        if self.longest is not None and tokens > self.longest:
+        if self.max_length is not None and tokens > self.max_length:
             pairs = isinstance(texts[0], tuple)
-            self._say_cut(tokens, self.longest, pairs)
+            self._warn_truncation(tokens, self.max_length, pairs)
             if pairs:
-                columns = self._tokenize(texts, batch, truncation=True, max_length=self.longest)
+                columns = self._tokenize(texts, batch, truncation=True, max_length=self.max_length)
             else:
-                columns = self._keep_ends(columns, self.longest)
+                columns = self._truncate_left(columns, self.max_length)
         return self._pad(columns)
 
-    def padding(self, rows: Sequence[Sequence[int]]) -> int:
-        """Choose the id that fills short rows, such that a model which looks for it finds where each row ends.
+    def choose_pad_id(self, rows: Sequence[Sequence[int]]) -> int:
+        """Choose a padding id such that a model that searches for it finds the last token of each row.
 
-        It is the model's own padding token. A model without a usable one (None, or -1 as old configurations have it)
-        passes over no token, so it gets an id with which no row ends.
+        This is the padding token of the model's configuration. A model without a valid one (None, or -1 in old
+        configurations) skips no token, so the id must differ from the last token of every row.
         """
-        own, ends = self.pad_token_id, {row[-1] for row in rows if row}
-        known = self.tokenizer.vocab_size if self.embeddings is None else self.embeddings
-        if own is not None and 0 <= own < known:
-            return own
-        other = self.tokenizer.pad_token_id
-        candidates = [*([] if other is None else [other]), *range(known)]
-        return next(i for i in candidates if i < known and i not in ends)
+        model_pad_id, last_ids = self.pad_token_id, {row[-1] for row in rows if row}
+        vocab_size = self.tokenizer.vocab_size if self.num_embeddings is None else self.num_embeddings
+        if model_pad_id is not None and 0 <= model_pad_id < vocab_size:
+            return model_pad_id
+        tokenizer_pad_id = self.tokenizer.pad_token_id
+        candidates = [*([] if tokenizer_pad_id is None else [tokenizer_pad_id]), *range(vocab_size)]
+        return next(i for i in candidates if i < vocab_size and i not in last_ids)
 
     def _tokenize(self, texts: list, batch: Completions, **options: Any) -> dict[str, list[list[int]]]:
         if isinstance(texts[0], list):
@@ -91,28 +91,28 @@ class RewardTokenizer:
 
     def _pad(self, columns: dict[str, list[list[int]]]) -> BatchEncoding:
         rows = columns["input_ids"]
-        input_ids, attention_mask = right_pad(rows, self.padding(rows))
+        input_ids, attention_mask = right_pad(rows, self.choose_pad_id(rows))
         padded = {"input_ids": input_ids, "attention_mask": attention_mask}
         for name in columns.keys() - padded.keys():
             padded[name], _ = right_pad(columns[name], self.tokenizer.pad_token_type_id)
         return BatchEncoding(padded)
 
-    def _say_cut(self, tokens: int, longest: int, pairs: bool) -> None:
+    def _warn_truncation(self, tokens: int, max_length: int, pairs: bool) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"The reward model {self.name!r} reads {longest} tokens, but prompt and response have up to "
-                f"{tokens}: {'the longer of the two is cut' if pairs else 'the beginning of the prompt is left out'}. "
-                "Lower max_prompt_length or response_length, or take a reward model that reads more.",
+                f"The maximum input length of the reward model {self.name!r} is {max_length} tokens, but prompt and "
+                f"response have up to {tokens}: {'the longer of the two' if pairs else 'the start of the prompt'} is "
+                "truncated. Lower max_prompt_length or response_length, or use a reward model with longer inputs.",
                 stacklevel=3,
             )
 
-    def _keep_ends(self, columns: dict[str, list[list[int]]], longest: int) -> dict[str, list[list[int]]]:
+    def _truncate_left(self, columns: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
         special = set(self.tokenizer.all_special_ids)
         firsts = [int(ids[:1] != [] and ids[0] in special) for ids in columns["input_ids"]]
         return {
             name: [
-                row if len(row) <= longest else row[:first] + row[len(row) - longest + first :]
+                row if len(row) <= max_length else row[:first] + row[len(row) - max_length + first :]
                 for row, first in zip(rows, firsts, strict=True)
             ]
             for name, rows in columns.items()
@@ -120,19 +120,19 @@ class RewardTokenizer:
 
 
 def max_input_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """How many tokens a classifier reads: what its tokenizer says, and no more than it has positions for."""
+    """Return the maximum input length of a classifier: the minimum of its tokenizer's limit and its positions."""
     config = getattr(model, "config", None)
     positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts on from its padding id
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions start after its padding id
     limits = (tokenizer.model_max_length, positions)
     return min((n for n in limits if n is not None and 0 < n < VERY_LARGE_INTEGER), default=None)
 
 
 @torch.no_grad()
 def score_in_batches(texts: list, batch_size: BatchSize, score: Callable[[list], Tensor]) -> list[float]:
-    """Score texts (or pairs of them, or token ids) of similar length together; scores in the order of the texts."""
+    """Score texts (or pairs, or token ids) in batches of similar length; returns scores in the order of texts."""
     sizes = [len("".join(text)) if isinstance(text, str | tuple) else len(text) for text in texts]
     order = torch.tensor(sizes).argsort(stable=True)
     scores = torch.zeros(len(texts))

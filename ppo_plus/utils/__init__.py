@@ -1,1 +1,1 @@
-"""Files, devices, versions and interrupts; imports nothing else of the package."""
+"""Helpers for files, devices, versions and interrupts; imports no other module of the package."""

@@ -1,4 +1,4 @@
-"""What a device lacks. Imports torch only."""
+"""Device capabilities and random number generator states that differ between accelerators."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 
 import torch
 
-SAVED_BY_TRAINER = ("cuda", "npu", "hpu", "mlu", "musa")  # of which Trainer's checkpoints hold the random numbers
+RNG_SAVED_BY_TRAINER = ("cuda", "npu", "hpu", "mlu", "musa")  # device types whose RNG state Trainer checkpoints
 
 
 @functools.cache
 def has_float64(device: torch.device) -> bool:
-    """Try whether a device computes in float64: Apple's GPUs do not, nor do some of Intel's."""
+    """Return whether a device supports float64; Apple's GPUs and some of Intel's do not."""
     if device.type in ("cpu", "cuda", "meta"):
         return True
     try:
@@ -22,29 +22,30 @@ def has_float64(device: torch.device) -> bool:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return the device on which numbers of this one are computed in float64: itself, or the CPU."""
+    """Return the device to use for float64 computations: the device itself, or the CPU."""
     return device if has_float64(device) else torch.device("cpu")
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the most precise dtype for sums that stay on a device."""
+    """Return the most precise dtype for sums on a device: float64, or float32 where it is missing."""
     return torch.float64 if has_float64(device) else torch.float32
 
 
 def generator_state() -> str | None:
-    """Return the accelerator's type and the state of its random numbers, `type:hexadecimal`.
+    """Return the accelerator's type and RNG state as `type:hexadecimal`.
 
-    None on a CPU, and where Trainer saves it.
+    None on a CPU, and for device types whose RNG state Trainer saves.
     """
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type in SAVED_BY_TRAINER:
+    if accelerator is None or accelerator.type in RNG_SAVED_BY_TRAINER:
         return None
     state = torch.get_device_module(accelerator).get_rng_state()
     return f"{accelerator.type}:{bytes(state.cpu().tolist()).hex()}"
 
 
 def set_generator_state(state: str) -> None:
-    """Set the accelerator's random numbers to what `generator_state` returned; do nothing on another kind of it."""
-    accelerator, (kind, numbers) = torch.accelerator.current_accelerator(), state.split(":")
-    if accelerator is not None and accelerator.type == kind:
-        torch.get_device_module(kind).set_rng_state(torch.tensor(list(bytes.fromhex(numbers)), dtype=torch.uint8))
+    """Restore the accelerator's RNG state from `generator_state`; do nothing on another device type."""
+    accelerator, (device_type, hex_state) = torch.accelerator.current_accelerator(), state.split(":")
+    if accelerator is not None and accelerator.type == device_type:
+        rng_state = torch.tensor(list(bytes.fromhex(hex_state)), dtype=torch.uint8)
+        torch.get_device_module(device_type).set_rng_state(rng_state)

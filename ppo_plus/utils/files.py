@@ -1,4 +1,4 @@
-"""Reading JSON and safetensors files so that a damaged one is named."""
+"""Reading of JSON and safetensors files, with errors that name a damaged file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def reraise_as_corrupt_file(path: str | Path) -> Iterator[None]:
-    """Name the file where safetensors or JSON inside the block turn out to be damaged."""
+    """Re-raise safetensors and JSON decoding errors of the block as a ValueError that names the file."""
     try:
         yield
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -23,15 +23,16 @@ def reraise_as_corrupt_file(path: str | Path) -> Iterator[None]:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Raises:
-        ValueError: it is damaged, or holds something else.
+        ValueError: the file is damaged, or contains another type.
     """
     with reraise_as_corrupt_file(file):
         content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(
-            f"{file} must hold a JSON object, and holds {json.dumps(content)[:60]}: it is damaged, or another file."
+            f"{file} must contain a JSON object; got {json.dumps(content)[:60]}. The file is damaged, or it is not "
+            "the expected file. Use an earlier checkpoint."
         )
     return content

@@ -1,8 +1,8 @@
-"""Interrupts: a signal ends a rollout or an evaluation early, where nothing that a resumed run needs is half done.
+"""Interrupts: a signal aborts a rollout or an evaluation at points where the state for resuming is consistent.
 
-`Interrupt.allow` opens a block that may be left. Inside, our own code calls `raise_if_interrupted` between two decoded
-tokens, two forward passes and two reward calls. A function of the user is interrupted while it runs (`interruptible`),
-as Ctrl-C would interrupt it in any Python program.
+`Interrupt.allow` opens an interruptible block. Inside it, the package calls `raise_if_interrupted` between decoded
+tokens, forward passes and reward calls. User functions are interrupted while they run (`interruptible`), as Ctrl-C
+does in any Python program.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from contextvars import ContextVar
 
 
 class Interrupted(BaseException):
-    """A signal came in a block that may be left; training is in the state that it had before the block.
+    """Raised in an interruptible block after a signal; the training state is that before the block.
 
-    No `Exception`: `except Exception` in a reward function, and `on_reward_error="skip"`, must not swallow it.
+    Not a subclass of `Exception`: `except Exception` in a reward function, and `on_reward_error="skip"`, must not
+    catch it.
     """
 
 
 class Interrupt:
-    """The signal of one run.
+    """Signal state of one run.
 
     Attributes:
-        received: number of the signal; None while none came.
+        received: number of the received signal, or None.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._at_once = False
+        self._raise_immediately = False
 
     @contextlib.contextmanager
     def allow(self) -> Iterator[None]:
-        """Let a signal end the block with `Interrupted`; the block must leave nothing half done wherever it checks."""
+        """Allow a signal to abort the block with `Interrupted`; state must be consistent at every check inside."""
         token = _allowed.set(self)
         try:
             raise_if_interrupted()
@@ -41,23 +42,23 @@ class Interrupt:
             _allowed.reset(token)
 
     def receive(self, number: int) -> None:
-        """Note a signal; called by its handler.
+        """Record a signal; called by its handler.
 
         Raises:
-            Interrupted: a function of the user runs, and may be left where it is.
+            Interrupted: a user function is running inside an interruptible block.
         """
         self.received = number
-        if self._at_once:
-            self._at_once = False
+        if self._raise_immediately:
+            self._raise_immediately = False
             raise Interrupted
 
 
-# A thread begins with no block of its own, and signals reach the main thread alone.
+# A new thread starts outside any block, and Python delivers signals to the main thread only.
 _allowed: ContextVar[Interrupt | None] = ContextVar("allowed interrupt", default=None)
 
 
 def raise_if_interrupted() -> None:
-    """Raise `Interrupted` if a signal came and the caller is in a block that may be left."""
+    """Raise `Interrupted` if a signal was received and the caller is in an interruptible block."""
     interrupt = _allowed.get()
     if interrupt is not None and interrupt.received is not None:
         raise Interrupted
@@ -65,19 +66,19 @@ def raise_if_interrupted() -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let the handler of a signal raise `Interrupted` in the block itself, if it is in one that may be left.
+    """Allow the signal handler to raise `Interrupted` anywhere in this block, if an outer block permits it.
 
-    For functions of users only: the exception may come between any two instructions, so none of our own state may be
-    changed inside.
+    For user functions only: the exception may be raised between any two instructions, so the block must not change
+    state of the package.
     """
     interrupt = _allowed.get()
     if interrupt is None:
         yield
         return
-    interrupt._at_once = True
+    interrupt._raise_immediately = True
     try:
-        raise_if_interrupted()  # it came just before
+        raise_if_interrupted()  # the signal arrived just before the block
         yield
-        raise_if_interrupted()  # a bare `except` has swallowed it
+        raise_if_interrupted()  # a bare `except` in the block caught the exception
     finally:
-        interrupt._at_once = False
+        interrupt._raise_immediately = False

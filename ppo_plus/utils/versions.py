@@ -1,4 +1,4 @@
-"""Which versions of the libraries below ppo_plus are supported, and which were tested."""
+"""Supported and tested versions of the libraries that ppo_plus depends on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class SupportedVersions:
 
     Attributes:
         oldest: the lower bound in pyproject.toml; `make test-oldest` runs with it.
-        newest_tested: the newest that the tests were run with, as constraints.txt states; `make test-latest` finds out
-            whether newer ones work.
+        newest_tested: the newest version that the tests run with, as pinned in constraints.txt; `make test-latest`
+            tests newer ones.
     """
 
     oldest: str
@@ -38,20 +38,20 @@ SUPPORTED_VERSIONS: Mapping[str, SupportedVersions] = {
 
 def installed_versions() -> dict[str, Version]:
     """Return the installed versions of these libraries, without local labels such as `+cpu`."""
-    found = {}
+    versions = {}
     for name in SUPPORTED_VERSIONS:
         try:
-            found[name] = Version(Version(version(name)).public)
-        except PackageNotFoundError:  # the import of the library says so
+            versions[name] = Version(Version(version(name)).public)
+        except PackageNotFoundError:  # importing the library raises the error
             continue
-    return found
+    return versions
 
 
 def check_versions(installed: Mapping[str, Version]) -> None:
-    """Refuse libraries that are too old, and warn once of all that are newer than what was tested.
+    """Refuse libraries older than their lower bound, and warn once about all newer than tested.
 
     Args:
-        installed: version by library.
+        installed: installed version by library.
 
     Raises:
         ImportError: a library is older than the lower bound.
@@ -59,17 +59,19 @@ def check_versions(installed: Mapping[str, Version]) -> None:
     limits = {name: SUPPORTED_VERSIONS[name] for name in installed}
     old = [name for name, limit in limits.items() if installed[name] < Version(limit.oldest)]
     if old:
-        wanted = " ".join(f'"{name}>={limits[name].oldest}"' for name in old)
-        raise ImportError(f"ppo_plus does not run on {_named(old, installed)}. Run: pip install -U {wanted}")
+        requirements = " ".join(f'"{name}>={limits[name].oldest}"' for name in old)
+        raise ImportError(
+            f"ppo_plus does not support {_format_versions(old, installed)}. Run: pip install -U {requirements}"
+        )
     new = [name for name, limit in limits.items() if installed[name] > Version(limit.newest_tested)]
     if new:
         tested = ", ".join(f"{name} {limits[name].newest_tested}" for name in new)
         warnings.warn(
-            f"ppo_plus was not tested with {_named(new, installed)}; the newest tested: {tested}. If something fails, "
-            "install those.",
+            f"ppo_plus was not tested with {_format_versions(new, installed)}; the newest tested versions are "
+            f"{tested}. If a run fails, install these.",
             stacklevel=2,
         )
 
 
-def _named(names: list[str], installed: Mapping[str, Version]) -> str:
+def _format_versions(names: list[str], installed: Mapping[str, Version]) -> str:
     return ", ".join(f"{name} {installed[name]}" for name in names)
