@@ -245,7 +245,7 @@ def test_adapters_are_chosen_by_name(tmp_path):
 def test_an_adapter_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="model_adapter_name='third', but model has the adapters"):
         make_trainer(tmp_path, model=two_adapters(), peft_config=None, config={"model_adapter_name": "third"})
-    with pytest.raises(ValueError, match="ref_adapter_name='x' names an adapter, but model has none"):
+    with pytest.raises(ValueError, match="ref_adapter_name='x', but model has no adapters"):
         make_trainer(tmp_path, config={"ref_adapter_name": "x"})
 
 
@@ -319,7 +319,7 @@ def test_a_head_that_is_not_there_or_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match="has an 'mlp' head"):
         export_with_value_head(mlp.model, tmp_path / "export")
     own = make_trainer(tmp_path / "out", value_model=classifier(2))
-    with pytest.raises(ValueError, match="this critic has weights of its own"):
+    with pytest.raises(ValueError, match="critic='.*' cannot be saved as v_head"):
         export_with_value_head(own.model, tmp_path / "export")
 
 

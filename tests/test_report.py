@@ -322,7 +322,7 @@ class TestRun:
         trained(tmp_path, config)
         (tmp_path / REPORT).write_text("<html>")
         trainer = make_trainer(tmp_path, config={"html_report": True, **config, "max_steps": 8})
-        with pytest.warns(UserWarning, match="report starts anew at step 4"):
+        with pytest.warns(UserWarning, match="report starts empty at step 4"):
             trainer.train(resume_from_checkpoint=True)
         run = read_run(tmp_path / REPORT)
         assert run["curves"]["reward"][0][0] < 4  # curves come from the checkpoint
@@ -355,7 +355,7 @@ class TestRun:
             return whole(self, data)
 
         monkeypatch.setattr(Path, "write_bytes", write_bytes)
-        with pytest.warns(UserWarning, match="could not be written.*No space left.*next page has everything in it"):
+        with pytest.warns(UserWarning, match="could not be written.*No space left"):
             trained(tmp_path, {"max_steps": 8, "save_strategy": "steps", "save_steps": 1})
         assert next(full, None) is None
         run = read_run(tmp_path / REPORT)
@@ -373,7 +373,7 @@ class TestRun:
         report = callback.RunReportCallback(lambda prompts: None, make_prompts(1))
         trainer = make_trainer(tmp_path)
         trainer.state.global_step = 4
-        with pytest.warns(UserWarning, match="report starts anew at step 4"):
+        with pytest.warns(UserWarning, match="report starts empty at step 4"):
             report.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
         assert report.run["answers"] == []
 
@@ -386,7 +386,7 @@ class TestRun:
         report = callback.RunReportCallback(lambda prompts: None, make_prompts(1))
         trainer = make_trainer(tmp_path)
         trainer.state.global_step = 4
-        with pytest.warns(UserWarning, match="report starts anew at step 4.*Permission denied"):
+        with pytest.warns(UserWarning, match="report starts empty at step 4.*Permission denied"):
             report.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
     def test_only_the_first_process_writes(self, tmp_path):
@@ -532,7 +532,7 @@ class TestCurves:
         module._has_matplotlib.cache_clear()
         for _ in range(2):
             assert plot_curves([{"step": 1, "reward": 3.0}], tmp_path / "curves.png") is None
-        assert len([w for w in recwarn if "needs matplotlib" in str(w.message)]) == 1
+        assert len([w for w in recwarn if "matplotlib is missing" in str(w.message)]) == 1
         module._has_matplotlib.cache_clear()
 
 
@@ -561,7 +561,7 @@ class TestComparison:
         (tmp_path / "folder").mkdir() if taken == "folder" else (tmp_path / "folder").write_text("a file")
         said = self.refused(capsys, tmp_path / "run", "--output", tmp_path / taken)
         assert f"--output {tmp_path / taken} " in said
-        assert ("is a folder: name a file, as" in said) == (taken == "folder")
+        assert ("is a folder: pass a file, such as" in said) == (taken == "folder")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
 
     @pytest.mark.parametrize("output", [REPORT, f"../run/{REPORT}"])
@@ -571,7 +571,7 @@ class TestComparison:
         write_page(run / REPORT, [example_run()])
         before = (run / REPORT).read_bytes()
         monkeypatch.chdir(run)
-        assert "which would be lost: name another file" in self.refused(capsys, run, "--output", output)
+        assert "would overwrite the report of" in self.refused(capsys, run, "--output", output)
         assert (run / REPORT).read_bytes() == before
         main([str(run), "--output", "other.html"])
         assert (run / "other.html").is_file()

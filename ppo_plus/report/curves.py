@@ -129,9 +129,7 @@ def _has_matplotlib() -> bool:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        warnings.warn(
-            "The curves are not plotted, since matplotlib is missing: pip install matplotlib.", stacklevel=4
-        )
+        warnings.warn("The curves are not plotted, since matplotlib is missing: pip install matplotlib.", stacklevel=4)
         return False
     return True
 
