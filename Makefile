@@ -25,7 +25,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # The demo's model and reviews, so that no test needs the network. Where this fails, the demo says what to do.
-FETCH := import sys; sys.path.insert(0, "recipes"); import demo_assets as d; [d.fetch(p) for p in d.OWN]
+FETCH := import sys; sys.path.insert(0, "recipes"); import demo_assets as d; [d.fetch(p) for p in d.DEMO_PACKAGES]
 
 # What a change in a library below has broken so far, and a short run of the recipe on the real model.
 VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modeling architectures resume quantized \

@@ -100,14 +100,14 @@ def prepare(job: dict) -> dict:
     import torch
     from demo_assets import movie_reviews, prompts, splits
     from peft import PeftModel
-    from rm_then_ppo import of, train_reward_model
+    from rm_then_ppo import filter_by_source, train_reward_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     work = Path(job["work"])
     demo, tokenizer = demo_arguments(work), AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     reviews = splits(movie_reviews(), seed=demo.seed)
     found = {
-        name: prompts(of(reviews[split], "imdb"), tokenizer, n, demo.prompt_tokens, demo.seed)["prompt"]
+        name: prompts(filter_by_source(reviews[split], "imdb"), tokenizer, n, demo.prompt_tokens, demo.seed)["prompt"]
         for name, split, n in (("train", "ppo_train", demo.num_prompts), ("held_out", "ppo_eval", job["held_out"]))
     }
     (work / "prompts.json").write_text(json.dumps({name: list(texts) for name, texts in found.items()}))
@@ -250,7 +250,7 @@ def trls(job: dict) -> dict:
 def evaluate(job: dict) -> dict:
     """What each saved adapter of a run answers to the held-out prompts; of no run, what the untrained model does."""
     import torch
-    from rm_then_ppo import look
+    from rm_then_ppo import evaluate_prompts
 
     from ppo_plus.models.adapter_files import adapter_weights
     from ppo_plus.models.adapter_loading import load_adapter
@@ -261,7 +261,7 @@ def evaluate(job: dict) -> dict:
         if adapter is not None:
             load_adapter(trainer.model.policy, "default", adapter_weights(Path(adapter)), Path(adapter), "")
         with torch.no_grad():
-            return look(trainer)[0]
+            return evaluate_prompts(trainer)[0]
 
     if "changes" not in job:
         return {"curve": [{"seconds": 0.0, "episodes": 0, **figures(None)}]}

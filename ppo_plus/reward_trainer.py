@@ -1,8 +1,8 @@
-"""Reward models from preferences: TRL's RewardTrainer, with an adapter on disk that says how it is to be used.
+"""Reward model training from preference pairs: TRL's RewardTrainer, with metadata saved next to the adapter.
 
-The loss is the pairwise one of InstructGPT (eq. 1), with TRL's margin and centring. What this adds: the score head
-is always trained and saved with the LoRA weights, and beside them stands `reward_model.json` with the base, its
-quantization, the chat template's hash, and the calibration on held-out pairs.
+The loss is InstructGPT's pairwise loss (eq. 1), with TRL's margin and center coefficient. In addition, the score head
+is always trained and saved with the LoRA weights, and `reward_model.json` next to them stores the base, its
+quantization, the hash of the chat template, and the calibration on held-out pairs.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ from .rewards.adapters import template_hash
 from .training.hub import HubMixin, save_training_args_json
 
 ADAPTER_HINT = (
-    "Pass the name of its base for a new reward adapter; to start from the adapter's weights, merge them into the base "
-    "(merge_and_unload) and save that; to train the adapter further, pass "
+    "Pass the name of its base to train a new reward adapter; to start from the adapter's weights, merge them into the "
+    "base (merge_and_unload) and save the result; to continue training the adapter, pass "
     "PeftModel.from_pretrained(base, name, is_trainable=True)."
 )
 
 
 class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
-    """Trains a reward model with the pairwise loss; arguments are those of `trl.RewardTrainer`.
+    """Train a reward model with the pairwise loss; the arguments are those of `trl.RewardTrainer`.
 
     Args:
-        model: a name, or a sequence classifier with one label.
-        args: hyper-parameters; the trainer has a copy of them.
-        peft_config: the adapter to train; `score` is added to its `modules_to_save`.
-        **kwargs: see `trl.RewardTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, ...
+        model: name of a model, or a sequence classifier with one label.
+        args: hyperparameters; the trainer keeps a copy.
+        peft_config: configuration of the adapter to train; `score` is added to its `modules_to_save`.
+        **kwargs: arguments of `trl.RewardTrainer`: `train_dataset`, `eval_dataset`, `processing_class`, ...
     """
 
     args: RewardConfig
@@ -93,14 +93,14 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         if isinstance(model, str):
             if peft_config is not None:
                 set_frozen_dtype(args)
-            check_named_model(model, args, is_trained_whole=peft_config is None)
+            check_named_model(model, args, is_fully_trained=peft_config is None)
         check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
         if runs_in_fp16(args) and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_fp16(kwargs["quantization_config"])
         if (tokenizer := kwargs.get("processing_class")) is not None:
-            kwargs["processing_class"] = copy.deepcopy(tokenizer)  # TRL sets its EOS, padding and chat template
+            kwargs["processing_class"] = copy.deepcopy(tokenizer)  # TRL changes its EOS, padding and chat template
         self._calibration: dict[str, Any] = {}
-        kwargs["processing_class"] = tokenizer_with_embeddings(model, args, kwargs.get("processing_class"))
+        kwargs["processing_class"] = resolve_tokenizer(model, args, kwargs.get("processing_class"))
         if peft_config is not None:
             check_template_tokens(args, kwargs["processing_class"])
         if isinstance(model, PeftModel):
@@ -108,14 +108,14 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             check_head_is_trained(model)
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         check_model_weights(self.model, "model")
-        # Taken before a forward pass, in which bitsandbytes may order 4-bit weights anew.
+        # Sampled before the first forward pass, in which bitsandbytes may reorder 4-bit weights.
         self._base_weights = encode_samples(sample_model(self.model)) if isinstance(self.model, PeftModel) else None
         if isinstance(self.model, PeftModel) or not isinstance(model, str):
             hold_trained_in_fp32(self.model)  # TRL casts adapters of a quantized model to bf16
         self._configure_forward()
 
     def _configure_forward(self) -> None:
-        """Replace the forwards of adapters, norms and head by ours, or Liger's; the last step on a loaded model."""
+        """Replace the forwards of adapters, norms and score head with faster ones, or with Liger's, after loading."""
         clone_mmapped_tensors(self.model)
         if runs_in_fp16(self.args):
             warn_of_bf16(self.model)
@@ -126,27 +126,27 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             apply_liger([self.model], self.args)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trainer's `train`, which makes other weights of those that were calibrated."""
+        """Train as `Trainer.train` does, and discard the calibration of the previous weights."""
         self._calibration = {}
         output = super().train(*args, **kwargs)
-        if self.args.load_best_model_at_end:  # in the place of the last, under the last one's step
+        if self.args.load_best_model_at_end:  # it replaces the last model, but keeps the last model's step
             self._calibration = {}
         return output
 
     @torch.no_grad()
     def calibrate(self, dataset: Dataset | dict[str, Dataset] | None = None) -> dict[str, float]:
-        """Accuracy and the mean and standard deviation of rewards on held-out pairs; saved with the model.
+        """Measure accuracy, mean and standard deviation of rewards on held-out pairs; saved with the model.
 
         Args:
-            dataset: preference pairs, or a dict of them, which are taken together; `eval_dataset` by default.
+            dataset: preference pairs, or a dict of datasets that are combined; `eval_dataset` by default.
 
         Returns:
-            `accuracy` (share in the right order of the pairs whose scores differ; NaN for none), `reward_mean` and
-            `reward_std` (reward units, over chosen and rejected), `pairs`, `ties` (pairs of equal scores, where there
-            are any), and the `step` of training at which they were measured.
+            `accuracy` (share of correctly ordered pairs among those with different scores; NaN if there are none),
+            `reward_mean` and `reward_std` (reward units, over chosen and rejected), `pairs`, `ties` (number of pairs
+            with equal scores, if any), and the training `step` of the measurement.
 
         Raises:
-            ValueError: there are no pairs.
+            ValueError: the dataset has no pairs.
         """
         chosen, rejected = [], []
         training = self.model.training
@@ -157,24 +157,24 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
                 batch.pop("margin", None)
                 with self.accelerator.autocast():
                     scores = self.model(**batch, use_cache=False).logits.squeeze(-1).float()
-                first, second = cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T
-                chosen.append(first)
-                rejected.append(second)
+                gathered = cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T
+                chosen.append(gathered[0])
+                rejected.append(gathered[1])
         self.model.train(training)
         if not chosen:
             raise ValueError(
                 f"There is no pair to calibrate on: the dataset is empty, or max_length={self.args.max_length} or "
-                "dataloader_drop_last leaves nothing of it. Pass more pairs, or raise max_length."
+                "dataloader_drop_last drops all pairs. Pass more pairs, or raise max_length."
             )
-        first, second = torch.cat(chosen), torch.cat(rejected)
-        both = torch.cat([first, second])
-        decided = first != second
+        chosen_scores, rejected_scores = torch.cat(chosen), torch.cat(rejected)
+        all_scores = torch.cat([chosen_scores, rejected_scores])
+        differs = chosen_scores != rejected_scores
         self._calibration = {
-            "accuracy": (first > second)[decided].float().mean().item(),
-            "reward_mean": both.mean().item(),
-            "reward_std": both.std(unbiased=False).item(),
-            "pairs": len(first),
-            **({} if decided.all() else {"ties": int((~decided).sum())}),
+            "accuracy": (chosen_scores > rejected_scores)[differs].float().mean().item(),
+            "reward_mean": all_scores.mean().item(),
+            "reward_std": all_scores.std(unbiased=False).item(),
+            "pairs": len(chosen_scores),
+            **({} if differs.all() else {"ties": int((~differs).sum())}),
             "step": self.state.global_step,
         }
         return dict(self._calibration)
@@ -185,26 +185,26 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             yield from map(self.get_eval_dataloader, names)
             return
         for name, part in (dataset if isinstance(dataset, dict) else {"calibration": dataset}).items():
-            # As for a test: those for evaluation are kept, under one name, where workers are persistent.
+            # Not `get_eval_dataloader`, which caches loaders by name if workers are persistent.
             yield self.get_test_dataloader(
                 cast(Any, self._prepare_dataset(part, self.processing_class, self.args, name))
             )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's; pairs that were put into `train_dataset` later are tokenized first."""
-        self.train_dataset = self._tokenized(self.train_dataset, "train")
+        """Return Trainer's dataloader, after tokenizing a `train_dataset` that was replaced."""
+        self.train_dataset = self._tokenize_if_needed(self.train_dataset, "train")
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Trainer's; pairs that were put into `eval_dataset` later are tokenized first."""
-        own = eval_dataset is self.eval_dataset  # as `evaluate` passes it
+        """Return Trainer's dataloader, after tokenizing an `eval_dataset` that was replaced."""
+        uses_default = eval_dataset is self.eval_dataset  # `evaluate` passes it
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._tokenized(part, name) for name, part in self.eval_dataset.items()}
+            self.eval_dataset = {name: self._tokenize_if_needed(part, name) for name, part in self.eval_dataset.items()}
         else:
-            self.eval_dataset = self._tokenized(self.eval_dataset, "eval")
-        return super().get_eval_dataloader(None if own else eval_dataset)
+            self.eval_dataset = self._tokenize_if_needed(self.eval_dataset, "eval")
+        return super().get_eval_dataloader(None if uses_default else eval_dataset)
 
-    def _tokenized(self, dataset: Any, name: str) -> Any:
+    def _tokenize_if_needed(self, dataset: Any, name: str) -> Any:
         columns = getattr(dataset, "column_names", None) or ()
         if "chosen" not in columns or "chosen_ids" in columns:
             return dataset
@@ -214,10 +214,10 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         if processing_class.eos_token is None:
             if processing_class.sep_token is None:
                 raise ValueError(
-                    "The tokenizer has no EOS token, and texts without an end are not what a reward model can be asked "
-                    "about: pass RewardConfig(eos_token=...), or a processing_class that has one."
+                    "The tokenizer has no EOS token, which a reward model needs at the end of each text: pass "
+                    "RewardConfig(eos_token=...), or a processing_class that has one."
                 )
-            processing_class.eos_token = processing_class.sep_token  # so an encoder (BERT) ends a text
+            processing_class.eos_token = processing_class.sep_token  # encoders (BERT) end a text with it
         return tokenize_pairs(
             dataset,
             processing_class,
@@ -233,24 +233,24 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute TRL's loss, and log the accuracy over the pairs whose two scores differ."""
+        """Compute TRL's loss, and log the accuracy over pairs with different scores."""
         mode = "train" if self.model.training else "eval"
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         chosen, rejected = outputs.logits.detach().squeeze(-1).chunk(2)
         counts = torch.stack([(chosen > rejected).sum(), (chosen != rejected).sum()]).view(1, 2)
-        right, decided = cast(Tensor, self.accelerator.gather_for_metrics(counts)).sum(0).tolist()
+        correct, untied = cast(Tensor, self.accelerator.gather_for_metrics(counts)).sum(0).tolist()
         logged = self._metrics[mode]["accuracy"]
-        logged.pop()  # TRL counts a tie as a mistake
-        if decided:
-            logged.append(right / decided)
+        logged.pop()  # TRL counts a tie as an error
+        if untied:
+            logged.append(correct / untied)
         elif not logged:
             del self._metrics[mode]["accuracy"]
         return (loss, outputs) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save, measuring the calibration first where there are held-out pairs and it is out of date."""
-        measured = self._calibration.get("step") == self.state.global_step
-        if not _internal_call and self.eval_dataset is not None and not measured:
+        """Save the model, after updating an outdated calibration if there are held-out pairs."""
+        is_current = self._calibration.get("step") == self.state.global_step
+        if not _internal_call and self.eval_dataset is not None and not is_current:
             try:
                 self.calibrate()
             except ValueError as error:
@@ -263,11 +263,11 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             directory = Path(cast(str, output_dir or self.args.output_dir))
-            (directory / REWARD_FILE).write_text(json.dumps(self._description(), indent=2), encoding="utf-8")
-            (directory / TRAINING_ARGS_NAME).unlink()  # pickled, and with the token in it
+            (directory / REWARD_FILE).write_text(json.dumps(self._metadata(), indent=2), encoding="utf-8")
+            (directory / TRAINING_ARGS_NAME).unlink()  # a pickle that contains the Hub token
             save_training_args_json(self.args, directory)
 
-    def _description(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         config = self.accelerator.unwrap_model(self.model).config
         quantization: Any = getattr(config, "quantization_config", None)
         return {
@@ -276,32 +276,32 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             "pad_token_id": config.get_text_config().pad_token_id,
             "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
             "chat_template_sha256": template_hash(self.processing_class),
-            **{name: value for name, value in self._calibration.items() if not math.isnan(value)},  # JSON has none
+            **{name: value for name, value in self._calibration.items() if not math.isnan(value)},  # JSON has no NaN
         }
 
 
 def check_template_tokens(args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template whose tokens TRL would add to the base: no actor's base has them.
+    """Refuse a chat template with tokens that TRL would add to the base, since an actor's base lacks them.
 
     Args:
-        args: with `chat_template_path`, a folder or a file of a template.
-        tokenizer: of the base.
+        args: arguments with `chat_template_path`, a folder or a template file.
+        tokenizer: tokenizer of the base.
     """
     path = args.chat_template_path
     if path is None or path.endswith((".jinja", ".j2")):
         return
     source = AutoTokenizer.from_pretrained(path)
     added = [token.content for token in source.added_tokens_decoder.values()]
-    if lacking := [token for token in added if token not in tokenizer.get_vocab()]:
+    if missing := [token for token in added if token not in tokenizer.get_vocab()]:
         raise ValueError(
-            f"chat_template_path={path!r} brings tokens that the base does not have, {lacking[:3]}: the reward adapter "
-            "would train embeddings for them that no actor on this base has. Pass the template alone, as a .jinja "
-            "file, written with the base's own tokens; or add the tokens to the base, save it, and use it for both."
+            f"chat_template_path={path!r} adds tokens that the base does not have, {missing[:3]}: the reward adapter "
+            "would train embeddings that an actor on this base lacks. Pass only the template, as a .jinja file that "
+            "uses tokens of the base; or add the tokens to the base, save it, and use it for both models."
         )
 
 
 def train_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
-    """Return a copy of an adapter's configuration that trains the score head too; None for None."""
+    """Copy an adapter configuration and add the score head to its trained modules; None for None."""
     if peft_config is None:
         return None
     peft_config = config_to_train(peft_config, TaskType.SEQ_CLS)
@@ -311,33 +311,33 @@ def train_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
 
 
 def set_frozen_dtype(args: RewardConfig) -> None:
-    """Let weights that are not trained stay as they were saved, where `model_init_kwargs` names no dtype.
+    """Load frozen weights in the dtype of the checkpoint, unless `model_init_kwargs` sets a dtype.
 
-    TRL would load them in fp32. In an fp16 run they are fp16, because nothing is done in bf16 and fp16 at once.
+    TRL would load them in fp32. In an fp16 run they are loaded in fp16, since fp16 autocast cannot use bf16 weights.
     """
     frozen_dtype = "float16" if runs_in_fp16(args) else "auto"
     args.model_init_kwargs = {"dtype": frozen_dtype, **cast(dict, args.model_init_kwargs or {})}
 
 
-def check_named_model(model: str, args: RewardConfig, *, is_trained_whole: bool) -> None:
-    """Register a classifier for the family of a model, and refuse what its configuration tells before it is loaded."""
+def check_named_model(model: str, args: RewardConfig, *, is_fully_trained: bool) -> None:
+    """Register a sequence classifier for a model's family, and check its configuration before loading weights."""
     options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     config = load_config(model, options)
     register_sequence_classifier(config)
     if args.use_liger_kernel:
         check_liger_model(config)
-    if is_trained_whole:
+    if is_fully_trained:
         dtype = options.get("dtype", options.get("torch_dtype"))
         check_trained_dtype(config.dtype if dtype == "auto" else dtype, args.fp16, args.learning_rate)
 
 
-def tokenizer_with_embeddings(
+def resolve_tokenizer(
     model: str | PreTrainedModel | PeftModel, args: RewardConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer (loaded by the model's name for None) with EOS and padding that the model can embed.
+    """Load the tokenizer by the model's name if None, and check that its special tokens have embeddings.
 
     Raises:
-        ValueError: its EOS, or the padding token of the arguments, has no embedding.
+        ValueError: EOS, or the padding token of the arguments, has no embedding.
     """
     options = cast(dict, args.model_init_kwargs or {})
     if tokenizer is None:
@@ -348,26 +348,26 @@ def tokenizer_with_embeddings(
         )
     adds_tokens = args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2"))
     num_embeddings = count_embeddings(model, options)
-    if adds_tokens or num_embeddings is None:  # TRL resizes the model to the tokens that the template brings
+    if adds_tokens or num_embeddings is None:  # TRL resizes the embeddings for the added tokens
         return tokenizer
     for field in ("eos_token", "pad_token"):
         token = getattr(args, field)
         if token is not None and cast(int, tokenizer.convert_tokens_to_ids(token)) >= num_embeddings:
             raise ValueError(
-                f"RewardConfig({field}={token!r}): that token has no embedding in the model ({num_embeddings} tokens). "
-                "Choose another, or call model.resize_token_embeddings(len(tokenizer)) and pass the model."
+                f"RewardConfig({field}={token!r}): the token has no embedding in the model ({num_embeddings} tokens). "
+                "Choose another token, or call model.resize_token_embeddings(len(tokenizer)) and pass the model."
             )
     check_embedded(tokenizer, num_embeddings, with_eos=args.eos_token is None)
     return tokenizer
 
 
 def check_head_is_trained(model: PeftModel) -> None:
-    """Refuse a PeftModel of another task whose score head is neither trained nor saved with its adapter."""
+    """Refuse a PeftModel whose task type neither trains nor saves the score head with its adapter."""
     if model.active_peft_config.task_type == TaskType.SEQ_CLS:
         return
     trained = [name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not any("modules_to_save" in parts and {*HEADS} & {*parts} for parts in trained):
         raise ValueError(
-            f"The adapter of model has task_type={model.active_peft_config.task_type!s}, with which its score head is "
-            "neither trained nor saved: make it with LoraConfig(task_type='SEQ_CLS'), or pass the base and peft_config."
+            f"The adapter of model has task_type={model.active_peft_config.task_type!s}, so its score head is neither "
+            "trained nor saved: create it with LoraConfig(task_type='SEQ_CLS'), or pass the base and peft_config."
         )

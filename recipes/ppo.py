@@ -1,20 +1,20 @@
-"""PPO on any causal language model, any prompts, any reward.
+"""Train any causal language model with PPO, on any prompts and rewards.
 
     python recipes/ppo.py --config recipes/ppo_7b_qlora.yaml
     accelerate launch recipes/ppo.py --config recipes/ppo_tldr.yaml --output_dir out/tldr
     python recipes/ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl \
         --reward_funcs my_rewards:short_answers --use_peft --total_episodes 512 --output_dir out/short
 
-Flags override the YAML file. Beside the arguments of `PPOConfig` there are those of TRL's `ModelConfig` (base, LoRA,
-quantization) and the few below. The dataset has a column `prompt`, text or messages; its other columns go to reward
-functions. `--resume_from_checkpoint True` goes on from the newest whole checkpoint.
+Flags override the YAML file. The arguments are those of `PPOConfig`, of TRL's `ModelConfig` (base, LoRA, quantization)
+and of `PromptArguments` below. The dataset needs a column `prompt`, text or messages; all other columns are passed to
+reward functions. `--resume_from_checkpoint True` resumes from the last valid checkpoint.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sources import init_kwargs, load_reward, train_and_eval_rows
+from script_utils import init_kwargs, load_reward, train_and_eval_rows
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer
@@ -22,28 +22,29 @@ from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer
 
 @dataclass
 class PromptArguments:
-    """Where prompts and rewards come from, and how far the policy may go."""
+    """Arguments of prompts, rewards and the KL target."""
 
     dataset_name: str = field(metadata={"help": "A dataset on the Hub, or a json, jsonl, csv or parquet file."})
     reward_funcs: list[str] = field(
-        metadata={"help": "Each a reward adapter or a sequence classifier (folder or name), or module:function."}
+        metadata={"help": "Reward adapters or sequence classifiers (folder or name), or functions as module:function."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     eval_rows: int = field(
-        default=0, metadata={"help": "Prompts to evaluate on: so many of the test split, else the last ones."}
+        default=0,
+        metadata={"help": "Number of evaluation prompts, from the test split or else the last training prompts."},
     )
     kl_target: float | None = field(
-        default=None, metadata={"help": "Wished KL to the reference, nats per response; None keeps kl_coef fixed."}
+        default=None, metadata={"help": "Target KL to the reference, nats per response; None keeps kl_coef fixed."}
     )
     kl_horizon: int | None = field(
         default=None,
-        metadata={"help": "Episodes over which the KL coefficient adapts; None means a tenth of all."},
+        metadata={"help": "Episodes over which the KL coefficient adapts; None means a tenth of all episodes."},
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward_funcs, str):  # of a YAML file
+        if isinstance(self.reward_funcs, str):  # a single value in a YAML file
             self.reward_funcs = [self.reward_funcs]
 
 
@@ -53,7 +54,7 @@ def main() -> None:
         data.dataset_name, data.dataset_config, data.dataset_train_split, data.dataset_test_split, data.eval_rows
     )
     args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
-    adaptive = [] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, data.kl_horizon)]
+    callbacks = [] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, data.kl_horizon)]
     trainer = PPOTrainer(
         model.model_name_or_path,
         reward_funcs=[load_reward(name) for name in data.reward_funcs],
@@ -62,17 +63,17 @@ def main() -> None:
         eval_dataset=held_out,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
-        callbacks=adaptive,
+        callbacks=callbacks,
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
     trainer.save_model()
-    if held_out is not None and args.eval_strategy == "no":  # else Trainer has made the last one too
+    if held_out is not None and args.eval_strategy == "no":  # otherwise Trainer has run the last evaluation
         trainer.evaluate()
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
-    trainer.accelerator.wait_for_everyone()  # whoever leaves while another still writes may take it along
+    trainer.accelerator.wait_for_everyone()  # a rank that exits early may terminate ranks that are still writing
     trainer.accelerator.end_training()
 
 

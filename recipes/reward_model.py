@@ -1,19 +1,19 @@
-"""A reward model from preferences: any base, any dataset of pairs.
+"""Train a reward model from preference pairs, on any base and dataset.
 
     python recipes/reward_model.py --config recipes/reward_model_7b_qlora.yaml
     accelerate launch recipes/reward_model.py --config recipes/reward_model_7b_qlora.yaml --output_dir out/rm
 
-Flags override the YAML file. Beside the arguments of `RewardConfig` there are those of TRL's `ModelConfig` (base,
-LoRA, quantization) and the few below. The pairs have columns `chosen` and `rejected`, and `prompt` where it is not
-part of both; text or messages. What is written is a LoRA adapter with its score head and `reward_model.json`, which
-`recipes/ppo.py` takes as `--reward_funcs`.
+Flags override the YAML file. The arguments are those of `RewardConfig`, of TRL's `ModelConfig` (base, LoRA,
+quantization) and of `PairArguments` below. The dataset needs columns `chosen` and `rejected`, and `prompt` if it is not
+part of both; text or messages. The output is a LoRA adapter with its score head and `reward_model.json`; pass its
+folder to `recipes/ppo.py` as `--reward_funcs`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sources import init_kwargs, train_and_eval_rows
+from script_utils import init_kwargs, train_and_eval_rows
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ppo_plus import RewardConfig, RewardTrainer
@@ -21,14 +21,15 @@ from ppo_plus import RewardConfig, RewardTrainer
 
 @dataclass
 class PairArguments:
-    """Where the preferences come from."""
+    """Arguments of the preference dataset."""
 
     dataset_name: str = field(metadata={"help": "A dataset on the Hub, or a json, jsonl, csv or parquet file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to measure accuracy on."})
     eval_rows: int = field(
-        default=0, metadata={"help": "Pairs to measure accuracy on: so many of the test split, else of the last ones."}
+        default=0,
+        metadata={"help": "Number of held-out pairs, from the test split or else the last training pairs."},
     )
 
 
@@ -49,13 +50,13 @@ def main() -> None:
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
     if held_out is not None:
-        found = trainer.calibrate()
+        calibration = trainer.calibrate()
         if trainer.is_world_process_zero():
-            print(f"{found['accuracy']:.3f} of {found['pairs']} held-out pairs in the right order.")
+            print(f"Accuracy on {calibration['pairs']} held-out pairs: {calibration['accuracy']:.3f}")
     trainer.save_model()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
-    trainer.accelerator.wait_for_everyone()  # whoever leaves while another still writes may take it along
+    trainer.accelerator.wait_for_everyone()  # a rank that exits early may terminate ranks that are still writing
     trainer.accelerator.end_training()
 
 

@@ -1,15 +1,16 @@
-"""Reward model, then PPO, on a real language model and real reviews, on one machine without a GPU or with one.
+"""Train a reward model, then PPO, on a small language model and movie reviews, with or without a GPU.
 
     python recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml [--seed 1] [--load_in_4bit] [--output_dir out/seed1]
 
-1. SmolLM2-135M-Instruct and the reviews come out of pinned packages (demo_assets.py).
-2. A reward model is trained with the pairwise loss on Rotten Tomatoes: positive over negative, cut to equal length.
+1. SmolLM2-135M-Instruct and the reviews are unpacked from pinned packages (demo_assets.py).
+2. A reward model is trained with the pairwise loss on Rotten Tomatoes: positive over negative, of equal length.
 3. PPO trains a LoRA adapter to continue openings of IMDB reviews; actor, critic, reference and reward model share
-   one backbone in memory, in 4 bits if you like, and the KL coefficient adapts.
-4. Held-out prompts are answered before and after by the same seeds, and judged by VADER, which took no part.
+   one backbone in memory, optionally in 4 bits, and the KL coefficient adapts.
+4. Held-out prompts are answered before and after training with the same seeds, and scored by VADER, which is
+   independent of the training.
 
-Left out on purpose: supervised fine-tuning on reviews first (the reference already writes them) and EOS (answers
-are cut at a fixed length, so length cannot be hacked).
+The demo omits supervised fine-tuning on reviews, because the base already writes reviews, and EOS: responses have a
+fixed length, so the policy cannot raise the reward by length.
 """
 
 from __future__ import annotations
@@ -34,24 +35,22 @@ from ppo_plus.report import REPORT, plot_curves
 
 @dataclass
 class DemoArguments:
-    """What the demo takes from its YAML file and from flags."""
+    """Arguments of the demo, from its YAML file and from flags."""
 
-    output_dir: str = field(default="out/rm_then_ppo", metadata={"help": "Where everything is written."})
+    output_dir: str = field(default="out/rm_then_ppo", metadata={"help": "Output folder."})
     seed: int = field(default=0, metadata={"help": "Seed of data, reward model and PPO."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model of your own; SmolLM2 if not given."}
-    )
-    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the backbone in NF4, with double quantization."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Base model; None means SmolLM2."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the backbone in NF4, with double quantization."})
     num_pairs: int = field(default=640, metadata={"help": "Preference pairs to train the reward model on."})
     num_eval_pairs: int = field(default=200, metadata={"help": "Held-out pairs to measure its accuracy on."})
-    pair_tokens: int = field(default=48, metadata={"help": "Longest piece of a pair, in tokens."})
-    num_prompts: int = field(default=1024, metadata={"help": "Openings to train on."})
-    num_eval_prompts: int = field(default=128, metadata={"help": "Held-out openings."})
+    pair_tokens: int = field(default=48, metadata={"help": "Maximum length of each text of a pair, in tokens."})
+    num_prompts: int = field(default=1024, metadata={"help": "Number of openings to train on."})
+    num_eval_prompts: int = field(default=128, metadata={"help": "Number of held-out openings."})
     prompt_tokens: int = field(default=14, metadata={"help": "Length of an opening, in tokens."})
     top_layers: int | None = field(
-        default=None, metadata={"help": "Train the policy in so many layers from the top; in all if not given."}
+        default=None, metadata={"help": "Number of top layers in which the policy is trained; None means all layers."}
     )
-    kl_target: float = field(default=8.0, metadata={"help": "Wished KL to the reference, nats per response."})
+    kl_target: float = field(default=8.0, metadata={"help": "Target KL to the reference, nats per response."})
     kl_horizon: int = field(default=64, metadata={"help": "Episodes over which the KL coefficient adapts."})
     reward: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of RewardConfig."})
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of PPOConfig."})
@@ -65,20 +64,20 @@ class DemoArguments:
 
 
 def fast_precision() -> dict[str, Any]:
-    """bf16 on GPUs and CPUs that have instructions for it; fp32 elsewhere.
+    """Choose bf16 on GPUs and CPUs with bf16 instructions, else fp32.
 
-    Looked up, not timed: beside other work a measurement may come out either way, and the run be another one.
+    The capabilities are looked up and not timed, because a timing on a busy machine would make runs irreproducible.
     """
     if torch.accelerator.is_available():
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        bf16 = any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        bf16 = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return {"bf16": bf16, "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"}}
 
 
 def nf4() -> BitsAndBytesConfig:
-    """4 bits per weight of the linear layers (QLoRA, arXiv 2305.14314), computed with in the precision of the run."""
+    """Configure NF4 for the linear layers (QLoRA, arXiv 2305.14314), with the run's precision as compute dtype."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -88,7 +87,7 @@ def nf4() -> BitsAndBytesConfig:
 
 
 def lora(model: str | None = None, top_layers: int | None = None) -> LoraConfig:
-    """An adapter on all layers, or on the top ones of a model whose linear layers have Llama's names."""
+    """Configure LoRA on all layers, or on the top layers of a model with Llama's module names."""
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if top_layers is not None:
         layers = AutoConfig.from_pretrained(model).num_hidden_layers
@@ -97,15 +96,15 @@ def lora(model: str | None = None, top_layers: int | None = None) -> LoraConfig:
     return config
 
 
-def of(reviews: Dataset, source: str) -> Dataset:
+def filter_by_source(reviews: Dataset, source: str) -> Dataset:
     return reviews.filter(lambda row: row["source"] == source)
 
 
 def train_reward_model(
     args: DemoArguments, model: str, tokenizer: Any, reviews: dict[str, Dataset]
 ) -> tuple[Path, dict[str, Any]]:
-    """Train a reward adapter on the short reviews; returns its folder and what it says about itself."""
-    train, held_out = (of(reviews[split], "rotten_tomatoes") for split in ("rm_train", "rm_eval"))
+    """Train a reward adapter on the short reviews; returns its folder and metadata."""
+    train, held_out = (filter_by_source(reviews[split], "rotten_tomatoes") for split in ("rm_train", "rm_eval"))
     folder = Path(args.output_dir) / "reward_model"
     trainer = RewardTrainer(
         model,
@@ -124,8 +123,8 @@ def train_reward_model(
 def build_ppo_trainer(
     args: DemoArguments, model: str, tokenizer: Any, reviews: dict[str, Dataset], reward_model: Path
 ) -> PPOTrainer:
-    """PPO against the reward adapter, on the same backbone; prompts are openings of the long reviews."""
-    train, held_out = (of(reviews[split], "imdb") for split in ("ppo_train", "ppo_eval"))
+    """Build the PPO trainer with the reward adapter on the same backbone; prompts are openings of long reviews."""
+    train, held_out = (filter_by_source(reviews[split], "imdb") for split in ("ppo_train", "ppo_eval"))
     return PPOTrainer(
         model,
         reward_funcs=str(reward_model),
@@ -141,27 +140,27 @@ def build_ppo_trainer(
     )
 
 
-def look(trainer: PPOTrainer) -> tuple[dict[str, float], list[str], list[str]]:
-    """Answer the held-out prompts: figures, prompts, completions."""
+def evaluate_prompts(trainer: PPOTrainer) -> tuple[dict[str, float], list[str], list[str]]:
+    """Answer the held-out prompts; returns metrics, prompts and completions."""
     samples = trainer.generate_completions()
     texts = samples.completions.completions
-    figures = {
+    metrics = {
         "reward": samples.scores.mean().item(),
         "kl": ((samples.logprobs - samples.ref_logprobs) * samples.action_mask).sum(1).mean().item(),
         "vader": sum(judge(texts)) / len(texts),
         "tokens": samples.action_mask.sum(1).float().mean().item(),
         "distinct_2": distinct_n(texts, 2),
         "repetition_3": repetition(texts, 3),
-        # How surprised the untrained model is by the answers: text that broke would surprise it more.
+        # Negative log-likelihood of the answers under the reference: degenerate text has a higher one.
         "reference_nats_per_token": -(samples.ref_logprobs * samples.action_mask).sum().item()
         / samples.action_mask.sum().item(),
     }
-    return figures, samples.completions.prompts, texts
+    return metrics, samples.completions.prompts, texts
 
 
 def main() -> None:
     (args,) = TrlParser(DemoArguments).parse_args_and_config()
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     model = args.model_name_or_path or str(load_smollm2())
@@ -169,18 +168,17 @@ def main() -> None:
     reviews = splits(movie_reviews(), seed=args.seed)
 
     reward_model, info = train_reward_model(args, model, tokenizer, reviews)
-    print(f"Reward model: {info['accuracy']:.3f} of {info['pairs']} held-out pairs in the right order.")
+    print(f"Reward model: accuracy {info['accuracy']:.3f} on {info['pairs']} held-out pairs")
     trainer = build_ppo_trainer(args, model, tokenizer, reviews, reward_model)
-    before, asked, first_answers = look(trainer)
+    before, prompt_texts, first_answers = evaluate_prompts(trainer)
     trainer.train()
-    after, _, last_answers = look(trainer)
+    after, _, last_answers = evaluate_prompts(trainer)
     trainer.save_model()
 
     plot_curves(trainer.state.log_history, out / "curves.png")
-    shown = slice(0, 8)
     print_samples(
         "The same held-out prompts and seeds, before and after PPO",
-        {"prompt": asked[shown], "before": first_answers[shown], "after": last_answers[shown]},
+        {"prompt": prompt_texts[:8], "before": first_answers[:8], "after": last_answers[:8]},
     )
     result = {
         "model": Path(model).name,
@@ -189,12 +187,12 @@ def main() -> None:
         "reward_model_accuracy": info["accuracy"],
         "before": before,
         "after": after,
-        "minutes": (time.perf_counter() - started) / 60,
+        "minutes": (time.perf_counter() - start_time) / 60,
     }
     (out / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     samples = [
         dict(zip(("prompt", "before", "after"), s, strict=True))
-        for s in zip(asked, first_answers, last_answers, strict=True)
+        for s in zip(prompt_texts, first_answers, last_answers, strict=True)
     ]
     (out / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
     for name in before:

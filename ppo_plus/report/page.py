@@ -1,4 +1,4 @@
-"""Report page: an HTML template with the data of runs as JSON, written to one file and read back from it."""
+"""Report page: an HTML template with the data of runs as JSON, in one file that can be read back."""
 
 from __future__ import annotations
 
