@@ -4,7 +4,7 @@
 #   make demo     reward model, then PPO, on a real language model
 #   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory)
 #   make gpu      nine minutes on a CUDA device: tests, memory, a 4-bit run, speed   (ARGS="--card-gb 12")
-#   make lint     ruff and mypy
+#   make lint     ruff, mypy, import-linter, and banned words (.ci/banned_words.py)
 #   make test-oldest  tests of what other libraries can break, on the lower bounds of pyproject.toml
 #   make test-latest  the same on the newest of everything, constraints.txt notwithstanding
 #                 (both: VERSIONS_TORCH=torch==2.13.0 keeps that torch; from 2 GB of download for another one)
@@ -68,6 +68,8 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) .ci/banned_words.py
 
 format: install
 	$(PY) -m ruff check --fix .

@@ -1,4 +1,4 @@
-"""What a user passes to a trainer is as it was afterwards, so that it serves a second trainer."""
+"""What a user passes to a trainer is as it was afterward, so that it serves a second trainer."""
 
 from __future__ import annotations
 

@@ -711,7 +711,7 @@ def test_an_undamaged_checkpoint_is_resumed(tmp_path, good_checkpoint):
     assert trainer.state.global_step == 8
 
 
-# Odd, and allowed: each with the behaviour that is promised
+# Odd, and allowed: each with the behavior that is promised
 
 
 class Seen(PPOCallback):

@@ -433,7 +433,7 @@ def test_the_control_is_stateful_too_and_is_replaced():
 
 
 def test_ppo_leaves_the_generators_as_they_were_when_it_serves_micro_batches(tmp_path):
-    """A resumed run restores them only afterwards, an undisturbed one never: both must find the same."""
+    """A resumed run restores them only afterward, an undisturbed one never: both must find the same."""
     trainer = make_trainer(tmp_path, config={"max_steps": 1}, reward_funcs=lambda completions, **_: [
         random.random() + torch.rand(()).item() for _ in completions
     ])  # fmt: skip

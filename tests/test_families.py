@@ -24,7 +24,7 @@ WITH_ONE = ["Llama", "Gemma 3, with vision", "Qwen3.5, with vision"]
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """What a test lets transformers know, it forgets afterwards."""
+    """What a test lets transformers know, it forgets afterward."""
     monkeypatch.setattr(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "_extra_content", {})
 
 

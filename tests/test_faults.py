@@ -703,7 +703,7 @@ def test_an_error_in_a_timed_function_is_its_own(tmp_path):
 
 @pytest.mark.parametrize("timeout", [None, 60.0])
 def test_async_reward_functions_wait_at_the_same_time(timeout):
-    """Each answers only once all three have been asked: one after the other they would wait for ever."""
+    """Each answers only once all three have been asked: one after the other they would wait without end."""
     from ppo_plus.rewards import Completions, FunctionReward, RewardSet
 
     asked = []

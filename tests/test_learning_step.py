@@ -1,4 +1,4 @@
-"""A learning step waits for nothing: no host synchronisation in a micro-batch, and no trace of neighbours in one."""
+"""A learning step waits for nothing: no host synchronization in a micro-batch, and no trace of neighbors in one."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def gradients(trainer, parts, tokens):
 @pytest.mark.parametrize(
     "config", [{}, {"kl_penalty_in": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}], ids=["", "k3"]
 )
-def test_a_row_leaves_no_trace_in_its_neighbours(tmp_path, implementation, config):
+def test_a_row_leaves_no_trace_in_its_neighbors(tmp_path, implementation, config):
     """The gradient of a micro-batch is the sum over its rows alone; a short row's prompt, which stands in the columns
     of longer responses, is so unlikely at this temperature that its ratio to anything overflows."""
     model = make_model(attn_implementation=implementation)

@@ -239,7 +239,7 @@ def test_a_few_layers_tell_what_all_of_them_take(name, options):
     whole, few = DryRun(DEEP[name], asked, critic), predict(DEEP[name], asked, critic)
     assert isinstance(few, ExtrapolatedEstimator)
     assert few.parameters == whole.parameters
-    # To the byte; where kinds mix, the highest layer may have other neighbours.
+    # To the byte; where kinds mix, the highest layer may have other neighbors.
     tolerance = 0.005 if len(few.more) > 1 and critic is None else 0
     for phase, rows in (("generate", 3), ("learn", 1), ("learn", 5)):
         found, expected = getattr(few, phase)(rows), getattr(whole, phase)(rows)

@@ -846,7 +846,7 @@ def test_an_incomplete_model_is_refused(tmp_path, change, message):
 
 @pytest.mark.parametrize("peft_config", [lora(lora_dropout=0.5), None], ids=["adapter", "in full"])
 def test_the_model_answers_as_what_it_saves_does(tmp_path, base, peft_config):
-    """Right after training: without dropout, and what was in training is so afterwards."""
+    """Right after training: without dropout, and what was in training is so afterward."""
     trainer = make_trainer(tmp_path, model=str(base), peft_config=peft_config, config={"max_steps": 4})
     trainer.train()
     trainer.save_model()
@@ -1081,7 +1081,7 @@ def test_groups_of_tokens_draw_what_the_plain_running_sum_draws(vocabulary):
     noise = torch.rand(500, generator=generator, dtype=torch.float64)
     edges = logits.double().softmax(-1).cumsum(-1)
     plain = torch.searchsorted(edges, noise[:, None], right=True).squeeze(-1).clamp(max=vocabulary - 1)
-    near = ((edges - noise[:, None]).abs() < 1e-6).any(-1)  # there, fp32 may round to the neighbour
+    near = ((edges - noise[:, None]).abs() < 1e-6).any(-1)  # there, fp32 may round to the neighbor
     assert near.sum() < 10
     assert torch.equal(sample(logits, noise)[~near], plain[~near])
 

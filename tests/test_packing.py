@@ -205,7 +205,7 @@ def test_tokens_that_were_put_into_the_wrong_rows_would_be_noticed(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_row_leaves_no_trace_in_its_neighbours():
+def test_a_row_leaves_no_trace_in_its_neighbors():
     actor = actor_critic(adapted())
     *inputs, real = right_aligned()
     before = numbers(actor, inputs, **real)

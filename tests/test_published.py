@@ -93,7 +93,7 @@ class TestKL:
 
 
 class TestGAE:
-    """OpenAI's baselines and lm-human-preferences, TRL: one backwards loop, nothing after the last token."""
+    """OpenAI's baselines and lm-human-preferences, TRL: one backward loop, nothing after the last token."""
 
     def one_row(self, rewards, values, gamma, lam):
         advantages, last = [0.0] * len(rewards), 0.0

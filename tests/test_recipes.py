@@ -147,7 +147,10 @@ def test_a_second_round_goes_on_from_the_adapter_of_the_first(here, monkeypatch)
         (["--dataset_name", "nowhere.jsonl", "--reward_funcs", "x:y"], "There is no file nowhere.jsonl"),
         (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--eval_rows", "2"], "leaves nothing to train on"),
         (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--dataset_test_split", "test"], "use --eval_rows"),
-        (["--dataset_name", "few.jsonl", "--reward_funcs", "nowhere:y"], "'nowhere:y' cannot be imported.*module:function"),
+        (
+            ["--dataset_name", "few.jsonl", "--reward_funcs", "nowhere:y"],
+            "'nowhere:y' cannot be imported.*module:",
+        ),
         (["--dataset_name", "few.jsonl", "--reward_funcs", "json:y"], "'json:y' cannot be imported"),
     ],
 )

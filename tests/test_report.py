@@ -488,7 +488,7 @@ class TestSize:
 
 
 class TestCurves:
-    def test_neighbours_are_averaged(self):
+    def test_neighbors_are_averaged(self):
         history = [{"step": i, "reward": float(i % 2)} for i in range(4 * MAX_POINTS)]
         steps, values = curves(history)["reward"]
         assert len(steps) == len(values) == MAX_POINTS
@@ -687,7 +687,7 @@ class TestInABrowser:
         assert "owned" in seen["table"]
         assert not seen["wide"]
 
-    def test_colours_say_sign_and_size(self, tmp_path):
+    def test_colors_say_sign_and_size(self, tmp_path):
         shades = self.seen(tmp_path, [example_run()])["shades"]
         assert set(shades) == {"advantage", "value", "kl", "reward"}
         parsed = [[float(x) for x in shade[shade.index("(") + 1 : -1].split(",")] for shade in shades["advantage"][:4]]

@@ -139,7 +139,7 @@ def test_tensors_lists_numbers_and_none_mix():
 
 
 def test_async_functions_run_side_by_side():
-    """Each waits for the other: one after the other they would wait for ever."""
+    """Each waits for the other: one after the other they would wait without end."""
     barrier = asyncio.Barrier(2)
 
     async def meet(number, **kwargs):

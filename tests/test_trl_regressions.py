@@ -376,13 +376,13 @@ def test_should_save_is_obeyed(tmp_path):
 
 
 def test_a_dataset_smaller_than_a_rollout_is_refused(tmp_path):
-    """TRL: looped for ever when the dataset was smaller than a batch."""
+    """TRL: looped without end when the dataset was smaller than a batch."""
     with pytest.raises(ValueError, match="train_dataset has 7 prompts, but one rollout takes 8"):
         make_trainer(tmp_path, train_dataset=make_prompts(7))
 
 
 def test_a_dataset_of_one_rollout_is_enough(tmp_path):
-    """TRL: looped for ever when the dataset was smaller than a batch. One of exactly that size is read again."""
+    """TRL: looped without end when the dataset was smaller than a batch. One of exactly that size is read again."""
     trainer, recorder = train(tmp_path, config={"max_steps": 8}, train_dataset=make_prompts(8))
     assert (trainer.state.global_step, trainer.state.epoch, len(recorder.rollouts)) == (8, 2.0, 2)
 

@@ -45,7 +45,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Compute generalized advantage estimates over response tokens (Schulman et al. 2016, eq. 16).
 
-    `delta_t = r_t + gamma V(s_{t+1}) - V(s_t)` and `A_t = delta_t + gamma lam A_{t+1}`, backwards from the
+    `delta_t = r_t + gamma V(s_{t+1}) - V(s_t)` and `A_t = delta_t + gamma lam A_{t+1}`, backward from the
     last real token, after which both V and A are 0.
 
     Args:

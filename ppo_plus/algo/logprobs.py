@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of tokens, from logits `(B, R, V)` held in memory at once."""
+"""Log-probabilities and entropy of tokens, from full logits `(B, R, V)`."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
     skip_special_tokens: bool = _field(
         True, "Remove special tokens from completions; False keeps them for reward functions (except the final EOS)."
     )
-    shuffle_dataset: bool = _field(True, "Shuffle prompts anew each epoch; a streaming dataset keeps its order.")
+    shuffle_dataset: bool = _field(True, "Reshuffle prompts each epoch; a streaming dataset keeps its order.")
 
     # Error handling
     on_reward_error: Literal["raise", "skip"] = _field(

@@ -36,7 +36,7 @@ class _RedactSecrets:
     __str__ = __repr__
 
     def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its arguments beside a model that it pushes to the Hub.
+        # Trainer pickles its arguments next to a model that it pushes to the Hub.
         state = {k: None if k in ("hub_token", "push_to_hub_token") else v for k, v in vars(self).items()}
         if isinstance(kwargs := state.get("model_init_kwargs"), dict):
             state["model_init_kwargs"] = _redact_token_kwargs(kwargs)

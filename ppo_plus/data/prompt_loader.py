@@ -1,4 +1,4 @@
-"""Prompts of each rollout: a map-style dataset, shuffled anew each epoch, or a stream in its own order."""
+"""Prompts of each rollout: a map-style dataset, reshuffled each epoch, or a stream in its own order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PromptStream:
     the last prompts of an epoch that do not fill a rollout are dropped.
 
     Args:
-        dataset: tokenized prompts, consumed in order; `IterableDataset.shuffle` shuffles anew each epoch.
+        dataset: tokenized prompts, consumed in order; `IterableDataset.shuffle` reshuffles each epoch.
         rollout_batch_size: prompts per process and rollout.
         process_index: rank of this process, which selects its shard of each rollout.
         num_processes: number of processes that share a rollout.

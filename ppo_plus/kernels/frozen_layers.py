@@ -1,7 +1,7 @@
 """The layers below the lowest adapter: nobody trains them and every role shares them, so they run once per rollout.
 
 With LoRA on the top layers alone (PEFT's `layers_to_transform`), actor, reference and critic differ only from the
-lowest adapted layer upwards. What enters that layer is computed once for each token of a rollout, and all roles and all
+lowest adapted layer upward. What enters that layer is computed once for each token of a rollout, and all roles and all
 PPO epochs go on from there.
 
 A pass that stops at that layer, or begins at it, is the backbone's own `forward` in which the layers on the other side

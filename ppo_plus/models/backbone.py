@@ -251,7 +251,7 @@ def check_architecture(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; ppo_plus trains causal (decoder-only) language models.")
     if model.get_output_embeddings() is None or model.base_model is model:
-        raise ValueError(f"{name} has no language-model head; pass a model for causal language modelling.")
+        raise ValueError(f"{name} has no language-model head; pass a model for causal language modeling.")
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ class RolloutCollector:
             attention_mask = torch.cat([prompt_mask, response_attention_mask.long()], 1)
             prefix_scores = self._prefix_scores(input_ids, attention_mask, response_attention_mask) if cut else None
             watch.record("score")
-            # What a row becomes depends on the shape of its pass, in half precision by some per cent of a probability.
+            # What a row becomes depends on the shape of its pass, in half precision by some percent of a probability.
             # So here it is the pass in which learning looks at that row first.
             passes = cut(attention_mask.sum(1)) if cut else None
             inputs = (input_ids, attention_mask, tokens.shape[1], passes)

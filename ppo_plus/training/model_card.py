@@ -160,7 +160,7 @@ def curves_svg(history: Sequence[Mapping[str, float]], width: int = 640, height:
 
     x = scaled(steps, min(steps), max(steps), margin, width - margin)
     parts = [f'<rect width="{width}" height="{height}" fill="white"/>']
-    for name, label, colour, side in (
+    for name, label, color, side in (
         ("reward", "reward", "#1f77b4", margin - 6), ("kl", "KL, nats per response", "#d95f02", width - margin + 6),
     ):  # fmt: skip
         values = [row[name] for row in rows]
@@ -168,11 +168,11 @@ def curves_svg(history: Sequence[Mapping[str, float]], width: int = 640, height:
         y = scaled(values, low, high, height - margin, margin)
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         anchor = "end" if name == "reward" else "start"
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
         for value, at in ((low, height - margin), (high, margin)):
-            parts.append(f'<text x="{side}" y="{at}" text-anchor="{anchor}" fill="{colour}">{value:.2f}</text>')
-        edge, towards = (margin, "start") if name == "reward" else (width - margin, "end")
-        parts.append(f'<text x="{edge}" y="{margin - 24}" text-anchor="{towards}" fill="{colour}">{label}</text>')
+            parts.append(f'<text x="{side}" y="{at}" text-anchor="{anchor}" fill="{color}">{value:.2f}</text>')
+        edge, anchor = (margin, "start") if name == "reward" else (width - margin, "end")
+        parts.append(f'<text x="{edge}" y="{margin - 24}" text-anchor="{anchor}" fill="{color}">{label}</text>')
     for step, at in ((steps[0], margin), (steps[-1], width - margin)):
         parts.append(f'<text x="{at}" y="{height - margin + 22}" text-anchor="middle">step {int(step)}</text>')
     body = "\n".join(parts)

@@ -114,7 +114,7 @@ class ResumeMixin(HubMixin, Trainer):
             self._save_checkpoint(self.model_wrapped, trial)
 
     def _allow_interrupt(self) -> AbstractContextManager:
-        """Let a signal end the block; on several processes it is finished, since the others would wait for ever."""
+        """Let a signal end the block; on several processes it is finished, since the others would wait forever."""
         alone = self.accelerator.num_processes == 1
         return self._interrupt.interrupt.allow() if alone else contextlib.nullcontext()
 
