@@ -72,11 +72,11 @@ def test_a_warning_names_functions_and_values_by_their_weighted_scores():
         return CheapAnswers(["right", "cost", "unused"], torch.tensor(weights), scores).warning(first)
 
     said_all = said([1.0, 1.0, 1.0])
-    assert "'right' gives 0.625 for the prompt repeated; its mean over the first rollout is 0.25" in said_all
-    assert "'cost' gives 0 for an empty answer; its mean over the first rollout is -3" in said_all
-    assert "'unused' gives 0.75 for an empty answer" in said_all and "-9" not in said_all
+    assert "'right' returns 0.625 for the prompt repeated; its mean over the first rollout is 0.25" in said_all
+    assert "'cost' returns 0 for an empty answer; its mean over the first rollout is -3" in said_all
+    assert "'unused' returns 0.75 for an empty answer" in said_all and "-9" not in said_all
     # A weight below 0 makes a penalty of a reward, and one of 0 makes nothing of it.
-    assert "'cost' gives -9 for the prompt repeated" in said([0.0, -1.0, 0.0])
+    assert "'cost' returns -9 for the prompt repeated" in said([0.0, -1.0, 0.0])
     assert "'right'" not in said([0.0, -1.0, 0.0]) and "'unused'" not in said([0.0, -1.0, 0.0])
     assert said([0.0, 0.0, 0.0]) is None
 
@@ -113,7 +113,7 @@ def test_scores_are_logged_once(tmp_path):
         tmp_path, reward_funcs=[Recorder(), pays_silence], train_dataset=rows("eel", "e", "see", "be"),
         config={**FOUR, "max_steps": 8},
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="'pays_silence' gives 1 for an empty answer; its mean .* is 0\\."):
+    with pytest.warns(UserWarning, match="'pays_silence' returns 1 for an empty answer; its mean .* is 0\\."):
         trainer.train()
     history = trainer.state.log_history
     by_step = {entry["step"]: entry for entry in history if "rewards/recorder/empty_answer" in entry}
@@ -127,7 +127,7 @@ def test_scores_are_logged_once(tmp_path):
 def test_a_reward_that_pays_for_work_is_not_named(tmp_path):
     trainer = make_trainer(tmp_path, reward_funcs=Recorder(lambda text: float("u" in text)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*takes no work.*")
+        warnings.filterwarnings("error", message=".*pays for a trivial answer.*")
         trainer.train()
     assert trainer.state.global_step == 8
 
@@ -204,7 +204,7 @@ def test_async_functions_token_scores_and_none(tmp_path):
         tmp_path, reward_funcs=[async_silence, tokens_of_prompts], train_dataset=rows("abc", "de", "fg", "hij"),
         config={**FOUR, "reward_timeout": 60.0},
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="'async_silence' gives 1 for an empty answer"):
+    with pytest.warns(UserWarning, match="'async_silence' returns 1 for an empty answer"):
         trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["rewards/async_silence/empty_answer"] == 1
@@ -229,7 +229,7 @@ def test_an_error_is_skipped_where_errors_are(tmp_path):
     trainer = make_trainer(
         tmp_path, reward_funcs=[needs_text, count_e], config={"max_steps": 4, "on_reward_error": "skip"}
     )
-    with pytest.warns(UserWarning, match="'needs_text' is left out"):
+    with pytest.warns(UserWarning, match="'needs_text' is skipped"):
         trainer.train()
     assert trainer.state.global_step == 4
     logged = trainer.state.log_history[0]

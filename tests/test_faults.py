@@ -671,7 +671,7 @@ def test_a_reward_function_that_hangs_is_left_out_if_so_chosen(tmp_path, never, 
     plain = make_trainer(tmp_path, config=config, reward_funcs=other)
     plain.train()
     both = make_trainer(tmp_path, config={**config, "reward_timeout": 0.5}, reward_funcs=[hanging(kind, never), other])
-    with pytest.warns(UserWarning, match=f"'{kind}' is left out of this rollout: TimeoutError"):
+    with pytest.warns(UserWarning, match=f"'{kind}' is skipped in this rollout: TimeoutError"):
         both.train()
     assert equal(weights(plain), weights(both))
 

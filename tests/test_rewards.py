@@ -176,7 +176,7 @@ def test_a_failing_async_function_is_named_or_left_out(moment):
     with pytest.raises(KeyError) as error:
         RewardSet(rewards, None)(BATCH)
     assert any("'fails', given 3 completions" in note for note in error.value.__notes__)
-    with pytest.warns(UserWarning, match="'fails' is left out of this rollout: KeyError"):
+    with pytest.warns(UserWarning, match="'fails' is skipped in this rollout: KeyError"):
         assert RewardSet(rewards, None, "skip")(BATCH).total.tolist() == [1.0, 2.0, 3.0]
 
 
