@@ -292,7 +292,7 @@ def test_prompts_have_their_length_are_different_and_are_not_whole_reviews(revie
 
 def test_a_review_that_is_the_whole_prompt_is_left_out(reviews, tokenizer):
     whole = Dataset.from_dict({"text": assets.prompts(reviews, tokenizer, 10, 16)["prompt"]})
-    with pytest.raises(ValueError, match="give 0 of 1 prompts"):
+    with pytest.raises(ValueError, match="only 0 of 1 prompts"):
         assets.prompts(whole, tokenizer, 1, 16)
 
 

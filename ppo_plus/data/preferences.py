@@ -55,7 +55,7 @@ def tokenize_pairs(
             return _encode_pair(cleaned, tokenizer, repeated, where)
 
         dataset = _map_rows(dataset, encode, num_proc, f"Tokenizing {name}")
-    return _drop_useless(dataset, tokenizer, max_length, name)
+    return _drop_unusable(dataset, tokenizer, max_length, name)
 
 
 def check_pair_columns(dataset: Any, name: str) -> Any:
@@ -185,10 +185,10 @@ def _begin_with_prompt(row: Row) -> bool:
     return all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers)
 
 
-# Useless pairs
+# Pairs without a training signal
 
 
-def _drop_useless(dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str) -> Any:
+def _drop_unusable(dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str) -> Any:
     """Drop pairs without a training signal, and warn with their number per reason."""
     if isinstance(dataset, IterableDataset):
         return _drop_from_stream(dataset, tokenizer, max_length, name)
@@ -203,13 +203,13 @@ def _drop_useless(dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: 
         f"{len(rows)} of {len(dataset)} pairs {reason}, the first is {name}[{rows[0]}]"
         for reason, rows in dropped.items()
     )
-    useless = {row for rows in dropped.values() for row in rows}
-    if len(useless) == len(dataset):
+    dropped_rows = {row for rows in dropped.values() for row in rows}
+    if len(dropped_rows) == len(dataset):
         raise ValueError(
             f"{name} has no usable pair: {summary}. Add pairs with two different answers, or raise max_length."
         )
     warnings.warn(f"{name}: dropped pairs: {summary}.", stacklevel=2)
-    return dataset.select([row for row in range(len(dataset)) if row not in useless])
+    return dataset.select([row for row in range(len(dataset)) if row not in dropped_rows])
 
 
 def _drop_from_stream(

@@ -53,7 +53,7 @@ def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
         tmp_path.write_bytes((before + data + after).encode("utf-8", "replace"))
         tmp_path.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # it is not there any more, unless something went wrong
+        with contextlib.suppress(OSError):  # after a successful rename it does not exist
             tmp_path.unlink()
 
 
