@@ -613,7 +613,7 @@ CASES = {
     ),
     "too few rewards": reward("'score' returned 7 rewards for 8 completions", of_length(7)),
     "too many rewards": reward("'score' returned 9 rewards for 8 completions", of_length(9)),
-    "nothing": reward("'score' returned None; it must return a list with one number each", always(None)),
+    "nothing": reward("'score' returned None; it must return a list with one number per completion", always(None)),
     "one number": reward("'score' returned 1.5; it must return a list", always(1.5)),
     "a tensor without dimensions": reward("'score' returned 1.5; it must return a list", always(torch.tensor(1.5))),
     "an array without dimensions": reward("'score' returned .*1.5.*; it must return a list", always(np.array(1.5))),

@@ -63,9 +63,9 @@ def test_a_run_stays_finite(tmp_path, base, reward_adapter, how, outlier):
         config={"max_steps": 8, "response_length": 6, "whiten_rewards": how == "whitened", "max_grad_norm": 0.0,
                 "learning_rate": 1e-4, "cliprange_value": None},
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="'spoiled' gave") as caught:
+    with pytest.warns(UserWarning, match="'spoiled' returned") as caught:
         trainer.train()
-    said = [str(w.message) for w in caught if "'spoiled' gave" in str(w.message)]
+    said = [str(w.message) for w in caught if "'spoiled' returned" in str(w.message)]
     assert len(said) == 1 and repr(reward.prompt) in said[0] and repr(outlier) in said[0]
     assert all(map(math.isfinite, numbers(trainer.state.log_history)))
     assert all(math.isfinite(value) for metrics in watch.metrics for value in metrics.values())
@@ -112,7 +112,7 @@ def test_scores_of_any_usual_scale_are_left_alone(scores):
     ],
 )
 def test_what_float32_cannot_hold_beside_the_others_is_left_out(scores, left_out):
-    with pytest.warns(UserWarning, match="'f' gave"):
+    with pytest.warns(UserWarning, match="'f' returned"):
         found = scored(scores)
     assert found.total.isnan().nonzero().squeeze(-1).tolist() == left_out
     assert bool(found.per_token.isfinite().all()) and not found.per_token[left_out].any()
@@ -121,7 +121,7 @@ def test_what_float32_cannot_hold_beside_the_others_is_left_out(scores, left_out
 def test_another_reward_still_scores_the_answer():
     batch = Completions(["p"] * 4, ["c"] * 4, [[5]] * 4)
     rewards = [FunctionReward(lambda **_: [1.0, 1e20, 2.0, 3.0], "f"), FunctionReward(lambda **_: [1.0] * 4, "g")]
-    with pytest.warns(UserWarning, match="'f' gave 1e"):
+    with pytest.warns(UserWarning, match="'f' returned 1e"):
         found = RewardSet(rewards, [1.0, 2.0])(batch)
     assert found.total.tolist() == [3.0, 2.0, 4.0, 5.0] and found.by_function[1].isnan().tolist() == [True, False]
 
@@ -143,7 +143,7 @@ def test_what_a_callback_makes_of_scores_is_bounded_too(tmp_path, value):
 def test_an_evaluation_stays_finite(tmp_path):
     reward = Spoiled(1e38, at=1)  # cheap answers are asked about when training starts, not here
     trainer = make_trainer(tmp_path, reward_funcs=reward, eval_dataset=make_prompts(8))
-    with pytest.warns(UserWarning, match="'spoiled' gave"):
+    with pytest.warns(UserWarning, match="'spoiled' returned"):
         metrics = trainer.evaluate()
     assert all(map(math.isfinite, numbers([metrics]))) and metrics["eval_reward"] < 10
     assert torch.tensor(metrics["eval_reward_std"]) < 10

@@ -175,7 +175,7 @@ def test_a_failing_async_function_is_named_or_left_out(moment):
     rewards = [FunctionReward(fails, "fails"), FunctionReward(lambda **k: [1.0, 2.0, 3.0], "plain")]
     with pytest.raises(KeyError) as error:
         RewardSet(rewards, None)(BATCH)
-    assert any("'fails', given 3 completions" in note for note in error.value.__notes__)
+    assert any("'fails', called with 3 completions" in note for note in error.value.__notes__)
     with pytest.warns(UserWarning, match="'fails' is skipped in this rollout: KeyError"):
         assert RewardSet(rewards, None, "skip")(BATCH).total.tolist() == [1.0, 2.0, 3.0]
 
@@ -264,7 +264,7 @@ def test_an_encoder_with_a_chat_template_reads_its_own_rendering():
 def test_a_pair_that_is_too_long_for_the_encoder_is_cut():
     model = encoder("bert")
     batch = Completions(["a" * 100], ["b"], [[4]])
-    with pytest.warns(UserWarning, match="'encoder' reads 48 tokens"):
+    with pytest.warns(UserWarning, match="'encoder' is 48 tokens"):
         cut = reward_of(model, pair_tokenizer(model_max_length=48))(batch)
     assert cut == reward_of(model, pair_tokenizer())(Completions(["a" * 44], ["b"], [[4]]))
 
