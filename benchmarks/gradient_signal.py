@@ -69,7 +69,7 @@ def measure(trainer: Any, minibatches: int) -> tuple[dict[str, Tensor], float]:
     answers = [
         trainer.collector.sample(
             [prompts[i % len(prompts)] for i in range(first, min(first + DECODED, rows))],
-            noise[first : first + DECODED], {}, cut=lambda lengths: list(torch.arange(len(lengths)).split(ROWS)),
+            noise[first : first + DECODED], {}, lambda lengths: list(torch.arange(len(lengths)).split(ROWS)),
         )
         for first in range(0, rows, DECODED)
     ]  # fmt: skip

@@ -149,7 +149,7 @@ def test_a_later_micro_batch_that_dies_has_the_step_begun_anew(tmp_path, monkeyp
     sizes = dies_once(monkeypatch, 3, phase)
     trainer = make_trainer(tmp_path, config=FOUR)
     if spoil:
-        monkeypatch.setattr(trainer, "_accumulate_again", lambda model, *args: model.zero_grad())
+        monkeypatch.setattr(trainer._accumulator, "_restart", lambda model, *args: model.zero_grad())
     with pytest.warns(UserWarning, match="going on with 1 rows"):
         trainer.train()
     expected, expected_log = undisturbed

@@ -29,7 +29,7 @@ from ppo_plus import (
     TrainingHealthCallback,
 )
 from ppo_plus.callbacks.completions import print_samples
-from ppo_plus.rollout.collector import Experience
+from ppo_plus.rollout.experience import Experience
 
 EXACT = {"rel": 1e-9, "abs": 1e-9}
 

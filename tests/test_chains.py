@@ -21,7 +21,7 @@ from ppo_plus import AdaptiveKLCallback, PPOCallback, PPOConfig, RewardNormaliza
 from ppo_plus.models.adapters import lora_scalings
 from ppo_plus.models.loading import load_policy
 from ppo_plus.rewards import Completions, FunctionReward
-from ppo_plus.trainer import load_policy_from_args
+from ppo_plus.training.setup import load_policy_from_args
 
 SHORT = {"max_steps": 4, "response_length": 5}
 

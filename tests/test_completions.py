@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ppo_plus.data.prompts import tokenize_prompts
 from ppo_plus.rollout.buffer import response_mask
-from ppo_plus.rollout.collector import RolloutCollector
+from ppo_plus.rollout.decoding import CompletionDecoder
 
 ASK = [{"role": "user", "content": "why"}]
 STOP = 39  # the letter >
@@ -30,10 +30,10 @@ def completions_of(tmp_path, prompt, tokens, tokenizer=None, **config):
     tokenizer = tokenizer or special_tokenizer()
     args = make_config(tmp_path, **config)
     ids = [tokenizer.eos_token_id, OTHER_EOS, *([STOP] if args.stop_token_id else [])]
-    collector = RolloutCollector(None, None, tokenizer, args, None, ids)
+    decoder = CompletionDecoder(tokenizer, args, ids)
     rows = list(tokenize_prompts(Dataset.from_list([{"prompt": prompt}]), tokenizer))
     tokens = torch.tensor([tokens])
-    return collector._completions(rows, tokens, response_mask(tokens, ids), {})[0]
+    return decoder.decode(rows, tokens, response_mask(tokens, ids), {})[0]
 
 
 def text_of(completions) -> str:
@@ -87,7 +87,6 @@ def test_template_arguments_decide_what_the_generation_prompt_begins(tmp_path):
         own = {} if row is None else {"chat_template_kwargs": json.dumps({"thinking": row})}
         dataset = Dataset.from_list([{"prompt": ASK, **own}])
         rows = list(tokenize_prompts(dataset, tokenizer, chat_template_kwargs=args.chat_template_kwargs))
-        collector = RolloutCollector(None, None, tokenizer, args, None, [2])
         tokens = torch.tensor([[LETTER["h"], 2]])
-        assert collector._completions(rows, tokens, tokens > 0, {})[0].openings == [opening]
+        assert CompletionDecoder(tokenizer, args, [2]).decode(rows, tokens, tokens > 0, {})[0].openings == [opening]
         assert tokenizer.decode(rows[0]["input_ids"]).endswith("<|assistant|>" + opening)

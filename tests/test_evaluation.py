@@ -39,7 +39,7 @@ def test_the_win_rate_counts_prompts_by_hand(tmp_path):
     trainer = trained(tmp_path, steps=20)
     metrics = trainer.evaluate()
     ours = trainer.generate_completions().scores
-    (answers,) = trainer._win_rate.answers.values()
+    (answers,) = trainer._evaluator.reference_cache.values()
     theirs = torch.tensor(count_e(answers.prompts, answers.completions))
     points = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     assert metrics["eval_win_rate"] == pytest.approx(sum(points) / 6) and sum(points) > 3

@@ -21,7 +21,7 @@ import torch
 from conftest import make_prompts, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-import ppo_plus.trainer as trainer_module
+import ppo_plus.training.gradients as gradients_module
 import ppo_plus.training.resume as resume_module
 from ppo_plus import PPOCallback
 from ppo_plus.kernels.batch_backoff import BatchSize
@@ -554,7 +554,7 @@ def test_the_response_that_has_no_finite_gradient_is_the_one_that_is_named(tmp_p
     def spoiled(model, inputs, **kwargs):
         loss = compute(model, inputs, **kwargs)
         if trainer.state.global_step == 2:
-            row = int(trainer._rows[1])
+            row = int(trainer._rollouts.minibatch_rows[1])
             victim = trainer._progress.rollout.returns[row, 0]
             named[:] = [trainer.processing_class.decode(trainer._progress.rollout.input_ids[row])]
             loss = loss * torch.where((inputs["returns"][:, 0] == victim).any(), torch.nan, 1.0)
@@ -857,7 +857,7 @@ def test_out_of_memory_in_learning_halves_the_micro_batch_and_changes_nothing_el
 def test_a_gradient_left_by_a_pass_that_died_would_be_seen(tmp_path, monkeypatch, on_a_large_card):
     """Negative control: without beginning the step anew the value head's would count twice."""
     small_card(monkeypatch, "backward", most_rows=2)
-    monkeypatch.setattr(trainer_module.PPOTrainer, "_accumulate_again", lambda self, *args: None)
+    monkeypatch.setattr(gradients_module.GradientAccumulator, "_restart", lambda self, *args: None)
     trainer = make_trainer(tmp_path, config={"max_steps": 4, "per_device_train_batch_size": 4})
     with pytest.warns(UserWarning, match="Out of memory"):
         trainer.train()

@@ -238,7 +238,7 @@ def test_an_evaluation_is_left_within_one_token_call_or_pass(tmp_path, phase, ev
 
 def test_a_passed_over_check_would_be_seen(tmp_path, monkeypatch):
     """Negative control: where the event of a token does not raise, the rollout is decoded to its end."""
-    monkeypatch.setattr("ppo_plus.trainer.raise_if_interrupted", lambda: None)
+    monkeypatch.setattr("ppo_plus.training.rollouts.raise_if_interrupted", lambda: None)
     sent = Signal("generating")
     trainer = make_trainer(tmp_path, config=CONFIG, callbacks=[sent])
     with pytest.raises(KeyboardInterrupt):

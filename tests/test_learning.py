@@ -22,6 +22,7 @@ import gradient_signal  # noqa: E402
 import learning  # noqa: E402
 
 from ppo_plus import PPOConfig  # noqa: E402
+from ppo_plus.rollout.advantages import build_rollout  # noqa: E402
 
 
 def curve(*points):
@@ -240,7 +241,8 @@ def test_measured_gradients_are_those_of_the_trainer(world, monkeypatch, tmp_pat
     trainer = learning.our_trainer(job, [], **given)
     noise = gradient_signal.sampling_uniforms(0, 32, trainer.args.response_length)
     samples = trainer.collector.sample([trainer.train_dataset[i] for i in range(32)], noise, {})
-    rollout = trainer.collector.rollout(samples, samples.scores, trainer.args.kl_coef)
+    reduce, args = trainer.collectives.sum, trainer.args
+    rollout = build_rollout(samples, samples.scores, args.kl_coef, args, reduce)
     trained = trainer.model.actor_parameters()
     for minibatch in range(2):
         inputs = rollout.micro_batch(torch.arange(16 * minibatch, 16 * minibatch + 16))

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import ppo_plus.kernels.liger
-import ppo_plus.trainer
+import ppo_plus.training.setup
 from ppo_plus import RewardConfig, RewardTrainer
 
 LIGER = {"use_liger_kernel": True}
@@ -50,7 +50,9 @@ def patched(monkeypatch):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fail where weights are loaded."""
-    monkeypatch.setattr(ppo_plus.trainer, "load_policy", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        ppo_plus.training.setup, "load_policy", lambda *args, **kwargs: pytest.fail("weights were loaded")
+    )
 
 
 def reward_trainer(folder, model, **config):

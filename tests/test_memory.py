@@ -30,6 +30,7 @@ from ppo_plus.memory.planning import GIB, table
 from ppo_plus.models import actor_critic as modeling
 from ppo_plus.models import logprobs as logits_module
 from ppo_plus.models.loading import CriticSpec, build_actor_critic
+from ppo_plus.rollout.collector import ForwardBatch
 
 SIZES = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
@@ -430,7 +431,7 @@ def peak_of(trainer, phase, length, vocabulary):
     with PeakMemory(known) as found:
         if phase == "score":
             with torch.no_grad():
-                trainer.collector._forward(ids, torch.ones_like(ids), length, None, None)
+                trainer.collector._forward(ForwardBatch(ids, torch.ones_like(ids), length), None)
         else:
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "action_mask": mask, "logprobs": zeros,
                      "ref_logprobs": zeros, "values": zeros, "value_baselines": zeros, "advantages": zeros + 1,

@@ -9,7 +9,7 @@ import warnings
 import pytest
 from conftest import make_config, make_prompts, make_trainer
 
-import ppo_plus.trainer
+import ppo_plus.training.setup
 from ppo_plus import AdaptiveKLCallback, EarlyStoppingOnKLCallback, RewardConfig, RewardNormalizationCallback
 
 NAN, INF = float("nan"), float("inf")
@@ -18,7 +18,9 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fail where weights are loaded."""
-    monkeypatch.setattr(ppo_plus.trainer, "load_policy", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        ppo_plus.training.setup, "load_policy", lambda *args, **kwargs: pytest.fail("weights were loaded")
+    )
 
 
 @pytest.mark.parametrize(

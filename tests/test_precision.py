@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from trl import RewardConfig as TRLRewardConfig
 
 from ppo_plus import PPOConfig, RewardConfig, RewardTrainer
-from ppo_plus.trainer import load_policy_from_args
+from ppo_plus.training.setup import load_policy_from_args
 
 KINDS = pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
 

@@ -191,7 +191,7 @@ def test_a_chunk_that_ran_out_of_memory_counts_once():
     tally = ProgressReporter("generating", 4, lambda *report: reports.append(report))
 
     def decode(chunk):
-        step = tally.decoding(len(chunk))
+        step = tally.decode_step_callback(len(chunk))
         for alive in (len(chunk), len(chunk) - 1):
             step(alive)
             if len(chunk) == 4:

@@ -36,7 +36,7 @@ from ppo_plus.report.samples import (
 )
 from ppo_plus.rewards import Completions
 from ppo_plus.rollout.buffer import Rollout
-from ppo_plus.rollout.collector import Experience
+from ppo_plus.rollout.experience import Experience
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- & \u2028"
 

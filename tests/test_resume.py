@@ -184,7 +184,7 @@ def test_a_missing_rollout_is_named(undisturbed, tmp_path):
 def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest_gap, monkeypatch):
     """Negative controls: leave one piece out of what is restored, and the weights must differ."""
     import ppo_plus.data.batching as batching_module
-    import ppo_plus.trainer as trainer_module
+    import ppo_plus.rollout.collector as collector_module
 
     folder, whole = undisturbed()
     derive_seed = batching_module.derive_seed
@@ -194,7 +194,7 @@ def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest
 
     def spoil(trainer):
         if piece == "sampling":
-            monkeypatch.setattr(trainer_module, "derive_seed", other_seed("rollout"))
+            monkeypatch.setattr(collector_module, "derive_seed", other_seed("rollout"))
         elif piece == "minibatches":
             monkeypatch.setattr(batching_module, "derive_seed", other_seed("minibatches"))
         elif piece == "callbacks":

@@ -64,7 +64,7 @@ MODULES = {
 @pytest.mark.parametrize(("name", "case"), MODULES.items(), ids=MODULES)
 def test_a_module_that_is_no_reward_model_is_named_before_the_policy_is_loaded(tmp_path, monkeypatch, name, case):
     make, says = case
-    monkeypatch.setattr("ppo_plus.trainer.load_policy_from_args", None)
+    monkeypatch.setattr("ppo_plus.training.setup.load_policy_from_args", None)
     with pytest.raises(ValueError, match=f"'{name}'.*{says}"):
         make_trainer(tmp_path, reward_funcs=[count_e, make()], reward_processing_classes=[None, make_tokenizer()])
 
@@ -73,7 +73,7 @@ def test_a_token_classifier_is_refused_by_its_name(tmp_path, monkeypatch):
     folder = tmp_path / "process-reward"
     LlamaForTokenClassification(LlamaConfig(**SIZES, num_labels=1)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    monkeypatch.setattr("ppo_plus.trainer.load_policy_from_args", None)
+    monkeypatch.setattr("ppo_plus.training.setup.load_policy_from_args", None)
     with pytest.raises(ValueError, match="process-reward' is a LlamaForTokenClassification"):
         make_trainer(tmp_path, reward_funcs=str(folder))
 
@@ -121,7 +121,7 @@ def test_a_conversation_that_a_reward_model_cannot_render_is_named_by_its_row(
     bad = Dataset.from_list([{"prompt": ASK}] * 3 * bool(template) + [{"prompt": BRIEF}] * 8)
     options = {"reward_funcs": folder, "processing_class": make_tokenizer(CHAT_TEMPLATE)}
     make_trainer(tmp_path / "out", train_dataset=good, **options)  # control
-    monkeypatch.setattr("ppo_plus.trainer.load_policy_from_args", None)
+    monkeypatch.setattr("ppo_plus.training.setup.load_policy_from_args", None)
     row = 3 if template else 0
     with pytest.raises(ValueError, match=rf"{dataset}\[{row}\]: the reward model 'judge'.*{says}"):
         make_trainer(tmp_path / "out", **{**options, "train_dataset": good, dataset: bad})
@@ -204,7 +204,7 @@ def test_an_adapter_that_trains_tokens_that_the_base_lacks_is_named(tmp_path, ba
     folder.mkdir()
     for file in reward_adapter.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr("ppo_plus.trainer.load_policy_from_args", None)
+    monkeypatch.setattr("ppo_plus.training.setup.load_policy_from_args", None)
     for indices in ([42, 43], {"embed_tokens": [1, 42]}):
         changed = {**config, "trainable_token_indices": indices}
         (folder / "adapter_config.json").write_text(json.dumps(changed))

@@ -184,7 +184,7 @@ def test_an_adapter_with_another_head_is_named_before_weights_are_loaded(
     tmp_path, base, reward_adapter, monkeypatch, kind, change
 ):
     folder = changed(reward_adapter, tmp_path, change)
-    monkeypatch.setattr("ppo_plus.trainer.load_policy_from_args", None)
+    monkeypatch.setattr("ppo_plus.training.setup.load_policy_from_args", None)
     says = {
         "classifier": r"shape \[\].*classifier.weight",
         "two labels": r"\(2, 32\)",

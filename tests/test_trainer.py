@@ -441,7 +441,7 @@ def test_the_first_ratio_is_1_also_where_numbers_depend_on_the_shape_of_a_pass(t
     """As in half precision, where products of other shapes are summed up in another order."""
     trainer, recorder = recorded(tmp_path, UNEVEN, model=make_model(), peft_config=lora())
     if not exact:
-        trainer._scoring_micro_batches = lambda rollout_index, lengths: [torch.arange(len(lengths))]
+        trainer._rollouts.scoring_micro_batches = lambda rollout_index, lengths: [torch.arange(len(lengths))]
 
     def shape_dependent(module, args, kwargs, output):
         output.last_hidden_state = output.last_hidden_state * (1 + 1e-3 * (kwargs["input_ids"].numel() % 7))

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import ppo_plus.trainer
+import ppo_plus.training.setup
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.models.weight_checks import check_model_weights, first_not_finite, offloaded_parts
 from ppo_plus.training.validation import check_quantized_device
@@ -40,7 +40,9 @@ def test_parts_that_hooks_would_load_for_each_pass(device_map, parts):
 
 @pytest.mark.parametrize("part", ["model.layers.1", "lm_head"])
 def test_an_offloading_device_map_is_refused_before_weights_are_loaded(tmp_path, base, monkeypatch, part):
-    monkeypatch.setattr(ppo_plus.trainer, "load_policy", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        ppo_plus.training.setup, "load_policy", lambda *args, **kwargs: pytest.fail("weights were loaded")
+    )
     kwargs = {"device_map": placed(**{part: "disk"}), "offload_folder": str(tmp_path / "offload")}
     with pytest.raises(ValueError, match=f"device_map offloads {part} to disk"):
         make_trainer(tmp_path, model=str(base), config={"model_init_kwargs": kwargs})

@@ -106,7 +106,7 @@ def test_sigbreak_is_listened_to_where_there_is_one(monkeypatch):
     try:
         with GracefulShutdownCallback() as callback:
             signal.raise_signal(signal.SIGUSR1)
-            assert callback.came
+            assert callback.interrupted
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -16,7 +16,7 @@ from ..config import PPOConfig
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Experience
+    from ..rollout.experience import Experience
 
 
 @dataclass

@@ -14,7 +14,7 @@ from .trackers import log_table
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Experience
+    from ..rollout.experience import Experience
 
 
 class CompletionsTableCallback(PPOCallback):

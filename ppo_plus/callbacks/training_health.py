@@ -12,7 +12,7 @@ from .completions import messages_to_text
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Experience
+    from ..rollout.experience import Experience
 
 
 class TrainingHealthCallback(PPOCallback):

@@ -22,7 +22,7 @@ from .samples import completions_snapshot, token_view
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Experience
+    from ..rollout.experience import Experience
 
 NUM_SNAPSHOTS = 10  # times that the fixed prompts are answered, spread over training, in addition to its end
 MAX_ROLLOUTS = 4  # number of most recent rollouts whose tokens are shown

@@ -17,7 +17,7 @@ from ..config import PPOConfig
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
-    from ..rollout.collector import Experience
+    from ..rollout.experience import Experience
 
 # These limits keep a page below two megabytes for any run and any response length.
 MAX_PROMPTS = 6  # fixed prompts

@@ -96,24 +96,22 @@ class Rollout:
         return self.attention_mask.sum(-1)
 
     def micro_batch(self, rows: Tensor) -> dict[str, Any]:
-        """The micro-batch of these rows, right-aligned; where a row has no response token the numbers per token are 0.
+        """Return the micro-batch of these rows, left-padded; per-token values are 0 where a row has no response token.
 
-        Beside tensors it has `sizes`, a list. A dict because `Trainer` moves dicts to the device (and cannot rebuild a
-        NamedTuple).
+        It is a dict of tensors and the list `seq_lens`, because `Trainer` moves dicts to the device and cannot rebuild
+        a NamedTuple.
         """
-        # `mask` can be one token shorter than the attended response (stop token left out), never longer.
-        aligned, lower = (
-            LeftPaddedLayout.from_attention_mask(self.attention_mask[rows], self.response_length),
-            self.frozen_hidden_states,
-        )
+        # `action_mask` can be one token shorter than the attended response (stop token left out), never longer.
+        layout = LeftPaddedLayout.from_attention_mask(self.attention_mask[rows], self.response_length)
+        states = self.frozen_hidden_states
         per_token = ("action_mask", "logprobs", "ref_logprobs", "values", "value_baselines", "advantages", "returns")
         return {
-            "input_ids": aligned.align_tokens(self.input_ids[rows]),
-            "attention_mask": aligned.align_tokens(self.attention_mask[rows]),
-            **{name: aligned.align_responses(getattr(self, name)[rows]) for name in per_token},
-            "response_mask": aligned.response_mask,
-            "seq_lens": aligned.seq_lens,
-            **({} if lower is None else {"frozen_hidden_states": aligned.align_states(lower[rows])}),
+            "input_ids": layout.align_tokens(self.input_ids[rows]),
+            "attention_mask": layout.align_tokens(self.attention_mask[rows]),
+            **{name: layout.align_responses(getattr(self, name)[rows]) for name in per_token},
+            "response_mask": layout.response_mask,
+            "seq_lens": layout.seq_lens,
+            **({} if states is None else {"frozen_hidden_states": layout.align_states(states[rows])}),
         }
 
     def save(self, path: str | Path) -> None:

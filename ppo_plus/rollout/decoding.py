@@ -1,8 +1,9 @@
-"""Text of sampled token ids, and what of a distribution is sampled from."""
+"""Text of sampled token ids for reward functions, and the logits processor that sampling uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -10,7 +11,76 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper
 
 from ..config import PPOConfig
+from ..data.chat_templates import find_generation_opening, find_opening_ids, is_conversational, merge_template_kwargs
+from ..data.prompts import Row, to_columns
 from ..models.logprobs import top_p_filter
+from ..rewards import Completions
+from ..rewards.completions import message_texts
+
+
+class CompletionDecoder:
+    """Decodes responses to what reward functions receive."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, stop_ids: Sequence[int]) -> None:
+        self.tokenizer, self.args, self.stop_ids = tokenizer, args, stop_ids
+
+    def decode(
+        self, rows: Sequence[Row], tokens: Tensor, response_attention_mask: Tensor, context: dict[str, Any]
+    ) -> tuple[Completions, dict[str, list]]:
+        """Return the completions, and columns that reward functions fill by `log_extra`.
+
+        `tokens` are sampled ids, `(N, R)` int64; the mask selects those of the response, `(N, R)` bool.
+        """
+        ids = [row[keep].tolist() for row, keep in zip(tokens, response_attention_mask, strict=True)]
+        columns, prompt_ids = to_columns(rows), None
+        prompts, skip = columns.pop("prompt", None), self.args.skip_special_tokens
+        if prompts is None:
+            prompt_ids = [row["input_ids"] for row in rows]
+            prompts = self.tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
+        completions = [
+            [{"role": "assistant", "content": decode(self.tokenizer, response, skip)}]
+            if is_conversational(prompt)
+            else decode_completion(self.tokenizer, row["input_ids"], response, skip)
+            for prompt, row, response in zip(prompts, rows, map(self._strip_eos, ids), strict=True)
+        ]
+        extra: dict[str, list] = {}
+
+        def log_extra(name: str, values: Any) -> None:
+            if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(rows):
+                raise ValueError(f"log_extra({name!r}, ...) takes a list with one value for each of {len(rows)} rows.")
+            extra[name] = list(values)
+
+        openings = [self._find_opening(row) for row in rows]
+        opening_ids = [
+            find_opening_ids(row["input_ids"], opening, self.tokenizer)
+            for row, opening in zip(rows, openings, strict=True)
+        ]
+        context = {**context, "log_extra": log_extra}
+        return Completions(prompts, completions, ids, columns, context, prompt_ids, openings, opening_ids), extra
+
+    def encode_prompt_text(self, row: Row) -> list[int]:
+        """Return the token ids of a prompt as a response repeats it: the last message of a conversation, no BOS."""
+        prompt = row.get("prompt")
+        if prompt is None:
+            prompt = self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        text = message_texts(prompt[-1:])[0] if is_conversational(prompt) else prompt
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _strip_eos(self, response: list[int]) -> list[int]:
+        """Drop the EOS that ended a response, where special tokens are kept: a chat template writes its own."""
+        if self.args.skip_special_tokens:
+            return response
+        stop_token_id = self.args.stop_token_id
+        kept = {*stop_token_id} if isinstance(stop_token_id, list | tuple) else {stop_token_id}
+        ends = {*self.stop_ids} - kept | {self.tokenizer.eos_token_id}
+        return response[:-1] if response and response[-1] in ends else response
+
+    def _find_opening(self, row: Row) -> str:
+        prompt = row.get("prompt")
+        if not is_conversational(prompt) or prompt[-1]["role"] == "assistant":  # type: ignore[index]
+            return ""
+        kwargs = merge_template_kwargs(cast(dict, self.args.chat_template_kwargs), row)
+        return find_generation_opening(cast(list, prompt), self.tokenizer, kwargs)
 
 
 def decode_completion(
@@ -27,7 +97,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_toke
 
 
 def build_logits_processor(args: PPOConfig) -> Callable[[Tensor], Tensor] | None:
-    """Top-k, top-p and min-p as one map on logits at the temperature; None where all are off."""
+    """Compose top-k, top-p and min-p into one function of the tempered logits; None if all are off."""
     warpers: list[Any] = []
     if args.top_k:
         warpers.append(TopKLogitsWarper(args.top_k))
@@ -37,10 +107,4 @@ def build_logits_processor(args: PPOConfig) -> Callable[[Tensor], Tensor] | None
         warpers.append(MinPLogitsWarper(args.min_p))
     if not warpers:
         return None
-
-    def logits_processor(logits: Tensor) -> Tensor:
-        for warper in warpers:
-            logits = warper(None, logits)
-        return logits
-
-    return logits_processor
+    return lambda logits: functools.reduce(lambda scores, warper: warper(None, scores), warpers, logits)

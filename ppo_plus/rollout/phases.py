@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 class ProgressReporter:
-    """Counts what a phase has done and reports it, from its begin on.
+    """Counts the rows and tokens that a phase has processed, and reports them from its start on.
 
-    Rows are added when their chunk is through, so a chunk that ran out of memory and starts again counts once.
+    Rows are added when their chunk is complete, so a chunk that ran out of memory and starts again counts once.
     """
 
     def __init__(self, phase: str, total: int, report: Callable[[str, int, int, int], None]) -> None:
@@ -18,18 +18,18 @@ class ProgressReporter:
         self.add(0, 0)
 
     def add(self, rows: int, tokens: int) -> None:
-        """These rows are through, with so many tokens."""
+        """Add complete rows and their tokens."""
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
         self.report(self.phase, self.rows, self.total, self.tokens)
 
-    def decoding(self, rows: int) -> Callable[[int], None]:
-        """For a chunk of rows: what to call at each decode step with the number of rows that are still going."""
+    def decode_step_callback(self, rows: int) -> Callable[[int], None]:
+        """Return a callback for one chunk of rows; each decode step calls it with the number of unfinished rows."""
         sampled = 0
 
-        def step(alive: int) -> None:
+        def step(unfinished: int) -> None:
             nonlocal sampled
-            self.report(self.phase, self.rows + rows - alive, self.total, self.tokens + sampled)
-            sampled += alive
+            self.report(self.phase, self.rows + rows - unfinished, self.total, self.tokens + sampled)
+            sampled += unfinished
 
         return step
 
@@ -42,7 +42,7 @@ class PhaseTimer:
         self._last = time.perf_counter()
 
     def record(self, phase: str) -> None:
-        """Book the time since the last lap to a phase."""
+        """Add the time since the last call to a phase."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now

@@ -1,6 +1,6 @@
-"""What a checkpoint of PPO holds beyond Trainer's, and how a half-written one is never taken for a whole one.
+"""What a checkpoint of PPO holds beyond Trainer's, and how a partially written one is recognized.
 
-A checkpoint is whole once its manifest stands in it: the sizes and hashes of all other files, written aside and
+A checkpoint is whole once it has a manifest: the sizes and hashes of all other files, written to a temporary name and
 renamed after everything else has reached the disk. The checkpoint before is deleted only after that.
 """
 
@@ -29,25 +29,26 @@ from .metrics import Meter
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-# How a system says that a file or folder cannot be flushed: Windows opens no folders and flushes no descriptor that
-# only reads; some network file systems flush no folders. A disk that is full or broken says something else.
+# Error codes of systems that cannot flush: Windows opens no folders and flushes no read-only descriptor; some network
+# file systems flush no folders. A full or broken disk has other codes.
 CANNOT_FLUSH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
-MUTABLE_BETWEEN_ROLLOUTS = ("temperature",)  # of what must be equal, what may change between two rollouts
+MUTABLE_BETWEEN_ROLLOUTS = ("temperature",)  # fingerprint fields that may differ when resuming at a rollout boundary
+STATE_FIELDS = ("kl_coef", "num_tokens", "skipped", "generator", "evaluation_pending")  # of `PPOState`, as JSON
 
 
 @dataclass
 class PPOState:
-    """Where training stands within a rollout.
+    """The state of PPO training that Trainer does not have.
 
     Attributes:
-        kl_coef: KL coefficient of the rollout in use, reward units per nat.
-        rollout: the one that is being learned from; None before the first.
-        num_tokens: prompt and response tokens of all rollouts so far, over all processes.
-        skipped: steps in a row that were skipped for gradients that are not finite.
-        generator: the accelerator's random numbers when it was saved, as `generator_state` returns them.
-        evaluation_pending: whether the evaluation after the last step has not been made to its end.
-        baseline: what rollouts so far say of the next one's returns.
-        meter: measurements since the last log.
+        kl_coef: KL coefficient of the current rollout, reward units per nat.
+        rollout: the current rollout; None before the first.
+        num_tokens: prompt and response tokens of all rollouts so far, over all ranks.
+        skipped: consecutive steps that were skipped because their gradients were not finite.
+        generator: state of the accelerator's generator when it was saved, as `generator_state` returns it.
+        evaluation_pending: whether the evaluation after the last step is not complete.
+        baseline: the regression of returns on prefix scores over the rollouts so far.
+        meter: metrics since the last log.
     """
 
     kl_coef: float
@@ -63,32 +64,22 @@ class PPOState:
 def save_progress(
     directory: str | Path, process_index: int, progress: PPOState, fingerprint: dict[str, Any], inside_rollout: bool
 ) -> None:
-    """Write this process's progress; the rollout only if steps are left that learn from it."""
-    directory = Path(directory)
-    state = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint,
-        "kl_coef": progress.kl_coef,
-        "num_tokens": progress.num_tokens,
-        "skipped": progress.skipped,
-        "generator": progress.generator,
-        "evaluation_pending": progress.evaluation_pending,
-        "baseline": asdict(progress.baseline),
-        "meter": progress.meter.state_dict(),
-    }
-    _state_file(directory, process_index).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    """Write this rank's state; the rollout only if steps are left that learn from it."""
+    state = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "meter": progress.meter.state_dict()}
+    state |= {name: getattr(progress, name) for name in STATE_FIELDS} | {"baseline": asdict(progress.baseline)}
+    state_file, rollout_file = _state_files(directory, process_index)
+    state_file.write_text(json.dumps(state, indent=2), encoding="utf-8")
     if inside_rollout and progress.rollout is not None:
-        progress.rollout.save(_rollout_file(directory, process_index))
+        progress.rollout.save(rollout_file)
 
 
 def load_progress(directory: str | Path, process_index: int, fingerprint: dict[str, Any]) -> PPOState:
     """Read what `save_progress` wrote.
 
     Raises:
-        ValueError: there is nothing to resume from, or its steps meant something else than they would here.
+        ValueError: there is nothing to resume from, or the fingerprints differ.
     """
-    directory = Path(directory)
-    file = _state_file(directory, process_index)
+    file, rollout_file = _state_files(directory, process_index)
     if not file.is_file():
         raise ValueError(
             f"{directory} has no {file.name}, so training cannot resume from it: it was saved with save_only_model, "
@@ -104,30 +95,25 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
     differing = [
         f"{name} {saved.get(name)} there, {value} here"
         for name, value in fingerprint.items()
-        if saved.get(name) != value
-        and (name not in MUTABLE_BETWEEN_ROLLOUTS or _rollout_file(directory, process_index).is_file())
+        if saved.get(name) != value and (name not in MUTABLE_BETWEEN_ROLLOUTS or rollout_file.is_file())
     ]
     if differing:
         raise ValueError(
             f"{directory} cannot be resumed with these arguments: {'; '.join(differing)}. Use the checkpoint's "
             "values, or start a new run from its adapter."
         )
-    progress = PPOState(kl_coef=state["kl_coef"], num_tokens=state["num_tokens"], skipped=state["skipped"])
-    progress.generator = state.get("generator")
-    progress.evaluation_pending = state.get("evaluation_pending", False)
-    progress.baseline = RewardBaseline(**state.get("baseline", {}))
+    progress = PPOState(**{name: state[name] for name in STATE_FIELDS}, baseline=RewardBaseline(**state["baseline"]))
     progress.meter.load_state_dict(state["meter"])
-    if _rollout_file(directory, process_index).is_file():
-        progress.rollout = Rollout.load(_rollout_file(directory, process_index))
+    progress.rollout = Rollout.load(rollout_file) if rollout_file.is_file() else None
     return progress
 
 
 def weights_digest(models: Iterable[nn.Module]) -> str:
-    """A name for frozen weights, equal for equal models in any precision that holds their numbers.
+    """Return a hash of frozen weights, equal for equal models in any precision that represents them.
 
-    A few numbers of each tensor do: two models that differ in training or version differ in nearly all. Adapters
-    are left out, and so is what is packed (bitsandbytes' 4 bits, torchao's tensors of several tensors), which is not
-    stored the same way everywhere.
+    A few numbers of each tensor suffice, because models that differ in training or version differ in nearly all.
+    Adapters are left out, and so are packed tensors (bitsandbytes' 4 bits, torchao's tensor subclasses), whose storage
+    differs between machines.
     """
     digest = hashlib.sha256()
     for model in models:
@@ -138,45 +124,35 @@ def weights_digest(models: Iterable[nn.Module]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _state_file(directory: Path, process_index: int) -> Path:
-    return directory / f"ppo_state_{process_index}.json"
-
-
-def _rollout_file(directory: Path, process_index: int) -> Path:
-    return directory / f"rollout_{process_index}.safetensors"
+def _state_files(directory: str | Path, process_index: int) -> tuple[Path, Path]:
+    folder = Path(directory)
+    return folder / f"ppo_state_{process_index}.json", folder / f"rollout_{process_index}.safetensors"
 
 
 def write_atomically(
-    directory: str | Path, steps: Sequence[Callable[[], None]], on_error: str, agree: Callable[[bool], bool]
+    directory: str | Path, steps: Sequence[Callable[[], None]], on_error: str, any_rank_failed: Callable[[bool], bool]
 ) -> bool:
-    """Write a checkpoint, or leave nothing of it behind: what is half written also fills the disk.
+    """Write a checkpoint, or remove it, because a partial one also fills the disk; return whether it was written.
 
-    Args:
-        directory: of the checkpoint.
-        steps: what writes it; all processes are through with one before the next begins.
-        on_error: "raise", or "skip" to warn and go on without it.
-        agree: whether a step failed on any process, given whether it failed on this one.
-
-    Returns:
-        whether the checkpoint is there.
+    All ranks complete one of `steps` before the next begins; `any_rank_failed` reduces whether one failed over ranks.
 
     Raises:
-        OSError: a file could not be written, and `on_error` is "raise".
+        OSError: a file could not be written, and `on_error` is "raise"; "skip" warns and continues without it.
     """
     directory = Path(directory)
     for step in steps:
         error: Exception | None = None
         try:
             step()
-        except (OSError, RuntimeError, SafetensorError) as failure:  # as Python, torch and safetensors say it
+        except (OSError, RuntimeError, SafetensorError) as failure:  # of Python, torch and safetensors
             error = failure
-        if not agree(error is not None):
+        if not any_rank_failed(error is not None):
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        what = _write_error_message(directory, error)
+        message = _write_error_message(directory, error)
         if on_error == "raise":
-            raise OSError(f"{what} Free some space, or set save_total_limit or on_save_error='skip'.") from error
-        warnings.warn(f"{what} Training goes on without it.", stacklevel=3)
+            raise OSError(f"{message} Free some space, or set save_total_limit or on_save_error='skip'.") from error
+        warnings.warn(f"{message} Training goes on without it.", stacklevel=4)
         return False
     return True
 
@@ -194,25 +170,25 @@ def _write_error_message(directory: Path, error: Exception | None) -> str:
 
 
 def write_manifest(directory: str | Path) -> None:
-    """Flush a checkpoint's files to the disk, then write its manifest; from then on it is whole."""
+    """Flush a checkpoint's files to the disk, then write its manifest, which completes it."""
     directory = Path(directory)
-    aside = directory / f".{MANIFEST}"
-    others = [p for p in sorted(directory.rglob("*")) if p.is_file() and p not in (directory / MANIFEST, aside)]
-    files = {path.relative_to(directory).as_posix(): _describe(path, flush=True) for path in others}
-    aside.write_text(json.dumps(files, indent=1), encoding="utf-8")
-    _flush(aside)
-    aside.replace(directory / MANIFEST)
-    _flush(directory)
-    _flush(directory.parent)
+    tmp_path = directory / f".{MANIFEST}"
+    paths = [p for p in sorted(directory.rglob("*")) if p.is_file() and p not in (directory / MANIFEST, tmp_path)]
+    files = {path.relative_to(directory).as_posix(): _size_and_sha256(path, flush=True) for path in paths}
+    tmp_path.write_text(json.dumps(files, indent=1), encoding="utf-8")
+    _fsync(tmp_path)
+    tmp_path.replace(directory / MANIFEST)
+    _fsync(directory)
+    _fsync(directory.parent)
 
 
 def integrity_error(directory: str | Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole."""
+    """Return why a checkpoint is not whole; None if it is."""
     directory = Path(directory)
     try:
         manifest = read_json_object(directory / MANIFEST)
         for name, expected in manifest.items():
-            if _describe(directory / name) != expected:
+            if _size_and_sha256(directory / name) != expected:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         name = Path(error.filename).name
@@ -223,7 +199,7 @@ def integrity_error(directory: str | Path) -> str | None:
 
 
 def check_checkpoint(directory: str) -> None:
-    """Refuse to resume from what is no whole checkpoint."""
+    """Refuse to resume from a folder that is not a whole checkpoint."""
     if not Path(directory).is_dir():
         raise ValueError(f"resume_from_checkpoint={directory!r}: there is no such folder.")
     if newest := find_last_valid_checkpoint(directory):
@@ -231,52 +207,52 @@ def check_checkpoint(directory: str) -> None:
             f"resume_from_checkpoint={directory!r} holds checkpoints and is none. Pass the newest whole one, {newest}, "
             "or True with this output_dir."
         )
-    if found := integrity_error(directory):
-        raise ValueError(f"{directory} cannot be resumed: {found}. Use the checkpoint before it.")
+    if error := integrity_error(directory):
+        raise ValueError(f"{directory} cannot be resumed: {error}. Use the checkpoint before it.")
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder with their steps, the first one first; whatever has another name is none."""
+    """Return the checkpoints in a folder with their steps, in ascending order; folders of other names are ignored."""
     named = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(output_dir).glob("*")]
     return sorted((int(name[1]), path) for name, path in named if name and path.is_dir())
 
 
 def find_last_valid_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a run that is whole, by its step; damaged newer ones are named in a warning."""
+    """Return the whole checkpoint with the highest step; warn of damaged newer ones."""
     for _, directory in reversed(checkpoints(output_dir)):
-        found = integrity_error(directory)
-        if found is None:
+        error = integrity_error(directory)
+        if error is None:
             return str(directory)
-        warnings.warn(f"{directory} is skipped: {found}. The checkpoint before it is used.", stacklevel=2)
+        warnings.warn(f"{directory} is skipped: {error}. The checkpoint before it is used.", stacklevel=2)
     return None
 
 
 def stale_checkpoints(output_dir: str | Path, step: int) -> list[Path]:
-    """Whole checkpoints of later steps than that: of another run, which had this folder before."""
+    """Return whole checkpoints of later steps, which another run left in this folder."""
     return [path for at, path in checkpoints(output_dir) if at > step and integrity_error(path) is None]
 
 
 def rotate(newest: Path, step: int, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beside the one just written, and keep `limit`, that one and the best among them.
+    """Delete the oldest checkpoints, and keep `limit` of them, with the newest and the best.
 
-    Those of later steps are another run's: they are left alone, and push out none of this one's.
+    Checkpoints of later steps belong to another run: they are neither deleted nor counted.
     """
-    own = [path for at, path in checkpoints(newest.parent) if at <= step]
+    of_this_run = [path for at, path in checkpoints(newest.parent) if at <= step]
     kept = {newest} | ({Path(best)} if best else set())
-    surplus = len(own) - max(limit, len(kept)) if limit else 0
-    for directory in [path for path in own if path not in kept][: max(surplus, 0)]:
+    surplus = len(of_this_run) - max(limit, len(kept)) if limit else 0
+    for directory in [path for path in of_this_run if path not in kept][: max(surplus, 0)]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _describe(path: Path, flush: bool = False) -> list:
+def _size_and_sha256(path: Path, flush: bool = False) -> list:
     if flush:
-        _flush(path)
+        _fsync(path)
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _flush(path: Path) -> None:
-    """Write a file, or the names in a folder, from the system's cache to the disk, where the system can do that."""
+def _fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk, where the system supports it."""
     descriptor = None
     try:
         # Windows flushes only what is open for writing.

@@ -1,4 +1,4 @@
-"""What goes to the Hub, and when. Trainer's way of pushing, with everything that belongs to the model and no secret."""
+"""Uploads to the Hub: as Trainer's, but with all files of the model and without secrets."""
 
 from __future__ import annotations
 
@@ -6,88 +6,64 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, hf_api
 
 ARGUMENTS_FILE = "training_args.json"
-REPORT_FILES = ("report.html", "report_comparison.html")  # of `report/`: they show prompts and answers
+REPORT_FILES = ("report.html", "report_comparison.html")  # of `report/`: they contain prompts and completions
 
 
-class HubMixin:
-    """Pushing during training and after it, for a `Trainer`."""
-
-    args: Any
-    accelerator: Any
-    state: Any
-    control: Any
-    callback_handler: Any
-    model: Any
-    hub_model_id: str | None
-    push_in_progress: PushInProgress | None
+class HubMixin(Trainer):
+    """Overrides Trainer's two push hooks; a mixin, because `PPOTrainer` and `RewardTrainer` share it."""
 
     def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload the model, its tokenizer and its card, as Trainer does; the report only with `push_report`.
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
+        revision: str | None = None, private: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Upload the model, its tokenizer and its card; the report only with `push_report`.
 
-        Trainer's own method uploads every file of `output_dir`, and takes no pattern of files to leave out.
-
-        Args:
-            commit_message: of the upload.
-            blocking: wait until it is done.
-            token: in place of `hub_token`.
-            revision: in place of `hub_revision`.
-            private: as Trainer takes it.
-            kwargs: of `create_model_card`.
+        Arguments are those of `Trainer.push_to_hub`, which uploads every file of `output_dir` and accepts no pattern of
+        files to leave out.
         """
-        trainer: Any = self
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:  # push_to_hub=False in the arguments
-            trainer.init_hf_repo(token=token, private=private)
-        trainer.save_model(_internal_call=True)
-        if not trainer.is_world_process_zero():
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
             return None
-        named = self.args.hub_model_id or Path(self.args.output_dir).name
-        kwargs.setdefault("model_name", named.split("/")[-1])
+        name = self.args.hub_model_id or Path(self.args.output_dir).name
+        kwargs.setdefault("model_name", name.split("/")[-1])
         tags = kwargs.get("tags") or []
-        kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *self._model_tags()]))
-        trainer.create_model_card(**kwargs)
-        trainer._finish_current_push()
+        model_tags = getattr(self.model, "model_tags", None) or []
+        kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *model_tags]))
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
         options = {"token": token, "run_as_future": not blocking, **self._ignored_files()}
         if revision is not None:
             options["revision"] = revision
         return self._upload(self.args.output_dir, commit_message, **options)
 
-    def _model_tags(self) -> list[str]:
-        return getattr(self.model, "model_tags", None) or []
-
     def _ignored_files(self) -> dict[str, list[str]]:
-        """The pattern option of an upload of `output_dir`: Trainer's patterns, and the report's files."""
+        """Return the option of an upload that leaves out Trainer's patterns and the report's files."""
         report = () if getattr(self.args, "push_report", False) else REPORT_FILES
         return {"ignore_patterns": ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *report]}
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer would copy the files whose names it knows (no value head), and pickle the arguments with the token.
-        args: Any = self.args
-        self.accelerator.wait_for_everyone()  # every process has written its share of the checkpoint
+        args = self.args
+        self.accelerator.wait_for_everyone()  # every rank has written its part of the checkpoint
         if not self.accelerator.is_main_process or args.hub_strategy == HubStrategy.END:
             return
         if args.save_total_limit is not None:
-            self._finish_current_push()  # type: ignore[attr-defined]  # its folder may be deleted next
+            self._finish_current_push()  # its folder may be deleted next
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._save(args.output_dir)  # type: ignore[attr-defined]
-        self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])  # type: ignore[attr-defined]
+        self._save(args.output_dir)
+        self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._upload(args.output_dir, message, **self._ignored_files())]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -100,21 +76,19 @@ class HubMixin:
             self.push_in_progress = PushInProgress(jobs)
 
     def _upload(self, folder: str, message: str | None, **options: Any) -> Any:
-        usual = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
-        return hf_api().upload_folder(
-            repo_id=self.hub_model_id, folder_path=folder, commit_message=message, **{**usual, **options}
-        )
+        options = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True, **options}
+        return hf_api().upload_folder(repo_id=self.hub_model_id, folder_path=folder, commit_message=message, **options)
 
 
 def save_training_args_json(args: TrainingArguments, directory: str | Path) -> None:
-    """Write the arguments as JSON, readable and without tokens."""
+    """Write the arguments as JSON without tokens."""
     values = args.to_sanitized_dict() | {k: v for k, v in args.to_dict().items() if isinstance(v, dict)}
     text = json.dumps(redact_tokens(values), indent=2, default=str)
     (Path(directory) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
 
 
 def redact_tokens(values: Any) -> Any:
-    """A copy in which whatever is named `token`, or ends in it, is blanked (`stop_token` excepted: it is a word)."""
+    """Return a copy without the values of keys that end in `token`; `stop_token` stays, because it is a word."""
     if not isinstance(values, dict):
         return values
     secret = {key for key in values if isinstance(key, str) and key.lower().endswith("token") and key != "stop_token"}

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..callbacks.base import PPOCallback
 from ..config import PPOConfig, check_no_sharding
+from ..data.prompts import column_names
 from ..kernels.liger import check_liger, check_liger_model
 from ..models.adapter_checks import check_no_adapter, check_preserves_base, check_reward_adapter, check_trained_tokens
 from ..models.adapter_files import resolve_adapter_path
@@ -26,19 +27,6 @@ from ..rewards.adapters import check_same_base
 from ..rewards.build import check_signature, normalize_rewards
 from ..rewards.checks import check_reward_module, check_reward_task, load_reward_tokenizers
 from ..rewards.reward_set import check_weights
-
-RESERVED_METRICS = (
-    "reward",
-    "reward_std",
-    "kl",
-    "entropy",
-    "num_tokens",
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "win_rate",
-)
-RESERVED_PREFIXES = ("rewards/", "completions/", "ppo/", "clip_ratio/", "critic/", "rollout/", "time/")
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
@@ -74,8 +62,8 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     check_output_dir(cast(str, args.output_dir))
 
 
-def check_optimizers(optimizers: tuple) -> None:
-    """Refuse an optimizer that cannot hold what is trained."""
+def check_options(args: PPOConfig, optimizers: tuple, callbacks: Any, data_collator: Any) -> None:
+    """Refuse an optimizer that cannot hold what is trained, and callbacks that could not work with these arguments."""
     given = [type(each).__name__ for each in optimizers if each is not None]
     if given:
         raise ValueError(
@@ -83,6 +71,11 @@ def check_optimizers(optimizers: tuple) -> None:
             "them. Leave the argument out: set optim, learning_rate, value_head_learning_rate and lr_scheduler_type in "
             "PPOConfig, or trainer.optimizer once the trainer is made."
         )
+    for callback in callbacks or []:
+        if isinstance(callback, PPOCallback):
+            callback.check_arguments(args)
+    if data_collator is not None:
+        warnings.warn("data_collator is not used: a rollout pads its prompts itself. Leave it out.", stacklevel=3)
 
 
 def check_dataset(name: str, dataset: Any, allow_streaming: bool) -> None:
@@ -160,11 +153,8 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
         named = not isinstance(model, nn.Module)
         init_kwargs = cast(dict, args.model_init_kwargs or {})
         check_liger_model(load_config(base_name(model), init_kwargs) if named else model.config)
-    folders = map(
-        resolve_adapter_path,
-        [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model],
-    )
-    adapters = [folder for folder in folders if folder is not None]
+    sources = [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]
+    adapters = [folder for folder in map(resolve_adapter_path, sources) if folder is not None]
     if adapters:
         init_kwargs = cast(dict, args.model_init_kwargs or {})
         config, samples = actors_base(model, init_kwargs)
@@ -209,12 +199,7 @@ def check_precision(args: PPOConfig, model: Any, peft_config: PeftConfig | None)
     """Refuse or warn of a dtype in `model_init_kwargs` in which a model cannot well be trained in full."""
     options = cast(dict, args.model_init_kwargs or {})
     dtype = options.get("dtype", options.get("torch_dtype"))
-    if (
-        dtype is None
-        or peft_config is not None
-        or not isinstance(model, str)
-        or resolve_adapter_path(model) is not None
-    ):
+    if dtype is None or peft_config is not None or not isinstance(model, str) or resolve_adapter_path(model):
         return
     dtype = load_config(model, options).dtype if dtype == "auto" else dtype
     check_trained_dtype(dtype, args.fp16, args.learning_rate)
@@ -257,19 +242,9 @@ def check_same_peft_type(folder: Path, actors: PeftConfig | None) -> None:
         )
 
 
-def check_metric_name(name: str) -> None:
-    """Refuse to log something else under the name of a metric of the trainer's own."""
-    if name in RESERVED_METRICS or name.startswith(RESERVED_PREFIXES):
-        raise ValueError(f"log_metric({name!r}, ...): that is a metric of PPOTrainer's own. Choose another name.")
-
-
-def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, columns: dict[str, list[str]]) -> list:
-    """Refuse rewards that could not be called with the columns of a dataset, models that could not score, and lists of
-    unequal length.
-
-    Returns:
-        the tokenizers of reward models, as `load_reward_tokenizers` has them.
-    """
+def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, datasets: dict[str, Any]) -> list:
+    """Refuse rewards that could not be called with the columns of a dataset; return the tokenizers of reward models."""
+    columns = {name: column_names(dataset) for name, dataset in datasets.items()}
     funcs, _ = normalize_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
     if args.prefix_reward_baseline and not any(map(resolve_adapter_path, funcs)):
@@ -299,13 +274,7 @@ def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, evaluates: bool) -> None:
-    """Warn of options that leave no trace in this run.
-
-    Args:
-        args: of the run.
-        train_dataset: its prompts.
-        evaluates: whether there are prompts to evaluate on.
-    """
+    """Warn of options that leave no trace in this run, which evaluates or not."""
     steps = args.requested_max_steps
     if steps <= 0:
         rollouts = len(train_dataset) // (args.rollout_batch_size * args.world_size)
@@ -322,13 +291,6 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
             "call evaluate(prompts).",
             stacklevel=4,
         )
-
-
-def check_callbacks(args: PPOConfig, callbacks: Any) -> None:
-    """Refuse callbacks that could not work with these arguments."""
-    for callback in callbacks or []:
-        if isinstance(callback, PPOCallback):
-            callback.check_arguments(args)
 
 
 def check_enough_prompts(args: PPOConfig, dataset: Dataset | IterableDataset) -> None:

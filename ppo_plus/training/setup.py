@@ -1,0 +1,111 @@
+"""What `PPOTrainer` does before `Trainer.__init__`: check, tokenize and load, cheap steps before expensive ones."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..config import PPOConfig
+from ..data.padding import pad_id
+from ..data.prompts import tokenize_datasets, validate_prompts
+from ..data.seeding import derive_seed, isolated_rng
+from ..data.tokenizers import check_embedded, check_tokenizer
+from ..integrations.trl_legacy import rename_adapters
+from ..models.actor_critic import ActorCritic
+from ..models.loading import (
+    build_actor_critic,
+    count_embeddings,
+    load_policy,
+    load_tokenizer,
+    quantization_in_fp16,
+    resolve_critic,
+    runs_in_fp16,
+    warn_of_bf16,
+)
+from ..rewards.checks import check_templates
+from .validation import check_effects, check_enough_prompts, check_stop_token
+
+
+def prepare_tokenizer(
+    args: PPOConfig, model: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """Return the given tokenizer or the one saved with the model, with a padding token."""
+    trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
+    tokenizer = tokenizer or load_tokenizer(model, trusted)
+    if getattr(tokenizer, "pad_token_id", 0) is None:
+        tokenizer = copy.deepcopy(tokenizer)  # gets a padding token; the user's own stays unchanged
+    check_tokenizer(tokenizer)
+    check_stop_token(args, tokenizer)
+    return tokenizer
+
+
+def prepare_datasets(
+    args: PPOConfig, datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rewards: Any, reward_tokenizers: list
+) -> dict[str, Any]:
+    """Tokenize the prompts by name of their dataset, and check what depends on them."""
+    datasets = tokenize_datasets(datasets, tokenizer, **args.tokenize_kwargs)
+    check_enough_prompts(args, datasets["train_dataset"])
+    check_templates(rewards, reward_tokenizers, tokenizer, datasets, cast(dict, args.chat_template_kwargs or {}))
+    check_effects(args, datasets["train_dataset"], evaluates=len(datasets) > 1)
+    return datasets
+
+
+def tokenize_and_validate(
+    dataset: Any, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: ActorCritic
+) -> Any:
+    """Tokenize and validate prompts that are passed after the trainer was made."""
+    dataset = tokenize_datasets({name: dataset}, tokenizer, **args.tokenize_kwargs)[name]
+    return validate_prompts(dataset, args.response_length, model.context, model.num_embeddings, name)
+
+
+def load_actor_critic(
+    args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: Any, peft_config: Any, quantization_config: Any,
+    ref_model: Any, value_model: Any, reward_funcs: Any,
+) -> tuple[ActorCritic, PreTrainedTokenizerBase]:  # fmt: skip
+    """Load policy, critic and reference; return them with a tokenizer whose padding token is embedded."""
+    if (embedded := count_embeddings(model, cast(dict, args.model_init_kwargs or {}))) is not None:
+        tokenizer = with_embedded_padding(tokenizer, embedded)
+    critic = resolve_critic(args, value_model, reward_funcs)
+    policy = load_policy_from_args(model, args, quantization_config, peft_config)
+    actor_critic = build_actor_critic(policy, critic=critic, ref_model=ref_model, disable_dropout=args.disable_dropout)
+    return actor_critic, with_embedded_padding(tokenizer, actor_critic.num_embeddings)
+
+
+def load_policy_from_args(model: Any, args: PPOConfig, quantization_config: Any, peft_config: Any) -> Any:
+    """Load the policy; a new adapter is initialized from the seed of the run alone."""
+    fp16 = runs_in_fp16(args)
+    options = {
+        "peft_config": peft_config,
+        "quantization_config": quantization_in_fp16(quantization_config) if fp16 else quantization_config,
+        "model_init_kwargs": args.model_init_kwargs,
+        # 4-bit layers return their compute dtype, and bf16 must not be mixed with fp16.
+        "frozen_dtype": torch.float16 if fp16 else "auto",
+    }
+    with isolated_rng(derive_seed(args.seed, "adapter")):
+        policy = load_policy(rename_adapters(model, args.model_adapter_name, args.ref_adapter_name), **options)
+    if fp16:
+        warn_of_bf16(policy)
+    return policy
+
+
+def with_embedded_padding(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, or a copy that pads with EOS where the model does not embed its padding token."""
+    if pad_id(tokenizer) >= num_embeddings:
+        tokenizer = copy.deepcopy(tokenizer)  # the user's own stays unchanged
+    check_embedded(tokenizer, num_embeddings)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def override_max_steps(args: PPOConfig) -> Iterator[None]:
+    """Temporarily set `max_steps` from `total_episodes`; restored on exit so that the args can be reused."""
+    max_steps, args.max_steps = args.max_steps, args.requested_max_steps
+    try:
+        yield
+    finally:
+        args.max_steps = max_steps
