@@ -589,10 +589,10 @@ CASES = {
         "reward_processing_classes has 2 entries for 1 reward functions", reward_processing_classes=[None, None]
     ),
     "a reward function without keywords": before_weights(
-        r"reward function 'without_keywords' .*end its signature in \*\*kwargs", reward_funcs=without_keywords
+        r"reward function 'without_keywords' .*end its signature with \*\*kwargs", reward_funcs=without_keywords
     ),
     "a reward function that wants a missing column": before_weights(
-        "reward function 'with_a_missing_column' .*answer.*train_dataset has", reward_funcs=with_a_missing_column
+        "reward function 'with_a_missing_column' .*answer.*columns of train_dataset", reward_funcs=with_a_missing_column
     ),
     "a reward model of two labels": with_model(
         "has num_labels=2; a reward model needs num_labels=1", reward_funcs=lambda: sentiment_head(num_labels=2)
