@@ -71,22 +71,7 @@ def tokenize_prompts(
     def encode(row: Row, index: int) -> Row:
         where = f"{name}[{index}]"
         changed = {column: drop_null_keys(row[column]) for column in structs if column in row}
-        row = {**row, **changed}
-        if "prompt" in row:
-            prompt, conversational = row["prompt"], is_conversational(row["prompt"])
-            kwargs = merge_template_kwargs(chat_template_kwargs, row, where) if conversational else {}
-            ids = encode_prompt(prompt, tokenizer, kwargs, where)
-            warn_of_prompt(prompt, where, tokenizer, kwargs, warn)
-        else:
-            ids = _validate_input_ids(row, tokenizer, where)
-            if [tokenizer.bos_token_id] * 2 == ids[:2]:
-                warn(
-                    "BOS", f"{where} begins with two BOS tokens: tokenize rendered text with add_special_tokens=False."
-                )
-        if not ids:
-            raise ValueError(
-                f"{where} has no tokens: the tokenizer removes every character. Remove such rows with dataset.filter."
-            )
+        ids = _encode_row({**row, **changed}, tokenizer, chat_template_kwargs, where, warn)
         return {**changed, "input_ids": _truncate_prompt(ids, max_prompt_length, tokenizer.bos_token_id)}
 
     if isinstance(dataset, IterableDataset):
@@ -95,6 +80,26 @@ def tokenize_prompts(
     return dataset.map(
         encode, with_indices=True, features=features, desc=f"Tokenizing {name}", load_from_cache_file=False
     )
+
+
+def _encode_row(
+    row: Row, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None, where: str, warn: WarnOnce
+) -> list[int]:
+    """Return the token ids of a row's prompt, or its own `input_ids`; raise a ValueError if there are none."""
+    if "prompt" in row:
+        prompt, conversational = row["prompt"], is_conversational(row["prompt"])
+        kwargs = merge_template_kwargs(template_kwargs, row, where) if conversational else {}
+        ids = encode_prompt(prompt, tokenizer, kwargs, where)
+        warn_of_prompt(prompt, where, tokenizer, kwargs, warn)
+    else:
+        ids = _validate_input_ids(row, tokenizer, where)
+        if [tokenizer.bos_token_id] * 2 == ids[:2]:
+            warn("BOS", f"{where} begins with two BOS tokens: tokenize rendered text with add_special_tokens=False.")
+    if not ids:
+        raise ValueError(
+            f"{where} has no tokens: the tokenizer removes every character. Remove such rows with dataset.filter."
+        )
+    return ids
 
 
 class WarnOnce:

@@ -109,20 +109,8 @@ def read_value_head(directory: Path) -> dict[str, Tensor]:
     )
 
 
-def export_with_value_head(
-    model: ActorCritic, directory: str | Path, format: Literal["trl", "llama_factory"] = "trl"
-) -> None:
-    """Save policy and value head in the format of older TRL versions or LLaMA-Factory.
-
-    Args:
-        model: `trainer.model`, with `value_head="linear"`.
-        directory: output folder.
-        format: "trl" for `AutoModelForCausalLMWithValueHead.from_pretrained`, with `v_head.*` in `model.safetensors`
-            for a full model, or in `pytorch_model.bin` next to an adapter; "llama_factory" with `v_head.*` in
-            `value_head.safetensors`.
-    """
-    if format not in ("trl", "llama_factory"):
-        raise ValueError(f"format={format!r} is not supported; choose 'trl' or 'llama_factory'.")
+def _collect_head(model: ActorCritic) -> dict[str, Tensor]:
+    """Return the value head under the names of `v_head.*`, or refuse one that these cannot store."""
     if model.critic not in ("shared", "detached"):
         raise ValueError(
             f"critic={model.critic!r} cannot be saved as v_head.*, whose input is the actor's hidden states. Train "
@@ -140,7 +128,24 @@ def export_with_value_head(
         raise ValueError(
             "value_head='mlp' cannot be saved as v_head.*, which is linear. Train with value_head='linear'."
         )
-    head = {key: state[name].detach().cpu().contiguous() for key, name in VALUE_HEAD_KEYS.items()}
+    return {key: state[name].detach().cpu().contiguous() for key, name in VALUE_HEAD_KEYS.items()}
+
+
+def export_with_value_head(
+    model: ActorCritic, directory: str | Path, format: Literal["trl", "llama_factory"] = "trl"
+) -> None:
+    """Save policy and value head in the format of older TRL versions or LLaMA-Factory.
+
+    Args:
+        model: `trainer.model`, with `value_head="linear"`.
+        directory: output folder.
+        format: "trl" for `AutoModelForCausalLMWithValueHead.from_pretrained`, with `v_head.*` in `model.safetensors`
+            for a full model, or in `pytorch_model.bin` next to an adapter; "llama_factory" with `v_head.*` in
+            `value_head.safetensors`.
+    """
+    if format not in ("trl", "llama_factory"):
+        raise ValueError(f"format={format!r} is not supported; choose 'trl' or 'llama_factory'.")
+    head = _collect_head(model)
     directory = Path(directory)
     model.save_pretrained(directory)
     head_file = directory / "value_head.safetensors"
