@@ -360,9 +360,9 @@ CASES = {
     "modules for GaLore": config(
         "optim_target_modules=.* is not supported: GaLore and APOLLO", optim_target_modules=["q_proj"]
     ),
-    "an optimizer inside the backward pass": config("optim=.*lomo.* is not supported: it moves weights", optim="lomo"),
+    "an optimizer inside the backward pass": config("optim=.*lomo.* is not supported", optim="lomo"),
     "the loss as the best metric": config(
-        "metric_for_best_model must be a metric of evaluations .'eval_reward'.*no loss; got 'eval_loss'",
+        "metric_for_best_model must be .*'eval_reward'.*; got 'eval_loss'",
         lr_scheduler_type="reduce_lr_on_plateau",
         eval_strategy="steps",
         eval_steps=1,
@@ -875,7 +875,8 @@ def test_text_of_every_kind_reaches_the_model_and_the_reward_as_it_is(as_message
         tmp_path, config=config, model=make_model(vocab_size=len(tokenizer)), processing_class=tokenizer,
         reward_funcs=score, train_dataset=Dataset.from_dict({"prompt": rows}),
     )  # fmt: skip
-    assert sorted(map(as_text, given)) == sorted(texts)
+    of_trivial_answers = 2 * 4  # an empty answer and the repeated prompt, to the first four prompts
+    assert sorted(map(as_text, given[of_trivial_answers:])) == sorted(texts)
     for row, text in zip(trainer.train_dataset["input_ids"], texts, strict=True):
         wrapped = f"<|user|>{text}<eos><|assistant|>" if as_messages else text
         assert tokenizer.decode(row) == wrapped
