@@ -365,7 +365,7 @@ class Sweep:
             response_mask=self.asked,
             seq_lens=lengths_of(self.answers),
         ).logprobs
-        packs = actor.language_model in actor._packable_models
+        packs = actor.language_model in actor.runner.packable_models
         return verdict(off(found, self.expected), right="yes" if packs else "slow: padded passes")
 
     @torch.no_grad()

@@ -24,7 +24,8 @@ from measuring import report
 from transformers import AutoModelForCausalLM
 
 from ppo_plus.models.actor_critic import ActorCritic
-from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
+from ppo_plus.models.critic import CriticSpec
+from ppo_plus.models.loading import build_actor_critic, load_policy
 from ppo_plus.models.logprobs import chunked_logprobs, logits_function
 
 
@@ -47,7 +48,7 @@ def actor_with_reward(model: str, dtype: str) -> tuple[ActorCritic, torch.Tensor
 @torch.no_grad()
 def separate(actor: ActorCritic, head: torch.nn.Linear, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     output = actor(ids, mask, RESPONSE, with_entropy=True)
-    with actor.reference():
+    with actor.role("reference"):
         reference = actor(ids, mask, RESPONSE, with_values=False).logprobs
     scores = actor.reward_scores("reward", head, ids, mask)
     return [output.logprobs, output.values, output.entropy, reference, scores]
@@ -58,7 +59,7 @@ def mixed(actor: ActorCritic, head: torch.nn.Linear, ids: torch.Tensor, mask: to
     rows = len(ids)
     names = ["default"] * rows + ["__base__"] * rows + ["reward"] * rows
     with actor.policy.base_model._enable_peft_forward_hooks(adapter_names=names):
-        hidden = actor._hidden_states(ids.repeat(3, 1), mask.repeat(3, 1)).last_hidden_state
+        hidden = actor.runner.run(actor.language_model, ids.repeat(3, 1), mask.repeat(3, 1)).last_hidden_state
     actors, references, rewards = hidden.split(rows)
     targets, before = ids[:, -RESPONSE:], slice(-RESPONSE - 1, -1)
     logits = logits_function(actor.language_model)

@@ -56,7 +56,7 @@ class Passes:
             model.language_model.base_model(input_ids=ids, use_cache=False)
             self.lower = model.frozen_hidden_states(ids, mask) if model.num_cached_layers else None
             model(ids, mask, RESPONSE, with_entropy=True, frozen_hidden_states=self.lower)
-            with model.reference():
+            with model.role("reference"):
                 model(ids, mask, RESPONSE, with_values=False, frozen_hidden_states=self.lower)
 
     def learn(self) -> None:

@@ -31,8 +31,7 @@ from .data.preferences import tokenize_pairs
 from .data.tokenizers import check_embedded
 from .kernels.fp32_heads import compute_heads_in_fp32
 from .kernels.liger import LigerMixin, apply_liger, check_liger, check_liger_model
-from .kernels.lora import patch_lora_forward
-from .kernels.rmsnorm import patch_rmsnorm
+from .kernels.switch import kernels_enabled, replace_forwards
 from .models.adapter_checks import check_no_adapter, check_preserves_base
 from .models.adapter_files import HEADS, REWARD_FILE
 from .models.adapters import train_adapter
@@ -119,9 +118,10 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         clone_mmapped_tensors(self.model)
         if runs_in_fp16(self.args):
             warn_of_bf16(self.model)
-        patch_lora_forward(self.model)
-        patch_rmsnorm(self.model)
-        compute_heads_in_fp32(self.model)
+        enabled = kernels_enabled(self.args.use_ppo_plus_kernels)
+        replace_forwards(self.model, enabled)
+        if enabled:
+            compute_heads_in_fp32(self.model)
         if self.args.use_liger_kernel:
             apply_liger([self.model], self.args)
 

@@ -110,7 +110,7 @@ def test_on_a_cpu_in_half_precision_short_sequences_take_plain_products_and_the_
     ROWS[1][0, :3] = 0  # padded on the left
     plain = actor(*ROWS, 6).logprobs
     assert actor.config._attn_implementation == EAGER_GQA
-    actor._sdpa_models.clear()
+    actor.runner.sdpa_models.clear()
     actor.config._attn_implementation = "sdpa"
     fused = actor(*ROWS, 6).logprobs
     assert not torch.equal(plain, fused) and (plain - fused).abs().max() < 0.1

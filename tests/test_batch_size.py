@@ -14,6 +14,7 @@ from test_faults import DiesInBackward, weights
 from ppo_plus.kernels.batch_backoff import MOST_PATIENCE, PATIENCE, BatchSize, is_out_of_memory
 from ppo_plus.memory import DryRun, PlannerConfig
 from ppo_plus.models.actor_critic import ActorCritic
+from ppo_plus.models.backbone_runner import BackboneRunner
 
 
 class Card:
@@ -112,7 +113,7 @@ def test_a_rollout_decodes_all_prompts_at_once_again(tmp_path):
 
 def dies_once(monkeypatch, at, phase):
     """The `at`-th pass that learns runs out of memory; returns the rows of all that learn."""
-    forward, hidden_states, sizes = ActorCritic.forward, ActorCritic._hidden_states, []
+    forward, run, sizes = ActorCritic.forward, BackboneRunner.run, []
 
     def counting(self, input_ids, *args, **kwargs):
         if torch.is_grad_enabled():
@@ -122,13 +123,13 @@ def dies_once(monkeypatch, at, phase):
         return forward(self, input_ids, *args, **kwargs)
 
     def dying(self, *args, **kwargs):
-        out = hidden_states(self, *args, **kwargs)
+        out = run(self, *args, **kwargs)
         if phase == "backward" and torch.is_grad_enabled() and len(sizes) == at:
             out.last_hidden_state = DiesInBackward.apply(out.last_hidden_state)
         return out
 
     monkeypatch.setattr(ActorCritic, "forward", counting)
-    monkeypatch.setattr(ActorCritic, "_hidden_states", dying)
+    monkeypatch.setattr(BackboneRunner, "run", dying)
     return sizes
 
 
@@ -211,7 +212,7 @@ class TestPeak:
         }  # fmt: skip
         prompts = Dataset.from_dict({"prompt": ["abcdefgh" * 3] * 32})
         trainer = make_trainer(tmp_path, model=model, peft_config=lora(), config=config, train_dataset=prompts)
-        trainer.model._sdpa_models = []  # the planner plans for a card
+        trainer.model.runner.sdpa_models = []  # the planner plans for a card
         step, found = trainer.training_step, []
 
         def measured(model, inputs, tokens):

@@ -20,7 +20,8 @@ from transformers import (
 
 from ppo_plus import PPOCallback
 from ppo_plus.models.adapters import use_adapter
-from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
+from ppo_plus.models.critic import CriticSpec
+from ppo_plus.models.loading import build_actor_critic, load_policy
 
 IDS = torch.arange(4, 34).view(3, 10)
 MASK = torch.ones_like(IDS)
@@ -435,7 +436,7 @@ def test_a_reference_says_at_first_what_the_policy_says_and_never_moves(tmp_path
         actor.eval()
         with torch.no_grad():
             own = actor(IDS, MASK, 4).logprobs
-            with actor.reference():
+            with actor.role("reference"):
                 return own, actor(IDS, MASK, 4).logprobs
 
     own, reference = look()

@@ -808,8 +808,9 @@ class DiesInBackward(torch.autograd.Function):
 def small_card(monkeypatch, phase, most_rows):
     """While it learns, the model runs out of memory beyond so many rows; returns the sizes that were tried."""
     from ppo_plus.models.actor_critic import ActorCritic
+    from ppo_plus.models.backbone_runner import BackboneRunner
 
-    forward, hidden_states, sizes = ActorCritic.forward, ActorCritic._hidden_states, []
+    forward, run, sizes = ActorCritic.forward, BackboneRunner.run, []
 
     def counting(self, input_ids, *args, **kwargs):
         if torch.is_grad_enabled():
@@ -818,15 +819,15 @@ def small_card(monkeypatch, phase, most_rows):
                 raise torch.OutOfMemoryError("CUDA out of memory (as if)")
         return forward(self, input_ids, *args, **kwargs)
 
-    def dying(self, input_ids, *args, **kwargs):
+    def dying(self, model, input_ids, *args, **kwargs):
         # The value head, above the hidden states, has its gradient by then; the layers below have none.
-        out = hidden_states(self, input_ids, *args, **kwargs)
+        out = run(self, model, input_ids, *args, **kwargs)
         if phase == "backward" and torch.is_grad_enabled() and len(input_ids) > most_rows:
             out.last_hidden_state = DiesInBackward.apply(out.last_hidden_state)
         return out
 
     monkeypatch.setattr(ActorCritic, "forward", counting)
-    monkeypatch.setattr(ActorCritic, "_hidden_states", dying)
+    monkeypatch.setattr(BackboneRunner, "run", dying)
     return sizes
 
 

@@ -119,7 +119,7 @@ def test_without_padding_neither(tmp_path, config):
 def test_with_padding_sdpa_of_transformers_asks_once_per_forward_whether_there_is_any(tmp_path, layers):
     """Its masking_utils reads the attention mask before the first layer; what is ours still waits for nothing."""
     trainer, rollout = learning(tmp_path, model=make_model(attn_implementation="sdpa", num_hidden_layers=layers))
-    trainer.model._packable_models = []
+    trainer.model.runner.packable_models = []
     found, _ = waits(trainer, rollout)
     assert {who for _, who in found} == {"masking_utils._ignore_causal_mask_sdpa"}
     assert len(found) <= 4
@@ -164,7 +164,7 @@ def test_a_step_of_decoding_waits_once_and_once_more_where_rows_leave(leaving):
         actor.sample(ids, torch.ones_like(ids), noise, stop_ids=[stop], **options)
     left = sum(before > after > 0 for before, after in itertools.pairwise(alive))
     assert (left > 0) == leaving
-    ours = [name for name, who in operators.found if who == "actor_critic._decode"]
+    ours = [name for name, who in operators.found if who == "generation._decode"]
     assert (ours.count("_local_scalar_dense"), ours.count("nonzero")) == (len(alive), left)
     assert len(ours) == len(alive) + left
 

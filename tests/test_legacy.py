@@ -229,10 +229,10 @@ def test_adapters_are_chosen_by_name(tmp_path):
     policy = trainer.model.policy
     with torch.no_grad():
         assert torch.equal(policy(torch.arange(4, 12)[None]).logits, second)
-        with trainer.model.reference():
+        with trainer.model.role("reference"):
             assert torch.equal(policy(torch.arange(4, 12)[None]).logits, first)
     trainer.train()
-    with trainer.model.reference(), torch.no_grad():
+    with trainer.model.role("reference"), torch.no_grad():
         assert torch.equal(policy(torch.arange(4, 12)[None]).logits, first)
     with torch.no_grad():
         assert not torch.equal(policy(torch.arange(4, 12)[None]).logits, second)

@@ -29,7 +29,8 @@ from ppo_plus.memory.layers import ExtrapolatedEstimator, predict, reduced_depth
 from ppo_plus.memory.planning import GIB, table
 from ppo_plus.models import actor_critic as modeling
 from ppo_plus.models import logprobs as logits_module
-from ppo_plus.models.loading import CriticSpec, build_actor_critic
+from ppo_plus.models.critic import CriticSpec
+from ppo_plus.models.loading import build_actor_critic
 from ppo_plus.rollout.collector import ForwardBatch
 
 SIZES = {
@@ -54,7 +55,7 @@ def real_actor(config, checkpointing=False, dtype=torch.float32, base=None, crit
     torch.manual_seed(0)
     base = base or AutoModelForCausalLM.from_config(config, dtype=dtype)
     actor = build_actor_critic(get_peft_model(base, lora()), critic=CriticSpec(critic))
-    actor._sdpa_models = []  # the planner plans for a card
+    actor.runner.sdpa_models = []  # the planner plans for a card
     if checkpointing:
         actor.activation_checkpointing_enable()
     return actor
@@ -278,7 +279,7 @@ def test_a_critic_of_its_own_is_a_second_model_and_trained_whole(checkpointing):
     critic = AutoModelForSequenceClassification.from_config(Qwen2Config(**SIZES, num_labels=1))
     policy = get_peft_model(AutoModelForCausalLM.from_config(CONFIGS["llama"]), lora())
     actor = build_actor_critic(policy, critic=CriticSpec("separate", model=critic))
-    actor._sdpa_models = []
+    actor.runner.sdpa_models = []
     if checkpointing:
         actor.activation_checkpointing_enable()
     asked = setup(critic="separate", activation_checkpointing=checkpointing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ from ppo_plus.models import logprobs as logits
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.adapters import use_adapter
 from ppo_plus.models.backbone import move_if_movable
-from ppo_plus.models.loading import CriticSpec, build_actor_critic, load_policy
+from ppo_plus.models.critic import CriticSpec
+from ppo_plus.models.loading import build_actor_critic, load_policy
 from ppo_plus.models.logprobs import chunked_logprobs, head_is_frozen, logits_function, sample, top_p_filter
 from ppo_plus.models.value_head import ValueHead
 from ppo_plus.rollout.buffer import response_mask
@@ -445,7 +447,7 @@ def test_which_path_is_taken_follows_from_what_is_trained():
 def test_with_the_adapter_off_it_is_the_base_model():
     actor, rows, base = actor_critic(adapted()), ragged_rows(), make_model().eval()
     with torch.no_grad():
-        with actor.reference():
+        with actor.role("reference"):
             off = actor(*as_batch(rows))
         on = actor(*as_batch(rows))
     assert gap_to_plain(off, base, rows) < 1e-5
@@ -457,7 +459,7 @@ def test_a_separate_reference_model_is_used_and_is_no_part_of_the_model():
     for policy in (adapted(), make_model()):
         actor = actor_critic(policy, ref_model=copy.deepcopy(other))
         with torch.no_grad():
-            with actor.reference():
+            with actor.role("reference"):
                 found = actor(*as_batch(rows))
             own = actor(*as_batch(rows))
         assert gap_to_plain(found, other, rows) < 1e-5
@@ -469,7 +471,7 @@ def test_a_separate_reference_model_is_used_and_is_no_part_of_the_model():
 def test_a_reference_with_an_adapter_of_its_own_speaks_with_it():
     reference, rows = adapted(seed=6).eval(), ragged_rows()
     actor = build_actor_critic(adapted(), critic=CriticSpec(), ref_model=reference)
-    with torch.no_grad(), actor.eval().reference():
+    with torch.no_grad(), actor.eval().role("reference"):
         assert gap_to_plain(actor(*as_batch(rows)), reference, rows) < 1e-5
 
 
@@ -492,7 +494,7 @@ def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(tmp_path):
     trainer.train()
     actor = trainer.model.eval()
     with torch.no_grad():
-        with actor.reference():
+        with actor.role("reference"):
             reference = actor(*as_batch(rows))
         trained = actor(*as_batch(rows))
     assert gap_to_plain(reference, start, rows) < 1e-5
@@ -507,7 +509,7 @@ def test_a_continued_adapter_is_its_own_frozen_reference(tmp_path):
 
     def scores():
         with torch.no_grad():
-            with actor.eval().reference():
+            with actor.eval().role("reference"):
                 reference = actor(*as_batch(rows)).logprobs
             return reference, actor(*as_batch(rows)).logprobs
 
@@ -559,7 +561,7 @@ def test_whatever_an_adapter_trains_the_reference_stays_where_it_was(tmp_path, o
     trainer.train()
     actor.eval()
     with torch.no_grad():
-        with actor.reference():
+        with actor.role("reference"):
             reference = actor(*rows)
         trained = actor(*rows)
     assert gap_to_plain(reference, plain_policy, ragged_rows()) < 1e-5
@@ -635,9 +637,9 @@ def switches():
     next(p for name, p in bare.named_parameters() if ".default." in name).requires_grad_(False)
     return {
         "adapter": (policy, lambda: use_adapter(policy, "ref")),
-        "frozen copy": (policy, actor_critic(policy).reference),
-        "adapter off": (bare, actor_critic(bare).reference),
-        "own model": (bare, actor_critic(bare, ref_model=make_model()).reference),
+        "frozen copy": (policy, partial(actor_critic(policy).role, "reference")),
+        "adapter off": (bare, partial(actor_critic(bare).role, "reference")),
+        "own model": (bare, partial(actor_critic(bare, ref_model=make_model()).role, "reference")),
     }
 
 
@@ -672,10 +674,55 @@ def test_the_role_is_the_actor_again_after_an_error():
     for actor in (actor_critic(adapted()), actor_critic(adapted(), ref_model=make_model(seed=5))):
         with torch.no_grad():
             before = actor(*as_batch(rows)).logprobs
-            with pytest.raises(KeyError), actor.reference():
+            with pytest.raises(KeyError), actor.role("reference"):
                 assert gap(actor(*as_batch(rows)).logprobs, before) > 1e-2
                 raise KeyError
             assert torch.equal(actor(*as_batch(rows)).logprobs, before)
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter", "separate"])
+def test_roles_nest_and_the_one_before_comes_back(critic):
+    """The actor of a plain copy is the oracle of each role."""
+    policy = adapted()
+    if critic == "adapter":
+        policy.add_adapter("critic", policy.peft_config["default"])
+    policy.add_adapter("judge", policy.peft_config["default"])
+    for i, (name, parameter) in enumerate(policy.named_parameters()):
+        if "lora_B.critic" in name or "lora_B.judge" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
+    value_model = make_model(seed=7) if critic == "separate" else None
+    actor = actor_critic(policy, critic=critic, value_model=value_model)
+    ids, mask, _ = as_batch(ragged_rows())
+
+    def hidden():
+        return actor.runner.last_hidden(actor.active_model, ids, mask)
+
+    with torch.no_grad():
+        seen = {}
+        with actor.role("reference"):
+            seen["reference"] = hidden()
+            with actor.role("critic"):
+                seen["critic"] = hidden()
+                with actor.role("judge"):
+                    seen["judge"] = hidden()
+                    with actor.role("actor"):
+                        seen["actor"] = hidden()
+                assert torch.equal(hidden(), seen["critic"])
+            assert torch.equal(hidden(), seen["reference"])
+        assert torch.equal(hidden(), seen["actor"])
+        of_critic = {"shared": "default", "adapter": "critic", "separate": value_model}[critic]
+        for role, adapter in {"actor": "default", "reference": None, "judge": "judge", "critic": of_critic}.items():
+            if isinstance(adapter, torch.nn.Module):
+                expected = actor.runner.last_hidden(value_model, ids, mask)
+            else:
+                with use_adapter(policy, adapter):
+                    expected = hidden()
+            assert torch.equal(seen[role], expected)
+    apart = [gap(seen[a], seen[b]) for a in seen for b in seen if a < b and {a, b} != {"actor", "critic"}]
+    assert min(apart) > 1e-3 and (gap(seen["actor"], seen["critic"]) > 1e-3) == (critic != "shared")
+    with pytest.raises(ValueError, match="no adapter 'nobody' here"), actor.role("nobody"):
+        pass
+    assert actor.active_model is actor.language_model
 
 
 def test_an_adapter_that_does_not_exist_leaves_the_active_ones():
@@ -696,7 +743,7 @@ def test_a_wholly_saved_module_follows_the_switch():
         for name, parameter in policy.named_parameters():
             if "modules_to_save.default" in name:
                 parameter.mul_(0.5)
-        with actor.reference():
+        with actor.role("reference"):
             assert torch.equal(actor(*as_batch(rows)).logprobs, start)
         assert gap(actor(*as_batch(rows)).logprobs, start) > 1e-2
 
@@ -1183,7 +1230,7 @@ def test_a_mounted_reward_model_of_any_form_scores_as_alone_and_leaves_actor_and
 
     def say():
         with torch.no_grad():
-            with actor.reference():
+            with actor.role("reference"):
                 reference = actor(*rows).logprobs
             return reference, actor(*rows).logprobs
 

@@ -139,7 +139,7 @@ RAGGED = [([5, 6, 7], [8]), ([9] * 12, [10, 11]), ([12], [13, 14, 15]), ([16, 17
 def test_numbers_are_those_of_a_padded_pass_whatever_the_architecture(family):
     actor = actor_critic(build(family))
     packs = family not in (*HYBRID, *OWN)
-    assert len(actor._packable_models) == 2 * packs  # the reference is a copy
+    assert len(actor.runner.packable_models) == 2 * packs  # the reference is a copy
     *inputs, real = right_aligned(RAGGED)
     count = Tokens(actor.language_model)
     with torch.no_grad():
@@ -307,7 +307,7 @@ def trained(folder, packs, **config):
     settings = {"max_steps": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **config}
     trainer = make_trainer(folder, config=settings, callbacks=[spy])
     if not packs:
-        trainer.model._packable_models = []
+        trainer.model.runner.packable_models = []
     count = Tokens(trainer.model.language_model)
     trainer.train()
     assert int(spy.lengths.max()) > 1.3 * int(spy.lengths.min())
@@ -336,7 +336,7 @@ def test_padding_costs_less_than_a_twentieth_of_the_tokens(tmp_path, monkeypatch
             passes.append((sum(lengths), mask.numel() if found is NO_PACKING else sum(lengths), mask.numel()))
         return found
 
-    monkeypatch.setattr("ppo_plus.models.actor_critic.make_packing", watched)
+    monkeypatch.setattr("ppo_plus.models.backbone_runner.make_packing", watched)
     trained(tmp_path, True)
     assert len(passes) > 8
     assert all(taken <= real / 0.95 for real, taken, _ in passes)
@@ -360,14 +360,14 @@ def test_numbers_that_differ_keep_a_model_padded(monkeypatch, dtype):
 
     attention = packing.AttentionInterface._global_mapping[PACKED]
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, PACKED, leaking)
-    assert actor_critic(adapted().to(dtype))._packable_models == []
+    assert actor_critic(adapted().to(dtype)).runner.packable_models == []
     monkeypatch.undo()
-    assert len(actor_critic(adapted().to(dtype))._packable_models) == 1
+    assert len(actor_critic(adapted().to(dtype)).runner.packable_models) == 1
 
 
 def test_a_model_with_dropout_that_is_in_training_is_packed_too():
     """Whether it can be is tried out without dropout, which would make any two passes differ."""
     policy = get_peft_model(make_model(attention_dropout=0.5), lora()).train()
     actor = ActorCritic(policy, ValueHead(policy.config.get_text_config().hidden_size))
-    assert len(actor._packable_models) == 1
+    assert len(actor.runner.packable_models) == 1
     assert actor.language_model.training

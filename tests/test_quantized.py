@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.kernels.lora import patch_lora_forward
+from ppo_plus.kernels.switch import replace_forwards
 from ppo_plus.models.loading import load_policy
 
 
@@ -134,13 +134,14 @@ def test_a_4_bit_base_is_not_trained_in_full(base, tmp_path):
         make_trainer(tmp_path, model=str(base), quantization_config=nf4(), peft_config=None)
 
 
-def test_gradients_after_an_evaluation_are_those_before_it(base):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_gradients_after_an_evaluation_are_those_before_it(base, kernels):
     """bitsandbytes would switch to a kernel without a backward pass, where the CPU has one (AVX512-BF16)."""
     config = nf4()
     config.bnb_4bit_compute_dtype = torch.bfloat16
     policy = load_policy(str(base), peft_config=lora(init_lora_weights=False), quantization_config=config,
                          model_init_kwargs={"dtype": "bfloat16"})  # fmt: skip
-    patch_lora_forward(policy)
+    replace_forwards(policy, kernels)
     ids = torch.arange(4, 20)[None]
 
     def gradient():

@@ -91,3 +91,14 @@ def test_a_manifest_of_a_checkpoint_that_holds_something_else_is_named(tmp_path,
         load_progress(checkpoint, 0, {})
     (checkpoint / MANIFEST).write_text(content)
     assert f"{MANIFEST} must contain a JSON object; got {json.loads(content)}" in integrity_error(checkpoint)
+
+
+@pytest.mark.parametrize("role", ["actor", "reference", "critic"])
+def test_a_reward_adapter_in_a_folder_of_a_roles_name_is_told_from_the_role(tmp_path, base, reward_adapter, role):
+    found = {}
+    for name in ("judge", role):
+        shutil.copytree(reward_adapter, tmp_path / name)
+        trainer = make_trainer(tmp_path, model=str(base), reward_funcs=str(tmp_path / name))
+        found[name] = trainer.generate_completions(trainer.train_dataset).scores.tolist()
+    assert trainer.collector.rewards.names == [f"{role}_2"]
+    assert found[role] == found["judge"]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ppo_plus import RewardConfig, RewardTrainer
-from ppo_plus.models.actor_critic import pool_last_token
+from ppo_plus.models.score_heads import pool_last_token
 from ppo_plus.rewards import ClassifierReward, Completions
 
 BATCH = Completions(["the sea", "so", "why not"], [" is", " x", ", he asked"], [[10, 11, 12], [5], [6]])

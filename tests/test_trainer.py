@@ -1128,7 +1128,7 @@ def test_an_adapter_is_continued_against_itself(tmp_path, base, by_name):
     assert (second.logprobs - second.ref_logprobs).abs().max() > 1e-2
     assert all(".default." in n or n.startswith("value_head") for n in weights_of(trainer))
     policy = trainer.model.eval().policy
-    with torch.no_grad(), trainer.model.reference():
+    with torch.no_grad(), trainer.model.role("reference"):
         assert torch.allclose(policy(ids).logits, start, atol=1e-6)
     trainer.save_model()
     assert not (tmp_path / "out" / "ref").exists()

@@ -127,6 +127,9 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
     cache_frozen_layers: bool = _field(
         True, "Run the frozen layers below all adapters once per rollout and cache their hidden states."
     )
+    use_ppo_plus_kernels: bool = _field(
+        True, "Replace forwards of LoRA, norms, attention and score heads by faster or more exact ones."
+    )
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Keyword arguments of apply_chat_template.")
     skip_special_tokens: bool = _field(
         True, "Remove special tokens from completions; False keeps them for reward functions (except the final EOS)."
@@ -325,8 +328,9 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
         }
         switches = (
             "train_on_eos", "skip_special_tokens", "whiten_rewards", "disable_dropout", "cache_frozen_layers",
-            "shuffle_dataset", "log_completions", "html_report", "report_rewards", "push_report", "eval_win_rate",
-            "bf16", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint", "ds3_gather_for_generation",
+            "use_ppo_plus_kernels", "shuffle_dataset", "log_completions", "html_report", "report_rewards",
+            "push_report", "eval_win_rate", "bf16", "logging_nan_inf_filter",
+            "restore_callback_states_from_checkpoint", "ds3_gather_for_generation",
         )  # fmt: skip
         choices |= dict.fromkeys(switches, (True, False))
         for name, allowed in choices.items():

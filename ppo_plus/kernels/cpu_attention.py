@@ -3,6 +3,10 @@
 There the fused kernel takes twice as long as the products it consists of. Key and value heads that several query heads
 share (Ainslie et al. 2023, grouped-query attention) are read where they are: a group's queries stand below each other
 in one product, and nothing is repeated.
+
+Measured (benchmarks/kernel_speed.py, bf16, a CPU with AVX512): without it, a pass takes 1.19 times the time to learn,
+1.07 to score and 1.19 to decode. It keeps the scores, so learning takes 1.21 times the activations of `sdpa`. GPUs are
+left to `sdpa`.
 """
 
 from __future__ import annotations

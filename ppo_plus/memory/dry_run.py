@@ -25,7 +25,8 @@ from ..models import logprobs as logits
 from ..models.actor_critic import ActorCritic
 from ..models.backbone import backbone_interface, cache_of, unwrap_peft
 from ..models.classifier import register_sequence_classifier
-from ..models.loading import CriticSpec, build_actor_critic, language_model_class
+from ..models.critic import CriticSpec
+from ..models.loading import build_actor_critic, language_model_class
 from .ledger import MemoryTracker
 from .prediction import PARTS, MemoryEstimator, Parts, PlannerConfig
 from .quantized import quantize
@@ -76,7 +77,7 @@ class DryRun(MemoryEstimator):
         """The last token, with all before it in the cache."""
         ids, mask = self._tokens(rows, self.setup.prompt_length + self.setup.response_length - 1)
         with self._autocast():
-            cache = cache_of(self.actor._hidden_states(ids, mask, use_cache=True))
+            cache = cache_of(self.actor.runner.run(self.actor.language_model, ids, mask, use_cache=True))
         ids, mask = ids[:, :1], torch.cat([mask, mask[:, :1]], 1)
         self.ledger.restart()
         cache = self._decoded(ids, mask, cache)
@@ -102,7 +103,7 @@ class DryRun(MemoryEstimator):
         """The cache after one step of `ActorCritic.sample`."""
         model = self.actor.language_model
         with cached_lora_weights(self.actor.policy), self._autocast():
-            outputs = self.actor._hidden_states(ids, mask, use_cache=True, cache=cache)
+            outputs = self.actor.runner.run(model, ids, mask, use_cache=True, cache=cache)
             scaled = logits.logits_function(model)(outputs.last_hidden_state[:, -1]).float() / 0.7
             token = logits.sample(scaled, torch.empty(len(ids), dtype=torch.float64))
             token_logprobs(scaled, token)
@@ -150,7 +151,7 @@ def _actor_critic(config: PretrainedConfig, setup: PlannerConfig, value_config: 
     actor = build_actor_critic(policy, critic=CriticSpec(setup.critic, model=value_model))
     if actor.value_model is not None:
         backbone_interface(actor.value_model)  # tried here, on meta: fake tensors of a dry run cannot be compared
-    actor._sdpa_models = []  # the choice between kernels for CPUs is not that of a card
+    actor.runner.sdpa_models = []  # the choice between kernels for CPUs is not that of a card
     if setup.activation_checkpointing:
         actor.activation_checkpointing_enable()
     return actor

@@ -1,4 +1,8 @@
-"""Who holds which bytes, and when there were most of them."""
+"""Bytes of live storages by part, and their peak.
+
+torch's `MemTracker` (`torch.distributed._tools`) is no replacement: its categories lack logits, and a branch on a
+tensor without data fails under it.
+"""
 
 from __future__ import annotations
 

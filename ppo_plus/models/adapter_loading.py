@@ -15,7 +15,6 @@ from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..kernels.lora import patch_lora_forward
 from ..utils.files import reraise_as_corrupt_file
 from .adapter_checks import check_base_weights, check_reward_adapter
 from .adapter_files import HEADS, PEFT_PREFIX, adapter_weights, weights_file
@@ -51,7 +50,6 @@ def load_reward_adapter(policy: PeftModel, name: str, directory: Path, *, traine
     )
     with preserve_requires_grad(policy):
         policy.add_adapter(name, config)
-        patch_lora_forward(policy)
         patch_trainable_token_wrappers(policy)
         load_adapter(policy, name, weights, directory, "It was trained on another architecture.")
     set_adapter_trainable(policy, name, trained)

@@ -1,4 +1,4 @@
-"""Adapters on one base: which of them speaks, and their weights on disk."""
+"""Adapters on one base: which of them is active, which are trained, and copies of their weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kernels.frozen_layers import num_leading_frozen_layers
+
+REFERENCE_ADAPTER, CRITIC_ADAPTER = "ref", "critic"
 
 
 @contextlib.contextmanager
@@ -35,18 +40,18 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The adapters that speak now."""
+    """List the active adapters."""
     layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
     return [] if layer.disable_adapters else list(layer.active_adapters)
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The adapter that speaks now; None if none does."""
+    """Return the active adapter; None where all are off."""
     return next(iter(active_adapters(model)), None)
 
 
 def lora_scalings(model: nn.Module, adapter: str = "default") -> list[float]:
-    """By what an adapter's products are multiplied in its layers (LoRA's alpha over r), each number once."""
+    """List the scalings (LoRA's alpha over r) of an adapter's layers, each number once."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     found = (getattr(layer, "scaling", {}) for layer in layers)
     return sorted({float(by_name[adapter]) for by_name in found if adapter in by_name})
@@ -64,12 +69,33 @@ def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
 
 
 def is_adapter_parameter(parameter: str, adapter: str) -> bool:
-    """Whether a parameter of that name is one of the adapter's."""
+    """Tell whether a parameter of that name belongs to the adapter."""
     return adapter in parameter.split(".")
 
 
+def is_critic_parameter(parameter: str) -> bool:
+    """Tell whether a parameter of that name belongs to the critic's adapter."""
+    return is_adapter_parameter(parameter, CRITIC_ADAPTER)
+
+
+def frozen_layers_and_users(model: PreTrainedModel) -> tuple[int, set[str | None]]:
+    """Count the lowest layers that training leaves alone (never all), and name the adapters that share them.
+
+    None among the names stands for the base with its adapters off.
+    """
+
+    def is_actor_parameter(name: str, parameter: nn.Parameter) -> bool:
+        adapted = any(is_adapter_parameter(name, adapter) for adapter in ("default", REFERENCE_ADAPTER))
+        return adapted or (parameter.requires_grad and not is_critic_parameter(name))
+
+    frozen = num_leading_frozen_layers(model, is_actor_parameter)
+    count = min(frozen, model.config.get_text_config().num_hidden_layers - 1)
+    below_critic = num_leading_frozen_layers(model, lambda name, _: is_critic_parameter(name))
+    return count, {None, "default", REFERENCE_ADAPTER} | ({CRITIC_ADAPTER} if below_critic >= count else set())
+
+
 def set_adapter_trainable(model: nn.Module, adapter: str, trained: bool) -> None:
-    """Whether the weights of one adapter are trained."""
+    """Set whether the weights of one adapter are trained."""
     for name, parameter in model.named_parameters():
         if is_adapter_parameter(name, adapter):
             parameter.requires_grad_(trained)

@@ -1,11 +1,25 @@
-"""The result of decoding, and rows of a key-value cache."""
+"""Decoding: responses sampled from the distribution that `ActorCritic.forward` scores."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..algo.logprobs import token_logprobs
+from ..kernels.lora import autocast_dtype, cached_lora_weights
+from ..utils.devices import float64_device
+from .backbone import cache_of
+from .logprobs import logits_function, sample
+
+if TYPE_CHECKING:
+    from .actor_critic import ActorCritic
 
 
 @dataclass
@@ -14,6 +28,84 @@ class GenerateOutput:
 
     tokens: Tensor
     logprobs: Tensor
+
+
+def sample_responses(
+    model: ActorCritic,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    uniforms: Tensor,
+    *,
+    stop_ids: Sequence[int],
+    pad_token_id: int,
+    temperature: float = 1.0,
+    logits_processor: Callable[[Tensor], Tensor] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> GenerateOutput:
+    """Sample responses from the distribution that `forward` scores.
+
+    No `GenerationConfig` takes part: it would fill unset fields from the model's own (`top_k=50`, a repetition
+    penalty), and the policy that is sampled would not be the one that is scored. Rows that finished leave the
+    batch, so time follows the tokens generated.
+
+    Args:
+        model: samples in its current role.
+        input_ids: prompts, `(B, P)` int64, left-padded.
+        attention_mask: 1 for real tokens, `(B, P)`.
+        uniforms: uniform numbers that decide each token, `(B, R)` float64; R is the longest response.
+        stop_ids: ids that end a response.
+        pad_token_id: fills the positions after the stop token.
+        temperature: divides the logits.
+        logits_processor: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
+        on_step: called at each decode step with the number of rows that get a token in it.
+    """
+
+    def choose(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits if temperature == 1 else logits / temperature
+        token = sample(logits if logits_processor is None else logits_processor(logits), uniforms)
+        return token, token_logprobs(logits, token)
+
+    # Importing dynamo takes seconds, so its stance is set only where layers are compiled.
+    eager = torch.compiler.set_stance("force_eager") if model.runner.compiled else contextlib.nullcontext()
+    with cached_lora_weights(model.policy), eager, _disable_redundant_autocast(model.active_model):
+        return _decode(model, input_ids, attention_mask, uniforms, stop_ids, pad_token_id, choose, on_step)
+
+
+def _disable_redundant_autocast(model: PreTrainedModel) -> AbstractContextManager:
+    # Autocast to the model's own dtype only takes time, and casts what was left in fp32 on purpose.
+    kind = model.device.type
+    redundant = autocast_dtype(kind) == model.dtype
+    return torch.autocast(kind, enabled=False) if redundant else contextlib.nullcontext()
+
+
+def _decode(
+    model: ActorCritic, step_ids: Tensor, mask: Tensor, uniforms: Tensor, stop_ids: Sequence[int], pad_token_id: int,
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], on_step: Callable[[int], None] | None,
+) -> GenerateOutput:  # fmt: skip
+    (rows, length), device, cache = uniforms.shape, step_ids.device, None
+    tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(rows, length, device=device)
+    stop, active_rows = torch.tensor(list(stop_ids), device=device), torch.arange(rows, device=device)
+    head, uniforms = logits_function(model.active_model), uniforms.to(float64_device(device))
+    for t in range(length):
+        if on_step is not None:
+            on_step(len(active_rows))
+        outputs = model.runner.run(model.active_model, step_ids, mask, use_cache=True, cache=cache)
+        cache = cache_of(outputs)
+        logits = head(outputs.last_hidden_state[:, -1]).float()
+        token, tokens_logprobs = choose(logits, uniforms[active_rows.to(uniforms.device), t])
+        tokens[active_rows, t], logprobs[active_rows, t] = token, tokens_logprobs
+        unfinished = ~torch.isin(token, stop)
+        num_unfinished = int(unfinished.sum())  # a host sync, so once per step
+        if num_unfinished == 0:
+            break
+        if num_unfinished < len(active_rows):
+            keep = unfinished.nonzero().squeeze(-1)
+            select_rows(cache, keep)
+            active_rows, token, mask = active_rows[keep], token[keep], mask[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        step_ids = token[:, None]
+    return GenerateOutput(tokens, logprobs)
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:

@@ -6,9 +6,8 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -29,9 +28,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from ..config import PPOConfig
-from ..data.seeding import derive_seed, isolated_rng
-from .actor_critic import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic, Critic
+from .actor_critic import ActorCritic
 from .adapter_checks import check_base_is_frozen, check_preserves_base
 from .adapter_files import HEADS, resolve_adapter_path
 from .adapter_loading import (
@@ -39,19 +36,16 @@ from .adapter_loading import (
     check_keys_match,
     explain_state_dict_mismatch,
     load_adapter_state_dict,
-    load_reward_adapter,
 )
 from .adapters import (
+    REFERENCE_ADAPTER,
     active_adapters,
     copy_adapter_state_dict,
-    preserve_requires_grad,
     set_adapter_trainable,
-    train_adapter,
 )
 from .backbone import check_architecture, unwrap_peft
-from .classifier import load_classifier
+from .critic import CriticSpec, build_value_head
 from .precision import hold_trained_in_fp32
-from .value_head import ValueHead
 from .weight_checks import check_model_weights
 
 # What finds a config, of what loads a model.
@@ -141,21 +135,7 @@ def load_policy(
     check_adapter_kind(peft_config)
     by_name = isinstance(model, str)
     if isinstance(model, str):
-        folder = resolve_adapter_path(model)
-        kwargs = {
-            "trust_remote_code": False,
-            "dtype": frozen_dtype if peft_config is not None or folder is not None else torch.float32,
-            **(model_init_kwargs or {}),
-        }
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        auto = language_model_class(load_config(base_name(model), kwargs))
-        model = auto.from_pretrained(base_name(model), **kwargs)
-        clone_mmapped_tensors(model)
-        if isinstance(quantization_config, BitsAndBytesConfig):
-            warn_of_unquantized(model)
-        if folder is not None:
-            model = _load_adapter_onto(model, folder)
+        model = _load_by_name(model, peft_config, quantization_config, model_init_kwargs or {}, frozen_dtype)
     elif quantization_config is not None or model_init_kwargs:
         raise ValueError(
             "quantization_config and model_init_kwargs apply to a model that is loaded by name; this model is "
@@ -164,18 +144,38 @@ def load_policy(
     if isinstance(model, PeftModel):
         return _disable_merge(_add_reference_adapter(model, peft_config))
     check_architecture(model)
-    if peft_config is None:
-        if getattr(model, "is_quantized", False):
-            raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
-                "train an adapter, or call model.requires_grad_(True) to train the whole."
-            )
-        if not by_name:
-            hold_trained_in_fp32(model)  # `check_precision` has spoken of a name's dtype
-        return model
-    return _disable_merge(get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM)))
+    if peft_config is not None:
+        return _disable_merge(get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM)))
+    if getattr(model, "is_quantized", False):
+        raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
+            "train an adapter, or call model.requires_grad_(True) to train the whole."
+        )
+    if not by_name:
+        hold_trained_in_fp32(model)  # `check_precision` has refused or accepted a name's dtype
+    return model
+
+
+def _load_by_name(
+    name: str,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    model_init_kwargs: dict[str, Any],
+    frozen_dtype: torch.dtype | str,
+) -> PreTrainedModel | PeftModel:
+    folder = resolve_adapter_path(name)
+    dtype = torch.float32 if peft_config is None and folder is None else frozen_dtype
+    kwargs = {"trust_remote_code": False, "dtype": dtype, **model_init_kwargs}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    auto = language_model_class(load_config(base_name(name), kwargs))
+    model = auto.from_pretrained(base_name(name), **kwargs)
+    clone_mmapped_tensors(model)
+    if isinstance(quantization_config, BitsAndBytesConfig):
+        warn_of_unquantized(model)
+    return model if folder is None else _load_adapter_onto(model, folder)
 
 
 def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
@@ -318,67 +318,13 @@ def _add_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> 
     return model
 
 
-@dataclass
-class CriticSpec:
-    """Where a critic comes from.
-
-    Attributes:
-        kind: see `ActorCritic`.
-        adapter: of a reward model on the same base, where the critic's own adapter starts; its score head, times
-            `scale`, is where a linear value head starts.
-        scale: weight of that reward.
-        model: a critic of its own; a linear value head starts from its `score`, where it has one.
-        head: shape and activation of the value head.
-        seed: of what starts at random.
-    """
-
-    kind: Critic = "shared"
-    adapter: Path | None = None
-    scale: float = 1.0
-    model: PreTrainedModel | PeftModel | None = None
-    head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]] = ("linear", "silu")
-    seed: int = 0
-
-
-def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSpec:
-    """The critic that a user asked for; passing a `value_model` selects it."""
-    head, seed = (args.value_head, args.value_head_activation), derive_seed(args.seed, "value head")
-    adapter = resolve_adapter_path(value_model)
-    if adapter is not None and args.critic != "adapter":
-        raise ValueError(f"value_model={str(value_model)!r} is an adapter: set critic='adapter' to start from it.")
-    if value_model is None or adapter is not None:
-        if args.critic == "separate":
-            raise ValueError("critic='separate' needs a critic of its own: pass value_model.")
-        scale = 1.0
-        if args.critic == "adapter" and adapter is None:
-            adapter, scale = _first_reward_adapter(args, reward_funcs)
-        return CriticSpec(args.critic, adapter, scale, None, head, seed)
-    if args.critic not in ("shared", "separate"):
-        raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
-    args.critic = "separate"
-    if isinstance(value_model, str | Path):
-        value_model, missing = load_classifier(str(value_model), torch.float32)
-        if "score.weight" in missing:  # of a language model; drawn at random it would be noise in every value
-            nn.init.zeros_(value_model.score.weight)
-    train_adapter(value_model)
-    hold_trained_in_fp32(value_model)
-    return CriticSpec(args.critic, None, 1.0, value_model, head, seed)
-
-
-def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | None, float]:
-    funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    for func, weight in zip(funcs, args.reward_weights or [1.0] * len(funcs), strict=True):
-        if (folder := resolve_adapter_path(func)) is not None:
-            return folder, weight
-    return None, 1.0
-
-
 def build_actor_critic(
     policy: PreTrainedModel | PeftModel,
     *,
     critic: CriticSpec,
     ref_model: PreTrainedModel | None = None,
     disable_dropout: bool = True,
+    use_kernels: bool = True,
 ) -> ActorCritic:
     """A policy with its critic, and a frozen copy as reference where there is no adapter to switch off.
 
@@ -387,6 +333,7 @@ def build_actor_critic(
         critic: where the critic comes from.
         ref_model: a reference of the user's own.
         disable_dropout: zero the base model's dropout.
+        use_kernels: as of `ActorCritic`.
     """
     for name, model in (("model", policy), ("ref_model", ref_model), ("value_model", critic.model)):
         if model is not None:
@@ -395,56 +342,33 @@ def build_actor_critic(
         ref_model = copy.deepcopy(policy)  # which ActorCritic freezes
     if isinstance(ref_model, PeftModel):
         ref_model = cast(PreTrainedModel, ref_model.get_base_model())
+    _check_models_apart(policy, ref_model, critic.model)
+    for model in (policy, critic.model):
+        if disable_dropout and model is not None:
+            disable_base_dropout(model)
+    value_head = build_value_head(policy, critic)
+    return ActorCritic(
+        policy, value_head, critic=critic.kind, value_model=critic.model, ref_model=ref_model, use_kernels=use_kernels
+    )
+
+
+def _check_models_apart(
+    policy: nn.Module, ref_model: nn.Module | None, value_model: PreTrainedModel | PeftModel | None
+) -> None:
     check_no_shared_parameters(
         policy, ref_model, "ref_model", "the reference would move with the policy: leave ref_model out (the model "
         "without its adapter, or a frozen copy, is the reference)",
     )  # fmt: skip
     check_no_shared_parameters(
-        policy, critic.model, "value_model", "actor and critic would overwrite each other: leave value_model out "
+        policy, value_model, "value_model", "actor and critic would overwrite each other: leave value_model out "
         "(critic='detached' reads the actor's hidden states)",
     )  # fmt: skip
-    if ref_model is not None and critic.model is not None:
+    if ref_model is not None and value_model is not None:
         check_no_shared_parameters(
-            critic.model, ref_model, "ref_model", "the critic would be frozen with the reference: leave one of them "
+            value_model, ref_model, "ref_model", "the critic would be frozen with the reference: leave one of them "
             "out",
             of="value_model",
         )  # fmt: skip
-    for model in (policy, critic.model):
-        if disable_dropout and model is not None:
-            disable_base_dropout(model)
-    with isolated_rng(critic.seed):
-        start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_head(critic.model)
-        own = policy if critic.model is None else critic.model
-        value_head = ValueHead(own.config.get_text_config().hidden_size, *critic.head)
-    if isinstance(policy, PeftModel):  # with the critic's adapter on it
-        hold_trained_in_fp32(policy)
-    if start is not None and critic.head[0] == "linear":
-        linear = cast(nn.Linear, value_head.layers[0])
-        linear.weight.data.copy_(start.weight * critic.scale)
-        if start.bias is not None:
-            linear.bias.data.copy_(start.bias * critic.scale)
-    return ActorCritic(policy, value_head, critic=critic.kind, value_model=critic.model, ref_model=ref_model)
-
-
-def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> nn.Linear | None:
-    if not isinstance(policy, PeftModel):
-        raise ValueError(
-            "critic='adapter' puts an adapter on a frozen base: pass peft_config, or choose another critic."
-        )
-    if critic.adapter is not None:
-        return load_reward_adapter(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
-    with preserve_requires_grad(policy):
-        policy.add_adapter(CRITIC_ADAPTER, copy.deepcopy(policy.peft_config["default"]))
-    set_adapter_trainable(policy, CRITIC_ADAPTER, True)
-    return None
-
-
-def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:
-    """Freeze and return the linear head, H to 1, of a sequence classifier; None where there is none."""
-    head = None if model is None else getattr(unwrap_peft(model), "score", None)
-    if head is None or getattr(head, "weight", None) is None:
-        return None
-    return cast(nn.Linear, head.requires_grad_(False))
 
 
 def check_no_shared_parameters(
@@ -456,7 +380,8 @@ def check_no_shared_parameters(
 
 
 def disable_base_dropout(model: nn.Module) -> None:
-    """Zero the dropout of the base model. `lora_dropout` is the user's choice and stays."""
+    """Zero the dropout of the base model; `lora_dropout` is the user's choice and stays."""
+    # TRL's `disable_dropout_in_model` leaves functional dropout on, see findings/.
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0

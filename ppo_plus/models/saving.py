@@ -1,20 +1,68 @@
-"""Save and load a policy as transformers and PEFT do."""
+"""Save and load an actor-critic: a plain adapter (or model) as PEFT and transformers write it, the critic beside it."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from ..algo.prefix_reward_baseline import REWARD_LINE, saved_reward_line
 from ..utils.files import reraise_as_corrupt_file
 from .adapter_files import adapter_weights
 from .adapter_loading import explain_state_dict_mismatch, load_adapter
+from .adapters import CRITIC_ADAPTER
+from .value_head import VALUE_HEAD_FILE
+
+if TYPE_CHECKING:
+    from .actor_critic import ActorCritic
+
+VALUE_MODEL = "value_model"
+
+
+def save_actor_critic(model: ActorCritic, directory: Path) -> None:
+    """Write the adapter as PEFT does (or the whole model where there is none) and `value_head.safetensors`.
+
+    A critic's own adapter goes to the folder `critic`, its own model to `value_model`; the header of the head's
+    file has the slope and intercept of a reward baseline, `reward_line`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(model.policy, PeftModel):
+        adapters = ["default", CRITIC_ADAPTER] if model.critic == "adapter" else ["default"]
+        model.policy.save_pretrained(str(directory), selected_adapters=adapters)
+    else:
+        save_model(model.policy, directory)
+    if model.value_model is not None:
+        save_model(model.value_model, directory / VALUE_MODEL)
+    head = {name: tensor.contiguous() for name, tensor in model.value_head.state_dict().items()}
+    line = {} if model.reward_line is None else {REWARD_LINE: json.dumps(model.reward_line)}
+    save_file(head, directory / VALUE_HEAD_FILE, metadata={"format": "pt", **line})
+
+
+def load_actor_critic(model: ActorCritic, directory: Path) -> None:
+    """Read what `save_actor_critic` wrote into a model; nothing missing, nothing left over."""
+    head_file = directory / VALUE_HEAD_FILE
+    if not head_file.is_file():
+        raise ValueError(f"{directory} has no {VALUE_HEAD_FILE}: it was not written by ppo_plus, or not finished.")
+    load_model(model.policy, directory)
+    if model.critic == "adapter":
+        load_model(model.policy, directory / CRITIC_ADAPTER, CRITIC_ADAPTER)
+    if model.value_model is not None:
+        load_model(model.value_model, directory / VALUE_MODEL)
+    with reraise_as_corrupt_file(head_file):
+        head = load_file(head_file)
+    with explain_state_dict_mismatch(
+        f"The value head in {directory}", "Use the same base, value_head and value_head_activation."
+    ):
+        model.value_head.load_state_dict(head)
+    model.reward_line = saved_reward_line(head_file)
 
 
 def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:

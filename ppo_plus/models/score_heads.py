@@ -102,3 +102,23 @@ def find_shards(file: Path) -> list[Path]:
         return []
     weight_map = read_json_object(index)["weight_map"]
     return sorted({file.with_name(weight_map[key]) for key in V_HEAD if key in weight_map})
+
+
+def pool_last_token(
+    scores: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None = None
+) -> Tensor:
+    """Gather from scores `(B, L)` the one at each row's last token, `(B,)`, with padding on either side.
+
+    Args:
+        scores: at every position.
+        input_ids: `(B, L)` int64.
+        attention_mask: 1 for real tokens, `(B, L)`.
+        pad_token_id: the padding token in the configuration of the reward model itself. A sequence classifier of
+            transformers passes over it at the end of a text, where it may be EOS, a real token. None passes over none.
+    """
+    real = attention_mask.bool()
+    if pad_token_id is not None:
+        real = real & (input_ids != pad_token_id)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (positions * real).argmax(-1, keepdim=True)
+    return scores.gather(1, last).squeeze(1)

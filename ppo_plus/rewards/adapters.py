@@ -18,11 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data.padding import left_pad, pad_id, unpad
 from ..kernels.batch_backoff import BatchSize
-from ..models.actor_critic import ActorCritic, pool_last_token
+from ..models.actor_critic import ActorCritic
 from ..models.adapter_checks import check_base_weights
 from ..models.adapter_files import REWARD_FILE, base_samples, load_reward_metadata, local_base, trained_on
 from ..models.base_weights import WeightSamples, read_configuration
-from ..models.score_heads import read_v_head
+from ..models.score_heads import pool_last_token, read_v_head
 from .completions import Completions, Score, validate_scores
 from .tokenization import RewardTokenizer, score_in_batches
 

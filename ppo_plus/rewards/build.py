@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.actor_critic import CRITIC_ADAPTER, REFERENCE_ADAPTER, ActorCritic
+from ..models.actor_critic import ROLES, ActorCritic
 from ..models.adapter_files import load_reward_metadata, resolve_adapter_path
+from ..models.adapters import CRITIC_ADAPTER, REFERENCE_ADAPTER
 from ..models.backbone import move_if_movable
 from ..models.classifier import load_classifier, load_reward_tokenizer
 from ..models.weight_checks import check_model_weights
@@ -39,7 +40,7 @@ def build_rewards(
     options: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     rewards: list[Reward] = []
     for func, reward_tokenizer in zip(funcs, reward_tokenizers, strict=True):
-        taken = ["default", REFERENCE_ADAPTER, CRITIC_ADAPTER, *(r.name for r in rewards)]
+        taken = ["default", REFERENCE_ADAPTER, CRITIC_ADAPTER, *ROLES, *(r.name for r in rewards)]
         if resolve_adapter_path(func) is not None:
             # An adapter's name identifies its parameters, so it must not be a part of other parameter names.
             taken += {part for weight, _ in model.policy.named_parameters() for part in weight.split(".")}
@@ -81,7 +82,8 @@ def _build_reward(
         source = reward if func is not reward else getattr(getattr(func, "config", None), "_name_or_path", "")
         expects_single_text = bool(source and load_reward_metadata(source))
         reward_tokenizer = reward_tokenizer or load_reward_tokenizer(func) or tokenizer
-        return ClassifierReward(func, reward_tokenizer, name, expects_single_text=expects_single_text, **options)
+        options = {**options, "expects_single_text": expects_single_text, "use_kernels": model.use_kernels}
+        return ClassifierReward(func, reward_tokenizer, name, **options)
     return FunctionReward(func, name, timeout)
 
 

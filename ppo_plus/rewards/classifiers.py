@@ -33,6 +33,7 @@ class ClassifierReward:
         batch_size: texts per forward pass.
         chat_template_kwargs: arguments of `apply_chat_template`.
         expects_single_text: whether `RewardTrainer` trained the model, on texts with EOS for any tokenizer.
+        use_kernels: whether its head computes in fp32, whatever the dtype of the backbone.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ClassifierReward:
         batch_size: int,
         chat_template_kwargs: dict[str, Any],
         expects_single_text: bool = False,
+        use_kernels: bool = True,
     ) -> None:
         config = getattr(model, "config", None)
         labels = getattr(config, "num_labels", 1)
@@ -52,7 +54,8 @@ class ClassifierReward:
         text_config = None if config is None else config.get_text_config()
         pad_token_id, num_embeddings = (getattr(text_config, key, None) for key in ("pad_token_id", "vocab_size"))
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        compute_heads_in_fp32(model)
+        if use_kernels:
+            compute_heads_in_fp32(model)
         self.batch_size, self.chat_template_kwargs = BatchSize(batch_size), chat_template_kwargs
         self.tokenize = RewardTokenizer(
             tokenizer, name, max_input_length(model, tokenizer), pad_token_id, num_embeddings

@@ -125,7 +125,7 @@ class RolloutCollector:
             timer.record("score")
             frozen_states = self._frozen_states(batch) if learning else None
             logprobs, values, entropy = self._forward(batch, frozen_states)
-            with self.model.reference():
+            with self.model.role("reference"):
                 ref_logprobs, _, _ = self._forward(batch, frozen_states, actor=False)
             timer.record("logprobs")
         action_mask = response_mask(tokens, self.stop_ids, include_stop=self.args.train_on_eos)
@@ -156,7 +156,7 @@ class RolloutCollector:
     def generate_from_reference(self, rows: Sequence[Row], uniforms: Tensor) -> Completions:
         """Generate the reference's responses to prompts that `sample` takes, with the same uniforms."""
         self.model.eval()
-        with self.accelerator.autocast(), self.model.reference():
+        with self.accelerator.autocast(), self.model.role("reference"):
             tokens = self._generate([row["input_ids"] for row in rows], uniforms).tokens
         return self.decoder.decode(rows, tokens, response_mask(tokens, self.stop_ids), {})[0]
 

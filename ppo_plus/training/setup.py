@@ -17,13 +17,13 @@ from ..data.seeding import derive_seed, isolated_rng
 from ..data.tokenizers import check_embedded, check_tokenizer
 from ..integrations.trl_legacy import rename_adapters
 from ..models.actor_critic import ActorCritic
+from ..models.critic import resolve_critic
 from ..models.loading import (
     build_actor_critic,
     count_embeddings,
     load_policy,
     load_tokenizer,
     quantization_in_fp16,
-    resolve_critic,
     runs_in_fp16,
     warn_of_bf16,
 )
@@ -72,7 +72,8 @@ def load_actor_critic(
         tokenizer = with_embedded_padding(tokenizer, embedded)
     critic = resolve_critic(args, value_model, reward_funcs)
     policy = load_policy_from_args(model, args, quantization_config, peft_config)
-    actor_critic = build_actor_critic(policy, critic=critic, ref_model=ref_model, disable_dropout=args.disable_dropout)
+    options = {"disable_dropout": args.disable_dropout, "use_kernels": args.use_ppo_plus_kernels}
+    actor_critic = build_actor_critic(policy, critic=critic, ref_model=ref_model, **options)
     return actor_critic, with_embedded_padding(tokenizer, actor_critic.num_embeddings)
 
 

@@ -1,0 +1,116 @@
+"""Where a critic comes from: its spec, its adapter or model, and the first weights of its value head."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import PPOConfig
+from ..data.seeding import derive_seed, isolated_rng
+from .actor_critic import Critic
+from .adapter_files import resolve_adapter_path
+from .adapter_loading import load_reward_adapter
+from .adapters import CRITIC_ADAPTER, preserve_requires_grad, set_adapter_trainable, train_adapter
+from .backbone import unwrap_peft
+from .classifier import load_classifier
+from .precision import hold_trained_in_fp32
+from .value_head import ValueHead
+
+
+@dataclass
+class CriticSpec:
+    """Where a critic comes from.
+
+    Attributes:
+        kind: see `ActorCritic`.
+        adapter: of a reward model on the same base, where the critic's own adapter starts; its score head, times
+            `scale`, is where a linear value head starts.
+        scale: weight of that reward.
+        model: a critic of its own; a linear value head starts from its `score`, where it has one.
+        head: shape and activation of the value head.
+        seed: of what starts at random.
+    """
+
+    kind: Critic = "shared"
+    adapter: Path | None = None
+    scale: float = 1.0
+    model: PreTrainedModel | PeftModel | None = None
+    head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]] = ("linear", "silu")
+    seed: int = 0
+
+
+def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSpec:
+    """The critic that a user asked for; passing a `value_model` selects it."""
+    head, seed = (args.value_head, args.value_head_activation), derive_seed(args.seed, "value head")
+    adapter = resolve_adapter_path(value_model)
+    if adapter is not None and args.critic != "adapter":
+        raise ValueError(f"value_model={str(value_model)!r} is an adapter: set critic='adapter' to start from it.")
+    if value_model is None or adapter is not None:
+        if args.critic == "separate":
+            raise ValueError("critic='separate' needs a critic of its own: pass value_model.")
+        scale = 1.0
+        if args.critic == "adapter" and adapter is None:
+            adapter, scale = _first_reward_adapter(args, reward_funcs)
+        return CriticSpec(args.critic, adapter, scale, None, head, seed)
+    if args.critic not in ("shared", "separate"):
+        raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
+    args.critic = "separate"
+    if isinstance(value_model, str | Path):
+        value_model, missing = load_classifier(str(value_model), torch.float32)
+        if "score.weight" in missing:  # of a language model; drawn at random it would be noise in every value
+            nn.init.zeros_(value_model.score.weight)
+    train_adapter(value_model)
+    hold_trained_in_fp32(value_model)
+    return CriticSpec(args.critic, None, 1.0, value_model, head, seed)
+
+
+def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | None, float]:
+    funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for func, weight in zip(funcs, args.reward_weights or [1.0] * len(funcs), strict=True):
+        if (folder := resolve_adapter_path(func)) is not None:
+            return folder, weight
+    return None, 1.0
+
+
+def build_value_head(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> ValueHead:
+    """Build the head; a linear one starts where the critic's adapter or model has a score head. Adds that adapter."""
+    with isolated_rng(critic.seed):
+        start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_head(critic.model)
+        own = policy if critic.model is None else critic.model
+        value_head = ValueHead(own.config.get_text_config().hidden_size, *critic.head)
+    if isinstance(policy, PeftModel):  # with the critic's adapter on it
+        hold_trained_in_fp32(policy)
+    if start is not None and critic.head[0] == "linear":
+        linear = cast(nn.Linear, value_head.layers[0])
+        linear.weight.data.copy_(start.weight * critic.scale)
+        if start.bias is not None:
+            linear.bias.data.copy_(start.bias * critic.scale)
+    return value_head
+
+
+def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> nn.Linear | None:
+    if not isinstance(policy, PeftModel):
+        raise ValueError(
+            "critic='adapter' puts an adapter on a frozen base: pass peft_config, or choose another critic."
+        )
+    if critic.adapter is not None:
+        return load_reward_adapter(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
+    with preserve_requires_grad(policy):
+        policy.add_adapter(CRITIC_ADAPTER, copy.deepcopy(policy.peft_config["default"]))
+    set_adapter_trainable(policy, CRITIC_ADAPTER, True)
+    return None
+
+
+def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:
+    """Freeze and return the linear head, H to 1, of a sequence classifier; None where there is none."""
+    head = None if model is None else getattr(unwrap_peft(model), "score", None)
+    if head is None or getattr(head, "weight", None) is None:
+        return None
+    return cast(nn.Linear, head.requires_grad_(False))
