@@ -161,7 +161,7 @@ def check_padding(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> BackboneInterface:
     backbone, device, longest = model.base_model, model.device, max(TRIAL_LENGTHS)
-    # No token twice in a row: what chooses the largest of equal scores would choose at random. A small vocabulary repeats.
+    # No token twice in a row: what chooses the largest of equal scores would choose at random.
     tokens = min(longest, max(1, model.get_input_embeddings().weight.shape[0] - 1))
     ids = torch.stack([1 + (torch.arange(longest) + row) % tokens for row in range(len(TRIAL_LENGTHS))]).to(device)
     mask = torch.tensor([[0] * (longest - n) + [1] * n for n in TRIAL_LENGTHS], device=device)
