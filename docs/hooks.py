@@ -1,7 +1,7 @@
 """Hooks of MkDocs: parameter tables from the help texts of the configurations, and links to files outside of docs/.
 
 A page names parameters between `<!-- parameters -->` and `<!-- /parameters -->`, as `` `kl_coef`, `gamma` ``. The site
-shows a table of their defaults and help texts in the place of the names, so no page repeats a help text.
+shows a table of their defaults and help texts instead of the names, so no page repeats a help text.
 
 A page may link to any file of the repository, as `../benchmarks/results/demo.json`. The site gets a copy of each such
 file in `repository/`, and of the files to which the copies link in turn.
@@ -31,7 +31,7 @@ def own_fields(config: type) -> list[str]:
 
 
 def parameter_names(text: str, config: type) -> list[str]:
-    """Return the names of the parameters that a text shows in its tables; `all` stands for `own_fields`."""
+    """Return the names of the parameters that a text shows in its tables; `all` means `own_fields`."""
     blocks = PARAMETERS.findall(text)
     return [n for b in blocks for n in (own_fields(config) if b.strip() == "all" else re.findall(r"`(\w+)`", b))]
 
@@ -58,12 +58,12 @@ def link_target(page: str, link: str) -> str:
 
 
 def site_path(file: str) -> str:
-    """Return where the site has a file of the repository: a page of docs/ at the top, all others in `repository/`."""
+    """Return the site's path of a repository file: pages of docs/ at the top, all others in `repository/`."""
     return file.removeprefix("docs/") if file.startswith("docs/") else f"{COPIES}/{file}"
 
 
 def rewrite_links(text: str, page: str) -> str:
-    """Point the relative links of a page at the places that the site has for their files.
+    """Rewrite the relative links of a page to the site's paths of their files.
 
     Args:
         text: Markdown.
@@ -74,25 +74,25 @@ def rewrite_links(text: str, page: str) -> str:
         target = link_target(page, match[2])
         if not (ROOT / target).is_file():
             return match[0]  # mkdocs reports it
-        here = posixpath.dirname(site_path(page))
-        return f"{match[1]}{posixpath.relpath(site_path(target), here or '.')}{match[3] or ''}"
+        folder = posixpath.dirname(site_path(page))
+        return f"{match[1]}{posixpath.relpath(site_path(target), folder or '.')}{match[3] or ''}"
 
     return LINK.sub(rewrite, text)
 
 
 def linked_files(pages: list[str]) -> list[str]:
     """Return the files outside of docs/ that pages link to, directly or by a Markdown file that they link to."""
-    found: dict[str, None] = {}
+    files: dict[str, None] = {}
     pages = list(pages)
     for page in pages:  # grows
         for match in LINK.finditer((ROOT / page).read_text(encoding="utf-8")):
             target = link_target(page, match[2])
-            if target.startswith("docs/") or target in found or not (ROOT / target).is_file():
+            if target.startswith("docs/") or target in files or not (ROOT / target).is_file():
                 continue
-            found[target] = None
+            files[target] = None
             if target.endswith(".md"):
                 pages.append(target)
-    return [*found]
+    return [*files]
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -126,5 +126,5 @@ def on_post_build(config: Any) -> None:
     from mkdocs.exceptions import PluginError
 
     for page in Path(config.site_dir).rglob("*.html"):
-        if found := LOADED.search(page.read_text(encoding="utf-8")):
-            raise PluginError(f"{page} loads a file from another host: {found[0]}")
+        if match := LOADED.search(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page} loads a file from another host: {match[0]}")

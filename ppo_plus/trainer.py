@@ -1,7 +1,7 @@
 """PPO inside `Trainer.train()`.
 
 `PPOTrainer` keeps Trainer's loop unmodified: schedules, clipping, logging, checkpoints, evaluation and callbacks are
-inherited. The loop asks for the micro-batches of each optimizer step in `get_batch_samples`, where PPO is implemented:
+inherited. The loop gets the micro-batches of each optimizer step from `get_batch_samples`, where PPO is implemented:
 
     1. generate            responses to the next N prompts              |
     2. score               by the reward functions                      |  at the first step of a rollout: when
@@ -86,7 +86,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             weights of an instance are cast to fp32, in place.
         reward_funcs: a reward function, a sequence classifier (instance or name), the folder of a reward adapter
             on the same base, or a list of these.
-        args: hyper-parameters, which are copied.
+        args: hyperparameters, which are copied.
         train_dataset: prompts, in a column `prompt` as text or messages; other columns go to reward functions. A
             stream (`IterableDataset`) is read in its own order and needs `max_steps` or `total_episodes`.
         eval_dataset: prompts for `evaluate`, or a dict of them.
@@ -97,7 +97,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             `args`, or `trainer.optimizer` later.
         quantization_config: for a model loaded by name.
         peft_config: the adapter to train; without it, the whole model is trained.
-        reward_model: another name for `reward_funcs`, as TRL's PPOTrainer had it.
+        reward_model: alias of `reward_funcs`, for scripts of TRL's PPOTrainer.
         ref_model: a separate reference model; by default the model without its adapter.
         value_model: a separate critic, which is trained: a sequence classifier with one label (instance or name) that
             reads the policy's tokens; or, with `critic="adapter"`, the reward adapter that initializes the critic.
@@ -237,7 +237,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run Trainer's step, over fewer rows at a time where memory does not suffice for a whole micro-batch."""
+        """Run Trainer's step, over fewer rows per pass if memory does not suffice for a whole micro-batch."""
         if self.accelerator.distributed_type != DistributedType.NO:
             with annotate_oom():
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -256,7 +256,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         output = self._forward(model, inputs)
         loss = args.resolved_vf_coef * self._value_loss(output.values, inputs)
         if output.logprobs is not None:
-            # Outside the mask the numbers belong to no token, and an infinite ratio would survive the mask below.
+            # Log-probabilities outside the mask belong to no token; an infinite ratio would survive the mask below.
             logprobs = torch.where(mask, output.logprobs, inputs["logprobs"])
             actor_loss = self._policy_loss(logprobs, inputs)
             if args.entropy_coef:
@@ -311,7 +311,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
 
     @cached_property
     def _trainable_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        # Of actor and critic; adapters have thousands of names, too many to search at each step.
+        # Cached lists of actor and critic: adapters have thousands of names, too many to search at each step.
         return self.model.actor_parameters(), [*self.model.value_head.parameters(), *self.model.critic_parameters()]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -343,8 +343,8 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
     ) -> dict[str, float]:  # fmt: skip
         """Sample responses to the evaluation prompts, and log reward, KL to the reference and lengths.
 
-        The seed is the same every time, and training is not affected. Where a reward function failed
-        (`on_reward_error="skip"`) the reward is NaN, which is never the best model's.
+        The seed is the same every time, and training is not affected. If a reward function failed
+        (`on_reward_error="skip"`), the reward is NaN, and best-model selection ignores the evaluation.
         """
         return self._evaluator.evaluate(eval_dataset, metric_key_prefix)
 
@@ -374,10 +374,10 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         self, resume_from_checkpoint: str | Path | bool | None = None, trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:  # fmt: skip
-        """Train, from a checkpoint if one is given; True means the newest checkpoint that is whole.
+        """Train, from a checkpoint if one is passed; True means the newest valid checkpoint.
 
         With True, damaged checkpoints are skipped with a warning, and training starts at the beginning if there is
-        none, so a script that a supervisor restarts needs no case of its own.
+        none, so a script that a supervisor restarts needs no special case.
         """
         checkpoint = self._checkpointer.start(resume_from_checkpoint)
         return self._checkpointer.run(partial(super().train, checkpoint, trial, ignore_keys_for_eval), trial)
@@ -421,7 +421,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
     ) -> None:  # fmt: skip
         """Write `README.md` and the curves into `output_dir`; arguments are Trainer's and TRL's.
 
-        `tasks` and `dataset_args` are not used, and the three names of a dataset mean the same.
+        `tasks` and `dataset_args` are not used; `dataset_name`, `dataset_tags` and `dataset` are synonyms.
         """
         if self.accelerator.is_main_process:
             data, metadata = dataset_name or dataset_tags or dataset, {"language": language, "license": license}
@@ -429,12 +429,12 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
 
 
 def count_tokens(inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | int:
-    """Return the tokens that the loss divides by: those of the minibatch, or of these rows where it is not known."""
+    """Return the loss divisor: response tokens of the minibatch, or of these rows if `num_items_in_batch` is None."""
     return num_items_in_batch if num_items_in_batch is not None else inputs["action_mask"].sum().clamp(min=1)
 
 
 def policy_loss(args: PPOConfig, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the objective that `args` names, per token, and where it was clipped; each `(B, R)`."""
+    """Return the objective that `args` selects, per token, and the mask of clipped tokens; each `(B, R)`."""
     if args.objective == "clip":
         return algo.clipped_policy_loss(
             logprobs, old_logprobs, advantages,

@@ -1,4 +1,4 @@
-"""Rewards per token, advantages and returns: what turns scored responses into a rollout to learn from."""
+"""Compute rewards per token, advantages and returns, which turn scored responses into a rollout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_rollout(
         kl_coef: reward units per nat.
         args: discount, penalties, whitening.
         reduce: sums over ranks.
-        baseline: added to the values where there are prefix scores, and updated by this rollout.
+        baseline: added to the values if there are prefix scores, and updated by this rollout.
     """
     mask = samples.action_mask & ~scores.isnan()[:, None]
     scores = scores.nan_to_num()

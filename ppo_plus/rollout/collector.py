@@ -1,4 +1,4 @@
-"""Samples and scores responses: generate, rewards, log-probabilities and values, reference log-probabilities.
+"""Sample and score responses: generate, rewards, log-probabilities and values, reference log-probabilities.
 
 The order of operations is that of "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031). Training and
 evaluation use the same code.
@@ -36,7 +36,7 @@ BatchingFn = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Sequences that go through the model, and how they are divided."""
+    """Sequences for forward passes of the model, and their micro-batches."""
 
     input_ids: Tensor  # `(N, P + R)` int64
     attention_mask: Tensor  # `(N, P + R)` int64
@@ -50,12 +50,12 @@ class RolloutCollector:
     Args:
         model: the actor-critic; its `forward` is the one that the loss uses.
         rewards: the reward functions of a run.
-        tokenizer: of the policy.
-        args: sizes and sampling.
-        accelerator: autocast, device and rank.
+        tokenizer: the policy's tokenizer.
+        args: supplies sizes and sampling options.
+        accelerator: supplies autocast, device and rank.
         stop_ids: ids that end a response.
-        report: called at every decode step and forward pass with phase, complete responses, responses, and tokens; an
-            exception that it raises ends the rollout.
+        report: called at every decode step and forward pass with phase, complete responses, responses, and tokens; if
+            it raises an exception, the rollout ends.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class RolloutCollector:
         """Generate responses, score them, and compute log-probabilities and values with actor, critic and reference.
 
         Args:
-            rows: of a tokenized dataset.
+            rows: rows of a tokenized dataset.
             uniforms: uniform numbers that decide the sampled tokens, `(N, R)` float64.
-            context: handed to reward functions.
-            micro_batch_fn: returns the micro-batches of the first PPO epoch; None in evaluation, whose hidden states
-                might exceed memory and are not kept.
-            score: whether rewards are called; otherwise all scores are NaN.
+            context: passed to reward functions.
+            micro_batch_fn: returns the micro-batches of the first PPO epoch; None in evaluation, which keeps no hidden
+                states, because they might exceed memory.
+            score: whether rewards are called; if not, all scores are NaN.
         """
         timer = PhaseTimer()
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
@@ -140,7 +140,7 @@ class RolloutCollector:
     def ask_about_cheap_answers(self, rows: Sequence[Row], context: dict[str, Any]) -> CheapAnswers:
         """Call reward functions once with an empty answer and the repeated prompt, for the first few prompts.
 
-        Reward models are not called. The answers are such as the policy could give: they end in EOS, and at
+        Reward models are not called. The policy could generate these answers: they end in EOS and are cut at
         `response_length`.
         """
         self.model.eval()  # as in a rollout
@@ -154,7 +154,7 @@ class RolloutCollector:
 
     @torch.no_grad()
     def generate_from_reference(self, rows: Sequence[Row], uniforms: Tensor) -> Completions:
-        """Generate the reference's responses to prompts that `sample` takes, with the same uniforms."""
+        """Generate the reference's responses to rows of a tokenized dataset, with the uniforms of `sample`."""
         self.model.eval()
         with self.accelerator.autocast(), self.model.role("reference"):
             tokens = self._generate([row["input_ids"] for row in rows], uniforms).tokens
@@ -162,7 +162,7 @@ class RolloutCollector:
 
     @torch.no_grad()
     def recompute_frozen_states(self, rollout: Rollout, micro_batches: list[Tensor]) -> Rollout:
-        """Add the hidden states to a rollout from a checkpoint, which holds none, with its own micro-batches."""
+        """Add the hidden states to a rollout from a checkpoint, which contains none, over its own micro-batches."""
         self.model.eval()
         batch = ForwardBatch(rollout.input_ids, rollout.attention_mask, rollout.response_length, micro_batches)
         with self.accelerator.autocast():

@@ -1,4 +1,4 @@
-"""Text of sampled token ids for reward functions, and the logits processor that sampling uses."""
+"""Decode sampled token ids for reward functions, and build the logits processor of sampling."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class CompletionDecoder:
         return Completions(prompts, completions, ids, columns, context, prompt_ids, openings, opening_ids), extra
 
     def encode_prompt_text(self, row: Row) -> list[int]:
-        """Return the token ids of a prompt as a response repeats it: the last message of a conversation, no BOS."""
+        """Return the ids of a response that repeats the prompt: the last message of a conversation, without BOS."""
         prompt = row.get("prompt")
         if prompt is None:
             prompt = self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
@@ -67,7 +67,7 @@ class CompletionDecoder:
         return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _strip_eos(self, response: list[int]) -> list[int]:
-        """Drop the EOS that ended a response, where special tokens are kept: a chat template writes its own."""
+        """Drop the final EOS of a response if special tokens are kept, because a chat template adds its own."""
         if self.args.skip_special_tokens:
             return response
         stop_token_id = self.args.stop_token_id

@@ -24,7 +24,7 @@ class Experience:
         logprobs: `(N, R)` float32, nats, from the same forward pass that the loss uses.
         sampled_logprobs: `(N, R)` float32, nats, as decoding computed them.
         ref_logprobs: `(N, R)` float32, nats.
-        values: of the critic, without the baseline, `(N, R)` float32, reward units.
+        values: predictions of the critic, without the baseline, `(N, R)` float32, reward units.
         entropy: `(N, R)` float32, nats.
         rewards: `(N, F)` float32 by reward function; NaN for None.
         scores: their weighted sum, `(N,)` float32; NaN where no function gave one.

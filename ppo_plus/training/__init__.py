@@ -1,1 +1,1 @@
-"""What a run needs beside the algorithm: checkpoints, resuming, evaluation, validation, the Hub."""
+"""Parts of a run around its algorithm: checkpoints, resuming, evaluation, validation, the Hub."""

@@ -1,7 +1,7 @@
-"""What a checkpoint of PPO holds beyond Trainer's, and how a partially written one is recognized.
+"""State of PPO in a checkpoint, in addition to Trainer's, and the manifest of a complete checkpoint.
 
 A checkpoint is whole once it has a manifest: the sizes and hashes of all other files, written to a temporary name and
-renamed after everything else has reached the disk. The checkpoint before is deleted only after that.
+renamed after all other files have reached the disk. The previous checkpoint is deleted only after that.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PPOState:
 def save_progress(
     directory: str | Path, process_index: int, progress: PPOState, fingerprint: dict[str, Any], inside_rollout: bool
 ) -> None:
-    """Write this rank's state; the rollout only if steps are left that learn from it."""
+    """Write this rank's state; the rollout only if later steps learn from it."""
     state = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "meter": progress.meter.state_dict()}
     state |= {name: getattr(progress, name) for name in STATE_FIELDS} | {"baseline": asdict(progress.baseline)}
     state_file, rollout_file = _state_files(directory, process_index)

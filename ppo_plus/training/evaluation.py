@@ -70,9 +70,9 @@ class Evaluator:
         return PredictionOutput(predictions=predictions, label_ids=None, metrics=metrics)
 
     def generate(self, dataset: Dataset | None, meter: Meter) -> Experience | None:
-        """Sample and score this rank's share of the prompts; None, with a warning, where there are none.
+        """Sample and score this rank's share of the prompts; without prompts, warn and return None.
 
-        The prompts are `eval_dataset` by default; the meter receives what reward functions log.
+        The prompts are `eval_dataset` by default; the meter receives the metrics that reward functions log.
         """
         prompts = dataset if dataset is not None else self._trainer.eval_dataset
         if prompts is None:  # TRL's scripts end in this call, with an `eval_dataset` or without
@@ -100,7 +100,7 @@ class Evaluator:
         progress.evaluation_pending = pending_before and on_start
 
     def run_pending(self) -> bool:
-        """Evaluate as Trainer would have after the last step before a checkpoint; return whether it was pending."""
+        """Run the evaluation that was interrupted after the last step, if any; return whether one was pending."""
         trainer = self._trainer
         if not trainer._progress.evaluation_pending:
             return False
@@ -126,7 +126,7 @@ class Evaluator:
         """Return the share of prompts, over all ranks, whose response scores above the reference's; a tie is one half.
 
         Both are sampled with the same uniforms. The reference's responses are scored each time, because a reward
-        function may change during training; what it logs of them is dropped.
+        function may change during training; metrics that it logs for them are dropped.
         """
         collector, fingerprint = self._trainer.collector, dataset._fingerprint
         prompts, rows = self._shard_for_rank(dataset)
@@ -142,7 +142,7 @@ class Evaluator:
         return moments(wins, self._trainer.collectives.sum)[0]
 
     def _shard_for_rank(self, dataset: Dataset) -> tuple[list[Row], range]:
-        """Return the prompts of this rank, and their numbers among those of all ranks."""
+        """Return the prompts of this rank, and their indices among those of all ranks."""
         trainer, ranks = self._trainer, self._trainer.accelerator.num_processes
         known = (trainer.train_dataset, *named_datasets(trainer.eval_dataset).values())
         if not any(dataset is each for each in known) or "input_ids" not in dataset.column_names:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class GradientAccumulator:
-    """Accumulates the gradients of a step, over fewer rows per pass where a micro-batch does not fit into memory.
+    """Accumulates the gradients of a step, over fewer rows per pass if a micro-batch does not fit into memory.
 
     The loss divides by the tokens of the minibatch, so the parts add up to the same gradient. A backward pass that ran
     out of memory has added gradients to some parameters only. A copy of the gradients before it would double their
@@ -36,7 +36,7 @@ class GradientAccumulator:
         self._accumulated: list[dict[str, Any]] = []  # micro-batches of this step whose gradients are accumulated
 
     def start_step(self) -> None:
-        """Forget the micro-batches of the step before."""
+        """Drop the micro-batches of the previous step."""
         self._accumulated.clear()
 
     def add(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | int) -> Tensor:
@@ -60,7 +60,7 @@ class GradientAccumulator:
         return torch.stack([self._micro_step(model, part, tokens) for part in micro_batches]).sum()
 
     def _restart(self, model: nn.Module, tokens: Tensor | int, size: int) -> None:
-        """Accumulate the micro-batches before the one that ran out of memory again, without counting their metrics."""
+        """Repeat the micro-batches before the one that ran out of memory, without counting their metrics again."""
         model.zero_grad(set_to_none=True)
         progress = self._trainer._progress
         meter, progress.meter = progress.meter, Meter()
@@ -72,7 +72,7 @@ class GradientAccumulator:
 
 
 class NonfiniteGradientGuard:
-    """Skips optimizer steps whose gradients are not finite, and ends a run that has too many of them in a row."""
+    """Skips optimizer steps whose gradients are not finite, and ends a run after too many in a row."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self._trainer = trainer
@@ -95,14 +95,14 @@ class NonfiniteGradientGuard:
         rows = [row for row in rows if not self._has_finite_gradient(rollout, row)] or rows
         texts = trainer.processing_class.batch_decode(rollout.input_ids[rows[:2]], skip_special_tokens=True)
         step = trainer.state.global_step
-        what = f"Step {step} has gradients that are not finite and is skipped; its responses: {texts!r}"
+        message = f"Step {step} has gradients that are not finite and is skipped; its responses: {texts!r}"
         if progress.skipped >= trainer.args.max_skipped_steps:
             last = find_last_valid_checkpoint(cast(str, trainer.args.output_dir))
             raise RuntimeError(
-                f"{what}. That makes {progress.skipped} steps in a row (max_skipped_steps): lower the learning rate or "
-                f"look at the rewards. The last whole checkpoint is {last}."
+                f"{message}. That makes {progress.skipped} steps in a row (max_skipped_steps): lower the learning rate "
+                f"or look at the rewards. The last whole checkpoint is {last}."
             )
-        warnings.warn(what, stacklevel=2)
+        warnings.warn(message, stacklevel=2)
 
     def _has_finite_gradient(self, rollout: Rollout, row: int) -> bool:
         """Compute the gradient of one row without changing gradients, metrics or generators."""

@@ -51,7 +51,7 @@ class HubMixin(Trainer):
         return {"ignore_patterns": ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *report]}
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer would copy the files whose names it knows (no value head), and pickle the arguments with the token.
+        # Trainer would copy a fixed list of files (no value head), and pickle the arguments with the token.
         args = self.args
         self.accelerator.wait_for_everyone()  # every rank has written its part of the checkpoint
         if not self.accelerator.is_main_process or args.hub_strategy == HubStrategy.END:

@@ -1,4 +1,4 @@
-"""Metrics that accumulate on the device until they are logged, and what reward functions may log."""
+"""Metrics that accumulate on the device until they are logged, also those that reward functions log."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Meter:
 
     @contextlib.contextmanager
     def rollback_on_error(self) -> Iterator[None]:
-        """Restore the sums if the block fails, because it will be tried again."""
+        """Restore the sums if the block raises, because the caller repeats it."""
         sums_before = dict(self._sums)
         try:
             yield
@@ -74,12 +74,12 @@ class Meter:
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Continue from a checkpoint."""
+        """Load sums and counts from a checkpoint."""
         self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in state.items()}
 
 
 def reward_context(state: TrainerState, meter: Meter) -> dict[str, Any]:
-    """Return what reward functions receive beside the completions; `log_metric` adds to the meter."""
+    """Return the context of reward functions: the state of Trainer, and `log_metric`, which adds to the meter."""
 
     def log_metric(name: str, value: Any) -> None:
         if name in RESERVED_METRICS or name.startswith(RESERVED_PREFIXES):

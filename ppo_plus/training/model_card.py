@@ -34,7 +34,7 @@ TRAINER_SETTINGS = (
 class ModelCard:
     """The card of a trainer's run, in Markdown with a header in YAML.
 
-    `name`, `base` and `dataset` override what the run knows; `metadata` goes into the header.
+    `name`, `base` and `dataset` override the values of the run; `metadata` goes into the header.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ def display_name(name: str) -> str:
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
-    """Return the hyper-parameters for a card: the fields of PPO and `TRAINER_SETTINGS`, without dicts."""
+    """Return the hyperparameters for a card: the fields of PPO and `TRAINER_SETTINGS`, without dicts."""
     inherited = {field.name for base in (TrainingArguments, TRLFields) for field in fields(base)}
     names = [field.name for field in fields(args) if field.name not in inherited]
     values = {name: getattr(args, name) for name in (*names, *TRAINER_SETTINGS)}

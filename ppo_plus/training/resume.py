@@ -1,4 +1,4 @@
-"""When `Trainer` writes and reads the checkpoints of a `PPOTrainer`; `checkpoint.py` says what they hold."""
+"""Write and read the checkpoints of a `PPOTrainer` when `Trainer` does; `checkpoint.py` defines their content."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Checkpointer:
         return checkpoint
 
     def run(self, train: Callable[[], TrainOutput], trial: Any) -> TrainOutput:
-        """Train until the end or a signal, and save the last step if a signal came."""
+        """Train until the end or a signal; after a signal, save the last step."""
         trainer, shutdown = self._trainer, self._trainer._shutdown
         with shutdown:
             try:
@@ -77,7 +77,7 @@ class Checkpointer:
     def save(self, write: Callable[[], None], trial: Any) -> None:
         """Write a checkpoint atomically with Trainer's `_save_checkpoint`, then push it and delete old ones."""
         trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
-        # Trainer has no entry to fill for a callback that the resumed checkpoint did not know.
+        # Trainer has no entry to fill for a callback that the resumed checkpoint does not contain.
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 cast(dict, state.stateful_callbacks).setdefault(type(callback).__name__, {})
@@ -117,13 +117,13 @@ class Checkpointer:
         trainer._progress = progress
 
     def restore_generator(self, checkpoint: str | None) -> None:
-        """Restore the generator of an accelerator that Trainer leaves out."""
+        """Restore the state of a device generator that Trainer does not save."""
         state = self._trainer._progress.generator
         if checkpoint is not None and state is not None:
             set_generator_state(state)
 
     def restore_callbacks(self, load: Callable[[], None]) -> None:
-        """Restore the order of callbacks, in which rewards pass through them; Trainer's `load` appends to it."""
+        """Restore the order of callbacks, in which they change rewards; Trainer's `load` appends restored ones."""
         handler = self._trainer.callback_handler
         callbacks = list(handler.callbacks)
         load()
@@ -159,7 +159,7 @@ class Checkpointer:
             )
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Return what must be equal for the steps of a checkpoint to mean the same in this run."""
+        """Return the values that must be equal in a checkpoint and in the run that resumes from it."""
         trainer = self._trainer
         sizes = ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "response_length")
         names = (*sizes, "critic", "seed", "data_seed", *MUTABLE_BETWEEN_ROLLOUTS)

@@ -37,7 +37,7 @@ class RolloutPhase:
         self.minibatch_rows: Tensor  # row indices of the current minibatch, ascending
 
     def are_finished(self) -> bool:
-        """Complete a pending evaluation, and stop a resumed run that has ended, which Trainer continues for a step."""
+        """Return whether a resumed run has ended, after a pending evaluation; Trainer would continue it for a step."""
         trainer = self._trainer
         evaluated = trainer._evaluator.run_pending()
         if trainer.state.global_step >= trainer.state.max_steps or (evaluated and trainer.control.should_training_stop):
@@ -54,8 +54,8 @@ class RolloutPhase:
                 "were passed over. End it at a step that is a multiple of num_ppo_epochs * num_mini_batches = "
                 f"{trainer.args.steps_per_rollout}, or training as a whole: control.should_training_stop."
             )
-        asks = rollout_index == 0 and trainer.collector.rewards.calls_functions
-        self._cheap_answers = self._ask_about_cheap_answers(prompts) if asks else None
+        is_due = rollout_index == 0 and trainer.collector.rewards.calls_functions
+        self._cheap_answers = self._ask_about_cheap_answers(prompts) if is_due else None
         self._settings = RolloutSettings(kl_coef=trainer.args.kl_coef)
         self.call_event("on_rollout_begin", settings=self._settings)
         first, meter = trainer.accelerator.process_index * len(prompts), trainer._progress.meter
@@ -69,7 +69,7 @@ class RolloutPhase:
         return samples
 
     def compute_advantages(self, samples: Experience) -> Rollout:
-        """Compute advantages and returns from the scores that callbacks leave, and log the metrics of the rollout."""
+        """Compute advantages and returns from the scores after callbacks, and log the metrics of the rollout."""
         trainer, progress, reduce = self._trainer, self._trainer._progress, self._trainer.collectives.sum
         timer, kl_coef = PhaseTimer(), self._settings.kl_coef
         scores = samples.scores.clone()
@@ -90,7 +90,7 @@ class RolloutPhase:
         }
         self.call_event("on_rollout_end", rollout=rollout, samples=samples, metrics=metrics)
         for name, value in metrics.items():
-            if not math.isnan(value):  # the mean of no score
+            if not math.isnan(value):  # a mean over no scores is NaN
                 progress.meter.add(name, value)
         progress.kl_coef = kl_coef
         trainer._deferred_control.capture(trainer.control)

@@ -1,4 +1,4 @@
-"""What `PPOTrainer` does before `Trainer.__init__`: check, tokenize and load, cheap steps before expensive ones."""
+"""Check, tokenize and load before `Trainer.__init__`: cheap steps before expensive ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .validation import check_effects, check_enough_prompts, check_stop_token
 def prepare_tokenizer(
     args: PPOConfig, model: Any, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
-    """Return the given tokenizer or the one saved with the model, with a padding token."""
+    """Return the passed tokenizer or the one saved with the model, with a padding token."""
     trusted = cast(dict, args.model_init_kwargs or {}).get("trust_remote_code", False)
     tokenizer = tokenizer or load_tokenizer(model, trusted)
     if getattr(tokenizer, "pad_token_id", 0) is None:
@@ -47,7 +47,7 @@ def prepare_tokenizer(
 def prepare_datasets(
     args: PPOConfig, datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rewards: Any, reward_tokenizers: list
 ) -> dict[str, Any]:
-    """Tokenize the prompts by name of their dataset, and check what depends on them."""
+    """Tokenize the prompts by name of their dataset, and check the settings that depend on them."""
     datasets = tokenize_datasets(datasets, tokenizer, **args.tokenize_kwargs)
     check_enough_prompts(args, datasets["train_dataset"])
     check_templates(rewards, reward_tokenizers, tokenizer, datasets, cast(dict, args.chat_template_kwargs or {}))

@@ -29,8 +29,8 @@ def _destroy_process_group() -> None:
 class GracefulShutdownCallback(TrainerCallback):
     """On SIGTERM or SIGINT, finishes the optimizer step, writes a checkpoint, and ends as the signal would have.
 
-    A second signal ends the process at once. A step is finished rather than a micro-batch, because a run resumes to the
-    same bits only between steps. A rollout, an evaluation and a reward function in it are abandoned
+    A second signal ends the process immediately. A step is finished rather than a micro-batch, because a run resumes
+    to the same bits only between steps. A rollout, an evaluation and a reward function in it are abandoned
     (`utils/interrupt.py`): a resumed run repeats them. Handlers are installed inside the `with` block.
 
     All ranks stop after the same step, whichever of them received the signal. A rank that learned of the signal from

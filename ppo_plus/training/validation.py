@@ -1,4 +1,4 @@
-"""What can be known to fail before any weight is loaded, said in one sentence with the fix."""
+"""Refuse arguments before any weight is loaded; each error is one sentence with the fix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..rewards.reward_set import check_weights
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
-    """One evaluation dataset under its argument's name, several under their own."""
+    """Return evaluation datasets by name: one under its argument's name, several under their own."""
     if eval_dataset is None:
         return {}
     return dict(eval_dataset) if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
@@ -63,11 +63,11 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
 
 
 def check_options(args: PPOConfig, optimizers: tuple, callbacks: Any, data_collator: Any) -> None:
-    """Refuse an optimizer that cannot hold what is trained, and callbacks that could not work with these arguments."""
-    given = [type(each).__name__ for each in optimizers if each is not None]
-    if given:
+    """Refuse an optimizer that lacks the trained weights, and callbacks that do not work with these arguments."""
+    kinds = [type(each).__name__ for each in optimizers if each is not None]
+    if kinds:
         raise ValueError(
-            f"optimizers: the {' and the '.join(given)} came before adapter and value head, so they would not train "
+            f"optimizers: the {' and the '.join(kinds)} came before adapter and value head, so they would not train "
             "them. Leave the argument out: set optim, learning_rate, value_head_learning_rate and lr_scheduler_type in "
             "PPOConfig, or trainer.optimizer once the trainer is made."
         )
@@ -79,7 +79,7 @@ def check_options(args: PPOConfig, optimizers: tuple, callbacks: Any, data_colla
 
 
 def check_dataset(name: str, dataset: Any, allow_streaming: bool) -> None:
-    """Refuse what is no dataset, and a stream where nothing says how much of it is used."""
+    """Refuse an object that is no dataset, and a stream if no argument limits how much of it is used."""
     if isinstance(dataset, IterableDataset):
         if allow_streaming:
             return
@@ -107,7 +107,7 @@ def check_best_metric(metric: str, datasets: list[str]) -> None:
 
 
 def check_output_dir(output_dir: str | Path) -> None:
-    """Refuse a folder in which the first checkpoint could not be written, hours from now."""
+    """Refuse a folder in which the first checkpoint could not be written, hours later."""
     folder = Path(output_dir).absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not existing.is_dir():
@@ -117,7 +117,7 @@ def check_output_dir(output_dir: str | Path) -> None:
 
 
 def check_models(model: Any, ref_model: Any, value_model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse what is no language model, and a reference or critic that could not be one."""
+    """Refuse a policy that is no language model, and an unusable reference or critic."""
     if not isinstance(model, str | PreTrainedModel) and not hasattr(model, "peft_config"):
         raise TypeError(f"model must be a name, a causal language model or a PeftModel; got {type(model).__name__}.")
     if ref_model is not None and not isinstance(ref_model, nn.Module):
@@ -170,16 +170,16 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
 
 
 def check_quantized_device(args: PPOConfig, model: Any, quantization_config: Any) -> None:
-    """Refuse a quantized base on an Apple GPU, where transformers leaves it on the CPU and nothing moves it."""
+    """Refuse a quantized base on an Apple GPU, because transformers leaves it on the CPU."""
     init_kwargs = cast(dict, args.model_init_kwargs or {})
     if args.device.type != "mps" or "device_map" in init_kwargs:
         return
     if isinstance(model, nn.Module):
-        left = getattr(model, "is_quantized", False) and cast(Any, model).device.type != "mps"
+        left_on_cpu = getattr(model, "is_quantized", False) and cast(Any, model).device.type != "mps"
     else:
-        given = quantization_config or init_kwargs.get("quantization_config")
-        left = given or getattr(load_config(base_name(model), init_kwargs), "quantization_config", None)
-    if left:
+        quantization = quantization_config or init_kwargs.get("quantization_config")
+        left_on_cpu = quantization or getattr(load_config(base_name(model), init_kwargs), "quantization_config", None)
+    if left_on_cpu:
         raise ValueError(
             "The model is quantized, training is on 'mps', and transformers leaves quantized weights on the CPU there: "
             "load it in bf16 without quantization_config, or set use_cpu=True in PPOConfig."
@@ -187,7 +187,7 @@ def check_quantized_device(args: PPOConfig, model: Any, quantization_config: Any
 
 
 def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, WeightSamples]:
-    """The configuration of the actor's base, and samples of its weights, empty where they are not on this machine."""
+    """Return the config of the actor's base, and samples of its weights, empty if they are not on this machine."""
     if isinstance(model, nn.Module):
         return model.config, sample_model(model)
     name = base_name(model)
@@ -196,7 +196,7 @@ def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConf
 
 
 def check_precision(args: PPOConfig, model: Any, peft_config: PeftConfig | None) -> None:
-    """Refuse or warn of a dtype in `model_init_kwargs` in which a model cannot well be trained in full."""
+    """Refuse or warn of a dtype in `model_init_kwargs` that is unsuitable for training a whole model."""
     options = cast(dict, args.model_init_kwargs or {})
     dtype = options.get("dtype", options.get("torch_dtype"))
     if dtype is None or peft_config is not None or not isinstance(model, str) or resolve_adapter_path(model):
@@ -206,7 +206,7 @@ def check_precision(args: PPOConfig, model: Any, peft_config: PeftConfig | None)
 
 
 def resolve_actor_peft_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
-    """The configuration of the adapter that is trained: a new one, or the one that the model is or has; else None."""
+    """Return the configuration of the trained adapter, from `peft_config` or the model; None without an adapter."""
     folder = resolve_adapter_path(model)
     if folder is None or peft_config is not None:
         config = getattr(model, "peft_config", {}).get("default")
@@ -226,18 +226,18 @@ def resolve_actor_peft_config(model: Any, peft_config: PeftConfig | None) -> Pef
     return config
 
 
-def check_task(config: PeftConfig, whose: str) -> None:
+def check_task(config: PeftConfig, label: str) -> None:
     """Refuse an adapter that was made for another task than language modeling."""
     if config.task_type not in (None, TaskType.CAUSAL_LM):
-        raise ValueError(f"{whose} is an adapter for {config.task_type}; a policy needs one for CAUSAL_LM.")
+        raise ValueError(f"{label} is an adapter for {config.task_type}; a policy needs one for CAUSAL_LM.")
 
 
 def check_same_peft_type(folder: Path, actors: PeftConfig | None) -> None:
-    """Refuse a reward adapter of another kind than the actor's: PEFT puts but one kind on a base."""
-    theirs = PeftConfig.from_pretrained(str(folder)).peft_type
-    if actors is not None and actors.peft_type != theirs:
+    """Refuse a reward adapter of another PEFT type than the actor's, because a base carries one type only."""
+    kind = PeftConfig.from_pretrained(str(folder)).peft_type
+    if actors is not None and actors.peft_type != kind:
         raise ValueError(
-            f"The reward adapter in {folder} is of kind {theirs.value}, the actor's of {actors.peft_type.value}, and "
+            f"The reward adapter in {folder} is of kind {kind.value}, the actor's of {actors.peft_type.value}, and "
             "a base carries adapters of one kind only: train the actor with that kind, or the reward model with this."
         )
 
@@ -254,8 +254,8 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, datasets:
         )
     for func in funcs:
         if not isinstance(func, str | Path | nn.Module):
-            for name, found in columns.items():
-                check_signature(func, [c for c in found if c not in ("prompt", "input_ids", "attention_mask")], name)
+            for name, names in columns.items():
+                check_signature(func, [c for c in names if c not in ("prompt", "input_ids", "attention_mask")], name)
         elif isinstance(func, nn.Module):
             check_reward_module(func)
         elif resolve_adapter_path(func) is None:
@@ -274,7 +274,7 @@ def check_stop_token(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, evaluates: bool) -> None:
-    """Warn of options that leave no trace in this run, which evaluates or not."""
+    """Warn of options without an effect in this run; `evaluates` is whether it has evaluation prompts."""
     steps = args.requested_max_steps
     if steps <= 0:
         rollouts = len(train_dataset) // (args.rollout_batch_size * args.world_size)
@@ -294,7 +294,7 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
 
 
 def check_enough_prompts(args: PPOConfig, dataset: Dataset | IterableDataset) -> None:
-    """A rollout needs as many prompts as it has responses."""
+    """Refuse a training set with fewer prompts than one rollout has responses."""
     needed = args.rollout_batch_size * args.world_size
     stream = isinstance(dataset, IterableDataset)
     num_prompts = sum(1 for _ in dataset.take(needed)) if stream else len(dataset)
