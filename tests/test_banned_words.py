@@ -73,8 +73,48 @@ def test_names_that_contain_a_banned_word_are_not_faults():
     )
 
 
+PAGE = """A `says` function.
+
+```python
+says = "nobody"  # colour
+```
+
+<!-- table -->
+
+| nobody | colour |
+
+<!-- /table -->
+
+It says so.
+"""
+
+
+def test_code_and_generated_text_of_a_page_may_contain_private_words():
+    faults = check("docs/x.md", PAGE)
+    assert [fault.partition(": ")[0] for fault in faults] == ["docs/x.md:4", "docs/x.md:13", "docs/x.md:13"]
+    assert "'colour'" in faults[0] and "'says so'" in faults[1] + faults[2]
+    lines = {fault.partition(": ")[0] for fault in check("docs/x.md", PAGE.replace("table -->", "").replace("`", ""))}
+    assert lines == {f"docs/x.md:{line}" for line in (1, 4, 9, 13)}
+
+
+def test_private_words_of_messages_are_found_where_messages_are_checked(monkeypatch):
+    code = '''"""A model\nsays."""
+
+raise ValueError(
+    f"{1} nobody"
+    "says"
+)  # somebody
+'''
+    assert len(check("ppo_plus/algo/x.py", code)) == 4
+    monkeypatch.setattr(banned_words, "MESSAGES_NOT_CHECKED_YET", ("ppo_plus/algo",))
+    assert [fault.partition(": ")[0] for fault in check("ppo_plus/algo/x.py", code)] == [
+        "ppo_plus/algo/x.py:2", "ppo_plus/algo/x.py:7",
+    ]  # fmt: skip
+
+
 def test_folders_that_are_not_checked_yet_exist(monkeypatch):
-    assert all((SCRIPT.parents[1] / name).exists() for name in banned_words.NOT_CHECKED_YET)
+    names = (*banned_words.NOT_CHECKED_YET, *banned_words.MESSAGES_NOT_CHECKED_YET)
+    assert all((SCRIPT.parents[1] / name).exists() for name in names)
     monkeypatch.setattr(banned_words, "NOT_CHECKED_YET", ("ppo_plus/algo",))
     assert check("ppo_plus/algo/x.py", "own = 'colour'\n") == []
 
