@@ -59,14 +59,10 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
         None, "Maximum prompt length, in tokens; longer prompts keep their BOS and last tokens. None means no limit."
     )
     temperature: float = _field(0.7, "Sampling temperature; logits are divided by it for log-probabilities too.")
-    top_p: float = _field(
-        1.0, "Nucleus sampling threshold; below 1 the sampling distribution differs from the scored one."
-    )
+    top_p: float = _field(1.0, "Nucleus sampling; below 1, the sampling distribution differs from the scored one.")
     top_k: int = _field(0, "Sample from the k most likely tokens; 0 disables it.")
     min_p: float = _field(0.0, "Exclude tokens less likely than min_p times the most likely token; 0 disables it.")
-    stop_token: Literal["eos"] | None = _field(
-        None, "'eos': responses end at the tokenizer's EOS; None (the default) has the same effect."
-    )
+    stop_token: Literal["eos"] | None = _field(None, "'eos': responses end at the tokenizer's EOS, as by default.")
     stop_token_id: TokenIds = _field(
         None, "A token id, or a list of token ids, that ends a response in addition to the EOS ids."
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -187,6 +187,23 @@ def _probe(model: PreTrainedModel) -> BackboneInterface:
             padding_error = max(padding_error, hidden_state_error(expected[row, -n:], found[0], in_half))
     rounding, gross = ERRORS_IN_HALF if in_half else ERRORS if device.type == "cpu" else ERRORS_OF_TF32
     limits = max(rounding, ROUNDING_OF_CACHED_STEPS * padding_error), gross
+    name, steps = _run_cached_steps(run, ids, mask, positions)
+    cached_error = 0.0
+    if steps is not None and device.type != "meta":
+        cached_error = hidden_state_error(steps, expected[:, -TRIAL_STEPS:], in_half)
+    return BackboneInterface(name, takes_positions, takes_mask, padding_error, cached_error, *limits)
+
+
+def _run_cached_steps(
+    run: Callable[..., Any], ids: Tensor, mask: Tensor, positions: Tensor
+) -> tuple[str | None, Tensor | None]:
+    """Return the keyword of the cache and the hidden states of the last `TRIAL_STEPS` tokens, computed token by token.
+
+    Returns:
+        the first name of `CACHE_NAMES` under which the returned cache is used, and `(B, TRIAL_STEPS, H)`; else
+        `(None, None)`.
+    """
+    longest = ids.shape[1]
     for name in CACHE_NAMES:
         cache = cache_of(run(*(x[:, :-TRIAL_STEPS] for x in (ids, mask, positions)), use_cache=True))
         if cache is None:
@@ -205,10 +222,8 @@ def _probe(model: PreTrainedModel) -> BackboneInterface:
                 break
             states.append(step.last_hidden_state)
         if len(states) == TRIAL_STEPS:
-            steps = torch.cat(states, 1)
-            error = 0.0 if device.type == "meta" else hidden_state_error(steps, expected[:, -TRIAL_STEPS:], in_half)
-            return BackboneInterface(name, takes_positions, takes_mask, padding_error, error, *limits)
-    return BackboneInterface(None, takes_positions, takes_mask, padding_error, 0.0, *limits)
+            return name, torch.cat(states, 1)
+    return None, None
 
 
 def has_few_bits(model: PreTrainedModel) -> bool:
