@@ -144,7 +144,7 @@ def saved_classifier(base, folder, labels):
 
 def test_a_model_without_a_trained_head_scores_nothing(tmp_path, base):
     """Its head would be drawn at random, and transformers no more than mentions it."""
-    with pytest.raises(ValueError, match="tiny-llama' is no trained reward model: its files lack score.weight"):
+    with pytest.raises(ValueError, match="tiny-llama' is .* trained reward model: its files lack score.weight"):
         make_trainer(tmp_path, reward_funcs=str(base))
     make_trainer(tmp_path, reward_funcs=saved_classifier(base, tmp_path / "one", 1))
 

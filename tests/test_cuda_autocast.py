@@ -201,7 +201,8 @@ def reward_model(base, precision, folder):
     twin, exact = plain_twin(trainer.model), exact_twin(trainer.model)
     if precision == "off":  # PEFT's fp32 head meets hidden states of another dtype, and does not run
         twin.get_base_model().score.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-    ids = torch.randint(4, 40, (4, 9), generator=torch.Generator().manual_seed(4))
+    # Of a few scores the largest error is that of one number that int8 rounds the other way.
+    ids = torch.randint(4, 40, (32, 9), generator=torch.Generator().manual_seed(4))
     scores, found = [], []
     for model, context in (
         (trainer.model, trainer.accelerator.autocast()), (twin, trainer.accelerator.autocast()),
@@ -209,7 +210,7 @@ def reward_model(base, precision, folder):
     ):  # fmt: skip
         with context:
             scores.append(model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
-        (scores[-1].float().squeeze(-1) * torch.tensor([1.0, -1.0, 0.5, 2.0])).sum().backward()
+        (scores[-1].float().squeeze(-1) * torch.tensor([1.0, -1.0, 0.5, 2.0]).repeat(8)).sum().backward()
         found.append(gradients(model))
     found = {
         "scores": [gap(x, scores[2]) for x in scores[:2]], "fp32 scores": scores[0].dtype == torch.float32,
