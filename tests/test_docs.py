@@ -230,7 +230,8 @@ def test_what_the_algorithm_page_names_is_there():
         "algo": "algo", "buffer": "rollout.buffer", "batching": "data.batching", "seeding": "data.seeding",
         "padding": "data.padding", "value_head": "models.value_head", "PPOTrainer": "trainer",
         "ActorCritic": "models.actor_critic", "RolloutPhase": "training.rollouts", "advantages": "rollout.advantages",
-        "NonfiniteGradientGuard": "training.gradients",
+        "NonfiniteGradientGuard": "training.gradients", "BackboneRunner": "models.backbone_runner",
+        "logprobs": "models.logprobs", "prefix_reward_baseline": "algo.prefix_reward_baseline",
     }  # fmt: skip
     named = [(owner, name) for owner, name in named if owner in modules and name != "safetensors"]
     assert len(named) > 25

@@ -144,8 +144,8 @@ def test_a_second_round_goes_on_from_the_adapter_of_the_first(here, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset_name", "nowhere.jsonl", "--reward_funcs", "x:y"], "There is no file nowhere.jsonl"),
-        (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--eval_rows", "2"], "leaves nothing to train on"),
+        (["--dataset_name", "nowhere.jsonl", "--reward_funcs", "x:y"], "nowhere.jsonl does not exist"),
+        (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--eval_rows", "2"], "--eval_rows 2 leaves no"),
         (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--dataset_test_split", "test"], "use --eval_rows"),
         (
             ["--dataset_name", "few.jsonl", "--reward_funcs", "nowhere:y"],

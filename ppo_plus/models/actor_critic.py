@@ -283,7 +283,8 @@ class ActorCritic(nn.Module):
             response_length: R; the last R positions are the response's.
             temperature: divides the logits, as it does in sampling.
             with_logprobs: compute `logprobs`; without them (nor entropies), no gradient flows into the actor.
-            with_values, with_entropy: compute these; both are differentiable.
+            with_values: whether values are computed.
+            with_entropy: whether entropies are computed.
             frozen_hidden_states: of these rows, from the method of that name; the pass starts there.
             response_mask: which of the last R positions to compute, `(B, R)` bool; the others are 0. All by default.
             seq_lens: of each row, the sums of `attention_mask` and `response_mask`; the pass has no padding then.
