@@ -191,7 +191,7 @@ def run(recipe, monkeypatch, *arguments):
 def test_a_reward_in_a_yaml_file_needs_no_list(here, monkeypatch, form):
     (here / "run.yaml").write_text(
         f"reward_funcs: {form}\nmodel_name_or_path: base\ndataset_name: prompts.jsonl\noutput_dir: out\n"
-        "use_peft: true\nlora_target_modules: all-linear\nuse_cpu: true\nreport_to: none\nrun_report: false\n"
+        "use_peft: true\nlora_target_modules: all-linear\nuse_cpu: true\nreport_to: none\nhtml_report: false\n"
         "num_sample_generations: 0\nresponse_length: 4\nmax_steps: 1\nper_device_train_batch_size: 2\n"
         "gradient_accumulation_steps: 1\nnum_mini_batches: 1\nnum_ppo_epochs: 1\ndisable_tqdm: true\nlogging_steps: 1\n"
         "dataloader_pin_memory: false\n"

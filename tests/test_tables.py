@@ -323,7 +323,8 @@ def test_a_figure_written_by_hand_is_found(tmp_path):
         f"benchmarks/results/{name}.json"
         for name in (
             "learning", "learning_trl_lam_0.8", "ablations", "ablations_gae_lambda", "gradient_signal",
-            "gradient_signal_trained", "architectures", "recipes", "verifiers", *(row[0] for row in tables.ROWS),
+            "gradient_signal_trained", "architectures", "cards", "recipes", "verifiers",
+            *(row[0] for row in tables.ROWS),
         )
     ]  # fmt: skip
     texts = {"README.md", *(place for place, _ in tables.find_places())}
