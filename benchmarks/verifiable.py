@@ -67,7 +67,7 @@ class Checker:
 
     def __call__(self, completions: list[str], completion_ids: list[list[int]], wanted: list[str], **_: Any) -> list:
         right = [float(text.strip() == answer) for text, answer in zip(completions, wanted, strict=True)]
-        if completions[0] == "" and len(completions) < RESPONSES:
+        if not completions[0].strip() and len(completions) < RESPONSES:  # a line break is the EOS here
             return right
         self.tokens += sum(map(len, completion_ids))
         self.curve.append({"tokens": self.tokens, "reward": statistics.fmean(right)})
