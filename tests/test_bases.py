@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
+from ppo_plus.models import base_weights
 from ppo_plus.models.adapter_checks import check_base_weights
 from ppo_plus.models.adapter_loading import load_reward_adapter
 from ppo_plus.models.base_weights import (
@@ -261,3 +262,13 @@ def test_files_without_weights_tell_nothing(tmp_path):
         tmp_path / "model.safetensors",
     )
     assert sample_files(tmp_path) == {} and load_file(tmp_path / "model.safetensors")
+
+
+def test_names_that_two_stacks_of_layers_share_are_not_sampled():
+    """HrmText: `low.layers.0` and `high.layers.0` have the same name in a layer, and files list them in any order."""
+    names = [f"model.{stack}.layers.{n}.mlp.up_proj.weight" for stack in ("low", "high") for n in range(3)]
+    unique = ["model.low.layers.0.gate.weight", "model.embed_tokens.weight"]
+    expected = {"layers.0.gate.weight": unique[0], "embed_tokens.weight": unique[1]}
+    assert base_weights._choose([*names, *unique]) == base_weights._choose([*reversed(names), *unique]) == expected
+    alone = base_weights._choose(names[:3])  # control: one stack is sampled
+    assert set(alone) == {f"layers.{n}.mlp.up_proj.weight" for n in range(3)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +130,10 @@ def read_weight(folder: Path | None, name: str) -> Tensor:
 
 def _choose(names: Iterable[str]) -> dict[str, str]:
     """Choose weights to sample, by what each is called in every model that has it: `layers.0.mlp.up_proj.weight`."""
-    shared = dict(_shared_names(names))
+    found = list(_shared_names(names))
+    # Two stacks of layers (HrmText) share names, and files list them in another order than the model: skip both.
+    counts = Counter(name for name, _ in found)
+    shared = {name: full for name, full in found if counts[name] == 1}
     numbers = [int(match[1]) for name in shared if (match := IN_LAYER.match(name))]
     last = max(numbers, default=0)
     layers = {0, (last + 1) // 2, last}
