@@ -236,7 +236,7 @@ def test_errors_of_hidden_states_by_hand():
 # --- quantization ---
 
 
-@pytest.mark.parametrize(("kind", "share"), [("llama", 1.0), ("falcon", 0.0), ("mixtral", 0.2)])
+@pytest.mark.parametrize(("kind", "share"), [("llama", 1.0), ("falcon", 0.0), ("mixtral", 6144 / 43264)])
 def test_a_quantization_that_leaves_most_of_a_model_as_it_was_is_named(kind, share, tmp_path):
     """Falcon's layers are a class of their own, and Mixtral's experts are one tensor of each layer."""
     architectures.tiny_model(kind).save_pretrained(tmp_path)
@@ -251,4 +251,4 @@ def test_a_quantization_that_leaves_most_of_a_model_as_it_was_is_named(kind, sha
         if parameter.ndim > 1 and ".lora_" not in name and "embed" not in name and "lm_head" not in name:
             packed = parameter.dtype == torch.uint8
             sizes[packed] += parameter.numel() * (2 if packed else 1)
-    assert quantized_share(policy) == sizes[True] / sum(sizes.values()) == pytest.approx(share, abs=0.15)
+    assert quantized_share(policy) == sizes[True] / sum(sizes.values()) == share, sizes

@@ -109,7 +109,13 @@ def test_trackio_gets_a_table(tmp_path, monkeypatch):
 def test_what_is_no_tracker_or_was_not_started_is_left_alone():
     stopped = TensorBoardCallback.__new__(TensorBoardCallback)
     stopped.tb_writer = None
-    log_table([SimpleNamespace(), stopped], "completions", {"prompt": ["a"]}, 0)
+    unknown, started = SimpleNamespace(), TensorBoardCallback.__new__(TensorBoardCallback)
+    written = []
+    started.tb_writer = SimpleNamespace(add_text=lambda *args: written.append(args), flush=lambda: None)
+    log_table([unknown, stopped], "completions", {"prompt": ["a"]}, 0)
+    assert not vars(unknown) and stopped.tb_writer is None and not written
+    log_table([unknown, stopped, started], "completions", {"prompt": ["a"]}, 0)
+    assert len(written) == 1  # control: the one that was started gets the table
 
 
 def test_a_table_in_markdown():

@@ -272,7 +272,7 @@ def _load_adapter_onto(base: PreTrainedModel, folder: Path) -> PeftModel:
     embeddings = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embeddings)
     saved = [tensor.shape for key, tensor in weights.items() if f".{name}." in f".{key}"]
-    # Whoever adds tokens resizes the base, and PEFT saves the embeddings with the adapter.
+    # PEFT saves resized embeddings with the adapter, so the base is resized as it was for training.
     rows = max((shape[0] for shape in saved if shape[1:] == embeddings.weight.shape[1:]), default=0)
     if rows > len(cast(Tensor, embeddings.weight)):
         base.resize_token_embeddings(rows, mean_resizing=False)
