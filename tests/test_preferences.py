@@ -115,6 +115,8 @@ CHAT = {"prompt": [USER], "chosen": says("so"), "rejected": says("no")}
         (GOOD, {"margin": float("nan")}, "margin is nan"),
         (GOOD, {"margin": None}, r"margin is None.*remove_columns"),
         (GOOD, {"margin": float("inf")}, "margin is inf"),
+        (GOOD, {"margin": 1e300}, r"margin is 1e\+300"),
+        (GOOD, {"margin": -1e38}, r"margin is -1e\+38"),
         (GOOD, {"chosen": None}, "chosen is None"),
         (GOOD, {"rejected": " "}, "rejected is ' '"),
         ({"prompt": "why", **GOOD}, {"prompt": None}, "prompt is None"),

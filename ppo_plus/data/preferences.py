@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from itertools import islice
@@ -18,6 +17,8 @@ from .prompts import Row, WarnOnce, column_names, reset_format, tokenize_chat, t
 ID_COLUMNS = ("chosen_ids", "rejected_ids")
 OLD_ID_COLUMNS = (("input_ids_chosen", "input_ids_rejected"), ("chosen_input_ids", "rejected_input_ids"))
 MAX_COMPARED_ROWS = 256  # rows checked for whether answers repeat the text of their prompt
+
+MAX_MARGIN = 1e15  # reward units; beyond it float32 scores cannot change the loss
 
 
 def tokenize_pairs(
@@ -126,12 +127,12 @@ def check_pair(row: Row, where: str) -> None:
 
 
 def check_margin(row: Row, where: str) -> None:
-    """Refuse a margin that is missing or not finite, which would make the loss and all weights NaN."""
+    """Refuse a margin that is missing, not finite or beyond `MAX_MARGIN`, with which no pair would train the model."""
     margin = row.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= MAX_MARGIN:  # or NaN
         raise ValueError(
-            f"{where}: margin is {shorten(margin)}; it must be a finite number. Set 0.0 for pairs without a margin, or "
-            "drop the column: dataset.remove_columns('margin')."
+            f"{where}: margin is {shorten(margin)}; it must be a number of at most {MAX_MARGIN:.0e} in size. "
+            "Set 0.0 for pairs without a margin, or drop the column: dataset.remove_columns('margin')."
         )
 
 
