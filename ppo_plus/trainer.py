@@ -169,7 +169,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             batch_size=args.local_rollout_forward_batch_size, on_error=args.on_reward_error,
             chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}), timeout=args.reward_timeout,
         )  # fmt: skip
-        self.stop_ids = stop_token_ids(model.generation_config, tokenizer, args.extra_stop_ids)
+        self.stop_ids = stop_token_ids(model.generation_config, tokenizer, model.num_embeddings, args.extra_stop_ids)
         runtime = (self.accelerator, self.stop_ids, self._rollouts.on_progress)
         self.collector = RolloutCollector(model, rewards, tokenizer, args, *runtime)
         model.uses_prefix_reward_baseline = args.uses_prefix_reward_baseline and rewards.scores_prefixes

@@ -17,6 +17,7 @@ from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ppo_plus.data.chat_templates import find_generation_opening, find_opening_ids, fit_content
+from ppo_plus.data.preferences import tokenize_pairs
 from ppo_plus.data.prompts import tokenize_datasets, tokenize_prompts
 from ppo_plus.rewards import Completions
 from ppo_plus.rewards.classifiers import ClassifierReward
@@ -236,6 +237,51 @@ def test_two_bos_in_ids_made_elsewhere_are_named():
     with pytest.warns(UserWarning, match=r"^train_dataset\[1\] begins with two BOS") as caught:
         assert tokenize_prompts(rows, make_tokenizer())[1]["input_ids"] == [1, 1, 5]
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("as_parts", [False, True], ids=["text", "parts"])
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [
+        (CHAT_TEMPLATE, "<|user|>"),  # no special token: all that stands before a first message
+        ("{{ bos_token }}" + CHAT_TEMPLATE, "<bos>"),
+        ("{{ bos_token }}<|system|>be kind<eos>" + CHAT_TEMPLATE, "<bos>"),
+    ],
+)
+def test_a_message_that_is_rendered_already_is_named_once(template, start, as_parts):
+    tokenizer = make_tokenizer(template)
+    rendered = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+    content = [{"type": "text", "text": rendered}] if as_parts else rendered
+    again = [{"role": "user", "content": content}]
+    plain = [{"role": "user", "content": f"what does {start} mean?"}]  # control: it does not begin with it
+    with pytest.warns(UserWarning, match="begins with") as caught:
+        list(tokenize_prompts(as_stream([{"prompt": p} for p in (plain, again, again)]), tokenizer))
+    assert [str(w.message).split(":")[0] for w in caught] == ["train_dataset[1]"]
+    assert repr(start) in str(caught[0].message)
+
+
+def test_answers_that_are_rendered_already_are_named():
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    rendered = tokenizer.apply_chat_template([ASK], tokenize=False)
+    pair = {
+        "chosen": [ASK, {"role": "assistant", "content": "so"}],
+        "rejected": [{"role": "user", "content": rendered}],
+    }
+    with pytest.warns(UserWarning, match=r"train_dataset\[0\]: rejected.*'<\|user\|>'"):
+        tokenize_pairs(Dataset.from_list([pair]), tokenizer, max_length=None)
+
+
+def test_a_template_without_a_start_of_its_own_names_nothing():
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenize_prompts(Dataset.from_list([{"prompt": [{"role": "user", "content": "<|user|>why"}]}]), tokenizer)
+
+
+def test_parts_that_are_bare_text_get_the_form_of_a_part():
+    rows = as_stream([{"prompt": [{"role": "user", "content": ["why?"]}]}])
+    with pytest.raises(ValueError, match=r"^train_dataset\[0\]: message 0 has the part 'why\?'.*'type': 'text'"):
+        list(tokenize_prompts(rows, make_tokenizer(CHAT_TEMPLATE)))
 
 
 # Prompts that are finished, or text of a conversation

@@ -184,11 +184,11 @@ def test_left_pad_masks_by_length_where_the_padding_is_also_a_token():
     ],
 )
 def test_every_id_that_ends_a_response_is_known(tokenizer, declared, extra, expected):
-    assert stop_token_ids(GenerationConfig(eos_token_id=declared), tokenizer, extra) == expected
+    assert stop_token_ids(GenerationConfig(eos_token_id=declared), tokenizer, 50, extra) == expected
 
 
 def test_a_model_without_generation_config_ends_at_the_tokenizers_eos(tokenizer):
-    assert stop_token_ids(None, tokenizer) == [2]
+    assert stop_token_ids(None, tokenizer, 50) == [2]
 
 
 def test_padding_is_taken_from_eos_only_where_there_is_none():

@@ -65,7 +65,9 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_others(tmp_path, monkeypatc
 
 
 def test_time_that_a_part_leaves_goes_to_the_next_one(tmp_path):
-    used = "import time; time.sleep(0.3)"  # boxes are rounded to 0.1 s: a part that takes less than half of it uses none
+    used = (
+        "import time; time.sleep(0.3)"  # boxes are rounded to 0.1 s: a part that takes less than half of it uses none
+    )
     parts = [Part(name, ["-c", used], 20) for name in ("first", "second", "third")]
     boxes = [part["time_box_seconds"] for part in run_parts(parts, tmp_path, {})["parts"].values()]
     assert boxes[0] == 20 < boxes[1] < 40 and boxes[1] < boxes[2] < 60

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_config, make_prompts, make_tokenizer, make_trainer
+from conftest import make_config, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from trl import TrlParser
 
@@ -29,6 +29,25 @@ def test_whatever_is_no_id_is_named_with_its_value(tmp_path, wrong):
 def test_an_id_beyond_the_vocabulary_is_named_among_others(tmp_path):
     with pytest.raises(ValueError, match="stop_token_id=5000"):
         make_trainer(tmp_path, config={"stop_token_id": [7, 5000]})
+
+
+@pytest.mark.parametrize("declared", [[7, 5000], 5000, [-1]])
+def test_an_eos_of_the_generation_config_without_an_embedding_is_named(tmp_path, declared):
+    model = make_model()
+    model.generation_config.eos_token_id = declared
+    with pytest.warns(
+        UserWarning, match=rf"generation_config.eos_token_id has the id ({'-1' if declared == [-1] else 5000}),"
+    ):
+        trainer = make_trainer(tmp_path, model=model)
+    assert trainer.stop_ids == ([2, 7] if isinstance(declared, list) and 7 in declared else [2])
+
+
+def test_a_stop_id_that_only_the_tokenizer_knows_is_named(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<end of turn>"])
+    unembedded = len(tokenizer) - 1
+    with pytest.raises(ValueError, match=f"stop_token_id={unembedded}"):
+        make_trainer(tmp_path, processing_class=tokenizer, config={"stop_token_id": unembedded})
 
 
 def test_responses_end_at_any_of_the_ids(tmp_path):

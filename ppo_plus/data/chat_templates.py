@@ -123,6 +123,11 @@ def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
         if not isinstance(content, str | list) and not message.get("tool_calls"):
             raise ValueError(f"{where}: message {index} has the content {shorten(content)}; it must be text.")
         for part in content if isinstance(content, list) else ():
+            if isinstance(part, str):
+                raise ValueError(
+                    f"{where}: message {index} has the part {shorten(part)}; a part must be a dict such as "
+                    "{'type': 'text', 'text': '...'}. Or make the content one text."
+                )
             kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
             if kind != "text":
                 raise ValueError(
@@ -167,6 +172,30 @@ def _render_probe(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:
         return cast(str, tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
     except Exception:  # a template may raise any exception; tokenizing the row raises it again and names the row
         return ""
+
+
+def find_rendered_content(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the start of a conversation with which a message's content begins; "" for none.
+
+    Such a content was rendered by the template before, which would add BOS and roles a second time.
+
+    Args:
+        messages: the messages of a prompt or an answer.
+        tokenizer: tokenizer with the chat template.
+    """
+    start = _conversation_start(tokenizer, json.dumps(tokenizer.chat_template))
+    contents = (message.get("content") or "" for message in messages)
+    texts = (c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
+    return start if start and any(text.lstrip().startswith(start) for text in texts) else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _conversation_start(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Return the special token with which the template begins a conversation, or else all before a first message."""
+    content: Any = PROBE if _reads_text(tokenizer, template) else [{"type": "text", "text": PROBE}]
+    start = _render_probe(tokenizer, content).partition(PROBE)[0].strip()
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    return max((token for token in added if start.startswith(token)), key=len, default=start)
 
 
 # The generation prompt

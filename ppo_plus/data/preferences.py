@@ -11,7 +11,15 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .chat_templates import drop_null_keys, is_conversational, merge_template_kwargs, shorten, struct_columns
-from .prompts import Row, WarnOnce, column_names, reset_format, tokenize_chat, tokenize_text
+from .prompts import (
+    Row,
+    WarnOnce,
+    column_names,
+    reset_format,
+    tokenize_chat,
+    tokenize_text,
+    warn_of_rendered_content,
+)
 
 # Names of the token id columns in TRL versions; `ID_COLUMNS` are the current names.
 ID_COLUMNS = ("chosen_ids", "rejected_ids")
@@ -48,12 +56,12 @@ def tokenize_pairs(
     columns = column_names(dataset)
     if not set(ID_COLUMNS) <= set(columns):
         structs = struct_columns(dataset.features, columns)
-        repeated = _repeats_prompt(dataset, name)
+        repeated, warn = _repeats_prompt(dataset, name), WarnOnce()
 
         def encode(row: Row, index: int) -> Row:
             where = f"{name}[{index}]"
             cleaned = {**row, **{column: drop_null_keys(row[column]) for column in structs if column in row}}
-            return _encode_pair(cleaned, tokenizer, repeated, where)
+            return _encode_pair(cleaned, tokenizer, repeated, where, warn)
 
         dataset = _map_rows(dataset, encode, num_proc, f"Tokenizing {name}")
     return _drop_unusable(dataset, tokenizer, max_length, name)
@@ -85,7 +93,7 @@ def _map_rows(dataset: Any, function: Any, num_proc: int | None, desc: str) -> A
 # One pair
 
 
-def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, where: str) -> Row:
+def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, where: str, warn: WarnOnce) -> Row:
     check_pair(row, where)
     answers = {column: row[column] for column in ("chosen", "rejected")}
     prompt = None if repeated and _begin_with_prompt(row) else row.get("prompt")
@@ -93,13 +101,13 @@ def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, w
         end = cast(str, tokenizer.eos_token)
         texts = {column: ((prompt or "") + answer).removesuffix(end) + end for column, answer in answers.items()}
         return {f"{column}_ids": tokenize_text(text, tokenizer) for column, text in texts.items()}
-    kwargs = merge_template_kwargs(None, row, where)
-    return {
-        f"{column}_ids": tokenize_chat(
-            _join_conversation(prompt, answer, f"{where}: {column}"), tokenizer, kwargs, f"{where}: {column}"
-        )
-        for column, answer in answers.items()
-    }
+    kwargs, ids = merge_template_kwargs(None, row, where), {}
+    for column, answer in answers.items():
+        messages = _join_conversation(prompt, answer, f"{where}: {column}")
+        ids[f"{column}_ids"] = tokenize_chat(messages, tokenizer, kwargs, f"{where}: {column}")
+        fix = f"dataset.map(lambda row: {{'{column}': row['{column}'][0]['content']}})"
+        warn_of_rendered_content(messages, f"{where}: {column}", tokenizer, fix, warn)
+    return ids
 
 
 def check_pair(row: Row, where: str) -> None:

@@ -16,6 +16,7 @@ from .chat_templates import (
     as_json_features,
     check_messages,
     drop_null_keys,
+    find_rendered_content,
     fit_content,
     is_conversational,
     merge_template_kwargs,
@@ -123,7 +124,7 @@ class WarnOnce:
 def warn_of_prompt(
     prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], warn: WarnOnce
 ) -> None:
-    """Warn if a prompt ends with an answer, is a conversation as text, or gets no generation prompt."""
+    """Warn of a prompt that is rendered already, ends with an answer, or gets no generation prompt."""
     if isinstance(prompt, str):
         if _is_written_conversation(prompt):
             warn(
@@ -131,7 +132,11 @@ def warn_of_prompt(
                 f"{where} is a conversation written as text, so it is tokenized as plain text, without the chat "
                 "template. Parse it first: dataset.map(lambda row: {'prompt': json.loads(row['prompt'])}).",
             )
-    elif prompt[-1]["role"] == "assistant":
+        return
+    warn_of_rendered_content(
+        prompt, where, tokenizer, "dataset.map(lambda row: {'prompt': row['prompt'][0]['content']})", warn
+    )
+    if prompt[-1]["role"] == "assistant":
         warn(
             "finished",
             f"{where} ends with an assistant's message, {shorten(prompt[-1].get('content'))}, which each response "
@@ -143,6 +148,18 @@ def warn_of_prompt(
             "header",
             f"{where} gets no generation prompt from the chat template, which begins assistant messages with "
             f"{header!r}, so responses would start without it. Add {{% if add_generation_prompt %}} to the template.",
+        )
+
+
+def warn_of_rendered_content(
+    messages: Any, where: str, tokenizer: PreTrainedTokenizerBase, fix: str, warn: WarnOnce
+) -> None:
+    """Warn if a message contains a conversation that the chat template has rendered already."""
+    if start := find_rendered_content(messages, tokenizer):
+        warn(
+            "rendered",
+            f"{where}: a message begins with {start!r}, as a rendered conversation does, and the chat template renders "
+            f"it again, with a second start and second roles. Pass rendered text as text: {fix}.",
         )
 
 

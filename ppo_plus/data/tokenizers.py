@@ -50,9 +50,29 @@ def check_embedded(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, *, w
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def stop_token_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase, extra: Sequence[int] = ()) -> list[int]:
-    """List the ids that end a response: the tokenizer's EOS, the generation config's EOS ids, and extra ids."""
+def stop_token_ids(
+    generation_config: Any, tokenizer: PreTrainedTokenizerBase, num_embeddings: int, extra: Sequence[int] = ()
+) -> list[int]:
+    """List the ids that end a response: the tokenizer's EOS, the generation config's EOS ids, and extra ids.
+
+    An EOS id of the generation config without an embedding is left out with a warning: no model can generate it.
+
+    Raises:
+        ValueError: an extra id has no embedding.
+    """
+    if unembedded := [i for i in extra if i >= num_embeddings]:
+        raise ValueError(
+            f"stop_token_id={unembedded[0]}, but the model has embeddings for {num_embeddings} tokens, so no response "
+            "can end with it. Set stop_token_id to an id that the model can generate."
+        )
     declared = getattr(generation_config, "eos_token_id", None)
-    declared = declared if isinstance(declared, list) else [declared]
-    ids: list[Any] = [tokenizer.eos_token_id, *declared, *extra]
-    return sorted({int(i) for i in ids if i is not None})
+    declared = [i for i in (declared if isinstance(declared, list) else [declared]) if i is not None]
+    for unknown in (i for i in declared if not 0 <= i < num_embeddings):
+        warnings.warn(
+            f"generation_config.eos_token_id has the id {unknown}, but the model has embeddings for {num_embeddings} "
+            "tokens, so no response can end with it. Set model.generation_config.eos_token_id to the ids that end "
+            "its answers.",
+            stacklevel=3,
+        )
+    ids = [tokenizer.eos_token_id, *declared, *extra]
+    return sorted({int(i) for i in ids if i is not None and 0 <= i < num_embeddings})
