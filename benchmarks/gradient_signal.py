@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=learning.ROOT / "out" / "learning", help="learning.py's")
     parser.add_argument("--dry", action="store_true", help="write no result")
     args = parser.parse_args()
-    sys.path.insert(0, str(learning.ROOT / "recipes"))
+    sys.path.insert(0, str(learning.ROOT / "recipes" / "demo"))
     args.work = args.work.resolve()
     job = {"model": args.model or smollm2(), "work": str(args.work), "folder": str(args.work), "dtype": args.dtype,
            "rollout": 2 * ROWS, "held_out": 128, "seed": 0, "episodes": 1}  # fmt: skip

@@ -99,7 +99,7 @@ def make_datasets(tokenizer: Any, sizes: dict, tiny: bool) -> tuple[Any, Any, An
 
         pairs = Dataset.from_dict({"chosen": words(sizes["pairs"]), "rejected": words(sizes["pairs"])})
         return pairs, *(Dataset.from_dict({"prompt": words(sizes[name])}) for name in ("prompts", "eval_prompts"))
-    sys.path.insert(0, str(ROOT / "recipes"))
+    sys.path.insert(0, str(ROOT / "recipes" / "demo"))
     from demo_assets import movie_reviews, preference_pairs, prompts, splits
 
     reviews = splits(movie_reviews())

@@ -57,7 +57,7 @@ def describe_card() -> dict:
 
 def smollm2() -> str:
     """The folder of SmolLM2-135M-Instruct, from its package."""
-    sys.path.insert(0, str(ROOT / "recipes"))
+    sys.path.insert(0, str(ROOT / "recipes" / "demo"))
     from demo_assets import load_smollm2
 
     return str(load_smollm2())

@@ -4,7 +4,7 @@
     python benchmarks/recipes.py [--only ppo_tldr ...] [--seeds 0 1 2] [--output out/recipes] [--keep]
 
 Each file goes through its script on a command line, as a user's would: model, data, reward, what a nat costs and sizes
-are those of the demo's task (recipes/rm_then_ppo.yaml), everything else is as the file has it. What is a reward model
+are those of the demo's task (recipes/demo/rm_then_ppo.yaml), everything else is as in the file. What is a reward model
 on the Hub there is trained here first, by `recipes/reward_model.py` on the same pairs. `--only` names runs; what they
 need comes first.
 
@@ -68,11 +68,11 @@ ON_PROMPTS: dict[str, Any] = {
 KL = {"kl_coef": 0.15, "kl_horizon": EPISODES // 4}  # what a nat may cost depends on the reward
 RUNS = {
     "reward_model_7b_qlora": Run(
-        "reward_model.py", "smollm2", "a reward adapter on SmolLM2-135M in 4 bits", "reward_model_7b_qlora.yaml",
+        "reward_model.py", "smollm2", "a reward adapter on SmolLM2-135M in 4 bits", "qwen_7b_qlora/reward.yaml",
         changes=ON_PAIRS | {"learning_rate": 5e-4},
     ),
     "ppo_7b_qlora": Run(
-        "ppo.py", "smollm2", "SmolLM2-135M in 4 bits against that adapter, on one backbone", "ppo_7b_qlora.yaml",
+        "ppo.py", "smollm2", "SmolLM2-135M in 4 bits against that adapter, on one backbone", "qwen_7b_qlora/ppo.yaml",
         "reward_model_7b_qlora", ON_PROMPTS | KL,
     ),
     "encoder": Run(
@@ -80,7 +80,7 @@ RUNS = {
         changes=ON_PAIRS | {"learning_rate": 1e-4},
     ),
     "ppo_qwen_deberta": Run(
-        "ppo.py", "smollm2", "SmolLM2-135M against that encoder, which has its own tokenizer", "ppo_qwen_deberta.yaml",
+        "ppo.py", "smollm2", "SmolLM2-135M against that encoder, which has its own tokenizer", "qwen_deberta/ppo.yaml",
         "encoder", ON_PROMPTS | KL,
     ),
     "classifier": Run(
@@ -88,7 +88,7 @@ RUNS = {
         changes=ON_PAIRS | {"learning_rate": 1e-4},
     ),
     "ppo_tldr": Run(
-        "ppo.py", "smollm2", "all of SmolLM2-135M against that classifier", "ppo_tldr.yaml", "classifier",
+        "ppo.py", "smollm2", "all of SmolLM2-135M against that classifier", "tldr/ppo.yaml", "classifier",
         ON_PROMPTS | {"learning_rate": 1e-5, "gradient_accumulation_steps": 2},
     ),
 }  # fmt: skip
@@ -132,7 +132,7 @@ def command(name: str, models: dict[str, str], folder: Path, seed: int, bf16: bo
     words += ["--dataset_name", str(folder / ("prompts" if run.reward else "pairs"))]
     words += ["--reward_funcs", str(folder / run.reward)] if run.reward else []
     # Whole models keep weights in fp32, whose small steps bf16 would round away.
-    words += ["--bf16", str(bf16)] if run.config and run.config != "ppo_tldr.yaml" else []
+    words += ["--bf16", str(bf16)] if run.config and run.config != "tldr/ppo.yaml" else []
     return words + [word for name, value in (ALWAYS | run.changes).items() for word in (f"--{name}", str(value))]
 
 
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "recipes")
     parser.add_argument("--keep", action="store_true", help="do not run again what is in --output")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "recipes"))
+    sys.path.insert(0, str(ROOT / "recipes" / "demo"))
     from rm_then_ppo import fast_precision
 
     names = needed(args.only)

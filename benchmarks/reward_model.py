@@ -2,8 +2,8 @@
 
     python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 300] [--keep out/reward_model]
 
-SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyper-parameters of recipes/rm_then_ppo.yaml, the same LoRA and
-score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Four sides, each run in a fresh
+SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyperparameters of recipes/demo/rm_then_ppo.yaml, the same LoRA
+and score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Four sides, each run in a fresh
 process: `ours` and `trl` load the base as each does when it is given a name (as it was saved, bf16, and fp32; `--dtype`
 sets both), `ours_4bit` and `trl_4bit` put its linear layers into the same NF4. Calibration is of `sigmoid(chosen -
 rejected)` as the probability that the pair is in the right order (Bradley-Terry): both orders of each pair are judged,
@@ -138,7 +138,7 @@ def config_of(side: str, seed: int, folder: str, cls: type):
     import torch
     import yaml
 
-    given = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text())["reward"]
+    given = yaml.safe_load((ROOT / "recipes" / "demo" / "rm_then_ppo.yaml").read_text())["reward"]
     set_here = {
         "bf16": True, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": None,
         "activation_checkpointing": True, "disable_tqdm": True,
@@ -192,7 +192,7 @@ def score_gaps(trainer, pairs, tokenizer) -> list[float]:
 
 def run(side: str, args: argparse.Namespace) -> dict:
     """One side and seed, in this process."""
-    sys.path.insert(0, str(ROOT / "recipes"))
+    sys.path.insert(0, str(ROOT / "recipes" / "demo"))
     from demo_assets import movie_reviews, preference_pairs, splits
     from transformers import AutoTokenizer
 

@@ -342,8 +342,8 @@ def listed(numbers: Iterable[float], digits: int = 1) -> str:
     return ", ".join(f"{number:.{digits}f}" for number in numbers)
 
 
-def recipes_table(results: Path = RESULTS) -> str:
-    """What the recipes' files train on a model and data of the registry, in Markdown; empty where they were not run."""
+def recipes_table(results: Path = RESULTS, folder: str = "") -> str:
+    """Markdown table of what each YAML file trains on a small model and the demo's data, also of one folder only."""
     file = results / "recipes.json"
     if not file.is_file():
         return ""
@@ -351,16 +351,41 @@ def recipes_table(results: Path = RESULTS) -> str:
     lines = ["| file | here | figures | minutes |", "|---|---|---|---|"]
     for run in r["runs"].values():
         by_seed = run["by_seed"]
+        if folder and not (run["config"] or "").startswith(f"{folder}/"):
+            continue
         if "accuracy" in by_seed[0]:
             right = listed((one["accuracy"] for one in by_seed), 2)
             found = f"{right} of {by_seed[0]['pairs']} held-out pairs in the right order"
         else:
             rises = (f"{one['before']['reward']:.2f} → {one['after']['reward']:.2f}" for one in by_seed)
             found = f"held-out reward {', '.join(rises)} at {listed(one['after']['kl'] for one in by_seed)} nats"
-        file_name = f"[{run['config']}]({run['config']})" if run["config"] else "none"
+        config = (run["config"] or "").removeprefix(f"{folder}/")
+        file_name = f"[{config}]({config})" if config else "none"
         lines.append(f"| {file_name} | {run['what']} | {found} | {listed(one['minutes'] for one in by_seed)} |")
-    link = "[recipes.json](../benchmarks/results/recipes.json), by `benchmarks/recipes.py`"
+    link = "[recipes.json](benchmarks/results/recipes.json), by `benchmarks/recipes.py`"
     return "\n".join([*lines, "", f"{link}, seeds {', '.join(map(str, r['seeds']))}; {machine(r)}."])
+
+
+def recipe_output(folder: str, results: Path = RESULTS) -> str:
+    """Last lines that the runs of a recipe print for the first seed, in Markdown."""
+    if folder == "demo":
+        run = json.loads((results / "demo.json").read_text())["runs"][0]
+        before, after = run["before"], run["after"]
+        lines = [
+            f"Held-out reward {before['reward']:.2f} -> {after['reward']:.2f}, KL {after['kl']:.1f} nats, "
+            f"VADER {before['vader']:.2f} -> {after['vader']:.2f}, {run['minutes']:.1f} minutes"
+        ]
+    else:
+        runs = json.loads((results / "recipes.json").read_text())["runs"].values()
+        first = [run["by_seed"][0] for run in runs if (run["config"] or "").startswith(f"{folder}/")]
+        lines = [
+            f"Accuracy on {one['pairs']} held-out pairs: {one['accuracy']:.3f}"
+            if "accuracy" in one
+            else f"Held-out reward {one['before']['reward']:.2f} -> {one['after']['reward']:.2f}, "
+            f"KL {one['after']['kl']:.1f} nats"
+            for one in first
+        ]
+    return "\n".join(["```text", *lines, "```"])
 
 
 def memory_table(results: Path = RESULTS) -> str:
@@ -503,6 +528,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning": learning_table,
     "demo": demo_table,
     "recipes": recipes_table,
+    **{f"recipe {name}": partial(recipes_table, folder=name) for name in ("qwen_7b_qlora", "qwen_deberta", "tldr")},
+    **{f"output {name}": partial(recipe_output, name) for name in ("demo", "qwen_7b_qlora", "qwen_deberta", "tldr")},
     "memory": memory_table,
     "defaults": defaults_table,
     "signal": signal_table,
@@ -515,11 +542,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def find_places(root: Path = ROOT) -> list[tuple[str, str]]:
     """Return each text of the repository with the name of a table that it has markers for."""
+    marker = re.compile(r"<!-- /?(\w+|(?:rows|recipe|output) [\w. ]+) -->")
     texts = [root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("recipes/**/README.md"))]
     return [
         (text.relative_to(root).as_posix(), name)
         for text in texts
-        for name in dict.fromkeys(re.findall(r"<!-- /?(\w+|rows [\w. ]+) -->", text.read_text(encoding="utf-8")))
+        for name in dict.fromkeys(marker.findall(text.read_text(encoding="utf-8")))
         if name in TABLES or name.startswith("rows ")
     ]
 

@@ -1,7 +1,7 @@
 """Train any causal language model with PPO, on any prompts and rewards.
 
-    python recipes/ppo.py --config recipes/ppo_7b_qlora.yaml
-    accelerate launch recipes/ppo.py --config recipes/ppo_tldr.yaml --output_dir out/tldr
+    python recipes/ppo.py --config recipes/qwen_7b_qlora/ppo.yaml
+    accelerate launch recipes/ppo.py --config recipes/tldr/ppo.yaml --output_dir out/tldr
     python recipes/ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl \
         --reward_funcs my_rewards:short_answers --use_peft --total_episodes 512 --output_dir out/short
 
@@ -48,6 +48,15 @@ class PromptArguments:
             self.reward_funcs = [self.reward_funcs]
 
 
+def summary(log_history: list[dict[str, float]]) -> str:
+    """Describe the first and the last evaluation of a run in one line; empty if there was none."""
+    rows = [row for row in log_history if "eval_reward" in row]
+    if not rows:
+        return ""
+    rewards = " -> ".join(f"{row['eval_reward']:.2f}" for row in [rows[0], *rows[1:][-1:]])
+    return f"Held-out reward {rewards}, KL {rows[-1]['eval_kl']:.1f} nats"
+
+
 def main() -> None:
     data, args, model = TrlParser((PromptArguments, PPOConfig, ModelConfig)).parse_args_and_config()
     train, held_out = train_and_eval_rows(
@@ -71,6 +80,8 @@ def main() -> None:
     if held_out is not None and args.eval_strategy == "no":  # otherwise Trainer has run the last evaluation
         trainer.evaluate()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(summary(trainer.state.log_history))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a rank that exits early may terminate ranks that are still writing

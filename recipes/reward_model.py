@@ -1,7 +1,7 @@
 """Train a reward model from preference pairs, on any base and dataset.
 
-    python recipes/reward_model.py --config recipes/reward_model_7b_qlora.yaml
-    accelerate launch recipes/reward_model.py --config recipes/reward_model_7b_qlora.yaml --output_dir out/rm
+    python recipes/reward_model.py --config recipes/qwen_7b_qlora/reward.yaml
+    accelerate launch recipes/reward_model.py --config recipes/qwen_7b_qlora/reward.yaml --output_dir out/rm
 
 Flags override the YAML file. The arguments are those of `RewardConfig`, of TRL's `ModelConfig` (base, LoRA,
 quantization) and of `PairArguments` below. The dataset needs columns `chosen` and `rejected`, and `prompt` if it is not

@@ -14,7 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo_assets.py"
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo" / "demo_assets.py"
 PACKAGE, VERSION, CSV = "toy-asset", "1.0", "text,label,source\nGreat .,1,rotten_tomatoes\n"
 
 

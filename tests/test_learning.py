@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes" / "demo")]
 
 import gradient_signal  # noqa: E402
 import learning  # noqa: E402

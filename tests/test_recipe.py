@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(ROOT / "recipes" / "demo"))
 import demo_assets  # noqa: E402
 from rm_then_ppo import fast_precision  # noqa: E402
 
@@ -43,11 +43,12 @@ def test_precision_is_that_of_the_machine_and_not_of_the_moment(monkeypatch, abl
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_reward_model_then_ppo_on_the_real_model(tmp_path, load_in_4bit):
     base = real_model()
-    config = yaml.safe_load((ROOT / "recipes" / "rm_then_ppo.yaml").read_text()) | {"load_in_4bit": load_in_4bit}
+    config = yaml.safe_load((ROOT / "recipes" / "demo" / "rm_then_ppo.yaml").read_text())
     config |= {"num_pairs": 16, "num_eval_pairs": 8, "num_prompts": 16, "num_eval_prompts": 4}
+    config["load_in_4bit"] = load_in_4bit
     config["ppo"] |= {"total_episodes": 16, "per_device_train_batch_size": 4, "response_length": 8}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "recipes/rm_then_ppo.py", "--config", str(tmp_path / "small.yaml")]
+    command = [sys.executable, "recipes/demo/rm_then_ppo.py", "--config", str(tmp_path / "small.yaml")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, env=environment, capture_output=True, text=True

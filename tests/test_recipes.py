@@ -69,17 +69,21 @@ def check_ppo(folder, adapter=True):
 
 @pytest.mark.slow
 def test_7b_qlora_reward_model_then_ppo(here, monkeypatch, capsys):
-    yaml = RECIPES / "reward_model_7b_qlora.yaml"
+    yaml = RECIPES / "qwen_7b_qlora" / "reward.yaml"
     run("reward_model.py", "--config", yaml, *SMALL, "--model_name_or_path", "base", "--dataset_name", "pairs",
         "--output_dir", "rm", "--max_steps", "2", "--use_cpu", "True", "--dataloader_pin_memory", "False",
         monkeypatch=monkeypatch)  # fmt: skip
     assert "Accuracy on 4 held-out pairs: " in capsys.readouterr().out
     info = json.loads((here / "rm" / "reward_model.json").read_text())
     assert info["quantization"]["load_in_4bit"] and info["pairs"] == 4
-    yaml = RECIPES / "ppo_7b_qlora.yaml"
+    yaml = RECIPES / "qwen_7b_qlora" / "ppo.yaml"
     run("ppo.py", "--config", yaml, *PPO, "--model_name_or_path", "base", "--dataset_name", "chats",
         "--reward_funcs", "rm", "--output_dir", "ppo", monkeypatch=monkeypatch)  # fmt: skip
     check_ppo(here / "ppo")
+    history = json.loads((here / "ppo" / "trainer_state.json").read_text())["log_history"]
+    last = [row for row in history if "eval_reward" in row][-1]
+    shown = f"-> {last['eval_reward']:.2f}, KL {last['eval_kl']:.1f} nats"
+    assert capsys.readouterr().out.strip().endswith(shown)
 
 
 @pytest.mark.parametrize("rows", ["texts", "chats"])
@@ -94,7 +98,7 @@ def test_qwen_against_a_deberta_reward_model(here, monkeypatch, rows):
         )
     ).save_pretrained(here / "deberta")  # fmt: skip
     tokenizer.save_pretrained(here / "deberta")
-    run("ppo.py", "--config", RECIPES / "ppo_qwen_deberta.yaml", *PPO, "--model_name_or_path", "base",
+    run("ppo.py", "--config", RECIPES / "qwen_deberta" / "ppo.yaml", *PPO, "--model_name_or_path", "base",
         "--dataset_name", rows, "--reward_funcs", "deberta", "--output_dir", "ppo",
         monkeypatch=monkeypatch)  # fmt: skip
     check_ppo(here / "ppo")
@@ -106,7 +110,7 @@ def test_tldr_trains_the_whole_policy(here, monkeypatch):
     torch.manual_seed(1)
     LlamaForSequenceClassification(config).save_pretrained(here / "reward")
     make_tokenizer().save_pretrained(here / "reward")
-    run("ppo.py", "--config", RECIPES / "ppo_tldr.yaml", *PPO, "--model_name_or_path", "base",
+    run("ppo.py", "--config", RECIPES / "tldr" / "ppo.yaml", *PPO, "--model_name_or_path", "base",
         "--dataset_name", "texts", "--reward_funcs", "reward", "--output_dir", "ppo",
         monkeypatch=monkeypatch)  # fmt: skip
     check_ppo(here / "ppo", adapter=False)

@@ -171,6 +171,7 @@ def here(tmp_path, monkeypatch):
     """A working directory with a base, six prompts and a reward function."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.syspath_prepend(str(RECIPES / "demo"))
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     rows = {"prompt": ["tell me", "why", "the sea", "a film", "bread", "so"]}

