@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,6 +121,21 @@ def is_hub_name(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def hub_name(name: str) -> str | None:
+    """Return a model's name on the Hub, also of a folder in the Hub's cache; None for other folders, and for no name.
+
+    A model card names a base by it: the path of a folder exists on one machine only.
+    """
+    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name):
+        return cached[1].replace("--", "/")
+    return name if name and is_hub_name(name) and not Path(name).exists() else None
+
+
+def display_name(name: str) -> str:
+    """Return a model's name on the Hub, or the last part of a folder's path."""
+    return hub_name(name) or Path(name).name
 
 
 def base_samples(directory: Path) -> WeightSamples:

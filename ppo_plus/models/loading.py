@@ -175,7 +175,7 @@ def _load_by_name(
     clone_mmapped_tensors(model)
     if isinstance(quantization_config, BitsAndBytesConfig):
         warn_of_unquantized(model)
-    return model if folder is None else _load_adapter_onto(model, folder)
+    return model if folder is None else load_adapter_onto(model, folder)
 
 
 def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
@@ -266,7 +266,7 @@ def clone_mmapped_tensors(model: nn.Module) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def _load_adapter_onto(base: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter_onto(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A base with the adapter in a folder, to be trained further."""
     names, weights = adapter_key_mapping(base, folder), load_adapter_state_dict(base, folder)
     embeddings = base.get_input_embeddings()

@@ -1,0 +1,193 @@
+"""Merge an adapter into its base: a folder of plain weights that transformers, vLLM and GGUF converters read."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftConfig, TaskType
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .adapter_files import WEIGHTS_FILE, display_name, hub_name, load_reward_metadata, resolve_adapter_path
+from .adapters import CRITIC_ADAPTER
+from .classifier import load_classifier
+from .loading import base_name, check_adapter_kind, language_model_class, load_adapter_onto, load_config, load_tokenizer
+from .saving import VALUE_MODEL, save_model
+from .value_head import VALUE_HEAD_FILE
+
+NOT_MERGED = {
+    VALUE_HEAD_FILE: "the critic's head",
+    "value_head.bin": "the value head",
+    CRITIC_ADAPTER: "the critic's adapter",
+    VALUE_MODEL: "the critic's model",
+}
+CARD_FILE, TOKENIZER_FILE = "README.md", "tokenizer_config.json"
+MAX_ERROR = 0.5  # share of an adapter's effect that merging may lose without a warning
+PROBE = "The quick brown fox jumps over the lazy dog. One, two, three."
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model on disk.
+
+    Attributes:
+        directory: its folder.
+        architecture: its class in transformers, as in `config.json`.
+        left_out: files and folders of the adapter that belong to the critic and are not in a merged model.
+        error: distance of the reloaded model's outputs on a short text from those of base and adapter, as a share of
+            what the adapter changes; NaN where the adapter changes nothing.
+    """
+
+    directory: Path
+    architecture: str
+    left_out: list[str]
+    error: float
+
+
+def merge_adapter(
+    adapter: str | Path, directory: str | Path, *, base: str | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", trust_remote_code: bool = False,
+) -> Merged:  # fmt: skip
+    """Add an adapter's weights to those of its base, save the sum with tokenizer and generation config, and reload it.
+
+    The critic is not part of a merged model. The outputs of the saved folder are compared with those of base and
+    adapter; a warning says where the sum has lost the adapter, in rounding or in weights that layers share.
+
+    Args:
+        adapter: folder or name of an adapter of a language model or of a reward model.
+        directory: where to save; a new or an empty folder.
+        base: name of the base; by default the adapter's own. Needed where that one is quantized.
+        dtype: of the merged weights.
+        trust_remote_code: run the code of a base whose model is not in transformers.
+
+    Raises:
+        ValueError: there is no such adapter, its base is quantized or another one, or `directory` has files.
+    """
+    directory = Path(directory)
+    folder = resolve_adapter_path(adapter)
+    if folder is None:
+        raise ValueError(f"adapter={str(adapter)!r} has no {WEIGHTS_FILE}: pass the folder or name of an adapter.")
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"directory={str(directory)!r} has files already: choose a new folder.")
+    name, is_classifier = base or base_name(str(folder)), _is_classifier(folder)
+    check_unquantized(name, trust_remote_code)
+    own = (folder / TOKENIZER_FILE).is_file()
+    tokenizer = load_tokenizer(str(folder) if own else name, trust_remote_code)
+    model = load_adapter_onto(_load_base(name, is_classifier, dtype, trust_remote_code), folder).eval()
+    if is_classifier:  # reads its score at the last token that is not padding
+        pad_token_id = load_reward_metadata(folder).get("pad_token_id", tokenizer.pad_token_id)
+        model.config.get_text_config().pad_token_id = pad_token_id
+    with model.disable_adapter():
+        plain = _outputs(model, tokenizer)
+    adapted, merged = _outputs(model, tokenizer), model.merge_and_unload(safe_merge=True)
+    save_model(merged, directory)
+    tokenizer.save_pretrained(str(directory))
+    del model, merged  # before a second model of this size
+    reloaded = _load_base(str(directory), is_classifier, dtype, trust_remote_code)
+    error = _relative_error(_outputs(reloaded, tokenizer), adapted, plain, dtype)
+    left_out = [each for each in NOT_MERGED if (folder / each).exists()]
+    result = Merged(directory, type(reloaded).__name__, left_out, error)
+    _write_card(result, folder, name, dtype, is_classifier)
+    return result
+
+
+def check_unquantized(base: str, trust_remote_code: bool = False) -> None:
+    """Refuse a base whose files are quantized: rounding the sum to a few bits would change the policy."""
+    quantization: Any = getattr(
+        load_config(base, {"trust_remote_code": trust_remote_code}), "quantization_config", None
+    )
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    raise ValueError(
+        f"base={base!r} is saved quantized ({getattr(method, 'value', method)}), and rounding the sum to a few bits "
+        "again would change the policy. Pass base= (--base) with the model that was quantized, in bfloat16 or float32; "
+        "its outputs differ from those of the quantized base by the quantization error."
+    )
+
+
+def _is_classifier(folder: Path) -> bool:
+    config = PeftConfig.from_pretrained(str(folder))
+    check_adapter_kind(config)
+    return config.task_type == TaskType.SEQ_CLS
+
+
+def _load_base(name: str, is_classifier: bool, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    if is_classifier:
+        return load_classifier(name, dtype)[0].eval()
+    options = {"trust_remote_code": trust_remote_code}
+    return language_model_class(load_config(name, options)).from_pretrained(name, dtype=dtype, **options).eval()
+
+
+@torch.no_grad()
+def _outputs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the logits of a short text, `(L, V)`, or its score, `(1,)`, float32."""
+    return model(**tokenizer(PROBE, return_tensors="pt", return_token_type_ids=False)).logits[0].float()
+
+
+def _relative_error(merged: Tensor, adapted: Tensor, plain: Tensor, dtype: str) -> float:
+    """Return the distance of merged from adapted outputs as a share of the adapter's effect; warn if it is large."""
+    effect, distance = (adapted - plain).norm().item(), (merged - adapted).norm().item()
+    if effect == 0:
+        return math.nan
+    if distance > MAX_ERROR * effect:
+        warnings.warn(
+            f"The merged model is {distance / effect:.0%} of the adapter's effect away from base and adapter: the "
+            f"adapter is lost in rounding to {dtype} (merge with dtype='float32'), or it is on weights that several "
+            "layers share, which cannot be merged (keep the adapter).",
+            stacklevel=3,
+        )
+    return distance / effect
+
+
+def _write_card(merged: Merged, folder: Path, base: str, dtype: str, is_classifier: bool) -> None:
+    """Write the adapter's card with another section on use, or a short one where the adapter has none."""
+    file, name = folder / CARD_FILE, merged.directory.absolute().name
+    card = (
+        ModelCard.load(file, ignore_metadata_errors=True)
+        if file.is_file()
+        else ModelCard("---\nlicense: unknown\n---\n")
+    )
+    if "[More Information Needed]" in card.text or not card.text.strip():  # the empty template of PEFT
+        card.text = f"# {name}"
+    data: Any = card.data
+    data.library_name, data.base_model = "transformers", hub_name(base)
+    data.pipeline_tag = "text-classification" if is_classifier else "text-generation"
+    data.tags = [tag for tag in data.tags or [] if tag != "lora" and not tag.startswith("base_model:")]
+    text = re.sub(r"\n## Use\n.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL).strip()
+    title, _, rest = text.partition("\n")
+    note = f"Merged: `{display_name(base)}` plus an adapter, in {dtype}."
+    if merged.left_out:
+        note += f" Not in this folder: {describe_left_out(merged.left_out)}, which only further training needs."
+    card.text = "\n".join([title, "", note, "", *use_of_merged(name, is_classifier), rest.strip(), ""])
+    card.save(merged.directory / CARD_FILE)
+    for picture in folder.glob("*.svg"):
+        shutil.copy(picture, merged.directory)
+
+
+def use_of_merged(name: str, is_classifier: bool) -> list[str]:
+    """Return the section of a card on how to use a merged model, in Markdown lines."""
+    task, call = "text-generation", '[{"role": "user", "content": "Hello"}], max_new_tokens=64'
+    if is_classifier:
+        task, call = "text-classification", '"prompt and answer", function_to_apply="none"'
+    lines = [
+        "## Use", "", "```python", "from transformers import pipeline", "",
+        f'pipe = pipeline("{task}", model="{name}", dtype="auto")', f"print(pipe({call}))", "```", "",
+    ]  # fmt: skip
+    if not is_classifier:
+        lines += ["As GGUF, with the converter of llama.cpp:", "", "```bash",
+                  f"python convert_hf_to_gguf.py {name} --outtype bf16", "```", ""]  # fmt: skip
+    return lines
+
+
+def describe_left_out(names: list[str]) -> str:
+    """Return the critic's files and folders with what they are."""
+    return ", ".join(f"`{name}` ({NOT_MERGED[name]})" for name in names)
