@@ -9,10 +9,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from ppo_plus import PPOConfig, RewardConfig
+from ppo_plus.config.critic_fields import CriticFields
 
 OWN = [
     field
-    for config in (PPOConfig, RewardConfig)
+    for config in (PPOConfig, CriticFields, RewardConfig)
     for field in dataclasses.fields(config)
     if field.name in config.__annotations__
 ]
@@ -88,7 +89,9 @@ def test_every_field_has_a_sentence_of_help(field):
 
 def test_no_field_of_trainer_is_redefined_by_accident():
     """A new field of ours must not take the name of one of transformers with another meaning."""
-    ours = set(PPOConfig.__annotations__) & {f.name for f in dataclasses.fields(TrainingArguments)}
+    ours = {*PPOConfig.__annotations__, *CriticFields.__annotations__} & {
+        f.name for f in dataclasses.fields(TrainingArguments)
+    }
     assert ours == {
         "learning_rate", "adam_epsilon", "bf16", "logging_steps", "logging_nan_inf_filter", "remove_unused_columns",
         "restore_callback_states_from_checkpoint",
@@ -107,6 +110,9 @@ FLAGS = {
     "missing_eos_penalty": ("2", 2.0),
     "stop_token": ("eos", "eos"),
     "critic": ("detached", "detached"),
+    "lam_value": ("1", 1.0),
+    "length_adaptive_alpha": ("0.05", 0.05),
+    "critic_gate": ("true", True),
     "value_head": ("mlp", "mlp"),
     "value_head_activation": ("gelu", "gelu"),
     "value_head_learning_rate": ("3e-4", 3e-4),
@@ -133,7 +139,7 @@ def test_without_flags_the_parser_gives_the_defaults():
     (args,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(BASE)
     expected = config()
     for field in dataclasses.fields(PPOConfig):
-        if field.name in PPOConfig.__annotations__:
+        if field.name in {*PPOConfig.__annotations__, *CriticFields.__annotations__}:
             assert getattr(args, field.name) == getattr(expected, field.name), field.name
 
 

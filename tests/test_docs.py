@@ -353,7 +353,7 @@ def test_every_metric_that_is_logged_is_in_the_table(tmp_path):
 
 
 def test_metrics_in_the_table_are_metrics(tmp_path):
-    trainer = make_trainer(tmp_path, config={"max_steps": 4})
+    trainer = make_trainer(tmp_path, config={"max_steps": 4, "critic_gate": True})
     trainer.train()
     logged = {name for logs in trainer.state.log_history for name in logs}
     logged = {re.sub(r"^rewards/[^/]+/", "rewards/<name>/", name) for name in logged} | {"ppo/skipped_steps"}

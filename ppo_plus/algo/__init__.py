@@ -11,7 +11,7 @@ count of the whole minibatch, so that the gradient does not depend on how the mi
 Values outside `mask`, NaN included, never affect the result of a function that takes a mask.
 """
 
-from .advantages import gae, shape_rewards, truncated_importance_weights
+from .advantages import gae, gate_critic, length_adaptive_lam, shape_rewards, truncated_importance_weights
 from .kl import KL_ESTIMATORS, MAX_KL_ERROR, band_kl_coef, exact_kl, kl_estimate, proportional_kl_coef
 from .logprobs import entropy, entropy_from_logprobs, logprobs_and_entropy, scaled_log_softmax, token_logprobs
 from .losses import (
@@ -37,8 +37,10 @@ __all__ = [
     "exact_kl",
     "explained_variance",
     "gae",
+    "gate_critic",
     "kl_estimate",
     "kl_penalty_policy_loss",
+    "length_adaptive_lam",
     "logprobs_and_entropy",
     "masked_mean",
     "masked_moments",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .statistics import _masked
+from .statistics import Reduce, _masked, masked_moments
 
 
 def shape_rewards(
@@ -41,7 +41,7 @@ def gae(
     mask: Tensor,
     *,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Compute generalized advantage estimates over response tokens (Schulman et al. 2016, eq. 16).
 
@@ -53,7 +53,7 @@ def gae(
         values: `V(s_t)` before token t is emitted, `(B, R)`, reward units.
         mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`; ones, then zeros.
         gamma: discount per token, 0 to 1.
-        lam: 0 trusts the values (one-step TD), 1 trusts the rewards (Monte Carlo).
+        lam: 0 trusts the values (one-step TD), 1 trusts the rewards (Monte Carlo); one for all responses, or `(B,)`.
 
     Returns:
         advantages and returns, both `(B, R)`, zero outside `mask`; advantages are not whitened. Returns
@@ -69,6 +69,51 @@ def gae(
         advantages_reversed.append(advantage)
     advantages = torch.stack(advantages_reversed[::-1], dim=1)
     return advantages, advantages + values
+
+
+def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
+    """Compute the GAE lambda of each response from its length, `1 - 1 / (alpha l)`, at least 0.
+
+    With it the weights of the TD errors, `lam ** k`, sum to about `alpha l`, so a long response's first tokens still
+    receive the reward at its end: at 0.95 the weight of 200 tokens on is 4e-5. From VAPO (2504.05118), with alpha 0.05
+    for responses of thousands of tokens; SAO (2607.07508) uses 1.5. The formula is second-hand: it was read in tests
+    of NeMo-RL, in prime-rl and in the documentation of EasyDeL's SAO trainer. The papers leave open what a length below
+    `1 / alpha` means; here lambda is then 0.
+
+    Args:
+        mask: 1 for the tokens that are actions, `(B, R)`; l is their number.
+        alpha: above 0; how much of a response the weights cover.
+
+    Returns:
+        lambda, `(B,)` float32, 0 to below 1; 0 for a response without actions.
+    """
+    lengths = mask.bool().sum(1).clamp(min=1)
+    return (1 - 1 / (alpha * lengths)).clamp(min=0)
+
+
+def gate_critic(
+    advantages: Tensor, mc_returns: Tensor, mask: Tensor, explained_variance: Tensor, *, reduce: Reduce | None = None
+) -> Tensor:
+    """Replace advantages by `G - mean(G)` if the critic predicts returns no better than their mean (EVPO, 2604.19485).
+
+    With Monte Carlo returns G the variance of `G - V` is above that of `G - mean(G)` exactly if the explained variance
+    of V is below 0, so the gate never has the larger of the two. This is second-hand: its abstract and summaries were
+    read. They leave open whether statistics are over responses or tokens: here they are over tokens, as in whitening.
+
+    Args:
+        advantages: advantages with the critic's values, `(B, R)`, reward units.
+        mc_returns: discounted rewards from each token on, G, `(B, R)`, reward units.
+        mask: 1 for the tokens that are actions, `(B, R)`.
+        explained_variance: of the values for `mc_returns`, over all processes, a scalar.
+        reduce: sums a tensor over all processes.
+
+    Returns:
+        Advantages, `(B, R)` float32, reward units; 0 outside `mask`.
+    """
+    if explained_variance > 0:
+        return advantages
+    mean, _ = masked_moments(mc_returns, mask, reduce=reduce)
+    return _masked(mc_returns - mean, mask)
 
 
 def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:

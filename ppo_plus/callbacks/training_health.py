@@ -1,4 +1,4 @@
-"""Warnings about common failures of PPO runs: high KL, collapsed entropy, no gradient."""
+"""Warnings about common failures of PPO runs: high KL, collapsed entropy, no gradient, useless values."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
     from ..rollout.experience import Experience
 
+MAX_USELESS_VALUES = 5  # rollouts
+
 
 class TrainingHealthCallback(PPOCallback):
     """Warn, once per problem, about metrics that usually indicate a failing run.
@@ -27,6 +29,7 @@ class TrainingHealthCallback(PPOCallback):
         self._warned: set[str] = set()
         self._without_gradient: set[str] | None = None
         self._actor_steps = 0
+        self._useless_values = 0  # consecutive rollouts whose values predict returns worse than the mean return
 
     def on_rollout_end(
         self, args: Any, state: Any, control: Any, rollout: Rollout, samples: Experience, metrics: dict[str, float],
@@ -58,6 +61,17 @@ class TrainingHealthCallback(PPOCallback):
             entropy < 0.02,
             f"Entropy is {entropy:.3f} nats per token: sampling is almost deterministic. Raise kl_coef or "
             "entropy_coef, or lower the learning rate.",
+        )
+        explained = metrics.get("critic/explained_variance_mc", 0.0)
+        learned = state.global_step > args.critic_warmup_steps  # values that nothing was learned for are no news
+        self._useless_values = self._useless_values + 1 if explained < 0 and learned else 0
+        self._warn_once(
+            "critic",
+            self._useless_values >= MAX_USELESS_VALUES and not args.critic_gate,
+            f"In {MAX_USELESS_VALUES} rollouts in a row the critic predicted returns worse than their mean (explained "
+            f"variance {explained:.2f}), so its values raise the variance of advantages instead of lowering it (EVPO, "
+            "arXiv 2604.19485). Set critic_gate=True, train the critic longer before the actor (critic_warmup_steps), "
+            "or set lam=1, which uses values as a baseline only.",
         )
         texts = {messages_to_text(text) for text in samples.completions.completions}
         self._warn_once(

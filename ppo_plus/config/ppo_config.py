@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from transformers import TrainingArguments
 
 from ..algo.kl import KL_ESTIMATORS
+from .critic_fields import CriticFields
 from .shared import (
+    _check,
     _check_length,
+    _field,
     _is_int,
     _RedactSecrets,
     _resolve_direction,
@@ -28,13 +31,9 @@ else:
     TokenIds = list[int] | None  # HfArgumentParser reads one type for each argument of the command line
 
 
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @ignore_derived_fields
 @dataclass(repr=False)
-class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
+class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     """Configuration of `PPOTrainer`.
 
     Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
@@ -98,22 +97,6 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus, per nat.")
     cliprange_value: float | None = _field(0.2, "Clip range of the value, reward units; None disables it.")
     vf_coef: float | None = _field(None, "Weight of the value loss; None means 0.1 for critic='shared', else 1.")
-
-    # Critic
-    critic: Literal["shared", "detached", "adapter", "separate"] = _field(
-        "shared",
-        "Backbone of the value head: the actor, the actor without gradient, a second adapter, or value_model.",
-    )
-    value_head: Literal["linear", "mlp"] = _field("linear", "Architecture of the value head.")
-    value_head_activation: Literal["silu", "gelu"] = _field("silu", "Activation of value_head='mlp'.")
-    prefix_reward_baseline: bool | None = _field(
-        None, "Regress values on the reward adapter's prefix scores; None: for critic='shared' and 'detached'."
-    )
-    value_head_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
-    critic_backbone_learning_rate: float = _field(
-        2e-5, "Learning rate of the critic's adapter (critic='adapter') or model (critic='separate')."
-    )
-    critic_warmup_steps: int = _field(0, "Number of initial optimizer steps that train only the critic.")
 
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _field(
@@ -184,6 +167,7 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
         self._check_sizes()
         self._check_numbers()
         self._check_choices()
+        self._check_critic()
         self._check_combinations()
         self._check_trainer_options()
         _check_length(self)
@@ -244,15 +228,6 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
         """Weight of the value loss, with the default of `critic` if `vf_coef` is None."""
         return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)
 
-    @property
-    def uses_prefix_reward_baseline(self) -> bool:
-        """Whether a baseline from prefix scores is added to the values, with None resolved by `critic`."""
-        return (
-            self.critic in ("shared", "detached")
-            if self.prefix_reward_baseline is None
-            else self.prefix_reward_baseline
-        )
-
     def _check_sizes(self) -> None:
         at_least_one = (
             "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -271,13 +246,11 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
             "a token id, a list of them, or None (tokenizer.convert_tokens_to_ids(text) returns the id of a token)",
         )  # fmt: skip
         _check(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
-        for name, zero in (("num_sample_generations", "never"), ("critic_warmup_steps", "none")):
-            value = getattr(self, name)
-            _check(_is_int(value) and value >= 0, self, name, f"a whole number, 0 ({zero}) or more")
+        value = self.num_sample_generations
+        _check(_is_int(value) and value >= 0, self, "num_sample_generations", "a whole number, 0 (never) or more")
 
     def _check_numbers(self) -> None:
-        rates = ("learning_rate", "value_head_learning_rate", "critic_backbone_learning_rate", "adam_epsilon")
-        not_negative = ("kl_coef", "entropy_coef", "old_policy_kl_coef", *rates)
+        not_negative = ("kl_coef", "entropy_coef", "old_policy_kl_coef", "learning_rate", "adam_epsilon")
         for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
             _check(is_number(getattr(self, name)), self, name, "a number (YAML reads 3e-5 as text: write 3.0e-5)")
         for name in (
@@ -314,11 +287,7 @@ class PPOConfig(TRLFields, _RedactSecrets, TrainingArguments):
             "kl_estimator": KL_ESTIMATORS,
             "kl_penalty_in": ("reward", "loss"),
             "objective": ("clip", "kl_penalty", "unclipped"),
-            "critic": ("shared", "detached", "adapter", "separate"),
-            "value_head": ("linear", "mlp"),
-            "value_head_activation": ("silu", "gelu"),
             "stop_token": ("eos", None),
-            "prefix_reward_baseline": (True, False, None),
             "on_reward_error": ("raise", "skip"),
             "on_save_error": ("raise", "skip"),
         }
@@ -394,8 +363,3 @@ def _is_dict(value: object) -> bool:
         except ValueError:
             return False
     return value is None or isinstance(value, dict)
-
-
-def _check(condition: bool, config: PPOConfig, name: str, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"PPOConfig: {name} must be {expected}; got {getattr(config, name)!r}.")

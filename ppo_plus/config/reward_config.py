@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 from trl import RewardConfig as TRLRewardConfig
 
-from .ppo_config import _field
-from .shared import _check_length, _RedactSecrets, _resolve_direction, _resolve_precision, check_no_sharding
+from .shared import (
+    _check_length,
+    _field,
+    _RedactSecrets,
+    _resolve_direction,
+    _resolve_precision,
+    check_no_sharding,
+)
 
 
 @dataclass(repr=False)

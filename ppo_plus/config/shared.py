@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -82,6 +83,15 @@ def check_no_sharding(config: Any) -> None:
                 "and checkpoints need unsharded weights. Use DDP: remove it, and start with `accelerate launch "
                 "--multi_gpu`. If the model does not fit on one GPU, load it in 4 bits with a LoRA adapter."
             )
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _check(condition: bool, config: Any, name: str, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"PPOConfig: {name} must be {expected}; got {getattr(config, name)!r}.")
 
 
 def _is_int(value: object) -> bool:

@@ -32,11 +32,14 @@ def build_rollout(
         scores = scores - args.missing_eos_penalty * (~samples.stopped)
     rewards = _shape_rewards(samples, scores, kl_coef, mask, args, reduce)
     values, value_baselines = samples.values, torch.zeros_like(samples.values)
+    mc_returns, _ = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)
     if baseline is not None and samples.prefix_scores is not None:
-        mc_returns, _ = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)
         value_baselines = baseline.fit_predict(samples.prefix_scores, mc_returns, mask, reduce)
         values = values + value_baselines
-    advantages, returns = algo.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+    advantages, returns = estimate_advantages(rewards, values, mask, args)
+    explained = algo.explained_variance(values, mc_returns, mask, reduce=reduce)
+    if args.critic_gate:
+        advantages = algo.gate_critic(advantages, mc_returns, mask, explained, reduce=reduce)
     advantages = algo.whiten(advantages, mask, reduce=reduce)
     if (cap := args.importance_sampling_cap) is not None:
         # A positive factor of the advantage scales the whole loss of its token.
@@ -45,8 +48,22 @@ def build_rollout(
     return Rollout(
         samples.input_ids, samples.attention_mask, mask, samples.logprobs, samples.ref_logprobs, values,
         value_baselines, advantages, returns, scores, ((samples.logprobs - samples.ref_logprobs) * mask).sum(1),
-        samples.frozen_hidden_states,
+        samples.frozen_hidden_states, explained,
     )  # fmt: skip
+
+
+def estimate_advantages(rewards: Tensor, values: Tensor, mask: Tensor, args: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Return advantages and value targets, each `(N, R)`, from the same values by GAE with two lambdas.
+
+    Decoupled as in VC-PPO (2503.01491): targets with lambda 1 (Monte Carlo) do not depend on the values that they
+    correct, while advantages keep a lower lambda, which lowers their variance.
+    """
+    alpha = args.length_adaptive_alpha
+    lam = args.lam if alpha is None else algo.length_adaptive_lam(mask, alpha)
+    advantages, returns = algo.gae(rewards, values, mask, gamma=args.gamma, lam=lam)
+    if args.lam_value is not None:
+        _, returns = algo.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam_value)
+    return advantages, returns
 
 
 def _shape_rewards(

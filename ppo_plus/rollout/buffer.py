@@ -63,6 +63,8 @@ class Rollout:
         sequence_kl: summed estimate of KL(policy || reference) per response, `(N,)` float32, nats.
         frozen_hidden_states: inputs of the lowest layer with an adapter, `(N, P + R - 1, H)`, without the last token;
             None if every pass runs all layers. They are not saved, because they are recomputed from the tokens.
+        explained_variance: share of the variance of the Monte Carlo returns that the values predict, over all ranks, a
+            float32 scalar. It is not saved, because only the beginning of a rollout needs it.
     """
 
     input_ids: Tensor
@@ -77,6 +79,7 @@ class Rollout:
     sequence_scores: Tensor
     sequence_kl: Tensor
     frozen_hidden_states: Tensor | None = None
+    explained_variance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -130,7 +133,7 @@ class Rollout:
 
     @classmethod
     def _saved(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.name != "frozen_hidden_states"]
+        return [f.name for f in fields(cls) if f.name not in ("frozen_hidden_states", "explained_variance")]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from .. import algo
 from ..callbacks.base import PPOCallback, RolloutSettings, hears_scores
+from ..config import PPOConfig
 from ..data.batching import micro_batch_indices, minibatch_indices
 from ..data.prompts import Row
 from ..data.seeding import derive_seed, isolated_rng
@@ -86,6 +87,7 @@ class RolloutPhase:
             "num_tokens": progress.num_tokens,
             "ppo/kl_coef": kl_coef,
             "critic/explained_variance": explained.item(),
+            **critic_metrics(rollout, trainer.args),
             **{f"time/{phase}": seconds for phase, seconds in (samples.seconds | timer.seconds).items()},
         }
         self.call_event("on_rollout_end", rollout=rollout, samples=samples, metrics=metrics)
@@ -174,3 +176,10 @@ class RolloutPhase:
     def _callbacks(self) -> Iterator[PPOCallback]:
         # Looked up each time, because Trainer replaces stateful callbacks when it resumes.
         return (c for c in self._trainer.callback_handler.callbacks if isinstance(c, PPOCallback))
+
+
+def critic_metrics(rollout: Rollout, args: PPOConfig) -> dict[str, float]:
+    """Return how well the values predict Monte Carlo returns, and whether the batch mean replaced them."""
+    explained = cast(Tensor, rollout.explained_variance).item()
+    gate = {"critic/gated": float(explained <= 0)} if args.critic_gate else {}
+    return {"critic/explained_variance_mc": explained, **gate}

@@ -1,0 +1,66 @@
+"""Fields of `PPOConfig` about values: the critic, how it is trained, and the lambdas of advantages and targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .shared import _check, _field, _is_int, is_number
+
+
+@dataclass(repr=False)
+class CriticFields:
+    """The critic of a run, and how much advantages and value targets rely on it."""
+
+    critic: Literal["shared", "detached", "adapter", "separate"] = _field(
+        "shared",
+        "Backbone of the value head: the actor, the actor without gradient, a second adapter, or value_model.",
+    )
+    value_head: Literal["linear", "mlp"] = _field("linear", "Architecture of the value head.")
+    value_head_activation: Literal["silu", "gelu"] = _field("silu", "Activation of value_head='mlp'.")
+    prefix_reward_baseline: bool | None = _field(
+        None, "Regress values on the reward adapter's prefix scores; None: for critic='shared' and 'detached'."
+    )
+    value_head_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
+    critic_backbone_learning_rate: float = _field(
+        2e-5, "Learning rate of the critic's adapter (critic='adapter') or model (critic='separate')."
+    )
+    critic_warmup_steps: int = _field(0, "Number of initial optimizer steps that train only the critic.")
+    lam_value: float | None = _field(
+        None, "GAE lambda of the value targets, 1 for Monte Carlo; None means that of the advantages."
+    )
+    length_adaptive_alpha: float | None = _field(
+        None, "Lambda of advantages is 1 - 1/(alpha * tokens of the response) instead of lam; None means lam."
+    )
+    critic_gate: bool = _field(
+        False, "Use the batch mean instead of values in rollouts whose explained variance is not above 0 (EVPO)."
+    )
+
+    @property
+    def uses_prefix_reward_baseline(self) -> bool:
+        """Whether a baseline from prefix scores is added to the values, with None resolved by `critic`."""
+        return (
+            self.critic in ("shared", "detached")
+            if self.prefix_reward_baseline is None
+            else self.prefix_reward_baseline
+        )
+
+    def _check_critic(self) -> None:
+        choices: dict[str, tuple] = {
+            "critic": ("shared", "detached", "adapter", "separate"),
+            "value_head": ("linear", "mlp"),
+            "value_head_activation": ("silu", "gelu"),
+            "prefix_reward_baseline": (True, False, None),
+            "critic_gate": (True, False),
+        }
+        for name, allowed in choices.items():
+            _check(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
+        for name in ("value_head_learning_rate", "critic_backbone_learning_rate"):
+            rate = getattr(self, name)
+            _check(is_number(rate), self, name, "a number (YAML reads 3e-5 as text: write 3.0e-5)")
+            _check(rate >= 0, self, name, "0 or more")
+        steps = self.critic_warmup_steps
+        _check(_is_int(steps) and steps >= 0, self, "critic_warmup_steps", "a whole number, 0 (none) or more")
+        lam, alpha = self.lam_value, self.length_adaptive_alpha
+        _check(lam is None or (is_number(lam) and 0 <= lam <= 1), self, "lam_value", "between 0 and 1, or None")
+        _check(alpha is None or (is_number(alpha) and alpha > 0), self, "length_adaptive_alpha", "above 0, or None")
