@@ -3,6 +3,7 @@
 #
 #   make demo     reward model, then PPO, on a real language model
 #   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory)
+#   make test-all the same with the tests marked slow or real (several processes, the real model, compilers)
 #   make gpu      nine minutes on a CUDA device: tests, memory, a 4-bit run, speed   (ARGS="--card-gb 12")
 #   make lint     ruff, mypy, import-linter, and banned words (.ci/banned_words.py)
 #   make test-oldest  tests of what other libraries can break, on the lower bounds of pyproject.toml
@@ -32,13 +33,14 @@ VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modelin
                     reward_trainer rewards recipe)
 VERSIONS_TORCH ?=
 
-.PHONY: demo test gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
+.PHONY: demo test test-all gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
 
 demo: install
 	$(PY) recipes/demo/rm_then_ppo.py --config recipes/demo/rm_then_ppo.yaml $(ARGS)
 
-test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: FAST := -m "not slow and not real"
+test test-all: install
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(FAST) $(ARGS)
 
 test-oldest: install-oldest
 	$(call version_tests,.venv-oldest)

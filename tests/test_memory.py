@@ -212,27 +212,32 @@ def test_the_cache_grows_by_key_value_heads_and_stops_at_the_window(config, byte
 
 
 DEEP = {
-    "llama": LlamaConfig(**{**SIZES, "num_hidden_layers": 9}),
+    "llama": LlamaConfig(**{**SIZES, "num_hidden_layers": 6}),
     "gemma2": Gemma2Config(**{**SIZES, "num_hidden_layers": 16}, head_dim=16, sliding_window=16),
     "gemma3": Gemma3TextConfig(
         **{**SIZES, "num_hidden_layers": 16}, head_dim=16, sliding_window=17,
         layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * 4,
     ),
-    "gpt2": GPT2Config(vocab_size=500, n_embd=64, n_layer=9, n_head=4, n_positions=256),
+    "gpt2": GPT2Config(vocab_size=500, n_embd=64, n_layer=6, n_head=4, n_positions=256),
 }  # fmt: skip
-SEPARATE = LlamaConfig(**{**SIZES, "num_hidden_layers": 9, "hidden_size": 32, "intermediate_size": 64})
+MIXED = ("gemma2", "gemma3")  # layers of two kinds, of which it takes fifteen to leave any out
+SEPARATE = LlamaConfig(**{**SIZES, "num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 64})
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {"activation_checkpointing": checkpointing}) for name in DEEP for checkpointing in (False, True)),
+        *(
+            pytest.param(name, {"activation_checkpointing": on}, marks=[pytest.mark.slow] if name in MIXED else [])
+            for name in DEEP
+            for on in (False, True)
+        ),
         ("llama", {"critic": "adapter"}),
         ("llama", {"critic": "adapter", "activation_checkpointing": True}),
         ("llama", {"critic": "separate"}),
         ("llama", {"critic": "separate", "activation_checkpointing": True}),
         ("llama", {"quantization": "nf4", "reward": "adapter"}),
-        ("gemma3", {"quantization": "int8"}),
+        ("llama", {"quantization": "int8"}),
     ],
     ids=str,
 )
@@ -243,7 +248,7 @@ def test_a_few_layers_tell_what_all_of_them_take(name, options):
     assert few.parameters == whole.parameters
     # To the byte; where kinds mix, the highest layer may have other neighbors.
     tolerance = 0.005 if len(few.more) > 1 and critic is None else 0
-    for phase, rows in (("generate", 3), ("learn", 1), ("learn", 5)):
+    for phase, rows in (("generate", 3), ("learn", 5), *([("learn", 1)] if len(few.more) == 1 else [])):
         found, expected = getattr(few, phase)(rows), getattr(whole, phase)(rows)
         assert found.total == pytest.approx(expected.total, rel=tolerance, abs=0)
         assert tolerance or found == expected
@@ -253,7 +258,7 @@ def test_a_layer_too_few_is_seen():
     """The comparison above can fail."""
     few = predict(DEEP["llama"], setup())
     exact = few.learn(2).total
-    for count in (6, 8):
+    for count in (3, 5):
         assert ExtrapolatedEstimator(few.first, [(few.more[0][0], count)]).learn(2).total != exact
 
 
@@ -269,7 +274,7 @@ def test_all_layers_run_where_a_few_do_not_tell():
     assert reduced_depth_configs(shares_kv, causal) == (shares_kv, [])
     assert reduced_depth_configs(CONFIGS["llama"], causal) == (CONFIGS["llama"], [])  # few as they are
     [(longer, left_out)] = reduced_depth_configs(DEEP["llama"], causal)[1]
-    assert (longer.num_hidden_layers, left_out) == (3, 7)
+    assert (longer.num_hidden_layers, left_out) == (3, 4)
     assert isinstance(predict(CONFIGS["llama"], setup()), DryRun)
 
 
