@@ -84,11 +84,11 @@ MEASURED = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", 
             "critic/explained_variance", "clip_ratio/policy", "ppo/ratio", "grad_norm")  # fmt: skip
 
 
-def alone(folder, seed, stream=False):
+def alone(folder, seed, stream=False, **config):
     """One process with twice the micro-batches of SCRIPT: weights and log."""
     trainer = make_trainer(
         folder,
-        config={"max_steps": 6, "gradient_accumulation_steps": 4, "seed": seed},
+        config={"max_steps": 6, "gradient_accumulation_steps": 4, "seed": seed, **config},
         callbacks=[AdaptiveKLCallback(target=1.0, horizon=20), RewardNormalizationCallback()],
     )
     if stream:
@@ -99,11 +99,12 @@ def alone(folder, seed, stream=False):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(tmp_path):
+@pytest.mark.parametrize("config", [{}, {"num_generations": 4}], ids=["", "several answers"])
+def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(tmp_path, config):
     """Sampling, minibatches, whitening, statistics and gradients: 6 steps, in the second rollout already."""
-    two = launch(tmp_path / "two", config={"gradient_accumulation_steps": 2})
-    weights, log = alone(tmp_path / "one", seed=42)
-    other, _ = alone(tmp_path / "other", seed=43)
+    two = launch(tmp_path / "two", config={"gradient_accumulation_steps": 2, **config})
+    weights, log = alone(tmp_path / "one", seed=42, **config)
+    other, _ = alone(tmp_path / "other", seed=43, **config)
     found = torch.load(tmp_path / "two" / "weights.pt")
     assert two["processes"] == 2 and (found - weights).abs().max() < 1e-4
     assert (found - other).abs().max() > 1e-2  # negative control

@@ -33,6 +33,7 @@ KINDS = {
     "dropout": {"dropout": 0.1},
     "no accumulation": {"gradient_accumulation_steps": 1},
     "fixed KL": {"adaptive": False},
+    "several answers": {"num_generations": 4},
 }
 SETTINGS = {
     **KINDS,

@@ -513,6 +513,7 @@ OPTIONS = {
     "total_episodes": differs("total_episodes", 8, given={"max_steps": -1, "num_train_epochs": 1}),
     "num_ppo_epochs": differs("num_ppo_epochs", 4),
     "num_mini_batches": differs("num_mini_batches", 4),
+    "num_generations": differs("num_generations", 2),
     "response_length": differs("response_length", 5),
     "max_prompt_length": differs("max_prompt_length", 3),
     "temperature": differs("temperature", 0.9),

@@ -38,13 +38,16 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
 
     Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
     `gradient_accumulation_steps` micro-batches, a rollout `num_mini_batches` minibatches; PPO makes `num_ppo_epochs`
-    passes over each rollout. `rollout_batch_size` and `steps_per_rollout` are derived.
+    passes over each rollout. `rollout_batch_size`, `prompts_per_rollout` and `steps_per_rollout` are derived.
     """
 
     # Length of training
     total_episodes: int | None = _field(None, "Responses to train on, over all processes; overrides num_train_epochs.")
     num_ppo_epochs: int = _field(2, "PPO epochs: passes over each rollout.")
     num_mini_batches: int = _field(2, "Optimizer steps per PPO epoch.")
+    num_generations: int = _field(
+        1, "Responses per prompt in a rollout, all in one minibatch; an evaluation samples one."
+    )
     local_rollout_forward_batch_size: int = _field(
         64, "Responses per forward pass in reward scoring and evaluation; log-probabilities use micro-batches."
     )
@@ -190,6 +193,11 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         return self.num_mini_batches * self.gradient_accumulation_steps * self.per_device_train_batch_size
 
     @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts per process and rollout, each with `num_generations` responses."""
+        return self.rollout_batch_size // self.num_generations
+
+    @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps per rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
@@ -230,9 +238,9 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
 
     def _check_sizes(self) -> None:
         at_least_one = (
-            "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "response_length", "local_rollout_forward_batch_size", "num_completions_to_print",
-            "max_skipped_steps",
+            "num_ppo_epochs", "num_mini_batches", "num_generations", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "response_length", "local_rollout_forward_batch_size",
+            "num_completions_to_print", "max_skipped_steps",
         )  # fmt: skip
         for name in at_least_one:
             _check(_is_int(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a whole number, 1 or more")
@@ -304,6 +312,14 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
             _check(isinstance(getattr(self, name), str | os.PathLike | None), self, name, "text or None")
 
     def _check_combinations(self) -> None:
+        rows, answers = self.per_device_train_batch_size, self.num_generations
+        if rows % answers and (answers % rows or rows * self.gradient_accumulation_steps % answers):
+            raise ValueError(
+                f"PPOConfig: num_generations={answers} responses to a prompt share a minibatch, and as many of them as "
+                f"fit share a micro-batch: per_device_train_batch_size={rows} must be a multiple of {answers}; or a "
+                f"divisor of it, with gradient_accumulation_steps={self.gradient_accumulation_steps} such that "
+                f"per_device_train_batch_size * gradient_accumulation_steps is a multiple of {answers}."
+            )
         if self.stop_token == "eos" and self.stop_token_id is not None:
             raise ValueError("PPOConfig: stop_token and stop_token_id exclude each other: keep one of them.")
         if self.kl_penalty_in == "loss" and self.kl_estimator == "k1":

@@ -32,16 +32,16 @@ class PromptStream:
 
     Args:
         dataset: tokenized prompts, consumed in order; `IterableDataset.shuffle` reshuffles each epoch.
-        rollout_batch_size: prompts per process and rollout.
+        prompts_per_rollout: prompts per process.
         process_index: rank of this process, which selects its shard of each rollout.
         num_processes: number of processes that share a rollout.
     """
 
     def __init__(
-        self, dataset: IterableDataset, rollout_batch_size: int, *, process_index: int = 0, num_processes: int = 1
+        self, dataset: IterableDataset, prompts_per_rollout: int, *, process_index: int = 0, num_processes: int = 1
     ) -> None:
-        self.dataset, self.per_rollout = dataset, rollout_batch_size * num_processes
-        self.shard = slice(process_index * rollout_batch_size, (process_index + 1) * rollout_batch_size)
+        self.dataset, self.per_rollout = dataset, prompts_per_rollout * num_processes
+        self.shard = slice(process_index * prompts_per_rollout, (process_index + 1) * prompts_per_rollout)
         self._next, self._rollouts = 0, self._read()
 
     def __getitem__(self, rollout: int) -> list[Row]:
@@ -78,12 +78,12 @@ def prompt_loader(dataset: Dataset | IterableDataset, args: PPOConfig, accelerat
     seed, micro_batches = args.prompt_seed, args.steps_per_rollout * args.gradient_accumulation_steps
     rank_kwargs = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     if isinstance(dataset, IterableDataset):
-        stream = PromptStream(dataset, args.rollout_batch_size, **rank_kwargs)
+        stream = PromptStream(dataset, args.prompts_per_rollout, **rank_kwargs)
         rollouts = -(-args.requested_max_steps // args.steps_per_rollout)
         sampler = PromptSampler(rollouts, 1, micro_batches, seed=seed, shuffle=False)
         return PromptLoader(stream, batch_sampler=sampler, collate_fn=_unwrap_single)  # type: ignore[arg-type]
     sampler = PromptSampler(
-        len(dataset), args.rollout_batch_size, micro_batches, seed=seed, shuffle=args.shuffle_dataset, **rank_kwargs
+        len(dataset), args.prompts_per_rollout, micro_batches, seed=seed, shuffle=args.shuffle_dataset, **rank_kwargs
     )
     return PromptLoader(dataset, batch_sampler=sampler, collate_fn=list)
 

@@ -29,7 +29,8 @@ MAX_ROLLOUTS = 4  # number of most recent rollouts whose tokens are shown
 MAX_WRITE_FRACTION = 0.02  # share of time that may be spent on writing pages between evaluations and checkpoints
 
 SETTINGS = (
-    "total_episodes", "rollout_batch_size", "num_ppo_epochs", "num_mini_batches", "response_length", "temperature",
+    "total_episodes", "rollout_batch_size", "num_ppo_epochs", "num_mini_batches", "num_generations", "response_length",
+    "temperature",
     "learning_rate", "value_head_learning_rate", "kl_coef", "kl_estimator", "kl_penalty_in", "objective", "cliprange",
     "gamma", "lam", "critic", "seed",
 )  # fmt: skip

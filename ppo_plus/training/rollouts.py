@@ -59,13 +59,15 @@ class RolloutPhase:
         self._cheap_answers = self._ask_about_cheap_answers(prompts) if is_due else None
         self._settings = RolloutSettings(kl_coef=trainer.args.kl_coef)
         self.call_event("on_rollout_begin", settings=self._settings)
-        first, meter = trainer.accelerator.process_index * len(prompts), trainer._progress.meter
-        seeding = (range(first, first + len(prompts)), ("rollout", rollout_index))
+        answers, meter = trainer.args.num_generations, trainer._progress.meter
+        rows = [prompt for prompt in prompts for _ in range(answers)]
+        first = trainer.accelerator.process_index * len(rows)
+        seeding = (range(first, first + len(rows)), ("rollout", rollout_index))
         context = reward_context(trainer.state, meter)
         micro_batch_fn = partial(self.scoring_micro_batches, rollout_index)
         # An interrupted rollout is repeated, so metrics that reward functions logged in it must not count twice.
         with trainer._shutdown.allow(), meter.rollback_on_error():
-            samples = trainer.collector.sample_seeded(prompts, *seeding, context, micro_batch_fn=micro_batch_fn)
+            samples = trainer.collector.sample_seeded(rows, *seeding, context, micro_batch_fn=micro_batch_fn)
         self._warn_of_cheap_answers(samples.rewards)
         return samples
 
@@ -103,15 +105,14 @@ class RolloutPhase:
         args, rollout = self._trainer.args, self._current(rollout_index)
         ppo_epoch, minibatch = divmod(step, args.num_mini_batches)
         self.minibatch_rows = rows = self._minibatches(len(rollout), rollout_index, ppo_epoch)[minibatch]
-        parts = micro_batch_indices(rows, rollout.lengths(), args.per_device_train_batch_size)
+        parts = self._micro_batch_rows(rows, rollout.lengths())
         tokens = self._trainer.collectives.sum(rollout.action_mask[rows].sum()).clamp(min=1)
         return [rollout.micro_batch(indices) for indices in parts], tokens
 
     def scoring_micro_batches(self, rollout_index: int, lengths: Tensor) -> list[Tensor]:
         """Return the row indices of the micro-batches of the first PPO epoch."""
-        size = self._trainer.args.per_device_train_batch_size
         minibatches = self._minibatches(len(lengths), rollout_index, 0)
-        return [part for rows in minibatches for part in micro_batch_indices(rows, lengths, size)]
+        return [part for rows in minibatches for part in self._micro_batch_rows(rows, lengths)]
 
     def _ask_about_cheap_answers(self, prompts: list[Row]) -> CheapAnswers:
         """Score answers that take no work, without changing metrics or generators."""
@@ -144,7 +145,11 @@ class RolloutPhase:
     def _minibatches(self, n: int, rollout_index: int, ppo_epoch: int) -> list[Tensor]:
         args, rank = self._trainer.args, self._trainer.accelerator.process_index
         position = {"seed": args.seed, "rollout_index": rollout_index, "ppo_epoch": ppo_epoch, "process_index": rank}
-        return minibatch_indices(n, args.num_mini_batches, **position)
+        return minibatch_indices(n, args.num_mini_batches, num_generations=args.num_generations, **position)
+
+    def _micro_batch_rows(self, rows: Tensor, lengths: Tensor) -> list[Tensor]:
+        args = self._trainer.args
+        return micro_batch_indices(rows, lengths, args.per_device_train_batch_size, args.num_generations)
 
     def on_progress(self, phase: str, done: int, total: int, tokens: int) -> None:
         """Call `on_rollout_progress`, and end the rollout if a signal allows it."""

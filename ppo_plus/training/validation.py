@@ -277,7 +277,7 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
     """Warn of options without an effect in this run; `evaluates` is whether it has evaluation prompts."""
     steps = args.requested_max_steps
     if steps <= 0:
-        rollouts = len(train_dataset) // (args.rollout_batch_size * args.world_size)
+        rollouts = len(train_dataset) // (args.prompts_per_rollout * args.world_size)
         steps = math.ceil(args.num_train_epochs * rollouts * args.steps_per_rollout)
     if args.critic_warmup_steps >= steps:
         warnings.warn(
@@ -294,13 +294,14 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
 
 
 def check_enough_prompts(args: PPOConfig, dataset: Dataset | IterableDataset) -> None:
-    """Refuse a training set with fewer prompts than one rollout has responses."""
-    needed = args.rollout_batch_size * args.world_size
+    """Refuse a training set with fewer prompts than one rollout takes."""
+    needed = args.prompts_per_rollout * args.world_size
     stream = isinstance(dataset, IterableDataset)
     num_prompts = sum(1 for _ in dataset.take(needed)) if stream else len(dataset)
     if num_prompts < needed:
         raise ValueError(
             f"train_dataset has {num_prompts} prompts, but one rollout takes {needed} (per_device_train_batch_size "
             f"{args.per_device_train_batch_size} x gradient_accumulation_steps {args.gradient_accumulation_steps} x "
-            f"num_mini_batches {args.num_mini_batches} x processes {args.world_size}). Add prompts, or lower one."
+            f"num_mini_batches {args.num_mini_batches} x processes {args.world_size} / num_generations "
+            f"{args.num_generations}). Add prompts, or change one."
         )
