@@ -10,8 +10,9 @@ from conftest import CHAT_TEMPLATE, make_config, make_tokenizer
 from datasets import Dataset
 
 from ppo_plus.data.prompts import tokenize_prompts
-from ppo_plus.rollout.buffer import response_mask
+from ppo_plus.models.generation import GenerateOutput
 from ppo_plus.rollout.decoding import CompletionDecoder
+from ppo_plus.rollout.responses import Responses
 
 ASK = [{"role": "user", "content": "why"}]
 STOP = 39  # the letter >
@@ -33,7 +34,12 @@ def completions_of(tmp_path, prompt, tokens, tokenizer=None, **config):
     decoder = CompletionDecoder(tokenizer, args, ids)
     rows = list(tokenize_prompts(Dataset.from_list([{"prompt": prompt}]), tokenizer))
     tokens = torch.tensor([tokens])
-    return decoder.decode(rows, tokens, response_mask(tokens, ids), {})[0]
+    return decoder.decode(one_turn(rows, tokens, ids), {})[0]
+
+
+def one_turn(rows, tokens, ids):
+    """Responses of one turn with these token ids."""
+    return Responses.from_single_turn(rows, GenerateOutput(tokens, torch.zeros(tokens.shape)), ids, train_on_eos=True)
 
 
 def text_of(completions) -> str:
@@ -88,5 +94,6 @@ def test_template_arguments_decide_what_the_generation_prompt_begins(tmp_path):
         dataset = Dataset.from_list([{"prompt": ASK, **own}])
         rows = list(tokenize_prompts(dataset, tokenizer, chat_template_kwargs=args.chat_template_kwargs))
         tokens = torch.tensor([[LETTER["h"], 2]])
-        assert CompletionDecoder(tokenizer, args, [2]).decode(rows, tokens, tokens > 0, {})[0].openings == [opening]
+        responses = one_turn(rows, tokens, [2])
+        assert CompletionDecoder(tokenizer, args, [2]).decode(responses, {})[0].openings == [opening]
         assert tokenizer.decode(rows[0]["input_ids"]).endswith("<|assistant|>" + opening)

@@ -426,6 +426,40 @@ class TestGAE:
         values, _ = ragged(self.lengths, 7, seed=2)
         return rewards, values, mask
 
+    def test_an_observation_between_two_turns_is_skipped(self):
+        """By hand, gamma 0.5 and lambda 0.5: two actions, two tokens of a tool's answer, one action.
+
+        deltas: 0 + 0.5 * 4 - 2 = 0; 1 + 0.5 * 6 - 4 = 0 (V at the first token of the next turn, reward of the turn);
+        8 - 6 = 2. Advantages backward with gamma * lambda = 0.25: 2; 0 + 0.5 = 0.5; 0 + 0.125.
+        """
+        rewards = tensor([[0.0, 1.0, 77.0, 77.0, 8.0]])
+        values = tensor([[2.0, 4.0, 99.0, -99.0, 6.0]])
+        mask = tensor([[True, True, False, False, True]])
+        advantages, returns = pf.gae(rewards, values, mask, gamma=0.5, lam=0.5)
+        assert advantages.tolist() == [[0.125, 0.5, 0.0, 0.0, 2.0]]
+        assert returns.tolist() == [[2.125, 4.5, 0.0, 0.0, 8.0]]
+
+    def test_gae_with_holes_is_gae_of_the_actions_alone(self):
+        """A slow loop over the actions, and the negative control: a GAE that walks through observations differs."""
+        generator = torch.Generator().manual_seed(3)
+        rewards, values = torch.randn(2, 20, 12, generator=generator)
+        mask = torch.rand(20, 12, generator=generator) < 0.6
+        mask[0] = False
+        advantages, returns = pf.gae(rewards, values, mask, gamma=0.9, lam=0.8)
+        expected = torch.zeros_like(values)
+        for row in range(20):
+            keep = mask[row]
+            expected[row, keep] = tensor(slow_gae(rewards[row, keep].tolist(), values[row, keep].tolist(), 0.9, 0.8))
+        close(advantages, expected)
+        close(returns, torch.where(mask, expected + values, 0.0))
+        through, _ = pf.gae(rewards * mask, values * mask, torch.ones_like(mask), gamma=0.9, lam=0.8)
+        assert (through - advantages)[mask].abs().max() > 0.1
+
+    def test_rewards_of_observations_are_paid_at_the_action_before_them(self):
+        mask = tensor([[False, True, True, False, False, True, False], [False] * 7])
+        moved = pf.move_to_actions(tensor([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0], [1.0] * 7]), mask)
+        assert moved.tolist() == [[0.0, 3.0, 28.0, 0.0, 0.0, 96.0, 0.0], [0.0] * 7]
+
     def test_table_of_seed_003(self):
         rewards = tensor([[0.0, 0.0, 0.0, 0.0, 0.8]])
         values = tensor([[0.6, 0.5, 0.4, 0.3, 0.1]])

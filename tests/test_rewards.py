@@ -128,6 +128,23 @@ def test_a_list_that_is_not_one_number_per_token_is_named(returned, message):
         FunctionReward(lambda **kwargs: returned, "mine")(BATCH)
 
 
+def test_rewards_per_turn_are_paid_at_the_ends_of_their_turns():
+    batch = Completions(["q", "r"], ["a", "b"], [[1] * 6, [1] * 3], turn_ends=[[1, 5], [2]])
+    scores = RewardSet([FunctionReward(lambda **_: [{"turn": [0.5, 2.0]}, {"turn": (3,)}], "steps")], [2.0])(batch)
+    assert scores.per_token.tolist() == [[0, 1, 0, 0, 0, 4], [0, 0, 6, 0, 0, 0]]
+    assert scores.total.tolist() == [5.0, 6.0]
+    one_turn = Completions(["q"], ["a"], [[1] * 4])
+    scores = RewardSet([FunctionReward(lambda **_: [{"turn": [2.0]}], "steps")], None)(one_turn)
+    assert scores.per_token.tolist() == [[0, 0, 0, 2]]
+
+
+@pytest.mark.parametrize("returned", [{"turn": [1.0]}, {"turn": 1.0}, {"turns": [1.0, 2.0]}, {"turn": [1.0, None]}])
+def test_rewards_that_are_not_one_number_per_turn_are_named(returned):
+    batch = Completions(["q"], ["a"], [[1] * 6], turn_ends=[[1, 5]])
+    with pytest.raises(ValueError, match="'steps' returned"):
+        RewardSet([FunctionReward(lambda **_: [returned], "steps")], None)(batch)
+
+
 def test_tensors_lists_numbers_and_none_mix():
     scores = RewardSet([FunctionReward(lambda **k: [torch.tensor([1.0, 2.0]), None, 4], "mixed")], [0.5])(BATCH)
     assert scores.by_function[:, 0].tolist()[::2] == [3.0, 4.0] and scores.by_function[1, 0].isnan()

@@ -14,6 +14,7 @@ import torch
 from ppo_plus.data.batching import PromptSampler, micro_batch_indices, minibatch_indices
 from ppo_plus.data.seeding import derive_seed, isolated_rng, sampling_uniforms
 from ppo_plus.rollout.buffer import LeftPaddedLayout, Rollout, response_mask
+from ppo_plus.rollout.responses import Responses, Segments
 
 PER_TOKEN = ("action_mask", "logprobs", "ref_logprobs", "values", "value_baselines", "advantages", "returns")
 
@@ -117,15 +118,36 @@ def test_take_keeps_the_columns_of_a_response_that_is_left_out():
     assert not taken["action_mask"].any()
 
 
-def test_a_rollout_comes_back_from_disk_to_the_bit(tmp_path):
+def test_observations_are_read_and_not_scored():
+    """Tokens 1 and 2 of a response of five are a tool's answer; the other response has none."""
+    rollout = make_rollout(prompts=(2, 4), responses=(5, 3))
+    observed = torch.zeros(2, 6, dtype=torch.bool)
+    observed[0, 1:3] = True
+    actions = rollout.action_mask & ~observed
+    taken = dataclasses.replace(rollout, action_mask=actions, observation_mask=observed).micro_batch(torch.arange(2))
+    plain = rollout.micro_batch(torch.arange(2))
+    expected = [[True, False, False, True, True], [False, False, True, True, True]]
+    assert taken["response_mask"].tolist() == taken["action_mask"].tolist() == expected
+    assert taken["seq_lens"] == [(7, 3), (7, 3)]
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(taken[name], plain[name])
+    assert taken["logprobs"].tolist() == plain["logprobs"].masked_fill(~torch.tensor(expected), 0).tolist()
+    assert plain["seq_lens"] == [(7, 5), (7, 3)]
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_rollout_comes_back_from_disk_to_the_bit(tmp_path, observed):
     rollout = make_rollout()
+    if observed:
+        rollout = dataclasses.replace(rollout, observation_mask=torch.rand(3, 6) < 0.5)
     rollout = dataclasses.replace(rollout, values=torch.randn(3, 12)[:, ::2] * 1e-38)  # strided, with subnormals
     rollout.save(tmp_path / "rollout.safetensors")
     loaded = Rollout.load(tmp_path / "rollout.safetensors")
     assert loaded.frozen_hidden_states is None and loaded.explained_variance is None  # not needed inside a rollout
     for field in dataclasses.fields(Rollout):
         expected, found = getattr(rollout, field.name), getattr(loaded, field.name)
-        if field.name in ("frozen_hidden_states", "explained_variance"):
+        if expected is None or field.name == "explained_variance":
+            assert found is None
             continue
         assert expected.dtype == found.dtype
         assert torch.equal(expected, found)
@@ -434,3 +456,28 @@ def test_a_response_does_not_depend_on_the_decode_batch(size, tmp_path):
     assert together == responses(64)[0]
     assert alone == together[5]
     assert len({tuple(ids) for ids in together}) > 4
+
+
+# Responses of several turns
+
+
+@pytest.mark.parametrize("train_on_eos", [True, False])
+def test_stop_tokens_end_turns_and_the_last_one_the_response(train_on_eos):
+    """7 is the stop token: two turns around an observation; a turn of the stop token alone; a row that was cut off."""
+    segments = [Segments() for _ in range(3)]
+    segments[0].add_turn([5, 7], [-1.0, -2.0])
+    segments[0].add_observation([9, 7, 9])
+    segments[0].add_turn([6, 7], [-3.0, -4.0])
+    segments[1].add_turn([7], [-1.0])
+    segments[2].add_turn([5, 7], [-1.0, -1.0])
+    segments[2].add_observation([9])
+    found = Responses.from_segments([{}] * 3, segments, [7], 0, train_on_eos=train_on_eos)
+    assert found.stopped.tolist() == [True, True, False]
+    assert found.mask.sum(1).tolist() == [7, 1, 3]
+    actions = [[1, 1, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
+    if not train_on_eos:  # a response without any other token keeps it
+        actions = [[1, 0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+    assert found.action_mask.int().tolist() == actions
+    assert found.observation_mask.int().tolist() == [[0, 0, 1, 1, 1, 0, 0], [0] * 7, [0, 0, 1, 0, 0, 0, 0]]
+    assert found.turn_ends() == [[1, 6], [0], [1]]
+    assert found.logprobs[0].tolist() == [-1, -2, 0, 0, 0, -3, -4]

@@ -2,7 +2,8 @@
 
 Notation:
     B: sequences in the batch. R: response tokens, right-padded. V: vocabulary size.
-    mask: 1 (or True) for response tokens up to and including EOS, else 0, `(B, R)`.
+    mask: 1 (or True) for response tokens that are actions, up to and including EOS, else 0, `(B, R)`. The mask of a
+        conversation with tools has holes: what they answered.
     logprobs: natural log of the probability of the token that was sampled, nats.
     policy, old, reference: the model being trained, the same model at sampling time, the frozen model.
 
@@ -11,7 +12,14 @@ count of the whole minibatch, so that the gradient does not depend on how the mi
 Values outside `mask`, NaN included, never affect the result of a function that takes a mask.
 """
 
-from .advantages import gae, gate_critic, length_adaptive_lam, shape_rewards, truncated_importance_weights
+from .advantages import (
+    gae,
+    gate_critic,
+    length_adaptive_lam,
+    move_to_actions,
+    shape_rewards,
+    truncated_importance_weights,
+)
 from .kl import KL_ESTIMATORS, MAX_KL_ERROR, band_kl_coef, exact_kl, kl_estimate, proportional_kl_coef
 from .logprobs import entropy, entropy_from_logprobs, logprobs_and_entropy, scaled_log_softmax, token_logprobs
 from .losses import (
@@ -45,6 +53,7 @@ __all__ = [
     "masked_mean",
     "masked_moments",
     "masked_var",
+    "move_to_actions",
     "pairwise_loss",
     "proportional_kl_coef",
     "scaled_log_softmax",

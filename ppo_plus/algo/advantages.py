@@ -15,12 +15,12 @@ def shape_rewards(
     kl_coef: float,
     token_rewards: Tensor | None = None,
 ) -> Tensor:
-    """Compute per-token rewards: KL penalty everywhere, score at the last real token (Ziegler et al. 2019, eq. 2).
+    """Compute per-token rewards: KL penalty everywhere, score at the last action (Ziegler et al. 2019, eq. 2).
 
     Args:
         scores: one score per response, `(B,)`, reward units.
         kl: KL of policy against reference per token, `(B, R)`, nats.
-        mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`.
+        mask: 1 for the tokens that are actions, else 0, `(B, R)`; may have holes.
         kl_coef: coefficient of the KL penalty, reward units per nat.
         token_rewards: rewards for single tokens, `(B, R)`, reward units, added without scaling.
 
@@ -35,6 +35,25 @@ def shape_rewards(
     return _masked(rewards, real) + _masked(scores.unsqueeze(1).expand_as(kl), last)
 
 
+def move_to_actions(token_rewards: Tensor, mask: Tensor) -> Tensor:
+    """Pay rewards of observations at the last action before them, or at the first action of the row.
+
+    The answer of a tool is the consequence of the call before it, and GAE sees rewards of actions alone.
+
+    Args:
+        token_rewards: `(B, R)`, reward units.
+        mask: 1 for the tokens that are actions, else 0, `(B, R)`; may have holes.
+
+    Returns:
+        Rewards, `(B, R)`, reward units, with the same sum per row; 0 outside `mask`, and all 0 where it is empty.
+    """
+    real = mask.bool()
+    positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    before = positions.masked_fill(~real, -1).cummax(1).values
+    target = torch.where(before < 0, real.long().argmax(1, keepdim=True), before)
+    return torch.zeros_like(token_rewards).scatter_add_(1, target, token_rewards).masked_fill(~real, 0.0)
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -43,15 +62,16 @@ def gae(
     gamma: float,
     lam: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Compute generalized advantage estimates over response tokens (Schulman et al. 2016, eq. 16).
+    """Compute generalized advantage estimates over action tokens (Schulman et al. 2016, eq. 16).
 
     `delta_t = r_t + gamma V(s_{t+1}) - V(s_t)` and `A_t = delta_t + gamma lam A_{t+1}`, backward from the
-    last real token, after which both V and A are 0.
+    last action, after which both V and A are 0. t counts actions alone: at the last token of a turn, t + 1 is the first
+    token of the next turn, so the observation between them (a tool's result) neither discounts nor needs a value.
 
     Args:
         rewards: reward for emitting token t, `(B, R)` float32, reward units.
         values: `V(s_t)` before token t is emitted, `(B, R)`, reward units.
-        mask: 1 for response tokens up to and including EOS, else 0, `(B, R)`; ones, then zeros.
+        mask: 1 for the tokens that are actions, else 0, `(B, R)`; may have holes.
         gamma: discount per token, 0 to 1.
         lam: 0 trusts the values (one-step TD), 1 trusts the rewards (Monte Carlo); one for all responses, or `(B,)`.
 
@@ -63,11 +83,12 @@ def gae(
     advantage = next_value = torch.zeros_like(values[:, 0])
     advantages_reversed = []
     for t in reversed(range(values.shape[1])):
+        is_action = mask[:, t].bool()
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * advantage
-        next_value = values[:, t]
+        advantage = torch.where(is_action, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(is_action, values[:, t], next_value)
         advantages_reversed.append(advantage)
-    advantages = torch.stack(advantages_reversed[::-1], dim=1)
+    advantages = _masked(torch.stack(advantages_reversed[::-1], dim=1), mask)
     return advantages, advantages + values
 
 

@@ -128,7 +128,8 @@ def token_view(
 def _response(
     row: int, rollout: Rollout, samples: Experience, tokenizer: PreTrainedTokenizerBase, per_token: dict[str, Tensor]
 ) -> dict[str, Any]:
-    length = int(rollout.action_mask[row].sum())  # responses are right-padded
+    mask = rollout.action_mask if rollout.observation_mask is None else rollout.action_mask | rollout.observation_mask
+    length = int(mask[row].sum())  # responses are right-padded
     num_tokens = min(length, MAX_TOKENS)
     ids = rollout.input_ids[row, rollout.prompt_length :][:num_tokens].tolist()
     return {

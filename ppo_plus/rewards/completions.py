@@ -22,7 +22,7 @@ class Completions:
 
     Attributes:
         prompts: text or messages, as in the dataset.
-        completions: text, or a list of one assistant message if the prompt is messages.
+        completions: text, or a list of messages if the prompt is messages: the assistant's, and those of tools.
         completion_ids: token ids, without padding.
         columns: other columns of the dataset, by name.
         context: `trainer_state`, `log_extra` and `log_metric`, passed to functions.
@@ -30,6 +30,7 @@ class Completions:
         openings: start of each answer that the generation prompt contains (`<think>`), "" for none. The policy's prompt
             ends with it, and `completions` do not contain it.
         opening_ids: token ids of the opening, which are the last ids of the prompt.
+        turn_ends: index in `completion_ids` of the last token of each turn of the policy; None for one turn.
     """
 
     prompts: list
@@ -40,6 +41,7 @@ class Completions:
     prompt_ids: list[list[int]] | None = None
     openings: list[str] | None = None
     opening_ids: list[list[int]] | None = None
+    turn_ends: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -83,8 +85,8 @@ class Completions:
 
     def _conversation(self, row: int) -> list:
         opening = "" if self.openings is None else self.openings[row]
-        (answer,) = self.completions[row]
-        return join_messages(self.prompts[row], [{**answer, "content": opening + answer["content"]}])
+        answer, *rest = self.completions[row]
+        return join_messages(self.prompts[row], [{**answer, "content": opening + answer["content"]}, *rest])
 
     def pairs(self) -> list[tuple[str, str]]:
         """Return question and answer as text pairs; the question of a conversation has one message per line."""
@@ -102,14 +104,14 @@ def join_messages(prompt: list, completion: list) -> list:
 
     Args:
         prompt: messages.
-        completion: a list of one assistant message.
+        completion: a list of messages, the first of which is the assistant's.
     """
-    last, (answer,) = prompt[-1], completion
+    last, (answer, *others) = prompt[-1], completion
     if last["role"] != "assistant":
         return prompt + completion
     first, rest = last.get("content") or "", answer["content"]
     content = first + rest if isinstance(first, str) else [*first, {"type": "text", "text": rest}]
-    return [*prompt[:-1], {**last, "content": content}]
+    return [*prompt[:-1], {**last, "content": content}, *others]
 
 
 def message_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -119,7 +121,8 @@ def message_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return [" ".join(part.get("text") or "" for part in message) for message in parts]
 
 
-# Reward of a response: a score, one number per token, or None (not applicable).
+# Reward of a response: a score, one number per token, or None (not applicable). Functions may also return {"turn":
+# numbers}, one per turn of the policy, each of which is paid at the last token of its turn.
 Score = float | list[float] | None
 
 
@@ -149,6 +152,7 @@ def validate_scores(scores: Any, batch: Completions, name: str) -> list[Score]:
         )
     result: list[Score] = []
     for row, value in enumerate(scores):
+        value = turns_to_tokens(value, batch, row, name) if isinstance(value, Mapping) else value
         per_token = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
         if per_token and len(value) != len(batch.completion_ids[row]):
             raise ValueError(
@@ -165,6 +169,19 @@ def validate_scores(scores: Any, batch: Completions, name: str) -> list[Score]:
         finite = cast(list[float], numbers)
         result.append(None if value is None else finite if per_token else finite[0])
     return result
+
+
+def turns_to_tokens(value: Mapping[str, Any], batch: Completions, row: int, name: str) -> list[Any]:
+    """Convert rewards per turn, `{"turn": numbers}`, to one number per token of the completion."""
+    numbers, length = value.get("turn"), len(batch.completion_ids[row])
+    ends = [length - 1] if batch.turn_ends is None else batch.turn_ends[row]
+    if set(value) != {"turn"} or not isinstance(numbers, list | tuple) or len(numbers) != len(ends):
+        raise ValueError(
+            f"The reward function {name!r} returned {dict(value)!r} for prompt {batch.prompts[row]!r}, whose "
+            f"completion has {len(ends)} turns; rewards per turn are {{'turn': [...]}} with one number for each."
+        )
+    by_end = dict(zip(ends, numbers, strict=True))
+    return [by_end.get(token, 0.0) for token in range(length)]
 
 
 def _finite(value: Any) -> float | None:

@@ -48,7 +48,7 @@ def build_rollout(
     return Rollout(
         samples.input_ids, samples.attention_mask, mask, samples.logprobs, samples.ref_logprobs, values,
         value_baselines, advantages, returns, scores, ((samples.logprobs - samples.ref_logprobs) * mask).sum(1),
-        samples.frozen_hidden_states, explained,
+        samples.frozen_hidden_states, explained, samples.observation_mask,
     )  # fmt: skip
 
 

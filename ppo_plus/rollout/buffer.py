@@ -10,7 +10,7 @@ Notation: N responses, P prompt tokens (left-padded), R response tokens (right-p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Rollout:
             None if every pass runs all layers. They are not saved, because they are recomputed from the tokens.
         explained_variance: share of the variance of the Monte Carlo returns that the values predict, over all ranks, a
             float32 scalar. It is not saved, because only the beginning of a rollout needs it.
+        observation_mask: True for response tokens that the policy read and did not sample (results of tools),
+            `(N, R)` bool; None if there are none. They have no log-probabilities or values.
     """
 
     input_ids: Tensor
@@ -80,6 +82,7 @@ class Rollout:
     sequence_kl: Tensor
     frozen_hidden_states: Tensor | None = None
     explained_variance: Tensor | None = None
+    observation_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -105,7 +108,9 @@ class Rollout:
         rebuild a NamedTuple.
         """
         # `action_mask` can be one token shorter than the attended response (stop token left out), never longer.
-        layout = LeftPaddedLayout.from_attention_mask(self.attention_mask[rows], self.response_length)
+        layout = LeftPaddedLayout.from_attention_mask(
+            self.attention_mask[rows], self.response_length, index_rows(self.observation_mask, rows)
+        )
         states = self.frozen_hidden_states
         per_token = ("action_mask", "logprobs", "ref_logprobs", "values", "value_baselines", "advantages", "returns")
         return {
@@ -126,14 +131,15 @@ class Rollout:
         """Read what `save` wrote."""
         with reraise_as_corrupt_file(path):
             tensors = load_file(path)
-        missing = [name for name in cls._saved() if name not in tensors]
+        required = [f.name for f in fields(cls) if f.default is MISSING]
+        missing = [name for name in required if name not in tensors]
         if missing:
             raise ValueError(f"{path} is not a rollout of this version of ppo_plus: it lacks {missing}.")
-        return cls(**{name: tensors[name] for name in cls._saved()})
+        return cls(**{f.name: tensors[f.name] for f in fields(cls) if f.name in tensors})
 
-    @classmethod
-    def _saved(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.name not in ("frozen_hidden_states", "explained_variance")]
+    def _saved(self) -> list[str]:
+        names = [f.name for f in fields(self) if f.name not in ("frozen_hidden_states", "explained_variance")]
+        return [name for name in names if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,9 @@ class LeftPaddedLayout:
         lengths: attended response tokens by row, `(B, 1)` int64.
         width: columns of the pass.
         max_response_len: columns of the longest response, the last ones of the pass.
-        seq_lens: (total tokens, response tokens) per row, as Python ints, so that no host sync is needed.
+        seq_lens: (total tokens, response tokens without observations) per row, as Python ints, so that no host sync is
+            needed.
+        observations: True for response columns that are observations, `(B, max_response_len)` bool; None for none.
     """
 
     response_length: int
@@ -157,25 +165,37 @@ class LeftPaddedLayout:
     width: int
     max_response_len: int
     seq_lens: SeqLens
+    observations: Tensor | None = None
 
     @classmethod
-    def from_attention_mask(cls, attention_mask: Tensor, response_length: int) -> LeftPaddedLayout:
-        """Build the layout of rows with left-padded prompts and right-padded responses, `(B, P + R)`."""
+    def from_attention_mask(
+        cls, attention_mask: Tensor, response_length: int, observation_mask: Tensor | None = None
+    ) -> LeftPaddedLayout:
+        """Build the layout of rows with left-padded prompts and right-padded responses, `(B, P + R)`.
+
+        `observation_mask` is that of `Rollout`, `(B, R)` bool.
+        """
         lengths = attention_mask[:, -response_length:].sum(1, keepdim=True)
-        sizes = list(zip(attention_mask.sum(1).tolist(), lengths.flatten().tolist(), strict=True))
-        return cls(response_length, lengths, max(s for s, _ in sizes), max(1, *(r for _, r in sizes)), sizes)
+        width, max_response_len = int(attention_mask.sum(1).max()), max(1, int(lengths.max()))
+        observations, sampled = None, lengths[:, 0]
+        if observation_mask is not None:
+            observations = roll_rows(observation_mask, response_length - lengths)[:, -max_response_len:]
+            sampled = sampled - observation_mask.sum(1)
+        sizes = list(zip(attention_mask.sum(1).tolist(), sampled.tolist(), strict=True))
+        return cls(response_length, lengths, width, max_response_len, sizes, observations)
 
     @property
     def response_mask(self) -> Tensor:
-        """True for the response columns that contain a row's own response, `(B, max_response_len)` bool."""
-        return torch.arange(self.max_response_len) >= self.max_response_len - self.lengths
+        """True for the response columns that the row's policy sampled, `(B, max_response_len)` bool."""
+        mask = torch.arange(self.max_response_len) >= self.max_response_len - self.lengths
+        return mask if self.observations is None else mask & ~self.observations
 
     def align_tokens(self, columns: Tensor) -> Tensor:
         """Align the columns of a rollout, `(B, P + R)`, with the pass; return `(B, width)`."""
         return roll_rows(columns, self.response_length - self.lengths)[:, -self.width :]
 
     def align_responses(self, columns: Tensor) -> Tensor:
-        """Align response columns, `(B, R)`, with the pass; return `(B, max_response_len)`, 0 outside a response."""
+        """Align response columns, `(B, R)`, with the pass; 0 outside `response_mask`."""
         return roll_rows(columns, self.response_length - self.lengths)[:, -self.max_response_len :].masked_fill(
             ~self.response_mask, 0
         )
@@ -195,6 +215,11 @@ class LeftPaddedLayout:
         """Move hidden states of a pass, `(B, width - 1, H)`, back to the rollout, `(B, length, H)`."""
         columns = nn.functional.pad(aligned, (0, 0, length + 1 - self.width, 0))
         return roll_rows(columns, self.lengths - self.response_length)
+
+
+def index_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Index a tensor that may be None."""
+    return None if tensor is None else tensor[rows]
 
 
 def roll_rows(columns: Tensor, shifts: Tensor) -> Tensor:

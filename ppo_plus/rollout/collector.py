@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .. import algo
 from ..config import PPOConfig
 from ..data.padding import left_pad, pad_id, unpad
 from ..data.prompts import Row
@@ -25,10 +26,11 @@ from ..models.actor_critic import ActorCritic
 from ..models.generation import GenerateOutput
 from ..rewards import CheapAnswers, Completions, RewardSet
 from ..rewards.cheap_answers import PROMPTS, mean_by_kind
-from .buffer import LeftPaddedLayout, Rollout, response_mask
+from .buffer import LeftPaddedLayout, Rollout, index_rows, response_mask
 from .decoding import CompletionDecoder, build_logits_processor
 from .experience import Experience
 from .phases import PhaseTimer, ProgressReporter
+from .responses import Responses
 
 # Maps sequence lengths `(N,)` to lists of row indices, one per micro-batch.
 BatchingFn = Callable[[Tensor], list[Tensor]]
@@ -42,6 +44,7 @@ class ForwardBatch:
     attention_mask: Tensor  # `(N, P + R)` int64
     response_length: int  # R, in tokens
     micro_batches: list[Tensor] | None = None  # row indices of each forward pass; None batches rows of similar length
+    observation_mask: Tensor | None = None  # as in `Rollout`, `(N, R)` bool
 
 
 class RolloutCollector:
@@ -111,16 +114,13 @@ class RolloutCollector:
         timer = PhaseTimer()
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
         with self.accelerator.autocast():
-            prompts = [row["input_ids"] for row in rows]
-            generation = self._generate(prompts, uniforms)
+            responses, learning = self._respond(rows, uniforms), micro_batch_fn is not None
             timer.record("generate")
-            tokens, learning = generation.tokens, micro_batch_fn is not None
-            response_attention_mask = response_mask(tokens, self.stop_ids)
-            completions, extra = self.decoder.decode(rows, tokens, response_attention_mask, context)
+            completions, extra = self.decoder.decode(responses, context)
             self.report("scoring", 0, len(rows), 0)
             scores = self.rewards(completions) if score else self.rewards.leave_unscored(completions)
             self.report("scoring", len(rows), len(rows), 0)
-            batch = self._forward_batch(prompts, tokens, response_attention_mask, micro_batch_fn)
+            batch = self._forward_batch(responses, micro_batch_fn)
             prefix_scores = self._prefix_scores(batch) if learning else None
             timer.record("score")
             frozen_states = self._frozen_states(batch) if learning else None
@@ -128,12 +128,14 @@ class RolloutCollector:
             with self.model.role("reference"):
                 ref_logprobs, _, _ = self._forward(batch, frozen_states, actor=False)
             timer.record("logprobs")
-        action_mask = response_mask(tokens, self.stop_ids, include_stop=self.args.train_on_eos)
-        stopped = torch.isin(tokens, torch.tensor(self.stop_ids)).any(1)
+        sampled_logprobs = torch.where(responses.logprobs.isnan(), logprobs, responses.logprobs)
+        token_rewards = scores.per_token
+        if responses.observation_mask is not None:
+            token_rewards = algo.move_to_actions(token_rewards, responses.action_mask)
         return Experience(
-            batch.input_ids, batch.attention_mask, action_mask, stopped, logprobs, generation.logprobs, ref_logprobs,
-            values, entropy, scores.by_function, scores.total, scores.per_token, completions, timer.seconds, extra,
-            frozen_states, prefix_scores, scores.failed,
+            batch.input_ids, batch.attention_mask, responses.action_mask, responses.stopped, logprobs, sampled_logprobs,
+            ref_logprobs, values, entropy, scores.by_function, scores.total, token_rewards, completions, timer.seconds,
+            extra, frozen_states, prefix_scores, scores.failed, responses.observation_mask, responses.tool_counts,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -148,7 +150,8 @@ class RolloutCollector:
         answers = [end] * len(rows) + [self.decoder.encode_prompt_text(row) + end for row in rows]
         parts = [torch.tensor(answer[: self.args.response_length]) for answer in answers]
         tokens = pad_sequence(parts, batch_first=True, padding_value=pad_id(self.tokenizer))
-        completions, _ = self.decoder.decode([*rows, *rows], tokens, response_mask(tokens, self.stop_ids), context)
+        output = GenerateOutput(tokens, torch.zeros(tokens.shape))
+        completions, _ = self.decoder.decode(self._single_turn([*rows, *rows], output), context)
         scores = self.rewards.ask_functions(completions)
         return CheapAnswers(self.rewards.names, self.rewards.weights, mean_by_kind(scores))
 
@@ -157,16 +160,23 @@ class RolloutCollector:
         """Generate the reference's responses to rows of a tokenized dataset, with the uniforms of `sample`."""
         self.model.eval()
         with self.accelerator.autocast(), self.model.role("reference"):
-            tokens = self._generate([row["input_ids"] for row in rows], uniforms).tokens
-        return self.decoder.decode(rows, tokens, response_mask(tokens, self.stop_ids), {})[0]
+            return self.decoder.decode(self._respond(rows, uniforms), {})[0]
 
     @torch.no_grad()
     def recompute_frozen_states(self, rollout: Rollout, micro_batches: list[Tensor]) -> Rollout:
         """Add the hidden states to a rollout from a checkpoint, which contains none, over its own micro-batches."""
         self.model.eval()
-        batch = ForwardBatch(rollout.input_ids, rollout.attention_mask, rollout.response_length, micro_batches)
+        batch = ForwardBatch(
+            rollout.input_ids, rollout.attention_mask, rollout.response_length, micro_batches, rollout.observation_mask
+        )
         with self.accelerator.autocast():
             return replace(rollout, frozen_hidden_states=self._frozen_states(batch))
+
+    def _respond(self, rows: Sequence[Row], uniforms: Tensor) -> Responses:
+        return self._single_turn(rows, self._generate([row["input_ids"] for row in rows], uniforms))
+
+    def _single_turn(self, rows: Sequence[Row], output: GenerateOutput) -> Responses:
+        return Responses.from_single_turn(rows, output, self.stop_ids, train_on_eos=self.args.train_on_eos)
 
     def _generate(self, prompts: Sequence[list[int]], uniforms: Tensor) -> GenerateOutput:
         (rows, length), padding = uniforms.shape, pad_id(self.tokenizer)
@@ -189,15 +199,15 @@ class RolloutCollector:
         max_length = int(response_mask(tokens, self.stop_ids).sum(1).max())
         return GenerateOutput(tokens[:, :max_length], logprobs[:, :max_length])
 
-    def _forward_batch(
-        self, prompts: list[list[int]], tokens: Tensor, mask: Tensor, micro_batch_fn: BatchingFn | None
-    ) -> ForwardBatch:
-        input_ids, prompt_mask = left_pad(prompts, pad_id(self.tokenizer))
-        attention_mask = torch.cat([prompt_mask, mask.long()], 1)
+    def _forward_batch(self, responses: Responses, micro_batch_fn: BatchingFn | None) -> ForwardBatch:
+        tokens = responses.tokens
+        input_ids, prompt_mask = left_pad([row["input_ids"] for row in responses.rows], pad_id(self.tokenizer))
+        attention_mask = torch.cat([prompt_mask, responses.mask.long()], 1)
         # In half precision, log-probabilities depend on the batch shape (by a few percent), so score with the
         # micro-batches of the first PPO epoch: its ratios are then exactly 1.
         micro_batches = None if micro_batch_fn is None else micro_batch_fn(attention_mask.sum(1))
-        return ForwardBatch(torch.cat([input_ids, tokens], 1), attention_mask, tokens.shape[1], micro_batches)
+        input_ids = torch.cat([input_ids, tokens], 1)
+        return ForwardBatch(input_ids, attention_mask, tokens.shape[1], micro_batches, responses.observation_mask)
 
     def _prefix_scores(self, batch: ForwardBatch) -> Tensor | None:
         sequences = unpad(batch.input_ids, batch.attention_mask)
@@ -254,7 +264,9 @@ class RolloutCollector:
         progress, device = ProgressReporter(phase, len(batch.input_ids), self.report), self.accelerator.device
 
         def run_rows(rows: Tensor) -> None:
-            layout = LeftPaddedLayout.from_attention_mask(batch.attention_mask[rows], batch.response_length)
+            layout = LeftPaddedLayout.from_attention_mask(
+                batch.attention_mask[rows], batch.response_length, index_rows(batch.observation_mask, rows)
+            )
             ids = layout.align_tokens(batch.input_ids[rows]).to(device)
             mask = layout.align_tokens(batch.attention_mask[rows]).to(device)
             run(ids, mask, rows, layout)

@@ -16,6 +16,7 @@ from ..data.prompts import Row, to_columns
 from ..models.logprobs import top_p_filter
 from ..rewards import Completions
 from ..rewards.completions import message_texts
+from .responses import Responses
 
 
 class CompletionDecoder:
@@ -24,25 +25,22 @@ class CompletionDecoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, stop_ids: Sequence[int]) -> None:
         self.tokenizer, self.args, self.stop_ids = tokenizer, args, stop_ids
 
-    def decode(
-        self, rows: Sequence[Row], tokens: Tensor, response_attention_mask: Tensor, context: dict[str, Any]
-    ) -> tuple[Completions, dict[str, list]]:
-        """Return the completions, and columns that reward functions fill by `log_extra`.
-
-        `tokens` are sampled ids, `(N, R)` int64; the mask selects those of the response, `(N, R)` bool.
-        """
-        ids = [row[keep].tolist() for row, keep in zip(tokens, response_attention_mask, strict=True)]
+    def decode(self, responses: Responses, context: dict[str, Any]) -> tuple[Completions, dict[str, list]]:
+        """Return the completions, and columns that reward functions fill by `log_extra`."""
+        rows = responses.rows
+        ids = [row[keep].tolist() for row, keep in zip(responses.tokens, responses.mask, strict=True)]
         columns, prompt_ids = to_columns(rows), None
         prompts, skip = columns.pop("prompt", None), self.args.skip_special_tokens
         if prompts is None:
             prompt_ids = [row["input_ids"] for row in rows]
             prompts = self.tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
-        completions = [
+        texts: list[Any] = [
             [{"role": "assistant", "content": decode(self.tokenizer, response, skip)}]
             if is_conversational(prompt)
             else decode_completion(self.tokenizer, row["input_ids"], response, skip)
             for prompt, row, response in zip(prompts, rows, map(self._strip_eos, ids), strict=True)
         ]
+        completions = texts if responses.messages is None else responses.messages
         extra: dict[str, list] = {}
 
         def log_extra(name: str, values: Any) -> None:
@@ -50,13 +48,17 @@ class CompletionDecoder:
                 raise ValueError(f"log_extra({name!r}, ...) takes a list with one value for each of {len(rows)} rows.")
             extra[name] = list(values)
 
-        openings = [self._find_opening(row) for row in rows]
+        # Messages that were parsed contain the opening.
+        openings = [self._find_opening(row) if responses.messages is None else "" for row in rows]
         opening_ids = [
             find_opening_ids(row["input_ids"], opening, self.tokenizer)
             for row, opening in zip(rows, openings, strict=True)
         ]
         context = {**context, "log_extra": log_extra}
-        return Completions(prompts, completions, ids, columns, context, prompt_ids, openings, opening_ids), extra
+        if responses.environments is not None:
+            context["environments"] = responses.environments
+        parts = (prompts, completions, ids, columns, context, prompt_ids, openings, opening_ids, responses.turn_ends())
+        return Completions(*parts), extra
 
     def encode_prompt_text(self, row: Row) -> list[int]:
         """Return the ids of a response that repeats the prompt: the last message of a conversation, without BOS."""

@@ -36,6 +36,8 @@ class Experience:
         prefix_scores: reward-model score of the prefix before each token, `(N, R)` float32; None in evaluation, and
             without `prefix_reward_baseline`.
         failed: names of reward functions that were left out because they failed.
+        observation_mask: as in `Rollout`.
+        tool_counts: tool calls and failed tool calls, `(N, 2)` int64; None without tools.
     """
 
     input_ids: Tensor
@@ -56,9 +58,16 @@ class Experience:
     frozen_hidden_states: Tensor | None = None
     prefix_scores: Tensor | None = None
     failed: tuple[str, ...] = ()
+    observation_mask: Tensor | None = None
+    tool_counts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.action_mask)
+
+    def num_tokens(self) -> Tensor:
+        """Return the number of tokens of prompts and of what was sampled, as TRL counts them, int64 scalar."""
+        observed = 0 if self.observation_mask is None else self.observation_mask.sum()
+        return self.attention_mask.sum() - observed
 
     def metrics(self, reward_names: Sequence[str], reduce: algo.Reduce) -> dict[str, float]:
         """Return means over all ranks, with one reward name per column of `rewards`; NaN for the mean of no score."""
@@ -74,6 +83,9 @@ class Experience:
             "completions/clipped_ratio": moments((~self.stopped).float(), reduce)[0],
             "sampling/logp_difference": moments(gap, reduce, self.action_mask)[0],
         }
+        if self.tool_counts is not None:
+            rows, calls, failures = reduce(torch.tensor([len(self), *self.tool_counts.sum(0).tolist()])).tolist()
+            metrics |= {"tools/call_frequency": calls / rows, "tools/failure_frequency": failures / max(calls, 1)}
         for name, column in zip(reward_names, self.rewards.T, strict=True):
             mean, var = moments(column, reduce)
             metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": var**0.5}

@@ -82,7 +82,7 @@ class RolloutPhase:
         trainer.model.reward_line = None if samples.prefix_scores is None else progress.baseline.line()
         metrics: dict[str, Any] = samples.metrics(trainer.collector.rewards.names, reduce)
         timer.record("advantages")
-        progress.num_tokens += int(reduce(samples.attention_mask.sum()))
+        progress.num_tokens += int(reduce(samples.num_tokens()))
         explained = algo.explained_variance(rollout.values, rollout.returns, rollout.action_mask, reduce=reduce)
         metrics |= {
             **({} if self._cheap_answers is None else self._cheap_answers.metrics()),
