@@ -46,7 +46,7 @@ def predict(config: Qwen2Config, card: int) -> dict:
             break
     peak = max(phase.total for phase in found.phases)
     return {
-        "fits": found.fits, "activation_checkpointing": checkpointing, "peak_gib": peak / 2**30, **found.sizes,
+        "fits": found.fits, "activation_checkpointing": checkpointing, "peak_gib": peak / 2**30, **found.batch_sizes,
     }  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def word_tokenizer(config):
 
 
 class Peaks:
-    """Peak bytes of tensors, by phase: of the allocator on a GPU, else of a ledger of storages."""
+    """Peak bytes of tensors, by phase: of the allocator on a GPU, else of a tracker of storages."""
 
     def __init__(self, cap: int) -> None:
         import torch
@@ -161,21 +161,21 @@ class Peaks:
 
         from ppo_plus.memory import MemoryTracker
 
-        self.cuda, self.ledger, self.phases = torch.cuda.is_available(), MemoryTracker(), {}
+        self.cuda, self.tracker, self.phases = torch.cuda.is_available(), MemoryTracker(), {}
         cap_memory(cap)
 
     def counting(self):
-        return contextlib.nullcontext() if self.cuda else self.ledger
+        return contextlib.nullcontext() if self.cuda else self.tracker
 
     def book(self, phase: str) -> None:
         import torch
 
-        allocated = torch.cuda.max_memory_allocated() if self.cuda else sum(self.ledger.peak.values())
+        allocated = torch.cuda.max_memory_allocated() if self.cuda else sum(self.tracker.peak.values())
         reserved = torch.cuda.max_memory_reserved() if self.cuda else None
         self.phases[phase] = {"allocated": allocated, "reserved": reserved}
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.ledger.restart()
+        self.tracker.reset_peak()
 
 
 def trainer_of(config, found, folder: Path, device, peaks: Peaks):
@@ -197,7 +197,7 @@ def trainer_of(config, found, folder: Path, device, peaks: Peaks):
         output_dir=str(folder / "out"), total_episodes=len(ids), response_length=setup.response_length,
         activation_checkpointing=setup.activation_checkpointing, temperature=1.0, save_strategy="no", report_to="none",
         num_sample_generations=0, html_report=False, disable_tqdm=True, use_cpu=device.type == "cpu",
-        bf16=True, **found.sizes,
+        bf16=True, **found.batch_sizes,
     )  # fmt: skip
     lora = LoraConfig(r=setup.lora_r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     reward = random_reward_adapter(config, setup.lora_r, folder / "reward")
@@ -215,7 +215,7 @@ def child(name: str, cap: int, tiny: bool) -> dict:
     config = config_of(name, tiny)
     found = planned(config, tiny, cap)
     result = {
-        "model": name, "cap_gib": cap, "planner_says_it_fits": found.fits, "sizes": found.sizes,
+        "model": name, "cap_gib": cap, "planner_says_it_fits": found.fits, "sizes": found.batch_sizes,
         "activation_checkpointing": found.setup.activation_checkpointing,
     }  # fmt: skip
     peaks = Peaks(cap)
@@ -235,8 +235,10 @@ def child(name: str, cap: int, tiny: bool) -> dict:
     return {
         **result, "ran": True, "response_tokens": phases.response_tokens, "measured_bytes": peaks.phases,
         "planned_bytes": plans, "planner_error": errors,
-        "decode_rows": [found.sizes["generation_batch_size"], trainer.collector.generation_batch_size.rows],
-        "forward_rows": [found.sizes["local_rollout_forward_batch_size"], trainer.collector.forward_batch_size.rows],
+        "decode_rows": [found.batch_sizes["generation_batch_size"], trainer.collector.generation_batch_size.rows],
+        "forward_rows": [
+            found.batch_sizes["local_rollout_forward_batch_size"], trainer.collector.forward_batch_size.rows,
+        ],
     }  # fmt: skip
 
 

@@ -110,13 +110,13 @@ def ratio(on: Callable[[], object], off: Callable[[], object], repeats: int) -> 
 def activations(work: Work) -> int:
     """Bytes of the largest sum of activations and logits in `learn`."""
     gc.collect()
-    ledger = MemoryTracker()
-    with ledger:
-        ledger.hold([*work.actor.parameters(), *work.actor.buffers()])
-        ledger.restart()
-        before = ledger.held.total()
+    tracker = MemoryTracker()
+    with tracker:
+        tracker.track([*work.actor.parameters(), *work.actor.buffers()])
+        tracker.reset_peak()
+        before = tracker.current.total()
         work.learn()
-    return ledger.peak.total() - before
+    return tracker.peak.total() - before
 
 
 def distinct_scores(sizes: dict, fp32: bool) -> int:

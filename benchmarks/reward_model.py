@@ -86,14 +86,14 @@ def tensor_peak():
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                self.ledger = MemoryTracker()
-                self.ledger.hold(found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
-                self.ledger.__enter__()
+                self.tracker = MemoryTracker()
+                self.tracker.track(found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+                self.tracker.__enter__()
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
-                self.ledger.__exit__(None, None, None)
-                self.mb = sum(self.ledger.peak.values()) / 2**20
+                self.tracker.__exit__(None, None, None)
+                self.mb = sum(self.tracker.peak.values()) / 2**20
 
     return TensorPeak()
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import architectures
 
-PADDED = "hidden states of a row that is padded on the left"
+PADDED = "hidden states for a left-padded row"
 CACHED = "hidden states with its cache than without"
 
 
@@ -244,7 +244,7 @@ def test_a_quantization_that_leaves_most_of_a_model_as_it_was_is_named(kind, sha
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         policy = load_policy(str(tmp_path), peft_config=lora(), quantization_config=nf4)
-    said = [str(w.message) for w in caught if "quantization_config reaches" in str(w.message)]
+    said = [str(w.message) for w in caught if "quantization_config applies to" in str(w.message)]
     assert len(said) == (share < 0.5) and all(f"{quantized_share(policy):.0%}" in text for text in said)
     sizes = {True: 0, False: 0}  # the oracle: bytes of the layers, 4 bits a weight or as many as on disk
     for name, parameter in policy.get_base_model().named_parameters():

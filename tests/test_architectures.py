@@ -256,12 +256,12 @@ def test_rows_of_recurrent_states_leave_with_their_keys():
 @pytest.mark.parametrize(
     ("name", "differs", "unknown", "message"),
     [
-        ("Rwkv", {"attention_hidden_size": 32}, ONLY_STATES[1:], "gives no cache back"),
+        ("Rwkv", {"attention_hidden_size": 32}, ONLY_STATES[1:], "returns no cache"),
         ("MiniMax", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4,
                      "layer_types": ["full_attention", "linear_attention"]}, (),
-         "keeps states beside the layers of its cache"),
+         "keeps states outside the layers of its cache"),
         ("RecurrentGemma", {"head_dim": 8, "lru_width": 32, "block_types": ["recurrent", "attention"]}, (),
-         "gives no cache back"),
+         "returns no cache"),
     ],
 )  # fmt: skip
 def test_what_cannot_answer_prompts_side_by_side_is_refused(name, differs, unknown, message, tmp_path):

@@ -52,7 +52,7 @@ def test_the_cache_is_handed_over_under_the_name_that_is_taken(name):
 
 
 def test_a_backbone_that_swallows_its_cache_under_every_name_is_refused():
-    with pytest.raises(ValueError, match="LlamaForCausalLM gives no cache back"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM returns no cache"):
         actor_of(renamed(None))
 
 

@@ -252,13 +252,11 @@ def test_options_of_a_callback_that_a_checkpoint_overrules_are_named(tmp_path):
     for step in range(4, 9):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*goes on with the options")
+        warnings.filterwarnings("error", message=".*uses the options of the checkpoint")
         assert run(6.0) == 6.0
     for step in range(4, 9):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
-    with pytest.warns(
-        UserWarning, match="AdaptiveKLCallback goes on with the options of the checkpoint, .*6.0.*not wit"
-    ):
+    with pytest.warns(UserWarning, match="AdaptiveKLCallback uses the options of the checkpoint, .*6.0.*not "):
         assert run(9.0) == 6.0
 
 

@@ -296,14 +296,11 @@ DONE = [ASK, {"role": "assistant", "content": "so it is."}]
         (DONE, r"ends with an assistant's message.*so it is"),
         (json.dumps(DONE), r"written as text.*json\.loads"),
         (str(DONE), r"written as text"),
-        ("<|user|>why<eos><|assistant|>so it is.<eos>", r"ends with the EOS token '<eos>'"),
-        ("<|user|>why<eos><|assistant|>", None),
-        ("<eos>", None),  # where it is BOS too, it begins a text
         ([ASK], None),
         ("[role] why", None),
         ("[" * 300 + "role", None),
     ],
-    ids=["messages", "JSON", "repr", "EOS", "rendered", "BOS", "open", "text", "brackets"],
+    ids=["messages", "JSON", "repr", "open", "text", "brackets"],
 )
 def test_a_finished_conversation_is_named_once(make, prompt, says):
     rows = make([{"prompt": "why" if isinstance(prompt, str) else [ASK]}] + [{"prompt": prompt}] * 3)

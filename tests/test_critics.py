@@ -333,7 +333,7 @@ def test_the_folder_of_the_critic_is_part_of_what_makes_a_checkpoint_whole(tmp_p
     assert integrity_error(tmp_path / "checkpoint-2") is None
     file = tmp_path / "checkpoint-2" / "critic" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert "critic/adapter_model.safetensors is not as it was written" in integrity_error(tmp_path / "checkpoint-2")
+    assert "critic/adapter_model.safetensors was changed or truncated" in integrity_error(tmp_path / "checkpoint-2")
 
 
 # --- what is refused ---

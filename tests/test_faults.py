@@ -71,12 +71,12 @@ def flip(file):
 
 
 DAMAGES = {
-    "no manifest": (lambda d: (d / MANIFEST).unlink(), "it was not finished"),
+    "no manifest": (lambda d: (d / MANIFEST).unlink(), "saving was interrupted"),
     "manifest cut": (lambda d: cut(d / MANIFEST), "it cannot be read"),
     "adapter missing": (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
-    "one byte short": (lambda d: cut(d / "optimizer.pt"), "optimizer.pt is not as it was written"),
-    "one bit flipped": (lambda d: flip(d / "rollout_0.safetensors"), "rollout_0.safetensors is not as it was written"),
-    "trainer state cut": (lambda d: cut(d / "trainer_state.json"), "trainer_state.json is not as it was written"),
+    "one byte short": (lambda d: cut(d / "optimizer.pt"), "optimizer.pt was changed or truncated"),
+    "one bit flipped": (lambda d: flip(d / "rollout_0.safetensors"), "rollout_0.safetensors was changed or truncated"),
+    "trainer state cut": (lambda d: cut(d / "trainer_state.json"), "trainer_state.json was changed or truncated"),
 }
 
 
@@ -96,13 +96,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(copy, w
 
 def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(copy):
     cut(copy / "checkpoint-6" / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"checkpoint-6 cannot be resumed: optimizer.pt is not as it was written"):
+    with pytest.raises(ValueError, match=r"checkpoint-6 cannot be resumed: optimizer.pt was changed or truncated"):
         saving(copy).train(resume_from_checkpoint=str(copy / "checkpoint-6"))
 
 
 def test_without_any_checkpoint_training_starts_anew(tmp_path, whole_run):
     trainer = saving(tmp_path)
-    with pytest.warns(UserWarning, match="training starts anew"):
+    with pytest.warns(UserWarning, match="training starts from the beginning"):
         trainer.train(resume_from_checkpoint=True)
     assert equal(weights(trainer), whole_run[1])
 
@@ -153,7 +153,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(tmp_path, an
 def test_a_full_disk_is_passed_over_if_so_chosen(tmp_path, any_file_size, whole_run):
     trainer = saving(tmp_path, save_total_limit=1, on_save_error="skip")
     trainer.add_callback(FullDisk({3, 4}, 6_000))
-    with pytest.warns(UserWarning, match="checkpoint-4 could not be written.*Training goes on without it") as told:
+    with pytest.warns(UserWarning, match="checkpoint-4 could not be written.*Training continues without it") as told:
         trainer.train()
     assert sum("could not be written" in str(w.message) for w in told) == 2
     assert equal(weights(trainer), whole_run[1])
@@ -740,7 +740,7 @@ def test_out_of_memory_in_a_rollout_halves_the_chunk_and_changes_nothing_else(tm
 
     monkeypatch.setattr(ActorCritic, phase, small_card)
     trainer = make_trainer(tmp_path, config=sizes)
-    with pytest.warns(UserWarning, match="Out of memory: going on with 2 rows"):
+    with pytest.warns(UserWarning, match="Out of memory: .*reduced to 2 rows"):
         trainer.train()
     assert seen[:4] == tried
     assert all(
@@ -775,7 +775,7 @@ def test_memory_runs_out_under_several_names(error, survived):
             BatchSize(4).run(torch.arange(7), run)
         assert done == []
         return
-    with pytest.warns(UserWarning, match="going on with 2 rows"):
+    with pytest.warns(UserWarning, match="reduced to 2 rows"):
         size = BatchSize(4)
         size.run(torch.arange(7), run)
     assert size.rows == 2
@@ -844,7 +844,7 @@ def test_out_of_memory_in_learning_halves_the_micro_batch_and_changes_nothing_el
 ):
     sizes = small_card(monkeypatch, phase, most_rows=2)
     trainer = make_trainer(tmp_path, config={"max_steps": 4, "per_device_train_batch_size": 4})
-    with pytest.warns(UserWarning, match="Out of memory: going on with 2 rows"):
+    with pytest.warns(UserWarning, match="Out of memory: .*reduced to 2 rows"):
         trainer.train()
     assert sizes[0] > 2 and max(sizes[1:]) == 2 and sum(sizes[1:]) == 4 * 8  # tried once; then 4 steps of 8 rows
     expected, expected_log = on_a_large_card
@@ -893,7 +893,7 @@ def test_out_of_memory_in_a_reward_model_halves_its_batch_and_gives_the_same_sco
         return forward(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model, "forward", small_card)
-    with pytest.warns(UserWarning, match="going on with 2 rows"):
+    with pytest.warns(UserWarning, match="reduced to 2 rows"):
         found = reward(batch)
     assert found == pytest.approx(expected, abs=1e-5) and len({round(s, 4) for s in found}) == 5
     reward(batch)

@@ -114,7 +114,7 @@ def test_a_family_without_kernels_is_refused(tmp_path, base, patched, no_weights
 
 def test_a_loss_of_ligers_is_refused(tmp_path, patched, no_weights):
     config = {**LIGER, "liger_kernel_config": {"fused_linear_cross_entropy": True}}
-    with pytest.raises(ValueError, match="PPOConfig: liger_kernel_config asks for fused_linear_cross_entropy"):
+    with pytest.raises(ValueError, match="PPOConfig: liger_kernel_config.*fused_linear_cross_entropy"):
         make_trainer(tmp_path, config=config)
 
 

@@ -247,8 +247,8 @@ def test_a_few_layers_tell_what_all_of_them_take(name, options):
     assert isinstance(few, ExtrapolatedEstimator)
     assert few.parameters == whole.parameters
     # To the byte; where kinds mix, the highest layer may have other neighbors.
-    tolerance = 0.005 if len(few.more) > 1 and critic is None else 0
-    for phase, rows in (("generate", 3), ("learn", 5), *([("learn", 1)] if len(few.more) == 1 else [])):
+    tolerance = 0.005 if len(few.extra) > 1 and critic is None else 0
+    for phase, rows in (("generate", 3), ("learn", 5), *([("learn", 1)] if len(few.extra) == 1 else [])):
         found, expected = getattr(few, phase)(rows), getattr(whole, phase)(rows)
         assert found.total == pytest.approx(expected.total, rel=tolerance, abs=0)
         assert tolerance or found == expected
@@ -259,7 +259,7 @@ def test_a_layer_too_few_is_seen():
     few = predict(DEEP["llama"], setup())
     exact = few.learn(2).total
     for count in (3, 5):
-        assert ExtrapolatedEstimator(few.first, [(few.more[0][0], count)]).learn(2).total != exact
+        assert ExtrapolatedEstimator(few.base, [(few.extra[0][0], count)]).learn(2).total != exact
 
 
 def test_all_layers_run_where_a_few_do_not_tell():
@@ -330,8 +330,10 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path, capsys, monkey
     command[1] = str(tmp_path / "config.json")  # the file serves as well as its folder
     assert main([*command, "--vram", "1", "--json", "--activation-checkpointing"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["fits"] and found["setup"]["activation_checkpointing"] and found["sizes"]["num_mini_batches"] == 2
-    assert found["phases"]["learn"]["rows"] == found["sizes"]["per_device_train_batch_size"] == 2
+    assert (
+        found["fits"] and found["setup"]["activation_checkpointing"] and found["batch_sizes"]["num_mini_batches"] == 2
+    )
+    assert found["phases"]["learn"]["rows"] == found["batch_sizes"]["per_device_train_batch_size"] == 2
 
 
 @pytest.mark.parametrize("size", ["inf", "nan", "1e300", "much"])
@@ -344,7 +346,7 @@ def test_a_card_has_a_size(tmp_path, capsys, size):
     assert last.endswith(
         "error: argument --vram: invalid float value: 'much'"
         if size == "much"
-        else f"error: vram={float(size)} is no size of a card: give a number of GiB, as 24."
+        else f"error: vram={float(size)} is not the memory of a card: pass a number of GiB, such as 24."
     )
 
 
@@ -353,8 +355,8 @@ def test_the_table_ends_in_the_sizes():
     lines = table(found).splitlines()
     sizes = "per_device_train_batch_size=2, gradient_accumulation_steps=1, num_mini_batches=2"
     assert lines[-1].startswith(f"PPOConfig({sizes}")
-    together = next(line for line in lines if line.startswith("together"))
-    assert together.split()[1:] == [f"{phase.total / GIB:.2f}" for phase in found.phases]
+    total = next(line for line in lines if line.startswith("total"))
+    assert total.split()[1:] == [f"{phase.total / GIB:.2f}" for phase in found.phases]
 
 
 @pytest.mark.parametrize(
@@ -364,10 +366,10 @@ def test_the_table_ends_in_the_sizes():
         ({"num_mini_batches": 3}, 8, "rollout_batch_size=64 is not a multiple of num_mini_batches=3"),
         ({"quantization": "fp4"}, 8, "quantization must be one of nf4, int8, bf16, fp32; got 'fp4'"),
         ({"response_length": 300}, 8, "324 tokens are more than this model's context of 256"),
-        ({"critic": "separate"}, 8, "critic='separate' and a model for the critic go together"),
-        ({}, 0.25, "vram=0.25 GiB is not more than a CUDA context takes"),
-        ({}, float("inf"), "vram=inf is no size of a card"),
-        ({}, float("nan"), "vram=nan is no size of a card"),
+        ({"critic": "separate"}, 8, "critic='separate' needs a model for the critic"),
+        ({}, 0.25, "vram=0.25 GiB must be more than a CUDA context takes"),
+        ({}, float("inf"), "vram=inf is not the memory of a card"),
+        ({}, float("nan"), "vram=nan is not the memory of a card"),
     ],
 )
 def test_a_wrong_plan_is_refused(change, vram, message):
@@ -380,7 +382,7 @@ def test_a_model_that_cannot_run_without_its_weights_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--model", str(tmp_path), "--vram", "8", "--prompt-length", "4", "--response-length", "4"])
     assert stop.value.code == 2
-    assert "error: The memory of a qwen3_moe cannot be planned" in capsys.readouterr().err
+    assert "error: The memory of model_type='qwen3_moe' cannot be planned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["Bamba", "Gemma 3, with vision", "Gemma 4", "GPT-2", "Qwen3.5", "SmolVLM"])
@@ -400,24 +402,24 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path, capsys):
         assert "error:" in capsys.readouterr().err
 
 
-def test_the_ledger_agrees_with_another_account_of_real_tensors():
+def test_the_tracker_agrees_with_another_account_of_real_tensors():
     def work():
         a = torch.ones(1000)
-        with ledger.booking("weights"):
+        with tracker.category("weights"):
             b = torch.ones(2000)
         c = (a[:, None] * torch.ones(7)).sum()
         del a
         return b, c
 
-    ledger = MemoryTracker(vocabulary=7)
-    with PeakMemory() as other, ledger:
+    tracker = MemoryTracker(vocabulary=7)
+    with PeakMemory() as other, tracker:
         held = work()
-    assert sum(ledger.peak.values()) == other.peak
+    assert sum(tracker.peak.values()) == other.peak
     # highest where the product is made: a, b, the seven ones, and the product itself
-    assert ledger.peak == {"activations": 4000, "weights": 8000, "logits": 4 * 7 + 4 * 7000}
-    assert ledger.held == {"activations": 4, "weights": 8000, "logits": 0}
+    assert tracker.peak == {"activations": 4000, "weights": 8000, "logits": 4 * 7 + 4 * 7000}
+    assert tracker.current == {"activations": 4, "weights": 8000, "logits": 0}
     del held
-    assert sum(ledger.held.values()) == 0
+    assert sum(tracker.current.values()) == 0
 
 
 # The loss step

@@ -16,7 +16,7 @@ from torch import nn
 from ppo_plus import PPOCallback
 from ppo_plus.kernels import packing
 from ppo_plus.kernels.cpu_attention import PACKED
-from ppo_plus.kernels.frozen_layers import decoder_layers, entering
+from ppo_plus.kernels.frozen_layers import decoder_layers, layer_input
 from ppo_plus.kernels.packing import NO_PACKING, LengthBuckets, Packing, bucket_by_length, make_packing
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.models.logprobs import logits_function
@@ -61,7 +61,7 @@ class Tokens:
         layer.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, layer, args, kwargs):
-        self.seen.append(entering(*args, **kwargs).shape[:-1].numel())
+        self.seen.append(layer_input(*args, **kwargs).shape[:-1].numel())
 
 
 # --- to and fro ---
@@ -75,7 +75,7 @@ def test_real_tokens_are_packed_row_by_row_and_put_back(order):
     x = torch.randn(*mask.shape, 3)
     slow = [x[row, column] for row in range(5) for column in range(mask.shape[1]) if mask[row, column]]
     assert torch.equal(found.pack(x)[0], torch.stack(slow))
-    assert torch.equal(found.spread(found.pack(x)), x * mask[..., None])
+    assert torch.equal(found.unpack(found.pack(x)), x * mask[..., None])
     assert found.pack(ids).tolist() == [[i for row in range(5) for i in ids[row, -lengths[row] :].tolist()]]
 
 
@@ -85,18 +85,18 @@ def test_its_gradients_are_those_of_indexing():
     padded = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
     packed = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(there.pack, padded)
-    assert torch.autograd.gradcheck(there.spread, packed)
+    assert torch.autograd.gradcheck(there.unpack, packed)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "least", "packs"),
+    ("tokens", "min_padding", "packs"),
     [(96, 0.05, False), (94, 0.05, True), (99, 0.0, True), (100, 0.0, False), (0, 0.0, False)],
 )
-def test_little_padding_stays(tokens, least, packs):
+def test_little_padding_stays(tokens, min_padding, packs):
     mask = torch.ones(4, 25)
     mask.view(-1)[tokens:] = 0
-    assert (make_packing(mask, mask.sum(1).int().tolist(), least) is not NO_PACKING) == packs
-    assert make_packing(None, [1], least) is NO_PACKING and make_packing(mask, None, least) is NO_PACKING
+    assert (make_packing(mask, mask.sum(1).int().tolist(), min_padding) is not NO_PACKING) == packs
+    assert make_packing(None, [1], min_padding) is NO_PACKING and make_packing(mask, None, min_padding) is NO_PACKING
 
 
 # --- groups of rows in attention ---
@@ -117,13 +117,13 @@ def test_rows_of_a_group_are_at_least_half_as_long_as_its_longest_and_groups_are
 @pytest.mark.parametrize("lengths", [[3, 1, 7, 2, 7], [1, 2, 4, 8], [5], [2, 0, 9], [6, 6]])
 def test_groups_hold_each_row_left_aligned_and_give_it_back(lengths):
     groups, tokens = LengthBuckets(lengths, CPU), torch.arange(1, sum(lengths) + 1).view(1, -1, 1)
-    rows = [row[row != 0].tolist() for part in groups.take(tokens) for row in part[..., 0]]
+    rows = [row[row != 0].tolist() for part in groups.split(tokens) for row in part[..., 0]]
     expected = [part.tolist() for part in tokens[0, :, 0].split(lengths)]
     assert sorted(rows) == sorted(part for part in expected if part)
-    for part, mask in zip(groups.take(tokens), groups.masks, strict=True):
+    for part, mask in zip(groups.split(tokens), groups.masks, strict=True):
         assert torch.equal(part[..., 0] != 0, mask)
         assert mask[:, 0].all() and bool((mask[:, 1:] <= mask[:, :-1]).all())
-    assert torch.equal(groups.give(groups.take(tokens)), tokens)
+    assert torch.equal(groups.merge(groups.split(tokens)), tokens)
 
 
 # --- the model's numbers ---
@@ -199,8 +199,8 @@ def test_tokens_that_were_put_into_the_wrong_rows_would_be_noticed(monkeypatch):
     actor = actor_critic(adapted())
     *inputs, real = right_aligned()
     right = numbers(actor, inputs, **real)
-    give = LengthBuckets.give
-    monkeypatch.setattr(LengthBuckets, "give", lambda groups, parts: give(groups, [part.flip(0) for part in parts]))
+    merge = LengthBuckets.merge
+    monkeypatch.setattr(LengthBuckets, "merge", lambda groups, parts: merge(groups, [part.flip(0) for part in parts]))
     assert (numbers(actor, inputs, **real) - right).abs().max() > 1e-2
 
 
@@ -330,9 +330,9 @@ def test_padding_costs_less_than_a_twentieth_of_the_tokens(tmp_path, monkeypatch
     """Of all passes that score and learn; what each is given is written down where it is decided."""
     passes = []
 
-    def watched(mask, lengths, least=0.0):
-        found = make_packing(mask, lengths, least)
-        if least:
+    def watched(mask, lengths, min_padding=0.0):
+        found = make_packing(mask, lengths, min_padding)
+        if min_padding:
             passes.append((sum(lengths), mask.numel() if found is NO_PACKING else sum(lengths), mask.numel()))
         return found
 

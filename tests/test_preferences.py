@@ -15,7 +15,6 @@ from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.data.preferences import tokenize_pairs
 
 USER = {"role": "user", "content": "why"}
-SYSTEM = {"role": "system", "content": "be"}
 
 
 def says(*contents) -> list[dict]:
@@ -50,29 +49,6 @@ BOTH = pytest.mark.parametrize("make", [Dataset.from_list, as_stream], ids=["dat
         ({"prompt": "why ", "chosen": "so", "rejected": "no"}, ("why so<eos>", "why no<eos>")),
         ({"prompt": "why ", "chosen": "why so", "rejected": "why no"}, ("why so<eos>", "why no<eos>")),
         ({"prompt": "", "chosen": "so<eos>", "rejected": "no"}, ("so<eos>", "no<eos>")),
-        ({"prompt": " why ", "chosen": "<bos>why so", "rejected": "why no"}, ("<bos>why so<eos>", "why no<eos>")),
-        # The prompt has a system message that the answers lack, or the reverse; or only its last turn is repeated.
-        (
-            {"prompt": [SYSTEM, USER], "chosen": [USER, *says("so")], "rejected": says("no")},
-            tuple("<|system|>be<eos>" + text for text in WHOLE),
-        ),
-        (
-            {"prompt": [USER], "chosen": [SYSTEM, USER, *says("so")], "rejected": [SYSTEM, USER, *says("no")]},
-            tuple("<|system|>be<eos>" + text for text in WHOLE),
-        ),
-        (
-            {"prompt": [USER, *says("so"), USER], "chosen": [USER, *says("so")], "rejected": [USER, *says("no")]},
-            tuple(ASKED + "<|assistant|>so<eos>" + text for text in WHOLE),
-        ),
-        (
-            {"prompt": [{**USER, "content": "why "}], "chosen": [USER, *says("so")], "rejected": [USER, *says("no")]},
-            WHOLE,
-        ),
-        # A user may repeat a message after an answer.
-        (
-            {"prompt": [USER], "chosen": says("what", "why", "so"), "rejected": says("no")},
-            (ASKED + "<|assistant|>what<eos>" + WHOLE[0], WHOLE[1]),
-        ),
         # An answer may begin with the words of the question, and a user may ask twice.
         ({"prompt": "no", "chosen": "no idea", "rejected": "yes"}, ("nono idea<eos>", "noyes<eos>")),
         (
@@ -92,20 +68,6 @@ def test_a_row_that_does_not_repeat_its_prompt_keeps_it_whatever_the_others_do()
         pairs = read([begin] * 300 + [late])
     assert pairs[0] == ("why so<eos>", "why no<eos>")
     assert pairs[300] == ("how so<eos>", "how no<eos>")
-
-
-def test_most_rows_decide_whether_answers_repeat_their_prompt():
-    begin = {"prompt": "why ", "chosen": "why so", "rejected": "why no"}
-    other = {"prompt": "how ", "chosen": "so", "rejected": "no"}
-    with pytest.warns(UserWarning, match="in 3 of the first 4 rows"):
-        assert read([begin] * 3 + [other]) == [("why so<eos>", "why no<eos>")] * 3 + [("how so<eos>", "how no<eos>")]
-    assert read([begin] + [other] * 3)[0] == ("why why so<eos>", "why why no<eos>")
-
-
-def test_pairs_that_are_conversations_written_as_text_are_named():
-    written = json.dumps([USER, *says("so")])
-    with pytest.warns(UserWarning, match=r"train_dataset\[0\]: chosen is a conversation written as text"):
-        read([{"chosen": written, "rejected": written.replace("so", "no")}])
 
 
 @BOTH
@@ -159,8 +121,6 @@ CHAT = {"prompt": [USER], "chosen": says("so"), "rejected": says("no")}
         (GOOD, {"rejected": " "}, "rejected is ' '"),
         ({"prompt": "why", **GOOD}, {"prompt": None}, "prompt is None"),
         (CHAT, {"chosen": []}, r"chosen is \[\]"),
-        (CHAT, {"rejected": says("")}, r"rejected is \[\{'role': 'assistant', 'content': ''\}\]"),
-        (CHAT, {"chosen": [USER, *says("so")], "prompt": [{**USER, "content": "how"}]}, r"chosen begins.*'why'.*'how'"),
         (CHAT, {"rejected": says(None)}, r"rejected: message 1 has the content None"),
         (
             {**CHAT, "prompt": "why", "chosen": [USER, *says("so")], "rejected": [USER, *says("no")]},

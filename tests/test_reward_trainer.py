@@ -171,8 +171,8 @@ def test_a_reward_model_is_not_put_over_an_adapter(base, tmp_path, inside):
     model = str(tmp_path / "sft")
     if inside:
         model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-    says = "transformers has put an adapter into this model" if inside else "sft' is an adapter"
-    with pytest.raises(ValueError, match=f"{says}.*would be lost without a word. Pass the name of its base"):
+    says = "transformers has loaded a frozen adapter into model" if inside else "sft' is an adapter"
+    with pytest.raises(ValueError, match=f"{says}.*would silently replace it. Pass the name of its base"):
         RewardTrainer(model, RewardConfig(str(tmp_path)), peft_config=lora())
 
 

@@ -75,9 +75,9 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, weight, number):
     with torch.no_grad():
         for each in (model, reference):
             each.get_parameter(weight)[-1, 3] = number
-    with pytest.raises(ValueError, match=f"^model: the weight {weight} holds NaN or inf"):
+    with pytest.raises(ValueError, match=f"^model: the weight {weight} has NaN or inf"):
         make_trainer(tmp_path, model=model)
-    with pytest.raises(ValueError, match=f"^ref_model: the weight {weight} holds NaN or inf"):
+    with pytest.raises(ValueError, match=f"^ref_model: the weight {weight} has NaN or inf"):
         make_trainer(tmp_path, ref_model=reference)
 
 
@@ -85,13 +85,13 @@ def test_a_weight_of_a_critic_or_reward_model_that_is_not_finite_is_named(tmp_pa
     scorer = classifier(base)
     with torch.no_grad():
         scorer.model.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match=r"^value_model: the weight model.norm.weight holds NaN"):
+    with pytest.raises(ValueError, match=r"^value_model: the weight model.norm.weight has NaN"):
         make_trainer(tmp_path, value_model=scorer)
-    with pytest.raises(ValueError, match=r"^The reward model 'tiny-llama': the weight model.norm.weight holds NaN"):
+    with pytest.raises(ValueError, match=r"^The reward model 'tiny-llama': the weight model.norm.weight has NaN"):
         make_trainer(tmp_path, reward_funcs=scorer)
     pairs = Dataset.from_dict({"chosen": ["good"] * 4, "rejected": ["bad"] * 4})
     args = RewardConfig(str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match=r"^model: the weight .*norm.weight holds NaN"):
+    with pytest.raises(ValueError, match=r"^model: the weight .*norm.weight has NaN"):
         RewardTrainer(scorer, args, train_dataset=pairs, processing_class=make_tokenizer())
 
 

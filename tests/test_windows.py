@@ -124,7 +124,7 @@ def test_a_disk_error_still_ends_the_writing_of_a_checkpoint(tmp_path, monkeypat
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output|No space"):
             write_manifest(tmp_path)
-    assert integrity_error(tmp_path) == "it was not finished"
+    assert integrity_error(tmp_path) == "saving was interrupted"
 
 
 # --- a run under the rules of Windows ---

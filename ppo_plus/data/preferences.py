@@ -19,7 +19,6 @@ from .prompts import (
     tokenize_chat,
     tokenize_text,
     warn_of_rendered_content,
-    warn_of_written_conversation,
 )
 
 # Names of the token id columns in TRL versions; `ID_COLUMNS` are the current names.
@@ -27,9 +26,6 @@ ID_COLUMNS = ("chosen_ids", "rejected_ids")
 OLD_ID_COLUMNS = (("input_ids_chosen", "input_ids_rejected"), ("chosen_input_ids", "rejected_input_ids"))
 MAX_COMPARED_ROWS = 256  # rows checked for whether answers repeat the text of their prompt
 
-# Roles of messages that are a prompt's, and roles whose message may be followed by one of the user.
-BEFORE_ANSWER = ("system", "developer", "user")
-BEFORE_USER = ("system", "developer", "assistant", "tool")
 MAX_MARGIN = 1e15  # reward units; beyond it float32 scores cannot change the loss
 
 
@@ -60,7 +56,7 @@ def tokenize_pairs(
     columns = column_names(dataset)
     if not set(ID_COLUMNS) <= set(columns):
         structs = struct_columns(dataset.features, columns)
-        repeated, warn = _repeats_prompt(dataset, tokenizer.bos_token, name), WarnOnce()
+        repeated, warn = _repeats_prompt(dataset, name), WarnOnce()
 
         def encode(row: Row, index: int) -> Row:
             where = f"{name}[{index}]"
@@ -100,10 +96,8 @@ def _map_rows(dataset: Any, function: Any, num_proc: int | None, desc: str) -> A
 def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, where: str, warn: WarnOnce) -> Row:
     check_pair(row, where)
     answers = {column: row[column] for column in ("chosen", "rejected")}
-    prompt = None if repeated and _begin_with_prompt(row, tokenizer.bos_token) else row.get("prompt")
+    prompt = None if repeated and _begin_with_prompt(row) else row.get("prompt")
     if isinstance(row["chosen"], str):
-        for column in ("prompt", *answers):
-            warn_of_written_conversation(row.get(column), column, f"{where}: {column}", warn)
         end = cast(str, tokenizer.eos_token)
         texts = {column: ((prompt or "") + answer).removesuffix(end) + end for column, answer in answers.items()}
         return {f"{column}_ids": tokenize_text(text, tokenizer) for column, text in texts.items()}
@@ -120,12 +114,11 @@ def check_pair(row: Row, where: str) -> None:
     """Refuse a pair with an empty part, with both text and messages, or with an invalid margin."""
     for column in ("chosen", "rejected", *(("prompt",) if "prompt" in row else ())):
         value = row[column]
-        if not (column == "prompt" and value == "") and not _is_filled(value, column):
-            fix = "Remove such rows with dataset.filter."
-            if isinstance(value, Mapping):
-                fix = "Put one message into a list: [{'role': 'assistant', 'content': '...'}]."
+        filled = bool(value.strip()) if isinstance(value, str) else is_conversational(value)
+        if not filled and not (column == "prompt" and value == ""):
             raise ValueError(
-                f"{where}: {column} is {shorten(value)}; it must be non-empty text, or a list of messages. {fix}"
+                f"{where}: {column} is {shorten(value)}; it must be non-empty text, or a list of messages. Remove "
+                "such rows with dataset.filter."
             )
     kinds = {column: "text" if isinstance(row[column], str) else "messages" for column in ("chosen", "rejected")}
     if kinds["chosen"] != kinds["rejected"]:
@@ -141,14 +134,6 @@ def check_pair(row: Row, where: str) -> None:
     check_margin(row, where)
 
 
-def _is_filled(value: Any, column: str) -> bool:
-    if isinstance(value, str) or not is_conversational(value):
-        return isinstance(value, str) and bool(value.strip())
-    last = value[-1]
-    empty_answer = column != "prompt" and last.get("content") in ("", []) and not last.get("tool_calls")
-    return not empty_answer
-
-
 def check_margin(row: Row, where: str) -> None:
     """Refuse a margin that is missing, not finite or beyond `MAX_MARGIN`, with which no pair would train the model."""
     margin = row.get("margin", 0.0)
@@ -160,7 +145,7 @@ def check_margin(row: Row, where: str) -> None:
 
 
 def _join_conversation(prompt: Any, answer: list, where: str) -> list:
-    """Join the messages of prompt and answer, without repeating messages of the prompt that the answer holds too."""
+    """Join the messages of prompt and answer, without repeating a prompt that the answer begins with."""
     if not prompt:
         return answer
     if isinstance(prompt, str):
@@ -172,19 +157,10 @@ def _join_conversation(prompt: Any, answer: list, where: str) -> list:
                 "[{'role': 'user', 'content': row['prompt']}]."
             )
         return answer
-    before, after = [_message_key(message) for message in prompt], [_message_key(message) for message in answer]
-    # The last message is the answer itself, and a user may repeat a message after an assistant's.
-    starts = range(len(answer) - len(prompt) if answer[0]["role"] in BEFORE_ANSWER else 0)
-    if any(after[start : start + len(prompt)] == before for start in starts):
+    start = answer[: len(prompt)]
+    if len(answer) > len(prompt) and [_message_key(m) for m in start] == [_message_key(m) for m in prompt]:
         return answer
-    overlap = max((n for n in range(len(answer)) if before[-n:] == after[:n]), default=0)
-    if not overlap and prompt[-1]["role"] not in BEFORE_USER and answer[0]["role"] in BEFORE_ANSWER:
-        raise ValueError(
-            f"{where} begins with a message of the role {answer[0]['role']!r}, {shorten(_message_text(answer[0]))}, "
-            f"which is not in prompt, whose last message is {shorten(_message_text(prompt[-1]))}. Drop the column "
-            "'prompt' if chosen and rejected contain whole conversations, or keep only the messages after the prompt."
-        )
-    return prompt + answer[overlap:]
+    return prompt + answer
 
 
 def _message_text(message: Mapping[str, Any]) -> str:
@@ -193,32 +169,29 @@ def _message_text(message: Mapping[str, Any]) -> str:
 
 
 def _message_key(message: Mapping[str, Any]) -> tuple:
-    return message["role"], _message_text(message).strip(), message.get("tool_calls") or None
+    return message["role"], _message_text(message), message.get("tool_calls") or None
 
 
-def _repeats_prompt(dataset: Any, bos: str | None, name: str) -> bool:
-    """Return whether both answers begin with the text of `prompt` in most of the compared rows; warn if so."""
+def _repeats_prompt(dataset: Any, name: str) -> bool:
+    """Return whether both answers begin with the text of `prompt` in all compared rows; warn if so."""
     if "prompt" not in column_names(dataset):
         return False
     rows = list(islice(iter(dataset), MAX_COMPARED_ROWS))
-    repeating = sum(_begin_with_prompt(row, bos) for row in rows)
-    if repeating <= len(rows) / 2:
+    if not all(map(_begin_with_prompt, rows)):
         return False
     warnings.warn(
-        f"{name}: chosen and rejected begin with the text of prompt in {repeating} of the first {len(rows)} rows, so "
-        "in such rows the prompt is not repeated. Drop the column 'prompt' to silence this warning.",
+        f"{name}: chosen and rejected begin with the text of prompt in each of the first {len(rows)} rows, so the "
+        "prompt is not repeated. Drop the column 'prompt' to silence this warning.",
         stacklevel=2,
     )
     return True
 
 
-def _begin_with_prompt(row: Row, bos: str | None) -> bool:
-    """Return whether both answers begin with the prompt, except for BOS and whitespace around the prompt."""
-    parts = [row["prompt"], row["chosen"], row["rejected"]]
-    if not all(isinstance(part, str) for part in parts):
+def _begin_with_prompt(row: Row) -> bool:
+    prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
+    if not isinstance(prompt, str) or not prompt.strip():
         return False
-    prompt, *answers = (part.strip().removeprefix(bos or "").strip() for part in parts)
-    return bool(prompt) and all(answer.startswith(prompt) for answer in answers)
+    return all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers)
 
 
 # Pairs without a training signal

@@ -87,9 +87,8 @@ def _encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None, where: str, warn: WarnOnce
 ) -> list[int]:
     """Return the token ids of a row's prompt, or its own `input_ids`; raise a ValueError if there are none."""
-    conversational = is_conversational(row.get("prompt"))
     if "prompt" in row:
-        prompt = row["prompt"]
+        prompt, conversational = row["prompt"], is_conversational(row["prompt"])
         kwargs = merge_template_kwargs(template_kwargs, row, where) if conversational else {}
         ids = encode_prompt(prompt, tokenizer, kwargs, where)
         warn_of_prompt(prompt, where, tokenizer, kwargs, warn)
@@ -97,12 +96,6 @@ def _encode_row(
         ids = _validate_input_ids(row, tokenizer, where)
         if [tokenizer.bos_token_id] * 2 == ids[:2]:
             warn("BOS", f"{where} begins with two BOS tokens: tokenize rendered text with add_special_tokens=False.")
-    if not conversational and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        warn(
-            "EOS",
-            f"{where} ends with the EOS token {tokenizer.eos_token!r}, so responses begin after the end of a text. "
-            "Remove the token, or, if the prompt ends with an answer, the answer.",
-        )
     if not ids:
         raise ValueError(
             f"{where} has no tokens: the tokenizer removes every character. Remove such rows with dataset.filter."
@@ -133,7 +126,12 @@ def warn_of_prompt(
 ) -> None:
     """Warn of a prompt that is rendered already, ends with an answer, or gets no generation prompt."""
     if isinstance(prompt, str):
-        warn_of_written_conversation(prompt, "prompt", where, warn)
+        if _is_written_conversation(prompt):
+            warn(
+                "written",
+                f"{where} is a conversation written as text, so it is tokenized as plain text, without the chat "
+                "template. Parse it first: dataset.map(lambda row: {'prompt': json.loads(row['prompt'])}).",
+            )
         return
     warn_of_rendered_content(
         prompt, where, tokenizer, "dataset.map(lambda row: {'prompt': row['prompt'][0]['content']})", warn
@@ -162,16 +160,6 @@ def warn_of_rendered_content(
             "rendered",
             f"{where}: a message begins with {start!r}, as a rendered conversation does, and the chat template renders "
             f"it again, with a second start and second roles. Pass rendered text as text: {fix}.",
-        )
-
-
-def warn_of_written_conversation(value: Any, column: str, where: str, warn: WarnOnce) -> None:
-    """Warn if a column's text is a conversation as JSON or as Python's repr."""
-    if isinstance(value, str) and _is_written_conversation(value):
-        warn(
-            "written",
-            f"{where} is a conversation written as text, so it is tokenized as plain text, without the chat template. "
-            f"Parse it first: dataset.map(lambda row: {{'{column}': json.loads(row['{column}'])}}).",
         )
 
 

@@ -1,1 +1,1 @@
-"""What replaces another library's forward, or decides how much runs at once."""
+"""Replacements of other libraries' forward passes, and the sizes of the batches that run in one pass."""

@@ -1,6 +1,6 @@
-"""Batch sizes that shrink where memory does not suffice, and grow back; the result is the same.
+"""Batch sizes that shrink after an out-of-memory error and grow back.
 
-The same up to the re-association of sums: what a row becomes does not depend on the rows beside it.
+No row depends on the other rows of its batch, so results are equal up to the order of sums.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from ..utils.interrupt import raise_if_interrupted
 
 Result = TypeVar("Result")
 
-# Errors that have no class of their own: of the driver, cuBLAS, the CPU's allocator and Apple's.
+# Errors without a class of their own: from the driver, cuBLAS, the CPU's allocator and Apple's.
 OOM_MESSAGES = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
     "MPS backend out of memory",
 )
-PATIENCE = 2  # passes over all rows that must fit before twice as many are tried
-MOST_PATIENCE = 64 * PATIENCE
+PATIENCE = 2  # passes over all rows that must fit before the batch size is doubled
+MAX_PATIENCE = 64 * PATIENCE
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error reports a lack of memory.
 
-    accelerate's `should_reduce_batch_size` finds neither the driver's error nor cuBLAS's.
+    accelerate's `should_reduce_batch_size` recognizes neither the driver's error nor cuBLAS's.
     """
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OOM_MESSAGES)
 
 
 class BatchSize:
-    """Rows that are processed at once: halved when memory runs out, doubled again after some passes that fit.
+    """A batch size that is halved when memory runs out and doubled again after some passes that fit.
 
-    Memory may have been short for a moment only (another process, one long batch). A size that turns out too large
-    again is tried half as often from then on.
+    Memory may be short only for a moment (another process, one long batch). A size that fails again after it was
+    doubled is tried half as often from then on.
 
     Args:
-        most: rows to begin with, and never exceeded.
+        max_rows: the first and largest size.
         patience: passes that must fit before the size is doubled.
 
     Attributes:
         rows: the current size.
     """
 
-    def __init__(self, most: int, patience: int = PATIENCE) -> None:
-        self.rows = self._most = most
+    def __init__(self, max_rows: int, patience: int = PATIENCE) -> None:
+        self.rows = self._max_rows = max_rows
         self._first_patience = self._patience = patience
         self._fitted = 0  # passes since the size changed
-        self._grown = False  # since the last lack of memory
-        self._warned_of = most
+        self._grown = False  # since the last out-of-memory error
+        self._warned_rows = max_rows
 
     def run(self, order: Tensor, process: Callable[[Tensor], None]) -> None:
-        """Process rows, as many at once as fit.
+        """Process rows in batches that fit in memory.
 
         Args:
-            order: rows in the order in which to take them, `(N,)` int64.
-            process: called with some rows; it must leave nothing behind where it runs out of memory.
+            order: row indices in processing order, `(N,)` int64.
+            process: called with a part of them; it must have no effect if it runs out of memory.
         """
         start = 0
 
@@ -76,11 +76,11 @@ class BatchSize:
         self.retry(len(order), process_rest)
 
     def retry(self, count: int, attempt: Callable[[int], Result]) -> Result:
-        """Return what an attempt returns, with the largest size at which it fits.
+        """Return the result of an attempt at the largest size that fits.
 
         Args:
-            count: rows that there are.
-            attempt: called with the size; again with a smaller one where it runs out of memory.
+            count: number of all rows.
+            attempt: called with the size, and again with a smaller one after an out-of-memory error.
         """
         shrunk = False
         while True:
@@ -93,18 +93,18 @@ class BatchSize:
                 if not shrunk:
                     self._count_fit()
                 return result
-            # Outside `except` the traceback is gone, and with it the tensors that its frames refer to.
+            # Outside `except`, the traceback and the tensors that its frames reference have been freed.
             shrunk = True
             self._shrink(count)
 
     def _shrink(self, count: int) -> None:
         self.rows = min(self.rows, count) // 2 or 1
         if self._grown:
-            self._patience = min(2 * self._patience, max(MOST_PATIENCE, self._first_patience))
+            self._patience = min(2 * self._patience, max(MAX_PATIENCE, self._first_patience))
         self._fitted, self._grown = 0, False
-        if self.rows < self._warned_of:
-            self._warned_of = self.rows
-            warnings.warn(f"Out of memory: going on with {self.rows} rows at a time instead of more.", stacklevel=4)
+        if self.rows < self._warned_rows:
+            self._warned_rows = self.rows
+            warnings.warn(f"Out of memory: the batch size is reduced to {self.rows} rows.", stacklevel=4)
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
 
@@ -113,21 +113,22 @@ class BatchSize:
         if self._fitted < self._patience:
             return
         self._fitted = 0
-        if self.rows < self._most:
-            self.rows, self._grown = min(2 * self.rows, self._most), True
+        if self.rows < self._max_rows:
+            self.rows, self._grown = min(2 * self.rows, self._max_rows), True
         else:
             self._patience, self._grown = self._first_patience, False
 
 
 @contextlib.contextmanager
 def annotate_oom() -> Iterator[None]:
-    """Say what to change where several processes learn together, and one that split its work would lose the others."""
+    """Add the fix to an out-of-memory error on several processes, which cannot shrink their batches independently."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             error.add_note(
-                "Learning on several processes cannot go on with fewer rows: lower per_device_train_batch_size and "
-                "raise gradient_accumulation_steps by the same factor, which changes nothing else."
+                "On several processes the batch size cannot be reduced during training: lower "
+                "per_device_train_batch_size and raise gradient_accumulation_steps by the same factor, which changes "
+                "nothing else."
             )
         raise

@@ -1,12 +1,12 @@
 """Attention as plain matrix products, for short sequences in half precision on CPUs.
 
-There the fused kernel takes twice as long as the products it consists of. Key and value heads that several query heads
-share (Ainslie et al. 2023, grouped-query attention) are read where they are: a group's queries stand below each other
-in one product, and nothing is repeated.
+There the fused kernel takes twice as long as the products it consists of. For key and value heads that several query
+heads share (Ainslie et al. 2023, grouped-query attention), the queries of a group are stacked into one product, so keys
+and values are not repeated.
 
 Measured (benchmarks/kernel_speed.py, bf16, a CPU with AVX512): without it, a pass takes 1.19 times the time to learn,
-1.07 to score and 1.19 to decode. It keeps the scores, so learning takes 1.21 times the activations of `sdpa`. GPUs are
-left to `sdpa`.
+1.07 to score and 1.19 to decode. It keeps the scores, so learning takes 1.21 times the activations of `sdpa`. GPUs use
+`sdpa`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def eager_gqa_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What `sdpa` computes, softmax in fp32.
+    """Compute the attention of `sdpa` as matrix products, with the softmax in fp32.
 
     Args:
         module: the attention layer; not read.
@@ -42,11 +42,11 @@ def eager_gqa_attention(
         value: `(B, key heads, K, D')`.
         attention_mask: added to the scores, `(B, 1, Q, K)`.
         dropout: probability with which weights are dropped.
-        scaling: of the scores; `1 / sqrt(D)` by default.
-        kwargs: where one of them bends the scores, `sdpa` is asked.
+        scaling: factor of the scores; `1 / sqrt(D)` by default.
+        kwargs: with `position_bias` or `cache`, `sdpa` computes the attention.
 
     Returns:
-        `(B, Q, heads, D')`, and no weights, as `sdpa`.
+        `(B, Q, heads, D')`, and None for the attention weights, as `sdpa`.
     """
     if attention_mask is None or any(kwargs.get(name) is not None for name in ("position_bias", "cache")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -57,8 +57,8 @@ def eager_gqa_attention(
     weights = torch.add(attention_mask, scores, alpha=scaling).softmax(-1, dtype=torch.float32).to(query.dtype)
     if dropout > 0:
         weights = nn.functional.dropout(weights, dropout)
-    mixed = weights.view(rows, key_heads, -1, key.shape[2]) @ value
-    return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+    attn_output = weights.view(rows, key_heads, -1, key.shape[2]) @ value
+    return attn_output.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(EAGER_GQA, eager_gqa_attention)
@@ -66,31 +66,31 @@ AttentionMaskInterface.register(EAGER_GQA, eager_mask)
 
 
 def prefer_eager(device: torch.device, dtype: torch.dtype, queries: int, keys: int) -> bool:
-    """Whether plain products are faster than `sdpa`.
+    """Return whether plain products are faster than `sdpa`.
 
     Args:
-        device: of the model.
-        dtype: of its weights.
-        queries: tokens that it is given.
-        keys: tokens that they attend to, at most.
+        device: device of the model.
+        dtype: dtype of its weights.
+        queries: number of input tokens per row.
+        keys: largest number of tokens that one of them attends to.
     """
     half = dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     return device.type == "cpu" and half and (queries == 1 or keys <= SHORT_SEQUENCE)
 
 
 def select_attention(backbone: PreTrainedModel, queries: int, keys: int, packed: bool = False) -> None:
-    """Plain products or `sdpa`, whichever is faster, in a model that was loaded with `sdpa`.
+    """Select the fastest attention for the next pass over a model that was loaded with `sdpa`.
 
-    Set for good and not for a block, so that what the backward pass recomputes is what the forward pass computed.
+    The choice outlasts the pass, so that activation checkpointing recomputes with the same attention.
 
     Args:
         backbone: the model that is called next.
-        queries: tokens that it is given.
-        keys: tokens that they attend to, at most.
-        packed: whether it is given the real tokens of all rows as one row.
+        queries: number of input tokens per row.
+        keys: largest number of tokens that one of them attends to.
+        packed: whether the real tokens of all rows are packed into one row.
     """
     config = backbone.config.get_text_config()
-    plain = prefer_eager(backbone.device, backbone.dtype, queries, keys)
-    wanted = PACKED if packed else EAGER_GQA if plain else SDPA
-    if config._attn_implementation != wanted:
-        config._attn_implementation = wanted
+    eager = prefer_eager(backbone.device, backbone.dtype, queries, keys)
+    implementation = PACKED if packed else EAGER_GQA if eager else SDPA
+    if config._attn_implementation != implementation:
+        config._attn_implementation = implementation

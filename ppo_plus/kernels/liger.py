@@ -1,7 +1,7 @@
 """Liger's Triton kernels in the layers of language models: norms, rotary embeddings, gated MLPs.
 
-Trainer patches the outermost model, which for PPO is an `ActorCritic` and no language model, and it turns on a fused
-cross entropy, which replaces the `forward` of a classifier too. Here the models inside are patched, and losses stay
+Trainer patches the outermost model, which for PPO is an `ActorCritic` and not a language model, and it enables a fused
+cross entropy, which also replaces the `forward` of a classifier. Here the inner models are patched, and losses stay
 off: logits never leave the model, and a reward model has none.
 """
 
@@ -20,11 +20,11 @@ from transformers.utils import is_liger_kernel_available
 
 DEVICES = ("cuda", "xpu", "npu")  # for which Liger has kernels; ROCm calls itself cuda
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-MOST_APART = 0.05  # of the largest hidden state; bf16 rounds each operation to 2^-8
+MAX_RELATIVE_ERROR = 0.05  # of the largest hidden state; bf16 rounds each operation to 2^-8
 
 
 def check_liger(args: Any) -> None:
-    """Refuse `use_liger_kernel=True` where its kernels could not run, or where a loss of Liger's is asked for."""
+    """Refuse `use_liger_kernel=True` where Liger's kernels cannot run, or with a loss of Liger's."""
     if not args.use_liger_kernel:
         return
     name = type(args).__name__
@@ -35,15 +35,15 @@ def check_liger(args: Any) -> None:
         )
     if not is_liger_kernel_available():
         raise ValueError(f"{name}: use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel.")
-    asked = [loss for loss in LOSSES if (args.liger_kernel_config or {}).get(loss)]
-    if asked:
+    losses = [loss for loss in LOSSES if (args.liger_kernel_config or {}).get(loss)]
+    if losses:
         raise ValueError(
-            f"{name}: liger_kernel_config asks for {asked[0]}, but the loss here is no cross entropy. Remove it."
+            f"{name}: liger_kernel_config sets {losses[0]}=True, but the loss here is no cross entropy. Remove it."
         )
 
 
 def check_liger_model(config: PreTrainedConfig) -> None:
-    """Refuse a family for which Liger has no kernels; it would only log that it does nothing."""
+    """Refuse a model family for which Liger has no kernels; Liger itself would only log it."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
@@ -54,11 +54,11 @@ def check_liger_model(config: PreTrainedConfig) -> None:
 
 
 def apply_liger(models: Iterable[nn.Module], args: Any) -> None:
-    """Give the layers of models on a GPU Liger's kernels, and check that they compute what the layers did.
+    """Patch models on a GPU with Liger's kernels, and check that their hidden states stay the same.
 
     Args:
-        models: language models, classifiers, or these with adapters.
-        args: of the trainer: `liger_kernel_config` chooses kernels.
+        models: language models or classifiers, with or without adapters.
+        args: the trainer's arguments; `liger_kernel_config` chooses kernels.
 
     Raises:
         ValueError: Liger has no kernels for a model, or they give other hidden states.
@@ -70,11 +70,12 @@ def apply_liger(models: Iterable[nn.Module], args: Any) -> None:
         check_liger_model(base.config)
         expected = probe_states(base)
         _apply_liger_kernel_to_instance(model=base, **{**(args.liger_kernel_config or {}), **LOSSES})
-        gap = (probe_states(base) - expected).abs().max() / expected.abs().max()
-        if not gap < MOST_APART:
+        error = (probe_states(base) - expected).abs().max() / expected.abs().max()
+        if not error < MAX_RELATIVE_ERROR:
             raise ValueError(
-                f"use_liger_kernel=True: Liger's kernels move the hidden states of {type(base).__name__} by {gap:.0%}, "
-                "so they do not fit this version of transformers. Remove it, or install another liger-kernel."
+                f"use_liger_kernel=True: Liger's kernels change the hidden states of {type(base).__name__} by "
+                f"{error:.0%}, so they do not fit this version of transformers. Remove it, or install another "
+                "liger-kernel."
             )
 
 
@@ -90,7 +91,7 @@ def probe_states(model: PreTrainedModel) -> Tensor:
 
 
 class LigerMixin:
-    """For a `Trainer` that has applied Liger's kernels itself: keeps Trainer from applying them to another model."""
+    """Mixin that keeps `Trainer.train` from applying Liger's kernels to the outermost model."""
 
     args: Any
 
@@ -100,7 +101,7 @@ class LigerMixin:
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Trainer's `train`, which reads `use_liger_kernel` before it asks for its initial values."""
+        """Train with `use_liger_kernel` off until `Trainer` has read it."""
         self._uses_liger, self.args.use_liger_kernel = self.args.use_liger_kernel, False
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)  # type: ignore[misc]
@@ -108,6 +109,6 @@ class LigerMixin:
             self.args.use_liger_kernel = self._uses_liger
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
-        """Trainer's; from here on the arguments are the user's again, for callbacks and for what is saved."""
+        """Restore the user's `use_liger_kernel` for callbacks and saved arguments."""
         self.args.use_liger_kernel = self._uses_liger
         return super().set_initial_training_values(args, dataloader)  # type: ignore[misc]

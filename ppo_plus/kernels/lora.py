@@ -1,10 +1,9 @@
-"""Plain LoRA in two thin matrix products, in place of PEFT's general forward pass.
+"""Plain LoRA in two thin matrix products, instead of PEFT's general forward pass.
 
 PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` as four operations on whole activations, and keeps an
-fp32 copy of `x` for the backward pass where the adapter is fp32. A rank-16 update deserves neither: here it is added
-to the base layer's output by one fused product, in place where the base is a frozen `nn.Linear`, and the backward pass
-keeps `x` as it came. Weights, names and files stay PEFT's; whatever is not plain LoRA (dropout, DoRA, a bias, merged,
-mixed batches) goes through PEFT's own code.
+fp32 copy of `x` for the backward pass if the adapter is fp32. Here the update is added to the base layer's output by
+one fused product, in place if the base is a frozen `nn.Linear`, and the backward pass keeps `x` in its own dtype.
+Weights, names and files stay PEFT's; all other kinds (dropout, DoRA, a bias, merged, mixed batches) use PEFT's code.
 
 Measured (benchmarks/kernel_speed.py, bf16, a CPU with AVX512): PEFT's forward takes 1.23 times the time to learn, 1.15
 to score, 1.30 to decode, and 1.39 times the activations to learn. The tensors are the same on every device.
@@ -30,12 +29,12 @@ except ImportError:
     _KINDS = (LoraLinear,)
 
 
-# Up to as many rows, a thin product on a CPU takes less time in fp32: in bf16 most of it is oneDNN's setting out.
+# Up to this number of rows, fp32 products with A and B are faster on a CPU: oneDNN's bf16 setup cost dominates.
 MAX_FP32_ROWS = 64
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """Get the dtype that autocast gives the factors of a product on this kind of device; None where it is off."""
+    """Return the dtype of autocast on this kind of device; None if autocast is off."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
@@ -43,7 +42,7 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Turn autocast off in the backward pass of an autograd function, which computes in the dtypes it has saved.
 
-    Autocast casts `mm` and no in-place product, so under it the two would meet in different dtypes.
+    Autocast casts `mm` but no in-place product, so their operands would have different dtypes.
     """
 
     @functools.wraps(backward)
@@ -58,7 +57,7 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + bias` of `(rows, K)`; not differentiable."""
+    """Compute `x W^T + bias` of `(rows, K)`; not differentiable."""
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
@@ -74,32 +73,32 @@ class _LoRAAdd(torch.autograd.Function):
         dtype = autocast_dtype(x.device.type) or base.dtype
         low_a, low_b = a.to(dtype), b.to(dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        inner = flat.mm(low_a.t())
-        # Into a tensor of its own: a view could not be added to in place, as Falcon does.
+        xa = flat.mm(low_a.t())
+        # A new tensor, because Falcon adds to the result in place, which autograd does not allow for a view.
         result = torch.empty_like(base, memory_format=torch.contiguous_format)
         flat_base, flat_result = base.reshape(-1, base.shape[-1]), result.view(-1, base.shape[-1])
         if dtype == base.dtype:
-            torch.addmm(flat_base, inner, low_b.t(), alpha=scaling, out=flat_result)
-        else:  # autocast casts no operator that writes into a given tensor
-            torch.add(flat_base, inner.mm(low_b.t()), alpha=scaling, out=flat_result)
-        ctx.save_for_backward(flat, inner, low_a, low_b)
+            torch.addmm(flat_base, xa, low_b.t(), alpha=scaling, out=flat_result)
+        else:  # autocast casts no operator with `out=`
+            torch.add(flat_base, xa.mm(low_b.t()), alpha=scaling, out=flat_result)
+        ctx.save_for_backward(flat, xa, low_a, low_b)
         ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = scaling, x.shape, x.dtype, a.dtype
         return result
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, a, b = ctx.saved_tensors
+        x, xa, a, b = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1]).to(b.dtype)
-        through_b = flat.mm(b) * ctx.scaling
-        grad_x = through_b.mm(a).view(ctx.x_shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
-        grad_a = through_b.t().mm(x).to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
-        grad_b = (flat.t().mm(inner) * ctx.scaling).to(ctx.weight_dtype) if ctx.needs_input_grad[3] else None
+        grad_xa = flat.mm(b) * ctx.scaling
+        grad_x = grad_xa.mm(a).view(ctx.x_shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
+        grad_a = grad_xa.t().mm(x).to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+        grad_b = (flat.t().mm(xa) * ctx.scaling).to(ctx.weight_dtype) if ctx.needs_input_grad[3] else None
         return grad, grad_x, grad_a, grad_b, None
 
 
 class _LoRALinear(torch.autograd.Function):
-    """`x W^T + bias + scaling * (x A^T) B^T` over a frozen linear layer, and its gradient, summed in place."""
+    """`x W^T + bias + scaling * (x A^T) B^T` with frozen `W` and bias; sums and gradients in place."""
 
     @staticmethod
     def forward(
@@ -107,27 +106,27 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
         flat = x.reshape(-1, x.shape[-1])
-        inner = flat.mm(low_a.t())
-        result = _affine(flat, weight, bias).addmm_(inner, low_b.t(), alpha=scaling)
-        ctx.save_for_backward(flat, inner, weight, low_a, low_b)
+        xa = flat.mm(low_a.t())
+        result = _affine(flat, weight, bias).addmm_(xa, low_b.t(), alpha=scaling)
+        ctx.save_for_backward(flat, xa, weight, low_a, low_b)
         ctx.scaling, ctx.x_shape, ctx.adapter_dtype = scaling, x.shape, a.dtype
-        # Not `view`: what a function made as a view may not be changed in place, as Gemma 3n does.
+        # Not `view`: Gemma 3n changes the result in place, which autograd does not allow for a function's view.
         return torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[-1]])
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, weight, a, b = ctx.saved_tensors
+        x, xa, weight, a, b = ctx.saved_tensors
         flat, dtype = grad.reshape(-1, grad.shape[-1]), ctx.adapter_dtype
-        through_b = flat.mm(b).mul_(ctx.scaling)
-        grad_x = flat.mm(weight).addmm_(through_b, a).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
-        grad_a = through_b.t().mm(x).to(dtype) if ctx.needs_input_grad[3] else None
-        grad_b = flat.t().mm(inner).mul_(ctx.scaling).to(dtype) if ctx.needs_input_grad[4] else None
+        grad_xa = flat.mm(b).mul_(ctx.scaling)
+        grad_x = flat.mm(weight).addmm_(grad_xa, a).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        grad_a = grad_xa.t().mm(x).to(dtype) if ctx.needs_input_grad[3] else None
+        grad_b = flat.t().mm(xa).mul_(ctx.scaling).to(dtype) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_a, grad_b, None
 
 
 def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
-    """Whether `layer` is no more than a product with a frozen matrix, in the dtype of the matrix."""
+    """Return whether a layer is a plain linear layer with frozen weights that computes in their dtype."""
     if type(layer) is not nn.Linear:
         return False
     weight, bias = layer.weight, layer.bias
@@ -140,8 +139,9 @@ def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def cached_lora_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters do not change and nothing is differentiated: what a layer adds is looked up and cast once, and
-    not at each of the hundreds of steps of decoding.
+    """Context manager for decoding: cache each layer's LoRA matrices in the compute dtype, without gradients.
+
+    Adapters must not change inside. Without the cache, each of hundreds of decode steps would cast them again.
     """
     layers: list[Any] = [module for module in model.modules() if "_cached_weights" in vars(module)]
     with torch.no_grad():
@@ -155,7 +155,7 @@ def cached_lora_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _low_rank(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
-    """A, B and scaling of what the layer adds to its base; None where that is not all there is to it."""
+    """Return A, B and scaling of each active adapter; None if one of them is no plain LoRA."""
     if layer.merged:
         return None
     if layer.disable_adapters:
@@ -183,7 +183,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if added is None:
         return type(layer).forward(layer, x)
     if len(added) == 1 and _is_frozen_linear(base, x):
-        # Autocast computes layer norms in fp32 on CUDA, so `x` may be wider than the weights that autocast asks for.
+        # CUDA's autocast computes layer norms in fp32, so `x` may be in fp32 and the weights in half precision.
         return _LoRALinear.apply(x.to(base.weight.dtype), base.weight, base.bias, *added[0])
     if not added and _is_frozen_linear(base, x) and not torch.is_grad_enabled():
         flat = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
@@ -212,13 +212,13 @@ def _forward_cached(layer: Any, x: Tensor) -> Tensor:
         cast = [(a.to(dtype).t(), b.to(dtype).t(), scaling) for a, b, scaling in added]
         layer._cached_weights[names, dtype] = [(a, b * scaling, 1.0) for a, b, scaling in cast] if few else cast
     for a, b, scaling in layer._cached_weights[names, dtype]:
-        inner = flat.to(dtype).mm(a)
+        xa = flat.to(dtype).mm(a)
         if few:
-            rows.add_(inner.mm(b).to(rows.dtype))
+            rows.add_(xa.mm(b).to(rows.dtype))
         elif dtype == rows.dtype:
-            rows.addmm_(inner, b, alpha=scaling)
+            rows.addmm_(xa, b, alpha=scaling)
         else:
-            rows.add_(inner.mm(b), alpha=scaling)
+            rows.add_(xa.mm(b), alpha=scaling)
     return rows.view(result.shape)
 
 

@@ -1,16 +1,15 @@
-"""Passes without padding: rows of unequal length become one row of their real tokens, but in attention.
+"""Padding-free passes: tokens are packed into one row, except in attention, which runs on buckets of similar length.
 
-What a layer does to each token by itself, which is nearly all of its arithmetic, is done to real tokens alone. For
-attention they are put into padded rows again, those of similar length together, under the model's own rule of who sees
-whom: so windows and shared heads stay as they are. The padding stands behind the real tokens, where a causal layer
-never looks: such a layer gets no mask, and with it the fastest kernel (flash attention takes none). Whether an
-architecture can be run like that is tried out, not listed.
+Nearly all arithmetic of a layer is done token by token, so it runs on real tokens alone. For attention, they are
+unpacked into padded rows of similar length, under the model's own mask: so windows and shared heads keep working. The
+padding is on the right, where a causal layer attends to none of it: such a layer gets no mask and uses the fastest
+kernel (flash attention takes none). A self-test decides whether an architecture can run like this; there is no list.
 
 Measured (benchmarks/kernel_speed.py, bf16, a CPU with AVX512) on rows of 56 to 112 tokens: with padding, learning takes
 1.24 times the time and 1.19 times the activations, scoring 1.17 times the time. Where 72 % of the tokens are padding,
 learning takes 3.26 times the time (benchmarks/results/uneven.json).
 
-Nothing here asks a device for a number.
+Nothing here needs a host sync.
 
 Notation: B rows, L tokens of a row with its padding, T real tokens in all.
 """
@@ -33,12 +32,12 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from .cpu_attention import PACKED, eager_gqa_attention, prefer_eager
 
-MAX_UNPACKED_PADDING = 0.05  # of a pass; with as little, putting tokens to and fro takes as long as it saves
-MIN_LENGTH_RATIO = 0.5  # rows at least that share of the longest are padded to it in attention
+MAX_UNPACKED_PADDING = 0.05  # share of a pass; with less padding, packing takes as long as it saves
+MIN_LENGTH_RATIO = 0.5  # shortest row of a bucket, relative to its longest
 
 
 class _GatherRows(torch.autograd.Function):
-    """Chosen rows of a matrix. Each is chosen once, so the gradient is copied, where autograd's own would add up."""
+    """Gather rows by unique indices: the backward pass copies, where autograd's own would scatter and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _ScatterRows(torch.autograd.Function):
-    """The way back, to 0 elsewhere."""
+    """Scatter rows to unique indices of zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, size: int) -> Tensor:
@@ -67,132 +66,130 @@ class _ScatterRows(torch.autograd.Function):
 
 
 class Packing:
-    """Where the real tokens of padded rows are.
+    """Converts padded rows to one row of their real tokens, and back.
 
     Args:
         mask: not 0 for real tokens, `(B, L)`.
-        lengths: how many each row has, which the host knows.
+        lengths: real tokens of each row, as Python ints.
     """
 
     def __init__(self, mask: Tensor, lengths: Sequence[int]) -> None:
         self.rows, self.length = mask.shape
         self.lengths = list(lengths)
-        # In ascending order; `nonzero` would wait for the device to say how many there are.
+        # In ascending order; `nonzero` would need a host sync for its size.
         self._index = (mask.flatten() != 0).byte().argsort(descending=True, stable=True)[: sum(lengths)]
 
     def pack(self, x: Tensor) -> Tensor:
-        """`(B, L, ...)` to `(1, T, ...)`."""
+        """Gather the real tokens: `(B, L, ...)` to `(1, T, ...)`."""
         return _GatherRows.apply(x.flatten(0, 1), self._index)[None]
 
-    def spread(self, x: Tensor) -> Tensor:
-        """`(1, T, ...)` to `(B, L, ...)`, 0 where there is padding."""
+    def unpack(self, x: Tensor) -> Tensor:
+        """Scatter to padded rows: `(1, T, ...)` to `(B, L, ...)`, 0 at padding."""
         return _ScatterRows.apply(x[0], self._index, self.rows * self.length).unflatten(0, (self.rows, self.length))
 
 
 class NoPacking:
-    """Rows as they are, padding and all."""
+    """Packing that keeps rows and their padding unchanged."""
 
     @staticmethod
     def pack(x: Tensor) -> Tensor:
-        """The same."""
+        """Return the input."""
         return x
 
-    spread = pack
+    unpack = pack
 
 
 NO_PACKING = NoPacking()
 
 
-def make_packing(mask: Tensor | None, lengths: Sequence[int] | None, least: float = 0.0) -> Packing | NoPacking:
-    """How to leave out what is padding, or `NO_PACKING` where there is none, or too little.
+def make_packing(mask: Tensor | None, lengths: Sequence[int] | None, min_padding: float = 0.0) -> Packing | NoPacking:
+    """Build the packing of a batch; `NO_PACKING` if it has too little padding.
 
     Args:
         mask: not 0 for real tokens, `(B, L)`; None if all are.
-        lengths: real tokens by row; None where they are not known.
-        least: share of padding from which on it is worth it.
+        lengths: real tokens of each row; None if the host does not have them.
+        min_padding: share of padding that a packed batch must exceed.
     """
-    if mask is None or lengths is None or not 0 < sum(lengths) < (1 - least) * mask.numel():
+    if mask is None or lengths is None or not 0 < sum(lengths) < (1 - min_padding) * mask.numel():
         return NO_PACKING
     return Packing(mask, lengths)
 
 
 class LengthBuckets:
-    """Rows of similar length together, for attention.
+    """Splits packed tokens into padded buckets of rows of similar length, for attention.
 
     Args:
-        lengths: real tokens by row.
-        device: where the tokens are.
+        lengths: real tokens of each row.
+        device: device of the tokens.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        groups = bucket_by_length(lengths)
-        order = [row for group in groups for row in group]
-        self._order = None if order == sorted(order) else reordered(lengths, order, device)
-        self._counts = [sum(lengths[row] for row in group) for group in groups]
-        self.masks = [left_aligned([lengths[row] for row in group], device) for group in groups]
-        self._packings = [
-            Packing(mask, [lengths[row] for row in group]) for mask, group in zip(self.masks, groups, strict=True)
-        ]
+        buckets = bucket_by_length(lengths)
+        order = [row for bucket in buckets for row in bucket]
+        self._order = None if order == sorted(order) else token_indices(lengths, order, device)
+        bucket_lengths = [[lengths[row] for row in bucket] for bucket in buckets]
+        self._counts = [sum(bucket) for bucket in bucket_lengths]
+        self.masks = [right_padded_mask(bucket, device) for bucket in bucket_lengths]
+        self._packings = [Packing(*arguments) for arguments in zip(self.masks, bucket_lengths, strict=True)]
 
-    def take(self, x: Tensor) -> list[Tensor]:
-        """`(1, T, ...)` to the padded rows of each group."""
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Split packed tokens `(1, T, ...)` into the padded rows of each bucket."""
         x = x if self._order is None else _GatherRows.apply(x[0], self._order)[None]
-        return [packing.spread(part) for packing, part in zip(self._packings, x.split(self._counts, 1), strict=True)]
+        return [packing.unpack(part) for packing, part in zip(self._packings, x.split(self._counts, 1), strict=True)]
 
-    def give(self, parts: Sequence[Tensor]) -> Tensor:
-        """The way back."""
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """Merge the padded rows of each bucket to packed tokens `(1, T, ...)`."""
         x = torch.cat([packing.pack(part) for packing, part in zip(self._packings, parts, strict=True)], 1)
         return x if self._order is None else _ScatterRows.apply(x[0], self._order, x.shape[1])[None]
 
 
 def bucket_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows by length, ascending, in groups whose shortest is not much shorter than their longest; no empty rows."""
+    """Group row indices by similar length, shortest first; rows without tokens are left out."""
     descending = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: (-lengths[row], -row))
-    groups: list[list[int]] = []
+    buckets: list[list[int]] = []
     for row in descending:
-        if not groups or lengths[row] < MIN_LENGTH_RATIO * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    return [group[::-1] for group in groups[::-1]]
+        if not buckets or lengths[row] < MIN_LENGTH_RATIO * lengths[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(row)
+    return [bucket[::-1] for bucket in buckets[::-1]]
 
 
-def left_aligned(lengths: Sequence[int], device: torch.device) -> Tensor:
+def right_padded_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Build the mask of rows of these lengths, padded on the right to the longest, `(B, L)` bool."""
-    longest = max(lengths)
-    mask = torch.zeros(len(lengths), longest, dtype=torch.bool, device=device)
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.bool, device=device)
     for row, length in enumerate(lengths):
         mask[row, :length] = True
     return mask
 
 
-def reordered(lengths: Sequence[int], order: Sequence[int], device: torch.device) -> Tensor:
-    """Where the tokens of rows in another order are among those of all rows, `(T,)`."""
+def token_indices(lengths: Sequence[int], order: Sequence[int], device: torch.device) -> Tensor:
+    """Return the positions of the tokens of reordered rows among the tokens of all rows, `(T,)`."""
     ends = list(accumulate(lengths))
     return torch.cat([torch.arange(ends[row] - lengths[row], ends[row], device=device) for row in order])
 
 
 @dataclass(frozen=True)
 class PackedMask:
-    """What goes through the layers of a packed pass as their attention mask.
+    """Attention mask of a packed pass.
 
     Attributes:
-        groups: of the rows.
-        masks: of each group, as its attention function wants it; None where it is causal by itself.
-        functions: which that is.
+        buckets: the rows in attention.
+        masks: mask of each bucket in the format of its attention function; None if that is causal by itself.
+        functions: attention function of each bucket.
     """
 
-    groups: LengthBuckets
+    buckets: LengthBuckets
     masks: list[Tensor | None]
     functions: list[Callable[..., tuple[Tensor, None]]]
 
 
-# A mask function of transformers is told of shapes and the attention mask alone.
+# A mask function of transformers receives only shapes and the attention mask, so the packing needs another way.
 _current: ContextVar[Packing | NoPacking] = ContextVar("packing", default=NO_PACKING)
 
 
 @contextlib.contextmanager
 def packing_context(packing: Packing | NoPacking) -> Iterator[None]:
-    """Inside, the tokens that a backbone gets are packed like this; who sees whom follows from that alone."""
+    """Context manager: the backbone's input has this packing, from which attention masks follow."""
     token = _current.set(packing)
     try:
         yield
@@ -201,43 +198,43 @@ def packing_context(packing: Packing | NoPacking) -> Iterator[None]:
 
 
 def packed_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> PackedMask | Tensor | None:
-    """The mask function of transformers that belongs to `packed_attention`; outside of packed passes `sdpa`'s."""
+    """Build the attention mask for `packed_attention`; outside of packed passes `sdpa`'s."""
     packing = _current.get()
     if isinstance(packing, NoPacking):
         return sdpa_mask(dtype=dtype, device=device, **kwargs)
-    groups = LengthBuckets(packing.lengths, device)
+    buckets = LengthBuckets(packing.lengths, device)
     masks: list[Tensor | None] = []
     functions: list[Callable[..., tuple[Tensor, None]]] = []
-    for mask in groups.masks:
+    for mask in buckets.masks:
         rows, length = mask.shape
-        plain = prefer_eager(device, dtype, length, length)
-        # transformers allows to skip the mask where a token sees none behind it, and so no padding. Elsewhere the
-        # padding is masked, and whether there is any at all, a device would have to be asked for.
+        eager = prefer_eager(device, dtype, length, length)
+        # transformers allows skipping the mask of a causal layer, whose tokens never attend to padding on the right.
+        # In other layers padding is always masked, because a check whether there is any would need a host sync.
         padding = None if kwargs.get("allow_is_causal_skip", False) else mask
         sizes = {"batch_size": rows, "q_length": length, "kv_length": length, "attention_mask": padding}
-        masks.append((eager_mask if plain else sdpa_mask)(**{**kwargs, **sizes, "dtype": dtype, "device": device}))
-        functions.append(eager_gqa_attention if plain else sdpa_attention_forward)
-    return PackedMask(groups, masks, functions)
+        masks.append((eager_mask if eager else sdpa_mask)(**{**kwargs, **sizes, "dtype": dtype, "device": device}))
+        functions.append(eager_gqa_attention if eager else sdpa_attention_forward)
+    return PackedMask(buckets, masks, functions)
 
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of packed rows, `(1, heads, T, D)` each to `(1, T, heads, D')`; outside of packed passes `sdpa`'s."""
+    """Compute attention of packed rows, `(1, heads, T, D)` to `(1, T, heads, D')`; of other inputs as `sdpa`."""
     if not isinstance(attention_mask, PackedMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    groups = attention_mask.groups
-    inputs = [groups.take(x.transpose(1, 2)) for x in (query, key, value)]
-    mixed = [
+    buckets = attention_mask.buckets
+    inputs = [buckets.split(x.transpose(1, 2)) for x in (query, key, value)]
+    attn_outputs = [
         function(module, *(x.transpose(1, 2) for x in padded), mask, **kwargs)[0]
         for *padded, mask, function in zip(*inputs, attention_mask.masks, attention_mask.functions, strict=True)
     ]
-    return groups.give(mixed), None
+    return buckets.merge(attn_outputs), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
 
 
-# Of each row of a pass, its tokens and how many of them are its response: numbers that the host knows.
+# (total tokens, response tokens) of each row of a pass, as Python ints so that no host sync is needed.
 SeqLens = Sequence[tuple[int, int]]

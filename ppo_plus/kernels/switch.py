@@ -1,11 +1,10 @@
-"""One switch for what replaces other libraries' forwards: `use_ppo_plus_kernels=False`, or `PPO_PLUS_KERNELS=0`.
+"""One switch for all kernels: `use_ppo_plus_kernels=False`, or `PPO_PLUS_KERNELS=0`.
 
-Behind it are LoRA, RMSNorm, CPU attention, passes without padding and fp32 score heads. Each module's docstring has the
-figure that earns its place, from `benchmarks/kernel_speed.py`. LoRA, RMSNorm and packing save bytes on every device;
-what was measured on CPUs alone and only saves time, attention as plain products, stays on CPUs. With the switch off a
-run computes the same up to rounding (a classifier in half precision rounds its scores to that precision). The
-frozen-layer cache has a switch of its own, `cache_frozen_layers`, because it skips work and replaces no arithmetic, and
-Liger's kernels have `use_liger_kernel`.
+It controls LoRA, RMSNorm, CPU attention, packing and fp32 score heads. Each module's docstring has its measured gain
+from `benchmarks/kernel_speed.py`. LoRA, RMSNorm and packing save bytes on every device; attention as plain products
+only saves time and was measured on CPUs alone, so it stays on CPUs. With the switch off a run computes the same up to
+rounding (a classifier in half precision rounds its scores to that precision). The frozen-layer cache skips work and
+replaces no arithmetic, so it has its own switch, `cache_frozen_layers`; Liger's kernels have `use_liger_kernel`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def kernels_enabled(requested: bool = True) -> bool:
 
 
 def replace_forwards(model: nn.Module, enabled: bool) -> None:
-    """Give LoRA layers and RMSNorms of a model the kernels' forwards, where the kernels are enabled."""
+    """Patch LoRA layers and RMSNorms of a model with the kernels' forwards, if the kernels are enabled."""
     keep_trainable_4bit_layout(model)
     if enabled:
         patch_lora_forward(model)

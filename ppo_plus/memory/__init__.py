@@ -1,20 +1,19 @@
-"""A memory planner: what a run will need, from the model's config alone.
+"""A memory planner: predict the memory of a run from the model's config alone.
 
     python -m ppo_plus.memory --model Qwen/Qwen2.5-7B-Instruct --vram 12 --prompt-length 256 --response-length 512
 
 Nothing is estimated by formula. The actor-critic that PPOTrainer would build runs its own code, forward and backward,
-on tensors that have a shape, a dtype and a storage size but no data (`FakeTensorMode`), and a ledger books the bytes
-of every storage from the moment it is made until it is freed. What the planner says of a new architecture is
-therefore what that architecture does. Stand-ins are used in one place, for the linear layers of a quantized base,
-whose kernels want a GPU.
+on tensors with a shape, a dtype and a storage size but without data (`FakeTensorMode`), and a tracker counts the bytes
+of every storage from its creation until it is freed. So a prediction follows the code of the architecture. Only the
+linear layers of a quantized base are replaced by models of them, because their kernels need a GPU.
 
-Layers of one kind are alike, so a deep model is planned from two or three layers of each kind: what one more of them
-adds is measured, and multiplied.
+A deep model is planned from two or three layers of each kind: the memory that one more layer adds is measured and
+multiplied.
 """
 
 from .dry_run import DryRun
-from .ledger import MemoryTracker
 from .planning import Plan, plan
 from .prediction import Phase, PlannerConfig
+from .tracker import MemoryTracker
 
 __all__ = ["DryRun", "MemoryTracker", "Phase", "Plan", "PlannerConfig", "plan"]

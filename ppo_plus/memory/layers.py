@@ -1,4 +1,4 @@
-"""A deep model from two or three layers of each kind: what one more of them adds is measured, and multiplied."""
+"""Extrapolate the memory of a deep model from two or three layers of each kind."""
 
 from __future__ import annotations
 
@@ -17,70 +17,70 @@ from .prediction import MemoryEstimator, Parts, PlannerConfig
 def predict(
     config: PretrainedConfig, setup: PlannerConfig, value_config: PretrainedConfig | None = None
 ) -> MemoryEstimator:
-    """From a few layers of each kind where that is sure to be the same model, else from all of them."""
+    """Build an estimator from a few layers of each kind, or from all layers if these may differ otherwise."""
     short, longer = reduced_depth_configs(config, causal)
     critic, longer_critic = reduced_depth_configs(value_config, classifier) if value_config is not None else (None, [])
-    more = [(DryRun(other, setup, critic), count) for other, count in longer]
-    more += [(DryRun(short, setup, other), count) for other, count in longer_critic]
-    first = DryRun(short, setup, critic)
-    return ExtrapolatedEstimator(first, more) if more else first
+    extra = [(DryRun(other, setup, critic), count) for other, count in longer]
+    extra += [(DryRun(short, setup, other), count) for other, count in longer_critic]
+    base = DryRun(short, setup, critic)
+    return ExtrapolatedEstimator(base, extra) if extra else base
 
 
 class ExtrapolatedEstimator(MemoryEstimator):
-    """The same predictions, of a model of which only a few layers are run.
+    """Memory of a model, extrapolated from runs of a few layers.
 
     Args:
-        first: few layers of each kind.
-        more: for each kind, a run of one layer more, and how many such layers the whole model has beyond `first`.
+        base: a run with few layers of each kind.
+        extra: for each kind, a run with one more layer, and the number of such layers that `base` lacks.
     """
 
-    def __init__(self, first: DryRun, more: list[tuple[DryRun, int]]) -> None:
-        self.first, self.more = first, more
-        self.parameters = self._whole(first.parameters, [run.parameters for run, _ in more])
+    def __init__(self, base: DryRun, extra: list[tuple[DryRun, int]]) -> None:
+        self.base, self.extra = base, extra
+        self.parameters = self._extrapolate(base.parameters, [run.parameters for run, _ in extra])
 
-    def segment_peaks(self, work: str, rows: int) -> list[Parts]:
+    def segment_peaks(self, phase: str, rows: int) -> list[Parts]:
         """See `MemoryEstimator`."""
-        first, *more = (run.segment_peaks(work, rows) for run in (self.first, *(run for run, _ in self.more)))
-        return [self._whole(parts, others) for parts, *others in zip(first, *more, strict=True)]
+        base, *extra = (run.segment_peaks(phase, rows) for run in (self.base, *(run for run, _ in self.extra)))
+        return [self._extrapolate(parts, others) for parts, *others in zip(base, *extra, strict=True)]
 
-    def _whole(self, first: Parts, more: list[Parts]) -> Parts:
-        missing = [count for _, count in self.more]
+    def _extrapolate(self, base: Parts, extra: list[Parts]) -> Parts:
+        counts = [count for _, count in self.extra]
         return {
-            part: size + sum((m[part] - size) * count for m, count in zip(more, missing, strict=True))
-            for part, size in first.items()
+            part: size + sum((other[part] - size) * count for other, count in zip(extra, counts, strict=True))
+            for part, size in base.items()
         }
 
 
 def reduced_depth_configs(
     config: PretrainedConfig, build: Callable[[PretrainedConfig], PreTrainedModel]
 ) -> tuple[PretrainedConfig, list[tuple[PretrainedConfig, int]]]:
-    """The config with the last two layers of each kind; for each kind with one more, and how many are left out.
+    """Build a config with two layers of each kind, and for each kind one with another layer, with its count.
 
-    What tells layers apart is what the config lists for each (`layer_types` and the like). That nothing else does is
-    seen from the parameters: the kinds' must add up to those of the whole model. The config as it is, and none left
-    out, where they do not, where layers borrow keys and values of others, or where there are few layers anyway.
+    Kinds of layers are those that the config lists by layer (`layer_types` and the like). To rule out other
+    differences, the parameters of all kinds must add up to those of the whole model. The config unchanged and an empty
+    list, if they do not, if layers share keys and values, or if there are few layers.
     """
     if getattr(config.get_text_config(), "num_hidden_layers", None) is None:
         return config, []
     kinds = _layer_kinds(config)
-    where = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in set(kinds)}
-    last = sorted(i for layers in where.values() for i in layers[-2:])
-    left_out = {kind: layers[:-2] for kind, layers in where.items() if layers[2:]}
+    layers_by_kind = [[i for i, other in enumerate(kinds) if other == kind] for kind in set(kinds)]
+    last = sorted(i for layers in layers_by_kind for i in layers[-2:])
+    left_out = [layers[:-2] for layers in layers_by_kind if layers[2:]]
     shares_kv = getattr(config.get_text_config(), "num_kv_shared_layers", 0)
     if shares_kv or len(last) + (len(last) + 1) * len(left_out) >= len(kinds):
         return config, []
     short = _with_layers(config, last)
-    more = [(_with_layers(config, sorted([layers[-1], *last])), len(layers)) for layers in left_out.values()]
-    found = _parameter_shapes(short, build)
-    total = Counter(found)
-    for longer, count in more:
-        for shape, number in (_parameter_shapes(longer, build) - found).items():
+    extra = [(_with_layers(config, sorted([layers[-1], *last])), len(layers)) for layers in left_out]
+    short_shapes = _parameter_shapes(short, build)
+    total = Counter(short_shapes)
+    for longer, count in extra:
+        for shape, number in (_parameter_shapes(longer, build) - short_shapes).items():
             total[shape] += number * count
-    return (short, more) if total == _parameter_shapes(config, build) else (config, [])
+    return (short, extra) if total == _parameter_shapes(config, build) else (config, [])
 
 
 def _by_layer(text_config: PretrainedConfig) -> dict[str, Sequence]:
-    """What a config lists by layer."""
+    """Return the values that a config lists by layer."""
     count = text_config.num_hidden_layers
     return {
         name: value

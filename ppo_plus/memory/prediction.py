@@ -1,4 +1,4 @@
-"""What is planned for, and what a prediction says of its phases."""
+"""The planner's configuration, and the memory of its phases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Parts = dict[str, int]
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """What is planned for.
+    """Configuration of a run to plan.
 
     Attributes:
         prompt_length: tokens of the longest prompt.
@@ -25,10 +25,10 @@ class PlannerConfig:
         rollout_batch_size: responses per rollout.
         num_mini_batches: optimizer steps per pass over a rollout.
         quantization: of the base's linear layers; "bf16" and "fp32" are none. Embeddings, norms and the output head
-            are bf16, with "fp32" fp32; all but "fp32" run under bf16 autocast, as PPOConfig does where it can.
+            are bf16, with "fp32" fp32; all except "fp32" run under bf16 autocast, as PPOConfig if it can.
         lora_r: rank of the LoRA adapter on all linear layers; adapters are fp32.
-        critic: as in PPOConfig; "separate" is a model of its own, trained in full, in fp32.
-        reward: "adapter" mounts a reward adapter of the same rank on the base, "none" has no weights.
+        critic: as in PPOConfig; "separate" is a second model, trained in full, in fp32.
+        reward: "adapter" loads a reward adapter of the same rank onto the base, "none" has no weights.
         activation_checkpointing: recompute activations in the backward pass.
     """
 
@@ -49,7 +49,7 @@ class PlannerConfig:
         if self.rollout_batch_size % self.num_mini_batches:
             raise ValueError(
                 f"rollout_batch_size={self.rollout_batch_size} is not a multiple of num_mini_batches="
-                f"{self.num_mini_batches}: a minibatch would not be whole."
+                f"{self.num_mini_batches}, so minibatches would differ in size."
             )
         choices = {"quantization": get_args(Quantization), "critic": get_args(Critic), "reward": ("adapter", "none")}
         for name, allowed in choices.items():
@@ -58,13 +58,13 @@ class PlannerConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of whatever of the base is not quantized."""
+        """Dtype of the base's weights that are not quantized."""
         return torch.float32 if self.quantization == "fp32" else torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory of one phase at its highest moment: bytes by part, with this many rows at a time."""
+    """Peak memory of one phase with this many rows per batch: bytes by part."""
 
     name: str
     rows: int
@@ -77,10 +77,10 @@ class Phase:
 
 
 class MemoryEstimator(abc.ABC):
-    """What the phases of a run take; a subclass says how that is found.
+    """Predicts the memory of the phases of a run.
 
-    A pass is told in stretches: before the first layer, in the layers, after the last, and so on, backward too. Within
-    a stretch the highest moment is the same one whatever the number of layers.
+    A pass has segments: before the first layer, in the layers, after the last, and so on, also backward. The peak of a
+    segment is at the same operation for any number of layers, so it can be extrapolated.
 
     Attributes:
         parameters: see `Plan`.
@@ -89,21 +89,21 @@ class MemoryEstimator(abc.ABC):
     parameters: Parts
 
     @abc.abstractmethod
-    def segment_peaks(self, work: str, rows: int) -> list[Parts]:
-        """Bytes by part at the highest moment of each stretch of "prefill", "decode", "score" or "learn"."""
+    def segment_peaks(self, phase: str, rows: int) -> list[Parts]:
+        """Predict bytes by part at the peak of each segment of "prefill", "decode", "score" or "learn"."""
 
     def generate(self, rows: int) -> Phase:
-        """Decoding: reading the prompts, or sampling the last token."""
+        """Predict decoding: the pass over the prompts, or the last token."""
         return self._phase("generate", rows, "prefill", "decode")
 
     def score(self, rows: int) -> Phase:
-        """Log-probabilities, values and entropies without gradients; the reference and a reward adapter need less."""
+        """Predict scoring: log-probabilities, values and entropies; other models than the actor need less."""
         return self._phase("score", rows, "score")
 
     def learn(self, rows: int) -> Phase:
-        """A micro-batch forward and backward, with the gradients of the one before."""
+        """Predict a micro-batch forward and backward, with the gradients of the previous one."""
         return self._phase("learn", rows, "learn")
 
-    def _phase(self, name: str, rows: int, *works: str) -> Phase:
-        found = [parts for work in works for parts in self.segment_peaks(work, rows)]
-        return Phase(name, rows, max(found, key=lambda parts: sum(parts.values())))
+    def _phase(self, name: str, rows: int, *phases: str) -> Phase:
+        peaks = [parts for phase in phases for parts in self.segment_peaks(phase, rows)]
+        return Phase(name, rows, max(peaks, key=lambda parts: sum(parts.values())))

@@ -1,4 +1,4 @@
-"""Stand-ins for the linear layers of a quantized base, whose kernels want a GPU."""
+"""Models of quantized linear layers, whose own kernels need a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..models.actor_critic import ActorCritic
 
 
 class QuantizedLinear(nn.Module):
-    """Stands in for a linear layer of bitsandbytes 0.50: its bytes, and what its forward and backward pass allocate.
+    """The bytes of a linear layer of bitsandbytes 0.50, and those that its forward and backward pass allocate.
 
     NF4 with double quantization (Dettmers et al. 2023, section 3) keeps half a byte per weight, one byte of scale
     per block of 64, and an fp32 scale per 256 of those; the kernels for more than a few tokens dequantize the whole
@@ -34,7 +34,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
+        """Allocate as the layer does, `(..., in)` to `(..., out)`."""
         return cast(Tensor, _Dequantized.apply(x, self.weight, self.shape, self.bias, self.kind))
 
 
@@ -54,10 +54,10 @@ class _Dequantized(torch.autograd.Function):
 
 
 def quantize(actor: ActorCritic, kind: str) -> None:
-    """Put a stand-in under every LoRA layer; what bitsandbytes leaves alone, the output head, has none."""
+    """Replace the base of every LoRA layer; bitsandbytes does not quantize the output head."""
     for layer in actor.modules():
         if isinstance(layer, LoraLayer):
             linear = layer.base_layer
-            # GPT-2's layers hold their weights transposed; bitsandbytes turns them.
+            # GPT-2's layers have transposed weights, which bitsandbytes transposes back.
             weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
             layer.base_layer = QuantizedLinear(weight, linear.bias, kind)

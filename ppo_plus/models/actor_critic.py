@@ -51,9 +51,9 @@ ROLES = ("actor", "reference", "critic")  # and the names of reward adapters
 
 @dataclass
 class ActorCriticOutput:
-    """What the learning phase needs of a forward pass, each `(B, R)` float32; `None` where it was not asked for.
+    """Outputs of a forward pass, each `(B, R)` float32; `None` if not requested.
 
-    No `ModelOutput`: that is a dict, and a field `values` would hide the method by which DDP reads it.
+    Not a `ModelOutput`: that is a dict, and a field `values` would hide the method by which DDP reads it.
     """
 
     logprobs: Tensor = None  # type: ignore[assignment]
@@ -68,10 +68,10 @@ class ActorCritic(nn.Module):
         policy: a `PeftModel` (its adapter is the actor, its base the reference) or a plain causal language model
             that is trained in full.
         value_head: the critic's head.
-        critic: whose hidden states the head reads: the actor's ("shared"), the actor's with no gradient flowing back
-            ("detached"), those of an adapter on the same base ("adapter"), or those of `value_model` ("separate").
+        critic: source of the hidden states that the head reads: the actor ("shared"), the actor without gradients
+            ("detached"), an adapter on the same base ("adapter"), or `value_model` ("separate").
         value_model: the critic's own model.
-        ref_model: a separate reference model; needed where there is no adapter to switch off.
+        ref_model: a separate reference model; required if the policy has no adapter.
         use_kernels: whether ppo_plus's kernels replace forwards; PPO_PLUS_KERNELS=0 turns them off too.
     """
 
@@ -94,7 +94,7 @@ class ActorCritic(nn.Module):
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         self.use_kernels = kernels_enabled(use_kernels)
         replace_forwards(policy, self.use_kernels)
-        # Whether values are the head's plus a line through the reward adapter's scores; the line's slope and intercept.
+        # Whether a linear function of the reward adapter's scores is added to the values; its slope and intercept.
         self.uses_prefix_reward_baseline, self.reward_line = False, cast(tuple[float, float] | None, None)
         self._last_train_mode: bool | None = None  # unknown: an adapter may be in training and its base not
         self._role = "actor"
@@ -126,12 +126,12 @@ class ActorCritic(nn.Module):
 
     @property
     def frozen_models(self) -> list[PreTrainedModel]:
-        """The models whose weights training leaves as they are, among adapters: the base, or a separate reference."""
+        """Models whose weights may be frozen: the language model, and a separate reference."""
         return [self.language_model, *self._ref_model]
 
     @property
     def transformers_models(self) -> list[PreTrainedModel]:
-        """All models of transformers in here: the policy, a reference and a critic of their own."""
+        """All models of transformers inside: the policy, a separate reference and a separate critic."""
         return [*self.frozen_models, *([unwrap_peft(self.value_model)] if self.value_model else [])]
 
     @property
@@ -141,12 +141,12 @@ class ActorCritic(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Most tokens that prompt and response may have together; None where the model has no limit."""
+        """Largest number of tokens in prompt and response together; None if the model has no limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def num_embeddings(self) -> int:
-        """How many token ids the language model has embeddings for."""
+        """Number of token ids that the language model has embeddings for."""
         return self.language_model.get_input_embeddings().weight.shape[0]
 
     @property
@@ -174,7 +174,7 @@ class ActorCritic(nn.Module):
             self.train(training)
 
     def move_auxiliary_modules(self, device: torch.device) -> None:
-        """Move what Trainer does not: the reference, and what hangs on a policy that is placed already."""
+        """Move modules that `Trainer` does not move: value head, reference and value model of a placed policy."""
         self.value_head.to(device)
         for model in (*self._ref_model, *([self.value_model] if self.value_model else [])):
             move_if_movable(model, device)
@@ -186,11 +186,13 @@ class ActorCritic(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute activations in the backward pass, with the adapter of the forward pass."""
-        given = kwargs.pop("activation_checkpointing_kwargs", None) or {}
+        options = kwargs.pop("activation_checkpointing_kwargs", None) or {}
         if self.critic == "adapter":
-            given = {**given, "use_reentrant": False, "context_fn": self._checkpoint_context_fn}
+            options = {**options, "use_reentrant": False, "context_fn": self._checkpoint_context_fn}
         for model in [self.policy, *([self.value_model] if self.value_model else [])]:
-            unwrap_peft(model).activation_checkpointing_enable(activation_checkpointing_kwargs=given or None, **kwargs)
+            unwrap_peft(model).activation_checkpointing_enable(
+                activation_checkpointing_kwargs=options or None, **kwargs
+            )
 
     def compile_layers(self, **kwargs: Any) -> None:
         """Compile the decoder layers in place with `torch.compile`'s arguments; one graph serves all of them.
@@ -207,7 +209,7 @@ class ActorCritic(nn.Module):
 
     def train(self, mode: bool = True) -> ActorCritic:
         """Switch between training and evaluation."""
-        # Trainer calls this before every micro-batch, and with adapters there are thousands of modules to visit.
+        # Trainer calls this before every micro-batch, and adapters add thousands of modules.
         if mode == self._last_train_mode and all(child.training == mode for child in self.children()):
             return self
         self._last_train_mode = mode
@@ -220,16 +222,16 @@ class ActorCritic(nn.Module):
         return [p for name, p in self.policy.named_parameters() if p.requires_grad and not is_critic_parameter(name)]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """List the parameters that the critic trains below its head, in an adapter or a model of its own."""
-        own = [] if self.value_model is None else self.value_model.parameters()
+        """List the parameters that the critic trains below its head, in an adapter or a separate model."""
+        separate = [] if self.value_model is None else self.value_model.parameters()
         adapter = [p for name, p in self.policy.named_parameters() if p.requires_grad and is_critic_parameter(name)]
-        return adapter + [p for p in own if p.requires_grad]
+        return adapter + [p for p in separate if p.requires_grad]
 
     # Roles
 
     @contextlib.contextmanager
     def role(self, name: str) -> Iterator[None]:
-        """Compute as one role inside the block, and after it as the role before, also after an error.
+        """Context manager: run the model in one role; the previous role is restored, also after an error.
 
         Args:
             name: "actor"; "reference" (adapter off, its frozen copy `ref`, or `ref_model`); "critic" (the adapter or
@@ -275,7 +277,9 @@ class ActorCritic(nn.Module):
         response_mask: Tensor | None = None,
         seq_lens: SeqLens | None = None,
     ) -> ActorCriticOutput:
-        """Compute log-probabilities, values and entropies of the response tokens, in one pass or (own critic) two.
+        """Compute log-probabilities, values and entropies of the response tokens.
+
+        One pass computes all, or two if the critic has its own adapter or model.
 
         Args:
             input_ids: prompt and response, `(B, P + R)` int64.
@@ -285,9 +289,9 @@ class ActorCritic(nn.Module):
             with_logprobs: compute `logprobs`; without them (nor entropies), no gradient flows into the actor.
             with_values: whether values are computed.
             with_entropy: whether entropies are computed.
-            frozen_hidden_states: of these rows, from the method of that name; the pass starts there.
+            frozen_hidden_states: output of the method of that name for these rows; the pass starts there.
             response_mask: which of the last R positions to compute, `(B, R)` bool; the others are 0. All by default.
-            seq_lens: of each row, the sums of `attention_mask` and `response_mask`; the pass has no padding then.
+            seq_lens: sums of `attention_mask` and `response_mask` per row; with them the pass has no padding.
         """
         batch = TokenBatch.without_last(input_ids, attention_mask, seq_lens, frozen_hidden_states)
         packing = make_packing(response_mask, None if seq_lens is None else [response for _, response in seq_lens])
@@ -299,13 +303,13 @@ class ActorCritic(nn.Module):
         if with_actor:
             targets = packing.pack(input_ids[:, -response_length:])
             logprobs, entropy = self._score_tokens(states, targets, temperature, with_entropy)
-            output.logprobs = packing.spread(logprobs)
-            output.entropy = cast(Tensor, None if entropy is None else packing.spread(entropy))
+            output.logprobs = packing.unpack(logprobs)
+            output.entropy = cast(Tensor, None if entropy is None else packing.unpack(entropy))
         if with_values:
             if has_own_backbone:
                 with self.role("critic"):
                     states = packing.pack(self._response_hidden_states(batch, response_length))
-            output.values = packing.spread(self.value_head(states.detach() if self.critic == "detached" else states))
+            output.values = packing.unpack(self.value_head(states.detach() if self.critic == "detached" else states))
         return output
 
     def _score_tokens(
@@ -315,21 +319,21 @@ class ActorCritic(nn.Module):
         return chunked_logprobs(head, states, targets, temperature, with_entropy, frozen_head=frozen)
 
     def _response_hidden_states(self, batch: TokenBatch, response_length: int) -> Tensor:
-        # The state before token t is the hidden state one position to its left.
+        # Logits and values of token t come from the hidden state at position t - 1.
         packing = self.runner.packing(self.active_model, batch)
         with self._start_from_cached_layer(batch.frozen_hidden_states, packing):
             hidden = self.runner.last_hidden(self.active_model, batch.input_ids, batch.attention_mask, packing)
-        return packing.spread(hidden)[:, -response_length:]
+        return packing.unpack(hidden)[:, -response_length:]
 
     # Frozen layers, run once per rollout
 
     @property
     def num_cached_layers(self) -> int:
-        """How many of the lowest layers run once per rollout and not in every pass."""
+        """Number of lowest layers that run once per rollout and not in every pass."""
         return 0 if self._frozen_cache is None else self._frozen_cache.count
 
     def enable_frozen_layer_cache(self) -> None:
-        """From here on, let the layers below all trained ones run once per rollout, if there are any."""
+        """Run the layers below all trained ones once per rollout, if there are any."""
         count, self._adapters_sharing_cache = frozen_layers_and_users(self.language_model)
         if self.is_peft and count >= 1:
             self._frozen_cache = self.runner.frozen_prefix(self.language_model, count)
@@ -337,29 +341,25 @@ class ActorCritic(nn.Module):
     def frozen_hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor, seq_lens: SeqLens | None = None
     ) -> Tensor:
-        """Compute the input of the lowest layer that runs in every pass, `(B, P + R - 1, H)`, the same for all roles.
+        """Compute the input of the lowest layer that runs in every pass, `(B, P + R - 1, H)`.
 
-        Arguments are those of `forward`.
+        It is the same for all roles. Arguments are those of `forward`.
         """
         batch = TokenBatch.without_last(input_ids, attention_mask, seq_lens)
         packing, cache = self.runner.packing(self.active_model, batch), cast(FrozenPrefix, self._frozen_cache)
-        return packing.spread(cache.states(batch.input_ids, batch.attention_mask, packing))
+        return packing.unpack(cache.compute(batch.input_ids, batch.attention_mask, packing))
 
     def _start_from_cached_layer(self, states: Tensor | None, packing: Packing | NoPacking) -> AbstractContextManager:
-        # Another model, or an adapter that reaches further down, runs all layers.
+        # Other models, and adapters with layers below the cached one, run all layers.
         if self._frozen_cache is None or states is None or self.active_model is not self.language_model:
             return contextlib.nullcontext()
         shared = active_adapter(self.policy) in self._adapters_sharing_cache
-        return self._frozen_cache.given(packing.pack(states)) if shared else contextlib.nullcontext()
+        return self._frozen_cache.override(packing.pack(states)) if shared else contextlib.nullcontext()
 
     sample = sample_responses
 
     def load_reward_adapter(self, name: str, directory: str | Path) -> nn.Linear:
-        """Load a reward adapter onto this backbone, next to the actor's.
-
-        Returns:
-            its score head, H to 1, frozen.
-        """
+        """Load a reward adapter onto this backbone, and return its frozen score head, H to 1."""
         if not isinstance(self.policy, PeftModel):
             raise ValueError(
                 "A reward adapter shares the actor's frozen base, but this actor is trained in full: pass "
@@ -389,19 +389,19 @@ class ActorCritic(nn.Module):
         attention_mask: Tensor,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Score every text as far as each of its tokens by a reward adapter, `(B, L)` float32, reward units.
+        """Score every prefix of texts by a reward adapter, `(B, L)` float32, reward units.
 
         Args:
             name: the adapter, as loaded.
             head: its score head.
             input_ids: `(B, L)` int64, padded on either side.
             attention_mask: 1 for real tokens, `(B, L)`.
-            lengths: real tokens by row; with them, there is no padding in the pass.
+            lengths: real tokens of each row; with them the pass has no padding.
         """
         with self.role(name):
             packing = self.runner.packing(self.active_model, TokenBatch(input_ids, attention_mask, lengths))
             hidden = self.runner.last_hidden(self.active_model, input_ids, attention_mask, packing)
-        return packing.spread(apply_head(hidden, head.weight, head.bias)).squeeze(-1)
+        return packing.unpack(apply_head(hidden, head.weight, head.bias)).squeeze(-1)
 
     # On disk
 

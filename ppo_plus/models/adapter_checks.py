@@ -12,37 +12,32 @@ from .adapters import is_adapter_parameter
 from .base_weights import WeightSamples, are_different
 from .score_heads import find_other_heads, score_head_shapes
 
-BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")  # of the ways to start LoRA that have names
-
-
+BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weights
 UNSUPPORTED_OPTIONS = {
-    "kasa_config": "which cuts the smallest singular values out of the base's own weights",
-    "layer_replication": "which makes another, deeper model of the base",
-    "alora_invocation_tokens": "so it speaks only after these tokens, which PeftModel's own forward alone looks for",
+    "kasa_config": "which removes the smallest singular values from the base's weights",
+    "layer_replication": "which makes the base a deeper model",
+    "alora_invocation_tokens": "which works only in PeftModel's own forward",
 }
 
 
 def check_no_adapter(model: Any, fix: str) -> None:
-    """Refuse the name of an adapter, and a model into which transformers has put one: PEFT would put another over it.
+    """Refuse an adapter's name, and a model that transformers loaded with an adapter: PEFT would replace it.
 
     Args:
         model: a name or a model.
-        fix: what to pass instead, a sentence.
-
-    Raises:
-        ValueError: there is an adapter, and nothing of it would be left in the model that is trained.
+        fix: a sentence with the value to pass instead.
     """
     if resolve_adapter_path(model) is not None:
-        what = f"model={str(model)!r} is an adapter, and a new one would take its place"
+        reason = f"model={str(model)!r} is an adapter"
     elif getattr(model, "_hf_peft_config_loaded", False):
-        what = "transformers has put an adapter into this model, frozen, and a new one would take its place"
+        reason = "transformers has loaded a frozen adapter into model"
     else:
         return
-    raise ValueError(f"{what}: what it has learned would be lost without a word. {fix}")
+    raise ValueError(f"{reason}, and a new adapter would silently replace it. {fix}")
 
 
 def check_base_is_frozen(policy: PeftModel) -> None:
-    """Refuse to train weights of the base beside those of adapters: the base is reference and reward model as well."""
+    """Refuse trainable weights of the base: it is also reference and reward model."""
     adapters = policy.peft_config
     trained = [
         name
@@ -51,41 +46,41 @@ def check_base_is_frozen(policy: PeftModel) -> None:
     ]
     if trained:
         raise ValueError(
-            f"Weights of the adapter's base would be trained, {len(trained)} of them, the first {trained[0]}. The base "
-            "is the reference, and what reward adapters were trained on: freeze it (requires_grad_(False)), or name "
-            "its modules in LoraConfig(modules_to_save=...), which trains copies."
+            f"{len(trained)} weights of the adapter's base would be trained, the first is {trained[0]}. The base is "
+            "also the reference and the base of reward adapters: freeze it (requires_grad_(False)), or name its "
+            "modules in LoraConfig(modules_to_save=...), which trains copies."
         )
 
 
-def check_preserves_base(config: PeftConfig | None, whose: str) -> None:
-    """Refuse an adapter that changes its base, which then is not that of the other roles, or that would not speak."""
+def check_preserves_base(config: PeftConfig | None, label: str) -> None:
+    """Refuse an adapter that changes the base that other roles share, or that works only in PEFT's own forward."""
     if not isinstance(config, PeftConfig | None):
         raise TypeError(
-            f"{whose} must be a PeftConfig; got {type(config).__name__}. Pass LoraConfig(...), of a dict "
+            f"{label} must be a PeftConfig; got {type(config).__name__}. Pass LoraConfig(...), or for a dict "
             "LoraConfig(**options)."
         )
     if isinstance(saved := getattr(config, "modules_to_save", None), str):
-        raise ValueError(f"{whose} has modules_to_save={saved!r}, which must be a list: write [{saved!r}].")
+        raise ValueError(f"{label} has modules_to_save={saved!r}, which must be a list: write [{saved!r}].")
     init, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
     shared = "Actor, reference, critic and reward adapters share that base"
     if isinstance(init, str) and init.lower() not in BASE_PRESERVING_INITS:
         raise ValueError(
-            f"{whose} has init_lora_weights={init!r}, which is not known to leave the base's weights as they are, as "
-            f"the default and {', '.join(BASE_PRESERVING_INITS)} do. {shared}: choose one of these; save a trained "
-            f"adapter of that kind as plain LoRA (path_initial_model_for_weight_conversion)."
+            f"{label} has init_lora_weights={init!r}, which may change the base's weights. {shared}: use the default "
+            f"or one of {', '.join(BASE_PRESERVING_INITS)}; save a trained adapter of that kind as plain LoRA "
+            "(path_initial_model_for_weight_conversion)."
         )
     if bias != "none":
         raise ValueError(
-            f"{whose} has bias={bias!r}, which trains biases of the base itself. {shared}, and an adapter that is "
-            "switched off would leave them changed: use bias='none'."
+            f"{label} has bias={bias!r}, which trains biases of the base. {shared}, and they would stay changed with "
+            "the adapter off: use bias='none'."
         )
     for option, reason in UNSUPPORTED_OPTIONS.items():
         if getattr(config, option, None) is not None:
-            raise ValueError(f"{whose} has {option}, {reason}. {shared}: leave the option out.")
+            raise ValueError(f"{label} has {option}, {reason}. {shared}: leave the option out.")
 
 
 def check_reward_adapter(directory: Path, hidden_size: int) -> None:
-    """Refuse an adapter that is no reward model of this base; reads no more than its configuration and a header."""
+    """Refuse an adapter that is no reward model of this base; reads only its configuration and a file header."""
     file = weights_file(directory)
     check_preserves_base(PeftConfig.from_pretrained(str(directory)), f"The adapter in {directory}")
     shapes = score_head_shapes(directory, file)
@@ -95,8 +90,8 @@ def check_reward_adapter(directory: Path, hidden_size: int) -> None:
             f"{directory} is not a reward adapter for this base: its score head has shape {[*shapes.values()]}, "
             f"expected one of (1, {hidden_size})"
             + (f"; it has {other[0]}, which is no head 'score' on the last token's hidden state" if other else "")
-            + ". Train it on the same base, with num_labels=1 and modules_to_save=['score']; a causal adapter is a "
-            "reward model where v_head.summary.weight lies beside it, in value_head.safetensors."
+            + ". Train it on the same base, with num_labels=1 and modules_to_save=['score']. A causal adapter is a "
+            "reward model if value_head.safetensors in its folder has v_head.summary.weight."
         )
 
 
@@ -108,26 +103,27 @@ def check_trained_tokens(directory: Path, num_embeddings: int) -> None:
     if largest >= num_embeddings:
         raise ValueError(
             f"The adapter in {directory} trains the embedding of token {largest}, but the actor's base has "
-            f"embeddings for {num_embeddings} tokens: tokens were added to the base before it was trained. Save that "
-            "base with its tokens (resize_token_embeddings, save_pretrained), and train reward model and actor on it."
+            f"embeddings for {num_embeddings} tokens: tokens were added to the base before the adapter was trained. "
+            "Save that base with its tokens (resize_token_embeddings, save_pretrained), and train reward model and "
+            "actor on it."
         )
 
 
 def check_base_weights(directory: Path, samples: WeightSamples, base: str) -> bool:
-    """Refuse a reward adapter that was trained on a base of other weights.
+    """Refuse a reward adapter that was trained on a base with different weights.
 
     Args:
-        directory: of the adapter.
-        samples: of the weights of the actor's base; empty where they are not known yet.
+        directory: folder of the adapter.
+        samples: weight samples of the actor's base; empty if they are unknown.
         base: name of the actor's base.
 
     Returns:
-        whether both bases are known, so that they are the same; False where weights tell nothing.
+        True if both bases are known to be the same, False if their weights could not be compared.
     """
     different = are_different(base_samples(directory), samples)
     if different:
         raise ValueError(
-            f"The reward adapter in {directory} was trained on {trained_on(directory)!r}, the actor's base is "
-            f"{base!r}, whose weights are others: its numbers mean nothing there. Train one on the actor's base."
+            f"The reward adapter in {directory} was trained on {trained_on(directory)!r}, and the actor's base is "
+            f"{base!r}, which has different weights: its scores would be meaningless. Train one on the actor's base."
         )
     return different is not None

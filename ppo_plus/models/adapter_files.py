@@ -26,26 +26,17 @@ from ..utils.files import read_json_object, reraise_as_corrupt_file
 from .base_weights import WeightSamples, decode_samples, local_folder, sample_files
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-
-REWARD_FILE = "reward_model.json"  # what RewardTrainer says of a reward model, beside it
-
-
-# Files that say how an adapter is to be used, where it has them.
-BESIDE = (REWARD_FILE, "tokenizer_config.json", "value_head.safetensors", "value_head.bin")
-
-
+REWARD_FILE = "reward_model.json"  # metadata that RewardTrainer writes into a reward model's folder
+OPTIONAL_FILES = (REWARD_FILE, "tokenizer_config.json", "value_head.safetensors", "value_head.bin")
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
-
-
-HEADS = ("score", "classifier")  # PEFT adds both to what an adapter of a sequence classifier saves
+HEADS = ("score", "classifier")  # modules that PEFT saves with an adapter of a sequence classifier
 
 
 def resolve_adapter_path(model: Any) -> Path | None:
-    """The local folder of a PEFT adapter, downloaded if it is on the Hub; None for whatever is no adapter's name.
+    """Return the local folder of a PEFT adapter, downloaded from the Hub if necessary; None for other models.
 
     Raises:
-        ValueError: neither a folder nor a name on the Hub, or the Hub did not answer what it was asked.
+        ValueError: neither a folder nor a name on the Hub, or a request to the Hub failed.
     """
     if not isinstance(model, str | Path):
         return None
@@ -58,31 +49,31 @@ def resolve_adapter_path(model: Any) -> Path | None:
     if local.exists():
         if local.is_dir() and (newest := get_last_checkpoint(local)) and not (local / MODEL_CONFIG).is_file():
             raise ValueError(
-                f"{model} holds checkpoints and no model: training has not ended, or save_model() was not called. Pass "
-                f"one of its checkpoints, the newest is {newest}, or call trainer.save_model()."
+                f"{model} has checkpoints and no model: training has not finished, or save_model() was not called. "
+                f"Pass one of its checkpoints (the newest is {newest}), or call trainer.save_model()."
             )
         return None
-    found = [download(str(model), file) for file in (CONFIG_NAME, WEIGHTS_FILE)]
-    if found[0] is None or found[1] is None:
+    config, weights = (download(str(model), file) for file in (CONFIG_NAME, WEIGHTS_FILE))
+    if config is None or weights is None:
         return None
-    read_json_object(found[0])
-    for file in BESIDE:
+    read_json_object(config)
+    for file in OPTIONAL_FILES:
         download(str(model), file)
-    return found[0].parent
+    return config.parent
 
 
 def download(name: str, file: str) -> Path | None:
-    """Download a file of a model on the Hub; None where there is no such file or model.
+    """Download a file of a model on the Hub; None if there is no such file or model.
 
     Raises:
-        ValueError: the name is none of the Hub's, or the Hub refused or failed to answer.
+        ValueError: the name cannot be on the Hub, or the request was refused or failed.
     """
     try:
         return Path(hf_hub_download(name, file))
     except HFValidationError as error:
         raise ValueError(
-            f"There is no folder {name!r}, and it cannot be a name on the Hub ({error}). Check the path; it is looked "
-            f"for from {Path.cwd()}."
+            f"There is no folder {name!r}, and it cannot be a name on the Hub ({error}). Check the path, which is "
+            f"relative to {Path.cwd()}."
         ) from error
     except GatedRepoError as error:
         raise ValueError(
@@ -90,24 +81,24 @@ def download(name: str, file: str) -> Path | None:
         ) from error
     except (RepositoryNotFoundError, RemoteEntryNotFoundError):
         return None
-    except LocalEntryNotFoundError as error:  # not in the cache, and the Hub could not be asked
+    except LocalEntryNotFoundError as error:  # not in the cache, and the request to the Hub failed
         if not isinstance(error.__cause__, HfHubHTTPError):
             return None
-        raise ValueError(_of_hub(name, file, error.__cause__)) from error
+        raise ValueError(_describe_hub_error(name, file, error.__cause__)) from error
     except HfHubHTTPError as error:
-        raise ValueError(_of_hub(name, file, error)) from error
+        raise ValueError(_describe_hub_error(name, file, error)) from error
 
 
-def _of_hub(name: str, file: str, error: HfHubHTTPError) -> str:
+def _describe_hub_error(name: str, file: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
     fix = "Try again later, or pass a local folder."
     if status in (401, 403):
         fix = "Log in with a token that may read it (hf auth login), or pass a local folder."
-    return f"The Hub answered {status} when asked for {file} of {name!r}. {fix}"
+    return f"The request to the Hub for {file} of {name!r} failed with status {status}. {fix}"
 
 
 def load_reward_metadata(model: str | Path) -> dict[str, Any]:
-    """What `RewardTrainer` wrote about a reward model, downloaded if it is on the Hub; empty where it wrote nothing."""
+    """Load the metadata that `RewardTrainer` wrote for a reward model, from a folder or the Hub; empty if none."""
     file: Path | None = Path(model) / REWARD_FILE
     if not Path(model).exists():
         file = download(str(model), REWARD_FILE) if is_hub_name(str(model)) else None
@@ -115,7 +106,7 @@ def load_reward_metadata(model: str | Path) -> dict[str, Any]:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model on the Hub could have this name."""
+    """Return whether a model on the Hub could have this name."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -124,7 +115,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def hub_name(name: str) -> str | None:
-    """Return a model's name on the Hub, also of a folder in the Hub's cache; None for other folders, and for no name.
+    """Return a model's name on the Hub, also for a folder in the Hub's cache; None for other folders.
 
     A model card names a base by it: the path of a folder exists on one machine only.
     """
@@ -139,33 +130,31 @@ def display_name(name: str) -> str:
 
 
 def base_samples(directory: Path) -> WeightSamples:
-    """Samples of the base that an adapter was trained on: those written beside it, or of that base's local files."""
-    described = load_reward_metadata(directory).get("base_weights")
-    if described:
-        return decode_samples(described)
-    return sample_files(local_base(directory))
+    """Return weight samples of an adapter's base, from the adapter's metadata or from local files of that base."""
+    samples = load_reward_metadata(directory).get("base_weights")
+    return decode_samples(samples) if samples else sample_files(local_base(directory))
 
 
 def trained_on(directory: Path) -> str:
-    """The name of the base that an adapter was trained on; empty where the adapter does not say."""
+    """Return the name of the base that an adapter was trained on; empty if the adapter does not have it."""
     config = PeftConfig.from_pretrained(str(directory))
     return cast(str, load_reward_metadata(directory).get("base_model") or config.base_model_name_or_path or "")
 
 
 def local_base(directory: Path) -> Path | None:
-    """The folder of the base that an adapter was trained on, if that base is on this machine."""
+    """Return the folder of the base that an adapter was trained on, if that base is on this machine."""
     return local_folder(trained_on(directory), PeftConfig.from_pretrained(str(directory)).revision)
 
 
 def weights_file(directory: Path) -> Path:
-    """The file of an adapter's tensors; PEFT would look for a missing one on the Hub."""
+    """Return the file of an adapter's tensors; PEFT would request a missing one from the Hub."""
     file = directory / WEIGHTS_FILE
     if not file.is_file():
-        raise ValueError(f"{directory} has no {file.name}: it holds no adapter, or was not finished.")
+        raise ValueError(f"{directory} has no {file.name}: it is no adapter, or saving was interrupted.")
     return file
 
 
 def adapter_weights(directory: Path, names: dict[str, str] | None = None) -> dict[str, Tensor]:
-    """The tensors of an adapter on disk, renamed as `key_mapping` of PEFT says."""
+    """Load the tensors of an adapter on disk, renamed by `key_mapping` of PEFT."""
     with reraise_as_corrupt_file(weights_file(directory)):
         return load_peft_weights(str(directory), device="cpu", key_mapping=names)

@@ -30,9 +30,9 @@ def load_reward_adapter(policy: PeftModel, name: str, directory: Path, *, traine
 
     Args:
         policy: the base with its adapters.
-        name: what the adapter is called here.
+        name: new name of the adapter.
         directory: an adapter of `AutoModelForSequenceClassification` with one label, as `RewardTrainer` saves it, or
-            one of a causal language model beside its value head, as LLaMA-Factory saves it.
+            one of a causal language model with a value head in the same folder, as LLaMA-Factory saves it.
         trained: whether its weights are trained.
 
     Returns:
@@ -57,9 +57,9 @@ def load_reward_adapter(policy: PeftModel, name: str, directory: Path, *, traine
 
 
 def patch_trainable_token_wrappers(policy: PeftModel) -> None:
-    """Let adapters that train single tokens stand beside others.
+    """Allow adapters with and without trainable tokens on one base.
 
-    PEFT (0.21) looks for the tokens of every adapter that it saves or loads, and fails where that one trains none.
+    PEFT (0.21) fails when it saves or loads an adapter without trainable tokens if another adapter has some.
     """
     for wrapper in policy.modules():
         if isinstance(wrapper, TrainableTokensWrapper):
@@ -68,12 +68,12 @@ def patch_trainable_token_wrappers(policy: PeftModel) -> None:
 
 
 def _call_own_tokens(wrapper: Any, method: str, adapter: str, *args: Any) -> dict:
-    own = adapter in wrapper.token_adapter.trainable_tokens_delta
-    return getattr(type(wrapper), method)(wrapper, adapter, *args) if own else {}
+    has_tokens = adapter in wrapper.token_adapter.trainable_tokens_delta
+    return getattr(type(wrapper), method)(wrapper, adapter, *args) if has_tokens else {}
 
 
 def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path, fix: str) -> None:
-    """Put weights into an adapter; nothing missing, nothing left over, and nothing into the base below it."""
+    """Load weights into an adapter; refuse missing and unexpected ones, and changed weights of the base."""
     check_base_unchanged(policy, name, weights, directory)
     with explain_state_dict_mismatch(f"The adapter in {directory}", fix):
         result = set_peft_model_state_dict(policy, weights, adapter_name=name)
@@ -83,8 +83,8 @@ def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], direc
 def check_keys_match(
     policy: PeftModel, name: str, weights: dict[str, Tensor], unexpected: Collection[str], directory: Path, fix: str
 ) -> None:
-    """Refuse an adapter that lacks tensors, or has some that found no place."""
-    # Of what would be saved: some kinds derive further tensors, which PEFT would name as missing.
+    """Refuse an adapter with missing or unexpected tensors."""
+    # Compared to the tensors that PEFT saves, because some kinds derive further ones.
     absent = sorted(get_peft_model_state_dict(policy, adapter_name=name).keys() - weights.keys())
     if absent or unexpected:
         raise ValueError(
@@ -94,21 +94,23 @@ def check_keys_match(
 
 
 def check_base_unchanged(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path) -> None:
-    """Refuse weights of the base among those of an adapter (PEFT saves embeddings that were resized) unless equal."""
-    here = policy.state_dict()
+    """Refuse weights of the base in an adapter's file (PEFT saves resized embeddings) unless they are equal."""
+    state = policy.state_dict()
     for key, tensor in weights.items():
-        own = None if is_adapter_parameter(key, name) else here.get(key)
-        if own is not None and (own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype).cpu())):
+        base = None if is_adapter_parameter(key, name) else state.get(key)
+        if base is not None and not (
+            base.shape == tensor.shape and torch.equal(base.cpu(), tensor.to(base.dtype).cpu())
+        ):
             raise ValueError(
-                f"The adapter in {directory} brings other weights than this base has at {key}, and every role shares "
-                "the base. Train it on this base, with save_embedding_layer=False where only PEFT saved them."
+                f"The adapter in {directory} has other weights than this base for {key}, and every role shares the "
+                "base. Train it on this base, or save it with save_embedding_layer=False if PEFT added them."
             )
 
 
 def load_adapter_state_dict(model: nn.Module, directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter on disk under the names that they have in this model, without those that do nothing.
+    """Load the tensors of an adapter on disk by their names in this model, without untrained ones of other towers.
 
-    An adapter of all linear layers of a multimodal model has some in its tower, which text alone does not train.
+    An adapter of all linear layers of a multimodal model has some in its vision tower, which text does not train.
     """
     names = adapter_key_mapping(model, directory)
     weights = adapter_weights(directory, names)
@@ -116,33 +118,33 @@ def load_adapter_state_dict(model: nn.Module, directory: Path) -> dict[str, Tens
         return weights
     modules = {PEFT_PREFIX + name for name in module_names(model)}
     zero_lora_keys = {key.partition(".lora_")[0] for key, b in weights.items() if ".lora_B." in key and not b.any()}
-    idle = zero_lora_keys - modules
-    return {key: tensor for key, tensor in weights.items() if key.partition(".lora_")[0] not in idle}
+    untrained = zero_lora_keys - modules
+    return {key: tensor for key, tensor in weights.items() if key.partition(".lora_")[0] not in untrained}
 
 
 def adapter_key_mapping(model: nn.Module, directory: Path) -> dict[str, str] | None:
-    """How to rename the tensors of an adapter that was trained on this language model within a multimodal one, or out
-    of it; None where names are the same.
+    """Map an adapter's tensor names between a language model and the multimodal model around it; None if equal.
 
-    Of Qwen3.5, `AutoModelForCausalLM` makes the language model, `AutoModelForSequenceClassification` the whole.
+    For Qwen3.5, `AutoModelForCausalLM` loads the first, `AutoModelForSequenceClassification` the second.
     """
-    whole = "model.language_model" in module_names(model)
+    is_multimodal = "model.language_model" in module_names(model)
     with (
         reraise_as_corrupt_file(weights_file(directory)),
         safe_open(weights_file(directory), framework="pt") as tensors,
     ):
-        theirs = any(key.startswith(f"{PEFT_PREFIX}model.language_model.") for key in tensors.keys())  # noqa: SIM118
-    return None if whole == theirs else TO_MULTIMODAL_KEYS if whole else TO_TEXT_KEYS
+        prefix = f"{PEFT_PREFIX}model.language_model."
+        was_multimodal = any(key.startswith(prefix) for key in tensors.keys())  # noqa: SIM118
+    return None if is_multimodal == was_multimodal else TO_MULTIMODAL_KEYS if is_multimodal else TO_TEXT_KEYS
 
 
 def module_names(model: nn.Module) -> set[str]:
-    """As the base calls them, with adapters or without."""
+    """Return the names of a model's modules without PEFT's prefix."""
     return {name for name, _ in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules()}
 
 
 @contextlib.contextmanager
 def explain_state_dict_mismatch(what: str, fix: str) -> Iterator[None]:
-    """Say in one sentence that tensors have other names or shapes than the model's."""
+    """Shorten torch's error about names or shapes of tensors to one sentence, and add the fix."""
     try:
         yield
     except RuntimeError as error:

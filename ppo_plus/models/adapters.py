@@ -1,4 +1,4 @@
-"""Adapters on one base: which of them is active, which are trained, and copies of their weights."""
+"""Switch between PEFT adapters on a shared base model, and set which of them are trained."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ REFERENCE_ADAPTER, CRITIC_ADAPTER = "ref", "critic"
 
 @contextlib.contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Make one adapter the active one inside the block, or none; put back what was active, also after an error.
+    """Context manager: activate one adapter, or none; the previous one is restored, also after an error.
 
-    Only the two fields that PEFT's layers read are changed. PEFT's own switches turn `requires_grad` on for an adapter
-    that they activate and off for the others; here nothing is trained that was not trained before.
+    PEFT's own switches also change `requires_grad` of all adapters; here only the two fields that its layers read are
+    changed.
     """
     if name is not None and name not in cast(Any, model).peft_config:
         raise ValueError(f"There is no adapter {name!r} here, only {list(cast(Any, model).peft_config)}.")
@@ -31,7 +31,7 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     try:
         for layer in layers:
             layer._active_adapter = layer._active_adapter if name is None else [name]
-            # A layer that trains single tokens knows of no adapter but those that do.
+            # A layer for trainable tokens has only the adapters that train some.
             layer._disable_adapters = name is None or name not in getattr(layer, "trainable_tokens_delta", [name])
         yield
     finally:
@@ -46,20 +46,20 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """Return the active adapter; None where all are off."""
+    """Return the active adapter; None if all are off."""
     return next(iter(active_adapters(model)), None)
 
 
 def lora_scalings(model: nn.Module, adapter: str = "default") -> list[float]:
     """List the scalings (LoRA's alpha over r) of an adapter's layers, each number once."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    found = (getattr(layer, "scaling", {}) for layer in layers)
-    return sorted({float(by_name[adapter]) for by_name in found if adapter in by_name})
+    scalings = (getattr(layer, "scaling", {}) for layer in layers)
+    return sorted({float(by_name[adapter]) for by_name in scalings if adapter in by_name})
 
 
 @contextlib.contextmanager
 def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Put back after the block what was trained before it; adding an adapter turns on and off whole adapters."""
+    """Context manager: restore `requires_grad` of all parameters, which adding an adapter changes."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
@@ -69,20 +69,17 @@ def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
 
 
 def is_adapter_parameter(parameter: str, adapter: str) -> bool:
-    """Tell whether a parameter of that name belongs to the adapter."""
+    """Return whether a parameter of that name belongs to the adapter."""
     return adapter in parameter.split(".")
 
 
 def is_critic_parameter(parameter: str) -> bool:
-    """Tell whether a parameter of that name belongs to the critic's adapter."""
+    """Return whether a parameter of that name belongs to the critic's adapter."""
     return is_adapter_parameter(parameter, CRITIC_ADAPTER)
 
 
 def frozen_layers_and_users(model: PreTrainedModel) -> tuple[int, set[str | None]]:
-    """Count the lowest layers that training leaves alone (never all), and name the adapters that share them.
-
-    None among the names stands for the base with its adapters off.
-    """
+    """Count the lowest frozen layers (never all), and name the adapters that share them (None: no adapter)."""
 
     def is_actor_parameter(name: str, parameter: nn.Parameter) -> bool:
         adapted = any(is_adapter_parameter(name, adapter) for adapter in ("default", REFERENCE_ADAPTER))
@@ -109,9 +106,9 @@ def train_adapter(model: nn.Module) -> None:
 
 
 def copy_adapter_state_dict(model: nn.Module, adapter: str, other: str) -> dict[str, Tensor]:
-    """Copies of one adapter's weights, by the names that they have in another adapter of the same form."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter_parameter(name, adapter)}
+    """Copy one adapter's weights under the names of another adapter of the same shape."""
     return {
         ".".join(other if part == adapter else part for part in name.split(".")): tensor.detach().clone()
-        for name, tensor in own.items()
+        for name, tensor in model.state_dict().items()
+        if is_adapter_parameter(name, adapter)
     }

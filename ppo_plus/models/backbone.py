@@ -1,9 +1,9 @@
-"""How a decoder without its head is called: which keyword takes its cache, and whether it takes positions.
+"""Probe how a decoder without its head is called: the keyword of its cache, and whether it takes positions.
 
 transformers 5.24 renamed the cache of every model, and forwards swallow unknown keywords, so a cache under the wrong
 name is lost without an error: each token would be computed without its context. Signatures do not show which names are
-taken. Therefore each model is tried out once on a device: rows of unequal length, padded on the left, in one pass, by
-steps with a cache, and each row by itself.
+used. So each model is probed once per device, with left-padded rows of unequal length: in one pass, in steps with a
+cache, and each row by itself.
 """
 
 from __future__ import annotations
@@ -23,34 +23,33 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from .logprobs import logits_function
 
-# Newest first: the newest name gives no deprecation warning where it is known.
+# Newest first, because older names may give a deprecation warning.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-# Real tokens of the rows of a trial, and how many of its last tokens are cached steps. Windows are narrower meanwhile.
+# Real tokens of the probed rows, number of last tokens computed with a cache, and largest width of sliding windows.
 TRIAL_LENGTHS, TRIAL_STEPS, TRIAL_WINDOW = (5, 12, 9), 4, 4
-# Errors of hidden states relative to the largest, by precision: up to the first of each two they are rounding, beyond
-# the second another computation. Measured: SmolLM2-135M 1.4e-5 in fp32 and 3e-3 in bf16; tiny models 6e-6 and 9e-3,
-# those that compute something else 4e-2 to 1.
+# (rounding, gross error) of hidden states relative to the largest one. Measured: SmolLM2-135M 1.4e-5 in fp32 and 3e-3
+# in bf16; tiny models 6e-6 and 9e-3; models that compute something else 4e-2 to 1.
 ERRORS, ERRORS_OF_TF32, ERRORS_IN_HALF = (2e-5, 1e-2), (2e-3, 5e-2), (5e-2, 1e-1)
-# Padding changes how the same tokens are rounded; rounding of a cached step is at most so many times as large.
+# Largest ratio of the rounding error of a cached step to that of padding.
 ROUNDING_OF_CACHED_STEPS = 30
 UNSUPPORTED_HINT = "Choose another model; most decoders of transformers work."
 
 
 @dataclass(frozen=True)
 class BackboneInterface:
-    """What keywords a backbone takes, and how right it is with them.
+    """Keywords that a backbone takes, and its errors with them.
 
-    Errors are of hidden states, relative to the largest.
+    Errors are of hidden states, relative to the largest one.
 
     Attributes:
-        cache_name: under which it goes on from the cache that it returned; None where it does not.
+        cache_name: keyword of the cache that an earlier pass returned; None if there is none.
         takes_positions: whether it takes `position_ids`.
-        takes_mask: whether it takes `attention_mask`, and heeds it.
-        padding_error: of a row that is padded on the left, relative to the row by itself.
+        takes_mask: whether it takes `attention_mask`, and follows it.
+        padding_error: of a left-padded row, relative to the same row by itself.
         cached_error: of steps with a cache, relative to the full pass.
-        rounding: up to which an error may be rounding, in the precision of the trial.
-        gross_error: from which on the numbers have another meaning.
-        device: where it was tried out; a device may have kernels of its own.
+        rounding: largest error that may be rounding, in the precision of the probe.
+        gross_error: smallest error that is certainly no rounding.
+        device: device of the probe, because kernels differ between devices.
     """
 
     cache_name: str | None
@@ -63,12 +62,12 @@ class BackboneInterface:
     device: torch.device | None = None
 
 
-# By model and for as long as it lives: a copy is another module, and is tried by itself.
+# By module and for its lifetime; a copy is another module and is probed again.
 _interfaces: WeakKeyDictionary[torch.nn.Module, BackboneInterface] = WeakKeyDictionary()
 
 
 def backbone_interface(model: PreTrainedModel) -> BackboneInterface:
-    """Return how the backbone of a model is called; the first call tries it."""
+    """Return how the backbone of a model is called; the first call probes it."""
     if model not in _interfaces:
         training = model.training
         model.eval()
@@ -81,7 +80,7 @@ def backbone_interface(model: PreTrainedModel) -> BackboneInterface:
 
 
 def is_probed_on(model: PreTrainedModel, device: torch.device) -> bool:
-    """Tell whether a model was probed on a device; what was found on another one is dropped."""
+    """Return whether a model was probed on a device; drop the probe of another device."""
     if backbone_interface(model).device == device:
         return True
     del _interfaces[model]
@@ -90,9 +89,9 @@ def is_probed_on(model: PreTrainedModel, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def narrow_windows(model: PreTrainedModel, width: int = TRIAL_WINDOW) -> Iterator[None]:
-    """Inside, sliding windows are at most so wide, so that a few tokens show how rows beyond them are computed.
+    """Context manager: narrow sliding windows, so that a few tokens exceed them.
 
-    Masks and caches take the window from the configuration, some kernels from the module of attention.
+    Masks and caches read the window from the configuration, some kernels from the attention module.
     """
     configs = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)]
     before: list[tuple[Any, int]] = []
@@ -114,32 +113,31 @@ def cache_of(outputs: Any) -> Cache | None:
 
 
 def is_recurrent(cache: Cache) -> bool:
-    """Return whether no layer of a cache holds keys: the state holds the past, and a mask covers new tokens only."""
+    """Return whether no layer of a cache holds keys, so that masks cover new tokens only."""
     return all(linear or dummy for linear, dummy in zip(cache.is_linear, cache.is_dummy, strict=True))
 
 
 def check_decoding(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot answer left-padded prompts side by side, token by token.
+    """Refuse a model that cannot generate for a batch of left-padded prompts with a cache.
 
     Raises:
-        ValueError: it heeds no attention mask, or padding changes its numbers, or it does not go on from a cache, or
-            the cache changes them by much.
+        ValueError: it ignores the attention mask, returns no cache that it can use, or computes other hidden states
+            with padding or with a cache.
     """
     name, interface = type(model).__name__, backbone_interface(model)
     if not interface.takes_mask:
         raise ValueError(
-            f"{name} has no attention mask, so prompts of unequal length could not be answered side by side. "
-            f"{UNSUPPORTED_HINT}"
+            f"{name} has no attention mask, so prompts of unequal length cannot be in one batch. {UNSUPPORTED_HINT}"
         )
     if interface.cache_name is None:
         raise ValueError(
-            f"{name} gives no cache back that it goes on from, so every token would be answered from the start again. "
-            + UNSUPPORTED_HINT
+            f"{name} returns no cache that it can continue from, so each step would compute all tokens again. "
+            f"{UNSUPPORTED_HINT}"
         )
     check_padding(model)
     error = (
         f"{name} computes other hidden states with its cache than without (relative error "
-        f"{interface.cached_error:.1e}), so responses are sampled from another distribution than is scored."
+        f"{interface.cached_error:.1e}), so the sampled distribution differs from the scored one."
     )
     if not interface.cached_error <= interface.gross_error:  # or NaN
         raise ValueError(f"{error} {UNSUPPORTED_HINT}")
@@ -148,23 +146,23 @@ def check_decoding(model: PreTrainedModel) -> None:
 
 
 def check_padding(model: PreTrainedModel) -> None:
-    """Refuse a model that computes something else of a row that is padded on the left than of the row by itself."""
+    """Refuse a model whose hidden states depend on left padding."""
     interface = backbone_interface(model)
     if not interface.padding_error <= interface.gross_error:  # or NaN
         raise ValueError(
-            f"{type(model).__name__} computes other hidden states of a row that is padded on the left than of the row "
-            f"by itself (relative error {interface.padding_error:.1e}), so log-probabilities would depend on the other "
-            f"rows of a batch. {UNSUPPORTED_HINT}"
+            f"{type(model).__name__} computes other hidden states for a left-padded row than for the row by itself "
+            f"(relative error {interface.padding_error:.1e}), so log-probabilities would depend on the other rows of a "
+            f"batch. {UNSUPPORTED_HINT}"
         )
 
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> BackboneInterface:
-    backbone, device, longest = model.base_model, model.device, max(TRIAL_LENGTHS)
-    # No token twice in a row: what chooses the largest of equal scores would choose at random.
-    tokens = min(longest, max(1, model.get_input_embeddings().weight.shape[0] - 1))
-    ids = torch.stack([1 + (torch.arange(longest) + row) % tokens for row in range(len(TRIAL_LENGTHS))]).to(device)
-    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in TRIAL_LENGTHS], device=device)
+    backbone, device, length = model.base_model, model.device, max(TRIAL_LENGTHS)
+    # No token twice in a row, because a top-k over equal scores (sparse attention, experts) would choose at random.
+    tokens = min(length, max(1, model.get_input_embeddings().weight.shape[0] - 1))
+    ids = torch.stack([1 + (torch.arange(length) + row) % tokens for row in range(len(TRIAL_LENGTHS))]).to(device)
+    mask = torch.tensor([[0] * (length - n) + [1] * n for n in TRIAL_LENGTHS], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     takes_positions = _accepts(backbone, ids, position_ids=positions)
     if not _accepts(backbone, ids, attention_mask=mask):
@@ -178,13 +176,13 @@ def _probe(model: PreTrainedModel) -> BackboneInterface:
     takes_mask, in_half = "attention_mask" in inspect.signature(backbone.forward).parameters, has_few_bits(model)
     padding_error = 0.0
     if device.type != "meta":
-        if not takes_mask:  # swallowed, or handed on
-            everywhere = run(ids, torch.ones_like(mask), positions, use_cache=False).last_hidden_state
-            takes_mask = not torch.equal(expected, everywhere)
+        if not takes_mask:  # `**kwargs` may ignore the mask, or pass it to the layers
+            unmasked = run(ids, torch.ones_like(mask), positions, use_cache=False).last_hidden_state
+            takes_mask = not torch.equal(expected, unmasked)
         for row, n in enumerate(TRIAL_LENGTHS):
-            by_itself = ids[row : row + 1, -n:], mask[row : row + 1, -n:], positions[row : row + 1, -n:]
-            found = run(*by_itself, use_cache=False).last_hidden_state
-            padding_error = max(padding_error, hidden_state_error(expected[row, -n:], found[0], in_half))
+            unpadded = ids[row : row + 1, -n:], mask[row : row + 1, -n:], positions[row : row + 1, -n:]
+            states = run(*unpadded, use_cache=False).last_hidden_state
+            padding_error = max(padding_error, hidden_state_error(expected[row, -n:], states[0], in_half))
     rounding, gross = ERRORS_IN_HALF if in_half else ERRORS if device.type == "cpu" else ERRORS_OF_TF32
     limits = max(rounding, ROUNDING_OF_CACHED_STEPS * padding_error), gross
     name, steps = _run_cached_steps(run, ids, mask, positions)
@@ -197,19 +195,19 @@ def _probe(model: PreTrainedModel) -> BackboneInterface:
 def _run_cached_steps(
     run: Callable[..., Any], ids: Tensor, mask: Tensor, positions: Tensor
 ) -> tuple[str | None, Tensor | None]:
-    """Return the keyword of the cache and the hidden states of the last `TRIAL_STEPS` tokens, computed token by token.
+    """Compute the last `TRIAL_STEPS` tokens one by one with a cache.
 
     Returns:
-        the first name of `CACHE_NAMES` under which the returned cache is used, and `(B, TRIAL_STEPS, H)`; else
-        `(None, None)`.
+        the first name of `CACHE_NAMES` under which the returned cache is used, and the hidden states `(B,
+        TRIAL_STEPS, H)`; else `(None, None)`.
     """
-    longest = ids.shape[1]
+    length = ids.shape[1]
     for name in CACHE_NAMES:
         cache = cache_of(run(*(x[:, :-TRIAL_STEPS] for x in (ids, mask, positions)), use_cache=True))
         if cache is None:
             break
         states: list[Tensor] = []
-        for end in range(longest - TRIAL_STEPS + 1, longest + 1):
+        for end in range(length - TRIAL_STEPS + 1, length + 1):
             new = slice(end - 1, end)
             seen = mask[:, new] if is_recurrent(cache) else mask[:, :end]
             try:
@@ -218,7 +216,7 @@ def _run_cached_steps(
                 raise
             except (TypeError, ValueError, RuntimeError):  # an unknown keyword, or a mask that is longer than the keys
                 break
-            if cache_of(step) is not cache:  # where the name was swallowed, the step began a cache of its own
+            if cache_of(step) is not cache:  # the name was ignored, so the step began a new cache
                 break
             states.append(step.last_hidden_state)
         if len(states) == TRIAL_STEPS:
@@ -227,17 +225,17 @@ def _run_cached_steps(
 
 
 def has_few_bits(model: PreTrainedModel) -> bool:
-    """Tell whether a model computes in half precision, or in a precision that its 4-bit or 8-bit layers choose."""
+    """Return whether a model computes in half precision, or has 4-bit or 8-bit layers."""
     return model.dtype in (torch.float16, torch.bfloat16) or bool(getattr(model, "is_quantized", False))
 
 
-def hidden_state_error(found: Tensor, expected: Tensor, in_half: bool) -> float:
-    """How far hidden states `(..., H)` are off, over the largest, at the worst token.
+def hidden_state_error(states: Tensor, expected: Tensor, in_half: bool) -> float:
+    """Return the error of hidden states `(..., H)` at the worst token, relative to the largest state.
 
-    In half precision it is that of the median token: rounding sends single tokens to other experts.
+    In half precision it is that of the median token, because rounding routes single tokens to other experts.
     """
-    off = (found - expected).float().abs().amax(-1).flatten()
-    return float((off.median() if in_half else off.max()) / expected.float().abs().max())
+    errors = (states - expected).float().abs().amax(-1).flatten()
+    return float((errors.median() if in_half else errors.max()) / expected.float().abs().max())
 
 
 def _accepts(backbone: torch.nn.Module, ids: Tensor, **kwargs: Any) -> bool:
@@ -249,12 +247,12 @@ def _accepts(backbone: torch.nn.Module, ids: Tensor, **kwargs: Any) -> bool:
 
 
 def unwrap_peft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model without PEFT's wrapper; its adapters stay in it."""
+    """Return the model inside PEFT's wrapper, with its adapters."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def move_if_movable(model: nn.Module, device: torch.device) -> None:
-    """Move a model to a device, unless it is quantized or spread over several: then it stays where it was loaded."""
+    """Move a model to a device, unless it is quantized or spread over several devices."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     spread = len({*(getattr(base, "hf_device_map", None) or {}).values()}) > 1
     if not spread and not getattr(base, "is_quantized", False):
@@ -262,7 +260,7 @@ def move_if_movable(model: nn.Module, device: torch.device) -> None:
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Refuse what is no causal language model."""
+    """Refuse models other than causal language models."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; ppo_plus trains causal (decoder-only) language models.")
@@ -282,7 +280,7 @@ def check_head(model: PreTrainedModel) -> None:
     ids = torch.arange(1, 4, device=model.device)[None]
     expected = model(input_ids=ids, use_cache=False).logits.float()
     outputs = model.base_model(input_ids=ids, use_cache=True)
-    found = logits_function(model)(outputs.last_hidden_state).float()
+    logits = logits_function(model)(outputs.last_hidden_state).float()
     model.train(training)
     if not expected.isfinite().all():
         raise ValueError(
@@ -291,11 +289,12 @@ def check_head(model: PreTrainedModel) -> None:
         )
     if type(cache_of(outputs)).batch_select_indices is not Cache.batch_select_indices:  # type: ignore[union-attr]
         raise ValueError(
-            f"{name} keeps states beside the layers of its cache, where rows cannot leave them. {UNSUPPORTED_HINT}"
+            f"{name} keeps states outside the layers of its cache, from which finished rows cannot be removed. "
+            f"{UNSUPPORTED_HINT}"
         )
     scale = expected.abs().max().clamp(min=1e-6)
-    if found.shape != expected.shape or not bool(((found - expected).abs().max() / scale) < 2e-2):
+    if logits.shape != expected.shape or not bool(((logits - expected).abs().max() / scale) < 2e-2):
         raise ValueError(
-            f"{name} computes its logits in a way that ppo_plus does not know (the head applied to the last hidden "
-            "states gives other numbers). Please open an issue with the name of the model."
+            f"{name} computes its logits in an unsupported way (the head applied to the last hidden states gives other "
+            "numbers). Please open an issue with the name of the model."
         )

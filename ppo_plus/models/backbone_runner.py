@@ -1,4 +1,4 @@
-"""Forward passes over backbones: attention kernel, positions, padding left out, cache."""
+"""Forward passes over backbones: attention kernel, positions, packing, cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TokenBatch:
     Attributes:
         input_ids: `(B, L)` int64.
         attention_mask: 1 for real tokens, `(B, L)`.
-        lengths: real tokens by row, known to the host; None keeps the padding in the pass.
+        lengths: real tokens of each row, as Python ints; None keeps the padding in the pass.
         frozen_hidden_states: input of the lowest layer that runs in every pass, `(B, L, H)`; None runs all layers.
     """
 
@@ -50,25 +50,25 @@ class TokenBatch:
         seq_lens: SeqLens | None,
         frozen_hidden_states: Tensor | None = None,
     ) -> TokenBatch:
-        """Leave out the last token of each row: its hidden state predicts nothing that is scored."""
+        """Build a batch without the last token of each row, after which no token is scored."""
         lengths = None if seq_lens is None else [tokens - 1 for tokens, _ in seq_lens]
         return cls(input_ids[:, :-1], attention_mask[:, :-1], lengths, frozen_hidden_states)
 
 
 class BackboneRunner:
-    """Runs the backbones of several models, with the attention kernel and the packing that suit each.
+    """Runs the backbones of several models, each with the fastest supported attention and packing.
 
     Args:
         models: the policy's language model, then the others.
-        use_kernels: without, all run with their own attention, padding and all.
+        use_kernels: if False, all run with their own attention and with padding.
 
     Raises:
-        ValueError: a batch or a cache changes the numbers of a model.
+        ValueError: padding or a cache changes the hidden states of a model.
 
     Attributes:
-        compiled: whether layers are compiled. A compiler would make a graph for each number of rows and tokens, so
-            compiled layers keep their padding.
-        sdpa_models: models whose attention may be replaced, as they were loaded with `sdpa`.
+        compiled: whether layers are compiled. They keep their padding, because the compiler would make a graph for
+            each number of rows and tokens.
+        sdpa_models: models whose attention may be replaced, because they were loaded with `sdpa`.
         packable_models: those of them that compute the same without padding.
     """
 
@@ -79,7 +79,7 @@ class BackboneRunner:
         self._probe()
 
     def probe_moved_models(self) -> None:
-        """Probe again where a model has come to a device on which it was not probed."""
+        """Probe the models again if one was moved to another device."""
         if not all([is_probed_on(model, model.device) for model in self._models]):
             self._probe()
 
@@ -90,7 +90,7 @@ class BackboneRunner:
         self.packable_models = [m for m in self.sdpa_models if self._is_packable(m)]
 
     def packing(self, model: PreTrainedModel, batch: TokenBatch) -> Packing | NoPacking:
-        """Decide how a pass leaves padding out."""
+        """Choose the packing of a pass."""
         if self.compiled or model not in self.packable_models:
             return NO_PACKING
         return make_packing(batch.attention_mask, batch.lengths, MAX_UNPACKED_PADDING)
@@ -128,7 +128,7 @@ class BackboneRunner:
             return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def frozen_prefix(self, model: PreTrainedModel, count: int) -> FrozenPrefix | None:
-        """Cut a backbone above its lowest layers; None, with a warning, where that would change its numbers."""
+        """Split a backbone above its lowest layers; None, with a warning, if that would change its hidden states."""
         training = model.training
         model.eval()
         try:
@@ -141,7 +141,7 @@ class BackboneRunner:
 
     @torch.no_grad()
     def _is_packable(self, model: PreTrainedModel) -> bool:
-        """Tell whether a packed pass over this model gives the numbers of a padded one."""
+        """Return whether a packed pass over this model gives the hidden states of a padded one."""
         if model.device.type == "meta":
             return False
         ids = torch.tensor([[1, 1, 1, 2, 3, 1], [3, 2, 1, 3, 1, 2], [2, 1, 3, 3, 1, 1]], device=model.device)
@@ -149,11 +149,11 @@ class BackboneRunner:
         packing, training = Packing(mask, [2, 6, 3]), model.training
         model.eval()
         try:
-            packed = packing.spread(self.last_hidden(model, ids, mask, packing))
-            padded = self.last_hidden(model, ids, mask)  # the last pass leaves the model's attention as it was
+            packed = packing.unpack(self.last_hidden(model, ids, mask, packing))
+            padded = self.last_hidden(model, ids, mask)  # last, because it restores the model's attention
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
             return False
         finally:
             model.train(training)
-        # 4-bit kernels sum in another order for fewer rows; an error that is no rounding is as large as the states.
-        return not relative_error(packed, padded, mask, half=0.2)
+        # 4-bit kernels sum in another order for fewer rows; errors other than rounding are as large as the states.
+        return not relative_error(packed, padded, mask, half_tolerance=0.2)

@@ -1,9 +1,9 @@
-"""Base models told apart by samples of their weights, whatever their folders are called.
+"""Compare base models by samples of their weights.
 
-An adapter means something on the base that it was trained on and on no other. Names do not tell bases apart: two merged
-models may lie in `a/merged` and `b/merged`, and one model has a name on the Hub, a snapshot folder and copies. A hash
-does not either: one base is held in fp32, bf16 or 4 bits. So a few numbers of each weight of the first, a middle and
-the last layer, of the embeddings and of the last norm are compared, up to the rounding of bf16.
+An adapter works only on the base that it was trained on. Names do not identify a base: two merged models may be in
+`a/merged` and `b/merged`, and one model has a name on the Hub, a snapshot folder and copies. A hash does not either,
+because one base exists in fp32, bf16 and 4 bits. So a few numbers of each weight of the first, a middle and the last
+layer, of the embeddings and of the last norm are compared, up to the rounding of bf16.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ WeightSamples = dict[str, Tensor]
 
 PRECISE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IN_LAYER = re.compile(r"[A-Za-z_]+\.(\d+)\..+")
-WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what PEFT puts into a weight's name
+WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # parts that PEFT adds to a weight's name
 OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|tower|projector")
 HEADS = ("lm_head", "score", "classifier", "embed_out", "v_head")
-LATER_EXPERT = re.compile(r"\.experts\.[1-9]\d*\.")  # the first of each layer stands for all
-ALLOWED_SHARE = 0.02  # of samples that may differ: kernels for 4 bits round the odd number otherwise
+LATER_EXPERT = re.compile(r"\.experts\.[1-9]\d*\.")  # only the first of each layer is sampled
+ALLOWED_SHARE = 0.02  # of samples that may differ, because 4-bit kernels round single numbers differently
 
 
 def sample_model(model: nn.Module) -> WeightSamples:
-    """Sample the weights of a base in memory, without those of its adapters; 4- and 8-bit weights are dequantized."""
+    """Sample the weights of a base in memory, without its adapters; 4- and 8-bit weights are dequantized."""
     weights: dict[str, Callable[[], Tensor]] = {}
     adapters = set(getattr(model, "peft_config", {}))
     for path, module in model.named_modules():
@@ -52,7 +52,7 @@ def sample_model(model: nn.Module) -> WeightSamples:
 
 
 def sample_files(folder: Path | None) -> WeightSamples:
-    """Sample the weights in a folder's safetensors files; empty where there are none."""
+    """Sample the weights in a folder's safetensors files; empty if there are none."""
     samples: WeightSamples = {}
     files = _weight_files(folder)
     chosen = {full: name for name, full in _choose(files).items()}
@@ -69,12 +69,12 @@ def sample_files(folder: Path | None) -> WeightSamples:
 
 
 def are_different(samples: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool | None:
-    """Compare two bases by the weights that both have samples of; None where there are none."""
+    """Compare two bases by the weights that both have samples of; None if there are none."""
     names = samples.keys() & others.keys()
     if not names:
         return None
     pairs = [(samples[name], others[name]) for name in names]
-    # Embeddings may have more rows in one of them, whose first samples are the same.
+    # Resized embeddings have more rows, whose first samples are the same.
     pairs = [(a[: len(b)].double(), b[: len(a)].double()) for a, b in pairs]
     gaps = torch.cat([(a - b).abs() > 2**-7 * torch.maximum(a.abs(), b.abs()) + 1e-7 for a, b in pairs])
     return gaps.double().mean().item() > ALLOWED_SHARE
@@ -96,19 +96,19 @@ def decode_samples(encoded: Mapping[str, str]) -> WeightSamples:
 
 
 def local_folder(name: str | None, revision: str | None = None) -> Path | None:
-    """Find the folder of a model on this machine: the folder of that name, or what was downloaded from the Hub."""
+    """Find the folder of a model on this machine: the folder of that name, or its download from the Hub."""
     if not name:
         return None
     if Path(name).is_dir():
         return Path(name)
     if len(parts := name.split("/")) > 2 or not all(parts):
         return None
-    found = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    config = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def read_configuration(folder: Path | None) -> dict[str, Any]:
-    """Read the configuration of a model's folder; empty where there is none."""
+    """Read the configuration of a model's folder; empty if there is none."""
     file = None if folder is None else folder / CONFIG_NAME
     if file is None or not file.is_file():
         return {}
@@ -119,7 +119,7 @@ def read_weight(folder: Path | None, name: str) -> Tensor:
     """Read one weight of a model from its safetensors files.
 
     Raises:
-        ValueError: no such file holds it.
+        ValueError: no file contains it.
     """
     file = _weight_files(folder).get(name)
     if file is None:
@@ -129,11 +129,11 @@ def read_weight(folder: Path | None, name: str) -> Tensor:
 
 
 def _choose(names: Iterable[str]) -> dict[str, str]:
-    """Choose weights to sample, by what each is called in every model that has it: `layers.0.mlp.up_proj.weight`."""
-    found = list(_shared_names(names))
+    """Choose weights to sample, by names that models of different wrappers share: `layers.0.mlp.up_proj.weight`."""
+    pairs = list(_shared_names(names))
     # Two stacks of layers (HrmText) share names, and files list them in another order than the model: skip both.
-    counts = Counter(name for name, _ in found)
-    shared = {name: full for name, full in found if counts[name] == 1}
+    counts = Counter(name for name, _ in pairs)
+    shared = {name: full for name, full in pairs if counts[name] == 1}
     numbers = [int(match[1]) for name in shared if (match := IN_LAYER.match(name))]
     last = max(numbers, default=0)
     layers = {0, (last + 1) // 2, last}
@@ -154,16 +154,16 @@ def _shared_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _quantization(parameter: nn.Parameter, module: nn.Module) -> str | None:
-    """Name the bitsandbytes format of a parameter; None of other integers, whose scales are elsewhere."""
+    """Return the bitsandbytes format of a parameter; None for other integers, whose scales are unknown."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
-        # The CPU's kernel for decoding has an order of its own, which bitsandbytes cannot dequantize.
+        # The CPU's kernel for decoding has another order of the numbers, which bitsandbytes cannot dequantize.
         return None if getattr(state, "packing_format_for_cpu", False) else cast(str, state.quant_type)
     return "int8" if _int8_scales(parameter, module) is not None else None
 
 
 def _int8_scales(weight: Any, module: Any) -> Tensor | None:
-    """Find the scales of 8-bit rows, `(rows,)`, which the first forward pass moves from the weight to the module."""
+    """Return the scales of 8-bit rows, `(rows,)`, which the first forward pass moves from weight to module."""
     scales = getattr(weight, "SCB", None)
     return scales if scales is not None else getattr(getattr(module, "state", None), "SCB", None)
 
@@ -191,7 +191,7 @@ def _weight_files(folder: Path | None) -> dict[str, Path]:
 
 
 def _places(shape: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    """Rows 0, 1, 2, 4, 8, ... of a weight, counted over all leading dimensions, each with a column of its own."""
+    """Yield the sampled indices of a weight: rows 0, 1, 2, 4, ... over all leading dimensions, and a column."""
     *leading, columns = shape if len(tuple(shape)) > 1 else (*shape, 1)
     rows, row = int(torch.Size(leading).numel()), 0
     while row < rows:
@@ -200,11 +200,11 @@ def _places(shape: Iterable[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _unravel(index: int, shape: list[int]) -> list[int]:
-    found = []
+    indices = []
     for size in reversed(shape):
         index, rest = divmod(index, size)
-        found.append(rest)
-    return found[::-1]
+        indices.append(rest)
+    return indices[::-1]
 
 
 def _pick(weight: Tensor) -> Tensor:

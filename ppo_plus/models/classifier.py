@@ -1,4 +1,4 @@
-"""Load sequence classifiers, also those that transformers has no class for, and their tokenizers."""
+"""Load sequence classifiers and their tokenizers, also for model families without a class in transformers."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from .backbone import CACHE_NAMES, is_recurrent
 from .base_weights import local_folder, read_weight
 from .score_heads import make_score_head, read_v_head
 
-# A head among the weights that a classifier's class does not have; a language model's own is no head for scores.
+# A head among the weights that a classifier's class does not have, except for a language-model head.
 HEAD_KEY = re.compile(r"^(?!lm_head\.)\w*(?:head|score|classifier|reward|regression)\w*\.")
 
 
 def is_encoder(config: PreTrainedConfig | str | None) -> bool:
-    """Whether a configuration, or the `model_type` in its file, is that of an encoder such as BERT."""
+    """Return whether a configuration, or a `model_type`, is that of an encoder such as BERT."""
     kind = config if isinstance(config, str) else getattr(config, "model_type", None)
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 @contextlib.contextmanager
 def set_padding(model: nn.Module, pad_token_id: int) -> Iterator[None]:
-    """Set a classifier's padding token inside the block: it reads its score at the last token that is not this one."""
+    """Context manager: set a classifier's padding token; its score is that of the last other token."""
     config = getattr(model, "config", None)
     if config is None:
         yield
@@ -55,10 +55,10 @@ def set_padding(model: nn.Module, pad_token_id: int) -> Iterator[None]:
 
 
 def register_sequence_classifier(config: PreTrainedConfig) -> None:
-    """Let `AutoModelForSequenceClassification` know a family that transformers has no classifier for.
+    """Register a model family without a classifier in transformers at `AutoModelForSequenceClassification`.
 
-    Half of its decoders have none (in 5.24: Gemma 4, Granite, LFM 2, Cohere). They get what most of the others have,
-    its generic classifier: a linear head `score` on the last hidden state of the last token.
+    Half of the decoders have none (in 5.24: Gemma 4, Granite, LFM 2, Cohere). They get the generic classifier of the
+    others: a linear head `score` on the last hidden state of the last token.
     """
     kind = type(config)
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
@@ -66,24 +66,24 @@ def register_sequence_classifier(config: PreTrainedConfig) -> None:
     backbone = cast(Any, MODEL_MAPPING[kind])
     has_cache = not {*CACHE_NAMES}.isdisjoint(inspect.signature(backbone.forward).parameters)
     if not has_cache or is_recurrent(DynamicCache(config=config.get_text_config())):
-        return  # Mamba, whose states the generic classifier does not know
+        return  # Mamba, whose states the generic classifier does not support
     family = next(base for base in backbone.__mro__ if PreTrainedModel in base.__bases__)
-    # By its module transformers tells its own classes, and whether buffers that are in no file are to be filled.
+    # By `__module__`, transformers recognizes its own classes, and fills buffers that are in no file.
     names = {"config_class": kind, "base_model_prefix": family.base_model_prefix, "__module__": backbone.__module__}
     name = kind.__name__.removesuffix("Config") + "ForSequenceClassification"
-    made = type(name, (GenericForSequenceClassification, family), names)
-    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)  # without, its own families are passed over
+    classifier = type(name, (GenericForSequenceClassification, family), names)
+    AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)  # False would refuse its own families
 
 
 def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, list[str]]:
-    """Load a sequence classifier with one label; a bias of its head is loaded too, and so is a value head beside it.
+    """Load a sequence classifier with one label, including a bias of its head, or a value head as its score.
 
     Args:
-        name: of a sequence classifier, or of a language model with a value head (`v_head.*`), as LLaMA-Factory writes.
-        dtype: of the weights.
+        name: a sequence classifier, or a language model with a value head (`v_head.*`), as LLaMA-Factory writes.
+        dtype: dtype of the weights.
 
     Returns:
-        the model, and the names of those of its weights that its files do not hold.
+        the model, and the names of its weights that are missing in its files.
 
     Raises:
         ValueError: it was trained with another number of labels, or with a head that transformers would not load.
@@ -94,8 +94,8 @@ def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMode
     )
     if info["mismatched_keys"]:
         raise ValueError(
-            f"{name!r} was trained with more than one label, so its outputs are classes. A reward model or critic "
-            "gives one number: train one with num_labels=1."
+            f"{name!r} was trained with more than one label, so its outputs are classes. A reward model or critic has "
+            "one output: train one with num_labels=1."
         )
     missing, unexpected = sorted(info["missing_keys"]), set(info["unexpected_keys"])
     if missing == ["score.weight"] and (head := read_v_head(local_folder(name))):
@@ -109,8 +109,7 @@ def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMode
     if left_out := sorted(key for key in unexpected if not missing and HEAD_KEY.search(key)):
         raise ValueError(
             f"{name!r} has a head that {type(model).__name__} does not load ({', '.join(left_out[:3])}), so its scores "
-            "would be others than it was trained for. Load it with the code that trained it, and pass a function that "
-            "asks it."
+            "would be wrong. Load it with the code that trained it, and pass a function that calls it."
         )
     return model, missing
 
@@ -121,22 +120,22 @@ def _set_score_head(model: PreTrainedModel, head: Mapping[str, Tensor]) -> None:
 
 
 def load_reward_tokenizer(reward: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a reward model was saved with; None for an instance that does not say where it came from.
+    """Load the tokenizer that a reward model was saved with; None for an instance without a name.
 
     Raises:
-        ValueError: there is none, or it knows no text: for a folder that has only a model, transformers may make one
-            up that turns every text into unknown tokens.
+        ValueError: there is none, or it has only special tokens: for a folder without a tokenizer, transformers may
+            build one that turns every text into unknown tokens.
     """
-    named = isinstance(reward, str | Path)
-    source = str(reward) if named else getattr(getattr(reward, "config", None), "_name_or_path", "")
+    is_name = isinstance(reward, str | Path)
+    source = str(reward) if is_name else getattr(getattr(reward, "config", None), "_name_or_path", "")
     if not source:
         return None
-    fix = "Pass the reward model's tokenizer in reward_processing_classes, or save it beside the model"
+    fix = "Pass the reward model's tokenizer in reward_processing_classes, or save it in the model's folder"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The tokenizer of the reward model {source!r} cannot be loaded: {reason} {fix}.") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(f"The reward model {source!r} was saved without a tokenizer, so it could read no text. {fix}.")
+        raise ValueError(f"The reward model {source!r} was saved without a tokenizer. {fix}.")
     return tokenizer

@@ -1,4 +1,4 @@
-"""Where a critic comes from: its spec, its adapter or model, and the first weights of its value head."""
+"""Resolve and build the critic: its spec, its adapter or model, and the initial weights of its value head."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from .value_head import ValueHead
 
 @dataclass
 class CriticSpec:
-    """Where a critic comes from.
+    """Sources of a critic's weights.
 
     Attributes:
         kind: see `ActorCritic`.
-        adapter: of a reward model on the same base, where the critic's own adapter starts; its score head, times
-            `scale`, is where a linear value head starts.
+        adapter: a reward adapter on the same base, from which the critic's adapter starts; its score head times
+            `scale` initializes a linear value head.
         scale: weight of that reward.
-        model: a critic of its own; a linear value head starts from its `score`, where it has one.
+        model: a separate critic; its `score`, if any, initializes a linear value head.
         head: shape and activation of the value head.
-        seed: of what starts at random.
+        seed: seed of random initial weights.
     """
 
     kind: Critic = "shared"
@@ -47,14 +47,14 @@ class CriticSpec:
 
 
 def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSpec:
-    """The critic that a user asked for; passing a `value_model` selects it."""
+    """Resolve `critic`, `value_model` and reward adapters to the critic's sources; a `value_model` selects itself."""
     head, seed = (args.value_head, args.value_head_activation), derive_seed(args.seed, "value head")
     adapter = resolve_adapter_path(value_model)
     if adapter is not None and args.critic != "adapter":
         raise ValueError(f"value_model={str(value_model)!r} is an adapter: set critic='adapter' to start from it.")
     if value_model is None or adapter is not None:
         if args.critic == "separate":
-            raise ValueError("critic='separate' needs a critic of its own: pass value_model.")
+            raise ValueError("critic='separate' needs a separate critic: pass value_model.")
         scale = 1.0
         if args.critic == "adapter" and adapter is None:
             adapter, scale = _first_reward_adapter(args, reward_funcs)
@@ -64,7 +64,7 @@ def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Crit
     args.critic = "separate"
     if isinstance(value_model, str | Path):
         value_model, missing = load_classifier(str(value_model), torch.float32)
-        if "score.weight" in missing:  # of a language model; drawn at random it would be noise in every value
+        if "score.weight" in missing:  # a language model, whose random head would add noise to every value
             nn.init.zeros_(value_model.score.weight)
     train_adapter(value_model)
     hold_trained_in_fp32(value_model)
@@ -80,12 +80,12 @@ def _first_reward_adapter(args: PPOConfig, reward_funcs: Any) -> tuple[Path | No
 
 
 def build_value_head(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> ValueHead:
-    """Build the head; a linear one starts where the critic's adapter or model has a score head. Adds that adapter."""
+    """Add the critic's adapter, if any, and build the value head; a linear one starts from an existing score head."""
     with isolated_rng(critic.seed):
         start = _critic_adapter(policy, critic) if critic.kind == "adapter" else score_head(critic.model)
-        own = policy if critic.model is None else critic.model
-        value_head = ValueHead(own.config.get_text_config().hidden_size, *critic.head)
-    if isinstance(policy, PeftModel):  # with the critic's adapter on it
+        backbone = policy if critic.model is None else critic.model
+        value_head = ValueHead(backbone.config.get_text_config().hidden_size, *critic.head)
+    if isinstance(policy, PeftModel):  # including the critic's adapter
         hold_trained_in_fp32(policy)
     if start is not None and critic.head[0] == "linear":
         linear = cast(nn.Linear, value_head.layers[0])
@@ -97,9 +97,7 @@ def build_value_head(policy: PreTrainedModel | PeftModel, critic: CriticSpec) ->
 
 def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> nn.Linear | None:
     if not isinstance(policy, PeftModel):
-        raise ValueError(
-            "critic='adapter' puts an adapter on a frozen base: pass peft_config, or choose another critic."
-        )
+        raise ValueError("critic='adapter' needs a policy with an adapter: pass peft_config, or choose another critic.")
     if critic.adapter is not None:
         return load_reward_adapter(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
     with preserve_requires_grad(policy):
@@ -109,7 +107,7 @@ def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> 
 
 
 def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:
-    """Freeze and return the linear head, H to 1, of a sequence classifier; None where there is none."""
+    """Freeze and return the linear head, H to 1, of a sequence classifier; None if there is none."""
     head = None if model is None else getattr(unwrap_peft(model), "score", None)
     if head is None or getattr(head, "weight", None) is None:
         return None

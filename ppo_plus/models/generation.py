@@ -1,4 +1,4 @@
-"""Decoding: responses sampled from the distribution that `ActorCritic.forward` scores."""
+"""Decoding: sample responses from the distribution that `ActorCritic.forward` scores."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def sample_responses(
 ) -> GenerateOutput:
     """Sample responses from the distribution that `forward` scores.
 
-    No `GenerationConfig` takes part: it would fill unset fields from the model's own (`top_k=50`, a repetition
-    penalty), and the policy that is sampled would not be the one that is scored. Rows that finished leave the
-    batch, so time follows the tokens generated.
+    No `GenerationConfig` is used: it would fill unset fields from the model's own (`top_k=50`, a repetition
+    penalty), and the sampled policy would differ from the scored one. Finished rows leave the batch, so time is
+    proportional to the generated tokens.
 
     Args:
         model: samples in its current role.
         input_ids: prompts, `(B, P)` int64, left-padded.
         attention_mask: 1 for real tokens, `(B, P)`.
-        uniforms: uniform numbers that decide each token, `(B, R)` float64; R is the longest response.
+        uniforms: uniform numbers that determine each token, `(B, R)` float64; R is the longest response.
         stop_ids: ids that end a response.
         pad_token_id: fills the positions after the stop token.
         temperature: divides the logits.
         logits_processor: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
-        on_step: called at each decode step with the number of rows that get a token in it.
+        on_step: called at each decode step with the number of unfinished rows.
     """
 
     def choose(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,14 +65,14 @@ def sample_responses(
         token = sample(logits if logits_processor is None else logits_processor(logits), uniforms)
         return token, token_logprobs(logits, token)
 
-    # Importing dynamo takes seconds, so its stance is set only where layers are compiled.
+    # Importing dynamo takes seconds, so its stance is set only if layers are compiled.
     eager = torch.compiler.set_stance("force_eager") if model.runner.compiled else contextlib.nullcontext()
     with cached_lora_weights(model.policy), eager, _disable_redundant_autocast(model.active_model):
         return _decode(model, input_ids, attention_mask, uniforms, stop_ids, pad_token_id, choose, on_step)
 
 
 def _disable_redundant_autocast(model: PreTrainedModel) -> AbstractContextManager:
-    # Autocast to the model's own dtype only takes time, and casts what was left in fp32 on purpose.
+    # Autocast to the model's own dtype only takes time, and casts tensors that are in fp32 on purpose.
     kind = model.device.type
     redundant = autocast_dtype(kind) == model.dtype
     return torch.autocast(kind, enabled=False) if redundant else contextlib.nullcontext()
@@ -110,5 +110,5 @@ def _decode(
 
 def select_rows(cache: Any, rows: Tensor) -> None:
     """Keep only these rows of a cache, in place: keys and values, and the states of recurrent layers."""
-    # Not `batch_select_indices`: layers with attention and recurrence inherit one that forgets the recurrent half.
+    # Not `batch_select_indices`: layers with attention and recurrence inherit one that skips the recurrent states.
     cache.reorder_cache(rows)

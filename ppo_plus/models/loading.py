@@ -1,4 +1,4 @@
-"""From a name or a model to an actor-critic: base, adapter, reference, critic."""
+"""Build an actor-critic from a name or a model: base, adapter, reference, critic."""
 
 from __future__ import annotations
 
@@ -48,49 +48,50 @@ from .critic import CriticSpec, build_value_head
 from .precision import hold_trained_in_fp32
 from .weight_checks import check_model_weights
 
-# What finds a config, of what loads a model.
+# Those arguments of a model's `from_pretrained` that its configuration is loaded with, too.
 HUB_KWARGS = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "gguf_file")
 
 
 def model_name(model: Any) -> str:
-    """Where a model came from."""
+    """Return the name or folder that a model was loaded from."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if not name:
-        raise ValueError("This model does not say where it came from: pass its tokenizer as processing_class.")
+        raise ValueError("This model has no name, so its tokenizer is unknown: pass it as processing_class.")
     return name
 
 
 def base_name(model: str) -> str:
-    """The name of the base where `model` is that of an adapter, else the name as it is."""
+    """Return the name of an adapter's base, or the name of any other model itself."""
     folder = resolve_adapter_path(model)
     if folder is None:
         return model
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError(
-            f"model={model!r} is an adapter that does not say what its base is: put base_model_name_or_path into its "
+            f"model={model!r} is an adapter without the name of its base: set base_model_name_or_path in its "
             f"{CONFIG_NAME}, or pass PeftModel.from_pretrained(base, name, is_trainable=True)."
         )
     return cast(str, base)
 
 
 def load_tokenizer(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer that a model was saved with; of an adapter that was saved without one, its base's."""
+    """Load the tokenizer that a model was saved with; for an adapter without one, its base's."""
     name = model_name(model)
-    own = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
-    return AutoTokenizer.from_pretrained(name if own else base_name(name), trust_remote_code=trust_remote_code)
+    has_tokenizer = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
+    source = name if has_tokenizer else base_name(name)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def load_config(name: str, init_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration that a model will be loaded with, given what its `from_pretrained` gets."""
-    given = {key: value for key, value in init_kwargs.items() if key in HUB_KWARGS}
-    return init_kwargs.get("config") or AutoConfig.from_pretrained(name, **given)
+    """Load the configuration of a model that `from_pretrained(name, **init_kwargs)` would load."""
+    kwargs = {key: value for key, value in init_kwargs.items() if key in HUB_KWARGS}
+    return init_kwargs.get("config") or AutoConfig.from_pretrained(name, **kwargs)
 
 
 def count_embeddings(model: Any, init_kwargs: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model embeds: of an instance as it is, of a name by its configuration.
+    """Return the number of token embeddings of a model, or of the configuration of a name.
 
-    None for an adapter's name, whose files may hold embeddings of their own, and where the configuration has no size.
+    None for an adapter's name, whose files may have their own embeddings, and for a configuration without a size.
     """
     if not isinstance(model, str):
         return len(model.get_input_embeddings().weight)
@@ -100,15 +101,15 @@ def count_embeddings(model: Any, init_kwargs: Mapping[str, Any]) -> int | None:
 
 
 def language_model_class(config: PreTrainedConfig) -> Any:
-    """What loads a language model by its name: of some multimodal families (Ministral 3, SmolVLM) another class."""
+    """Return the auto class of a language model; some multimodal families (Ministral 3, SmolVLM) have another one."""
     kind = type(config)
     multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def check_adapter_kind(peft_config: PeftConfig | None) -> None:
-    """Refuse prompt learning, which adds virtual tokens in front of the prompt and changes nothing in the model."""
-    if getattr(peft_config, "is_prompt_learning", False):  # what is no configuration is refused by check_preserves_base
+    """Refuse prompt learning, which adds virtual tokens before the prompt and changes nothing in the model."""
+    if getattr(peft_config, "is_prompt_learning", False):  # check_preserves_base refuses other types
         raise ValueError(
             f"{type(peft_config).__name__} is prompt learning; ppo_plus trains adapters inside the model: pass a "
             "LoraConfig."
@@ -123,12 +124,10 @@ def load_policy(
     model_init_kwargs: dict[str, Any] | None = None,
     frozen_dtype: torch.dtype | str = "auto",
 ) -> PreTrainedModel | PeftModel:
-    """The policy from a name or a model: loaded, adapted, and with a frozen `ref` copy of an adapter it came with.
+    """Load the policy, and add a new adapter or a frozen `ref` copy of its existing one.
 
-    The name may be that of an adapter, which then is loaded onto its base. A base under an adapter has `frozen_dtype`,
-    unless `model_init_kwargs` says otherwise.
-
-    Training that continues an adapter takes that adapter as its reference; the bare base would be the wrong one.
+    An adapter's name loads its base and the adapter. A base under an adapter has `frozen_dtype`, unless
+    `model_init_kwargs` has a dtype. If training continues an adapter, the reference is that adapter and not the base.
 
     The trained weights of a model that is loaded already are cast to fp32 in place.
     """
@@ -150,11 +149,11 @@ def load_policy(
         raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
-            "train an adapter, or call model.requires_grad_(True) to train the whole."
+            "All weights of the model are frozen: pass peft_config=LoraConfig(...) to train an adapter, or call "
+            "model.requires_grad_(True) to train all weights."
         )
     if not by_name:
-        hold_trained_in_fp32(model)  # `check_precision` has refused or accepted a name's dtype
+        hold_trained_in_fp32(model)  # of a name, `check_precision` has checked the dtype
     return model
 
 
@@ -181,8 +180,8 @@ def _load_by_name(
 def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
     """Copy an adapter's configuration for a new adapter that is trained for a task.
 
-    One that was read from a saved adapter says `inference_mode`, under which PEFT trains nothing. PEFT writes into the
-    configuration that it gets, so it never gets the user's own.
+    A saved adapter has `inference_mode=True`, with which PEFT trains nothing. PEFT changes its configuration, so it
+    gets a copy.
     """
     config = copy.deepcopy(peft_config)
     config.inference_mode, config.task_type = False, task_type
@@ -194,21 +193,17 @@ def config_to_train(peft_config: PeftConfig, task_type: TaskType) -> PeftConfig:
 
 
 def runs_in_fp16(args: TrainingArguments) -> bool:
-    """Whether autocast makes products in fp16, which `fp16=True` does not do on a CPU."""
+    """Return whether products run in fp16; on a CPU `fp16=True` does not change them."""
     return bool(args.fp16) and args.device.type != "cpu"
 
 
 def quantization_in_fp16(quantization_config: Any) -> Any:
-    """Return a quantization whose 4-bit layers multiply in fp16 where bf16 was asked for.
-
-    Args:
-        quantization_config: what `from_pretrained` takes; it is not changed.
-    """
+    """Return a copy of a quantization with 4-bit products in fp16 instead of bf16."""
     if getattr(quantization_config, "bnb_4bit_compute_dtype", None) != torch.bfloat16:
         return quantization_config
     warnings.warn(
-        "bnb_4bit_compute_dtype=bfloat16 is taken as float16, because this run is in fp16: 4-bit layers would multiply "
-        "in bf16 (in software, on a card before Ampere), and all others in fp16. Set it to torch.float16.",
+        "bnb_4bit_compute_dtype=bfloat16 is replaced by float16, because this run is in fp16: 4-bit layers would "
+        "multiply in bf16 (in software, on a card before Ampere), and all others in fp16. Set it to torch.float16.",
         stacklevel=3,
     )
     quantization_config = copy.deepcopy(quantization_config)
@@ -217,7 +212,7 @@ def quantization_in_fp16(quantization_config: Any) -> Any:
 
 
 def warn_of_bf16(model: nn.Module) -> None:
-    """Name a base that is loaded in bf16 for a run in fp16, where each product casts its weights."""
+    """Warn if a base is loaded in bf16 for a run in fp16, where each product casts its weights."""
     base = unwrap_peft(cast(PreTrainedModel, model))
     frozen = (p for p in base.parameters() if not p.requires_grad)
     if any(p.dtype == torch.bfloat16 for p in frozen):
@@ -229,9 +224,9 @@ def warn_of_bf16(model: nn.Module) -> None:
 
 
 def quantized_share(model: PreTrainedModel) -> float:
-    """Return how many of a model's weights in matrices are quantized by bitsandbytes, from 0 to 1.
+    """Return the share of a model's matrix weights that bitsandbytes has quantized, from 0 to 1.
 
-    Embeddings, output head and adapters, which stay as they are, do not count.
+    Embeddings, output head and adapters, which are never quantized, do not count.
     """
     ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
     quantized = others = 0
@@ -246,20 +241,20 @@ def quantized_share(model: PreTrainedModel) -> float:
 
 
 def warn_of_unquantized(model: PreTrainedModel) -> None:
-    """Name a quantization that leaves most of a model as it was: it takes nearly as much memory as without."""
+    """Warn if a quantization does not apply to most weights, so that it saves little memory."""
     share = quantized_share(model)
     if share < 0.5:
         warnings.warn(
-            f"quantization_config reaches {share:.0%} of the weights of {type(model).__name__}: bitsandbytes quantizes "
-            "layers that are torch.nn.Linear itself, and no experts that are one tensor. Expect the memory of a model "
-            "that is not quantized.",
+            f"quantization_config applies to only {share:.0%} of the weights of {type(model).__name__}: bitsandbytes "
+            "quantizes torch.nn.Linear and none of its subclasses, and no experts in one tensor. Expect the memory of "
+            "a model without quantization.",
             stacklevel=3,
         )
 
 
 @torch.no_grad()
 def clone_mmapped_tensors(model: nn.Module) -> None:
-    """Copy what quantization has left as it was: on a CPU it is part of the file, which stays in memory for it."""
+    """Clone tensors that quantization left as views of the memory-mapped file, so that the file can be released."""
     if getattr(model, "is_quantized", False):
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.is_floating_point():
@@ -267,16 +262,16 @@ def clone_mmapped_tensors(model: nn.Module) -> None:
 
 
 def load_adapter_onto(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """A base with the adapter in a folder, to be trained further."""
+    """Load the adapter in a folder onto its base, to continue its training."""
     names, weights = adapter_key_mapping(base, folder), load_adapter_state_dict(base, folder)
     embeddings = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embeddings)
     saved = [tensor.shape for key, tensor in weights.items() if f".{name}." in f".{key}"]
-    # PEFT saves resized embeddings with the adapter, so the base is resized as it was for training.
+    # PEFT saves resized embeddings with the adapter, so the base is resized like in its training.
     rows = max((shape[0] for shape in saved if shape[1:] == embeddings.weight.shape[1:]), default=0)
     if rows > len(cast(Tensor, embeddings.weight)):
         base.resize_token_embeddings(rows, mean_resizing=False)
-    fix = "Is its base another one now than when it was trained?"
+    fix = "Load it with the base that it was trained on."
     with explain_state_dict_mismatch(f"The adapter in {folder}", fix):
         policy = PeftModel.from_pretrained(base, str(folder), is_trainable=True, key_mapping=names)
     lost = {key for key in weights if ".lora_" in key} - get_peft_model_state_dict(policy).keys()
@@ -287,9 +282,9 @@ def load_adapter_onto(base: PreTrainedModel, folder: Path) -> PeftModel:
 def _disable_merge(policy: PeftModel) -> PeftModel:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "This adapter is not merged: its base is quantized, and rounding the sum to a few bits again would change "
-            "the policy, and with it the base that is its reference. Save the adapter, load the base in bf16, put the "
-            "adapter on it with PeftModel.from_pretrained, and merge there."
+            "An adapter on a quantized base cannot be merged: rounding the sum to a few bits again would change the "
+            "policy, and with it the base that is its reference. Save the adapter, load the base in bf16, load the "
+            "adapter onto it with PeftModel.from_pretrained, and merge there."
         )
 
     if getattr(policy.get_base_model(), "is_quantized", False):
@@ -299,14 +294,15 @@ def _disable_merge(policy: PeftModel) -> PeftModel:
 
 def _add_reference_adapter(model: PeftModel, peft_config: PeftConfig | None) -> PeftModel:
     if peft_config is not None:
-        raise ValueError("This model has an adapter already: pass it without peft_config to go on training it.")
+        raise ValueError("This model has an adapter already: pass it without peft_config to continue its training.")
     if "default" not in model.peft_config:
         raise ValueError(f"The adapter to train must be named 'default'; this model has {list(model.peft_config)}.")
     if active_adapters(model) != ["default"]:
         raise ValueError(
-            f"'default' is the adapter that is trained and saved, but {active_adapters(model)} would speak in this "
-            "model: call model.set_adapter('default') first (and model.base_model.enable_adapter_layers(), where they "
-            "are off). To train another adapter, load it under the name 'default'."
+            f"'default' is the adapter that is trained and saved, but the active adapters of this model are "
+            f"{active_adapters(model)}: call model.set_adapter('default') first (and "
+            "model.base_model.enable_adapter_layers(), if they are off). To train another adapter, load it under the "
+            "name 'default'."
         )
     check_preserves_base(model.peft_config["default"], "The adapter of model")
     if REFERENCE_ADAPTER not in model.peft_config:
@@ -326,12 +322,12 @@ def build_actor_critic(
     disable_dropout: bool = True,
     use_kernels: bool = True,
 ) -> ActorCritic:
-    """A policy with its critic, and a frozen copy as reference where there is no adapter to switch off.
+    """Build an actor-critic; without adapter and `ref_model`, the reference is a frozen copy of the policy.
 
     Args:
         policy: from `load_policy`.
-        critic: where the critic comes from.
-        ref_model: a reference of the user's own.
+        critic: from `resolve_critic`.
+        ref_model: a separate reference.
         disable_dropout: zero the base model's dropout.
         use_kernels: as of `ActorCritic`.
     """
@@ -374,17 +370,17 @@ def _check_models_apart(
 def check_no_shared_parameters(
     policy: nn.Module, other: nn.Module | None, name: str, why: str, of: str = "model"
 ) -> None:
-    """Refuse a second model that shares trained weights with the policy, or with another that is trained."""
+    """Refuse a second model that shares weights with a trained one."""
     if other is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, other.parameters())):
         raise ValueError(f"{of} and {name} share their weights, so {why}, or load it a second time.")
 
 
 def disable_base_dropout(model: nn.Module) -> None:
-    """Zero the dropout of the base model; `lora_dropout` is the user's choice and stays."""
+    """Zero the dropout of the base model; `lora_dropout` stays."""
     # TRL's `disable_dropout_in_model` leaves functional dropout on, see findings/.
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
-        # Some models keep rates for functional dropout, under several names (`attention_dropout`, `hidden_dropout`).
+        # Some models have rates for functional dropout, under several names (`attention_dropout`, `hidden_dropout`).
         for attribute in [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]:
             setattr(module, attribute, 0.0)

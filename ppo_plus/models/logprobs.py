@@ -1,4 +1,4 @@
-"""From hidden states to tokens and their log-probabilities, with vocabulary logits for one chunk of tokens at a time.
+"""Log-probabilities, entropies and sampled tokens from hidden states, with logits for one chunk of tokens at a time.
 
 Notation: B rows, R response tokens, H hidden size, V vocabulary.
 """
@@ -17,17 +17,16 @@ from transformers import PreTrainedModel
 from ..algo.logprobs import entropy_from_logprobs, logprobs_and_entropy, scaled_log_softmax
 from ..utils.devices import float64_device
 
-# Numbers of the logits of one chunk, and those of them that are in fp32 at a time; `chunk_elements` says why.
+# Elements of the logits of one chunk, and of a slice of it in fp32; see `chunk_elements`.
 CHUNK_ELEMENTS, SLICE_ELEMENTS = 2**24, 2**20  # CPU
 GPU_CHUNK_ELEMENTS, GPU_SLICE_ELEMENTS = 2**26, 2**24
-# Tokens of a group in sampling.
-VOCAB_GROUP = 256
+VOCAB_GROUP = 256  # tokens of a group in sampling
 
 Head = Callable[[Tensor], Tensor]
 
 
 def logits_function(model: PreTrainedModel) -> Head:
-    """The model's map from last hidden states `(..., H)` to logits `(..., V)`, scaling and soft-capping included."""
+    """Return the model's map from last hidden states `(..., H)` to logits `(..., V)`, with scaling and soft-capping."""
     config = model.config.get_text_config()
     head = cast(nn.Module, model.get_output_embeddings())
     multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -42,15 +41,15 @@ def logits_function(model: PreTrainedModel) -> Head:
 
 
 def head_is_frozen(model: PreTrainedModel) -> bool:
-    """Whether nothing in the map from hidden states to logits is trained."""
+    """Return whether all parameters of the language-model head are frozen."""
     return not any(p.requires_grad for p in cast(nn.Module, model.get_output_embeddings()).parameters())
 
 
 class _ChunkedLogProb(torch.autograd.Function):
     """Log-probabilities and entropies of one chunk of tokens under a frozen head.
 
-    Each number depends on one token's hidden state, so its gradient is a vector of H numbers that needs nothing from
-    the layers above: it is computed while the logits are there, and they are neither kept nor computed a second time.
+    Each output depends on one token's hidden state, so its gradient is a vector of H numbers, computed in the forward
+    pass while the logits exist: they are neither kept nor recomputed.
     """
 
     @staticmethod
@@ -62,45 +61,45 @@ class _ChunkedLogProb(torch.autograd.Function):
             logits = head(states)
         count = 2 if with_entropy else 1
         outputs = [hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(count)]
-        # Written over the logits, where each group of rows was read before: autograd keeps nothing of a head's output.
-        slopes = [logits.detach(), *(torch.empty_like(logits) for _ in range(count - 1))]
+        # The first overwrites the logits, slice by slice after they are read: autograd does not save a head's output.
+        logit_grads = [logits.detach(), *(torch.empty_like(logits) for _ in range(count - 1))]
         for rows in row_slices(logits):
             logprobs = scaled_log_softmax(logits[rows].detach(), temperature)
             outputs[0][rows] = logprobs.gather(-1, targets[rows, None]).squeeze(-1)
             if with_entropy:
                 outputs[1][rows] = entropy_from_logprobs(logprobs)
-            falls = negative_logit_grads(logprobs, targets[rows], *(output[rows] for output in outputs[1:]))
-            for slope, fall in zip(slopes, falls, strict=True):
-                slope[rows] = fall
+            parts = negative_logit_grads(logprobs, targets[rows], *(output[rows] for output in outputs[1:]))
+            for logit_grad, part in zip(logit_grads, parts, strict=True):
+                logit_grad[rows] = part
         gradients = [
-            torch.autograd.grad(logits, states, slope, retain_graph=True)[0].div_(-temperature) for slope in slopes
+            torch.autograd.grad(logits, states, logit_grad, retain_graph=True)[0].div_(-temperature)
+            for logit_grad in logit_grads
         ]
         ctx.save_for_backward(*gradients)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [g * up[:, None].to(g.dtype) for g, up in zip(ctx.saved_tensors, upstream, strict=True)]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [saved * grad[:, None].to(saved.dtype) for saved, grad in zip(ctx.saved_tensors, grads, strict=True)]
         return sum(parts[1:], parts[0]), None, None, None, None
 
 
 def chunk_elements(device: torch.device, frozen_head: bool) -> int:
-    """Choose how many numbers of the vocabulary logits exist at a time, by the device and by what is trained.
+    """Choose the number of vocabulary logits that exist at a time.
 
-    Each chunk reads the whole matrix of the head. With n tokens, that is about n operations for each byte in half
-    precision, and a GPU is only busy from some hundreds on (A100: 312 TFLOPS at 2.0 TB/s, 156; H100: 989 at 3.35, 295).
-    2^26 numbers are 441 tokens of a vocabulary of 152,000 and 2,048 of 32,000, and take 128 MB in half precision.
-    What is computed of them in fp32 goes by slices of 2^24 numbers: 64 MB for each temporary tensor, of which
-    there are up to three at a time, and still thousands of blocks for a kernel. A head that is trained has its chunks
-    whole in fp32, forward and backward, so these are as large as a slice.
+    Each chunk reads the whole matrix of the head. With n tokens, that is about n operations per byte in half precision,
+    and a GPU needs some hundreds to be compute-bound (A100: 312 TFLOPS at 2.0 TB/s, 156; H100: 989 at 3.35, 295). 2^26
+    logits are 441 tokens of a vocabulary of 152,000 and 2,048 of 32,000, and take 128 MB in half precision. In fp32
+    they are processed in slices of 2^24: 64 MB for each of up to three temporary tensors, and still thousands of blocks
+    for a kernel. A trained head has whole chunks in fp32, so its chunks are as large as a slice.
 
-    A CPU computes as fast by chunks of 2^24 numbers (32 MB), and slices of 2^20 numbers (4 MB) stay in its caches from
-    one operation to the next.
+    A CPU is as fast with chunks of 2^24 logits (32 MB), and slices of 2^20 (4 MB) stay in its caches from one operation
+    to the next.
 
     Args:
-        device: of the hidden states.
-        frozen_head: whether nothing in the head is trained.
+        device: device of the hidden states.
+        frozen_head: whether all parameters of the head are frozen.
     """
     if device.type == "cpu":
         return CHUNK_ELEMENTS
@@ -108,31 +107,31 @@ def chunk_elements(device: torch.device, frozen_head: bool) -> int:
 
 
 def row_slices(logits: Tensor) -> list[slice]:
-    """Cut the rows of `(n, V)` logits into the groups that are worked on in fp32."""
+    """Split the rows of `(n, V)` logits into the slices that are processed in fp32."""
     elements = SLICE_ELEMENTS if logits.device.type == "cpu" else GPU_SLICE_ELEMENTS
     size = max(1, elements // logits.shape[-1])
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def negative_logit_grads(logprobs: Tensor, targets: Tensor, entropy: Tensor | None = None) -> list[Tensor]:
-    """How the chosen log-probability, and the entropy if it is given, fall with each logit at temperature 1.
+    """Return the negative gradients of the chosen log-probability and the entropy by logits, at temperature 1.
 
-    `-d log p_c / d z_v = p_v - [v = c]` and `-d H / d z_v = p_v (log p_v + H)`. These are the largest tensors there
-    are, so they are written over each other, and sign and temperature are left to the gradients they lead to.
+    `-d log p_c / d z_v = p_v - [v = c]` and `-d H / d z_v = p_v (log p_v + H)`. These tensors are the largest of all,
+    so they overwrite each other, and sign and temperature are applied to the smaller gradients of hidden states.
 
     Args:
         logprobs: of the whole vocabulary, `(n, V)` float32; overwritten.
         targets: c, `(n,)` int64.
         entropy: H, `(n,)` float32, nats.
     """
-    slopes = []
+    entropy_grads = []
     if entropy is None:
         probs = logprobs.exp_()
     else:
         probs = logprobs.exp()
-        slopes.append(logprobs.add_(entropy[:, None]).masked_fill_(probs == 0, 0.0).mul_(probs))
+        entropy_grads.append(logprobs.add_(entropy[:, None]).masked_fill_(probs == 0, 0.0).mul_(probs))
     minus_one = probs.new_full((len(targets), 1), -1.0)
-    return [probs.scatter_add_(-1, targets[:, None], minus_one), *slopes]
+    return [probs.scatter_add_(-1, targets[:, None], minus_one), *entropy_grads]
 
 
 def chunked_logprobs(
@@ -144,10 +143,10 @@ def chunked_logprobs(
     *,
     frozen_head: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `targets`, with vocabulary logits for one chunk of tokens at a time.
+    """Compute log-probabilities of `targets`, with vocabulary logits for one chunk of tokens at a time.
 
-    Neither pass ever holds `(B, R, V)`: a frozen head gives its gradients in the forward pass, a trained one computes
-    each chunk's logits again in the backward pass.
+    Neither pass ever holds `(B, R, V)`: with a frozen head, gradients are computed in the forward pass; with a trained
+    one, the backward pass recomputes each chunk's logits.
 
     Args:
         head: hidden states to logits.
@@ -155,7 +154,7 @@ def chunked_logprobs(
         targets: `(B, R)` int64.
         temperature: divides the logits.
         with_entropy: also return the entropy, `(B, R)` float32, nats.
-        frozen_head: nothing in `head` is trained.
+        frozen_head: whether all parameters of `head` are frozen.
     """
 
     def score(states: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -164,39 +163,38 @@ def chunked_logprobs(
     def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         if (not states.requires_grad and frozen_head) or not torch.is_grad_enabled():
             logits = head(states)
-            groups = [
-                logprobs_and_entropy(logits[rows], tokens[rows], temperature, with_entropy)
-                for rows in row_slices(logits)
-            ]
-            return cat_outputs(groups)
+            slices = row_slices(logits)
+            return cat_outputs(
+                [logprobs_and_entropy(logits[rows], tokens[rows], temperature, with_entropy) for rows in slices]
+            )
         if frozen_head:
             outputs = _ChunkedLogProb.apply(states, tokens, head, temperature, with_entropy)
             return outputs if with_entropy else (*outputs, None)
         return checkpoint(score, states, tokens, with_entropy, use_reentrant=False)
 
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    most = max(16, chunk_elements(hidden.device, frozen_head) // head(flat_hidden[:1]).shape[-1])
-    size = -(-len(flat_hidden) // -(-len(flat_hidden) // most))  # chunks of equal size
+    max_size = max(16, chunk_elements(hidden.device, frozen_head) // head(flat_hidden[:1]).shape[-1])
+    size = -(-len(flat_hidden) // -(-len(flat_hidden) // max_size))  # chunks of equal size
     pieces = [chunk(h, t) for h, t in zip(flat_hidden.split(size), flat_targets.split(size), strict=True)]
     logprobs, entropy = cat_outputs(pieces)
     return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape)
 
 
 def cat_outputs(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of all pieces, and entropies if they have them."""
+    """Concatenate the log-probabilities of all pieces, and their entropies if they have some."""
     logprobs, entropies = zip(*pieces, strict=True)
     return torch.cat(logprobs), None if entropies[0] is None else torch.cat(entropies)
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the token at which the cumulative probability passes the noise.
+    """Sample by the inverse CDF: the token at which the cumulative probability exceeds a uniform number.
 
-    The group of tokens first, then the token in it: what is summed up in double precision is a few hundred numbers a
-    row, and not the vocabulary.
+    First a group of tokens is chosen, then a token in it, so the double-precision sums have a few hundred terms per
+    row instead of the vocabulary.
 
     Args:
         logits: `(B, V)` float32.
-        noise: uniform in [0, 1), `(B,)` float64, on `float64_device` of the logits.
+        uniforms: uniform in [0, 1), `(B,)` float64, on `float64_device` of the logits.
 
     Returns:
         token ids, `(B,)` int64.
@@ -211,7 +209,7 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
-    """Logits `(B, V)` of the fewest tokens that `top_p` of the probability falls to, -inf for the others.
+    """Keep the logits `(B, V)` of the fewest tokens with `top_p` of the probability; the others become -inf.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
     """
@@ -223,19 +221,19 @@ def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
 
 
 def _cumsum64(weights: Tensor) -> Tensor:
-    """Of each row `(B, n)`, from its first weight on, float64."""
+    """Compute the cumulative sums of each row `(B, n)`, float64."""
     if not torch.are_deterministic_algorithms_enabled():
         return weights.cumsum(-1, dtype=torch.float64)
-    # CUDA has no deterministic sum of fractions, but one of whole numbers: 2^40 of them for the largest weight.
+    # CUDA has a deterministic cumulative sum of integers only, so weights become multiples of 2^-40 of the largest.
     unit = weights.amax(-1, keepdim=True).double() * 2.0**-40
     return (weights / unit).round().long().cumsum(-1) * unit
 
 
-def _inverse_cdf(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of weights `(B, n)` passes this share of their total, and the share of the weight there."""
+def _inverse_cdf(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index at which the cumulative share of weights `(B, n)` exceeds u, and u's position in that weight."""
     sums = _cumsum64(weights)
-    # Rounding must not carry a share of just under 1 to the total, behind which nothing is left.
-    level = torch.minimum(share * sums[:, -1], sums[:, -1].nextafter(sums.new_zeros(())))[:, None]
-    index = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[-1] - 1)  # past the end where all is NaN
+    # If u is just under 1, rounding must not raise the level to the total, which no cumulative sum exceeds.
+    level = torch.minimum(u * sums[:, -1], sums[:, -1].nextafter(sums.new_zeros(())))[:, None]
+    index = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[-1] - 1)  # past the end if all are NaN
     weight = weights.gather(-1, index).double()
     return index.squeeze(-1), ((level - sums.gather(-1, index) + weight) / weight).squeeze(-1).clamp(0.0, 1.0)

@@ -59,7 +59,7 @@ def merge_adapter(
     """Add an adapter's weights to those of its base, save the sum with tokenizer and generation config, and reload it.
 
     The critic is not part of a merged model. The outputs of the saved folder are compared with those of base and
-    adapter; a warning says where the sum has lost the adapter, in rounding or in weights that layers share.
+    adapter; a warning reports a sum that has lost the adapter, in rounding or in weights that layers share.
 
     Args:
         adapter: folder or name of an adapter of a language model or of a reward model.
@@ -79,8 +79,8 @@ def merge_adapter(
         raise ValueError(f"directory={str(directory)!r} has files already: choose a new folder.")
     name, is_classifier = base or base_name(str(folder)), _is_classifier(folder)
     check_unquantized(name, trust_remote_code)
-    own = (folder / TOKENIZER_FILE).is_file()
-    tokenizer = load_tokenizer(str(folder) if own else name, trust_remote_code)
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    tokenizer = load_tokenizer(str(folder) if has_tokenizer else name, trust_remote_code)
     model = load_adapter_onto(_load_base(name, is_classifier, dtype, trust_remote_code), folder).eval()
     if is_classifier:  # reads its score at the last token that is not padding
         pad_token_id = load_reward_metadata(folder).get("pad_token_id", tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""The precision in which trained weights are held: fp32, whatever the precision of the frozen ones.
+"""Hold trained weights in fp32, also if the frozen ones are in half precision.
 
 bf16 has 8 significant bits, so an update of less than 1/512 of a weight is rounded away, and at the learning rates of
 fine-tuning most updates are smaller. fp16 has 11, and `torch.amp.GradScaler` refuses gradients in it.
@@ -18,12 +18,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def trains_in_half(model: nn.Module) -> bool:
-    """Tell whether any trained weight is in half precision."""
+    """Return whether any trained weight is in half precision."""
     return any(parameter.requires_grad and parameter.dtype in HALF for parameter in model.parameters())
 
 
 def hold_trained_in_fp32(model: nn.Module) -> None:
-    """Cast trained weights to fp32 in place: those of adapters, or the whole model where it has none."""
+    """Cast trained weights to fp32 in place: those of adapters, or of a model without adapters all."""
     if not trains_in_half(model):
         return
     if not isinstance(model, PeftModel):
@@ -41,7 +41,7 @@ def hold_trained_in_fp32(model: nn.Module) -> None:
 
 
 def _let_dtypes_differ(trained_copy: nn.Module, original: nn.Module | None) -> None:
-    """Give an fp32 copy of a module its inputs in fp32, and its users the original's dtype; heads stay in fp32."""
+    """Cast the inputs of a module's fp32 copy to fp32, and its outputs to the original's dtype, if any."""
 
     def to_fp32(_: nn.Module, inputs: tuple) -> tuple:
         return tuple(each.float() if isinstance(each, Tensor) and each.dtype in HALF else each for each in inputs)
@@ -53,22 +53,22 @@ def _let_dtypes_differ(trained_copy: nn.Module, original: nn.Module | None) -> N
 
 
 def check_trained_dtype(dtype: Any, fp16: bool, learning_rate: float) -> None:
-    """Refuse a dtype in which a whole model cannot be trained, and warn of one in which most weights never move.
+    """Refuse or warn of training a whole model in half precision.
 
     Args:
-        dtype: what `model_init_kwargs` asks for, a `torch.dtype` or its name; None is fp32.
+        dtype: dtype in `model_init_kwargs`, a `torch.dtype` or its name; None is fp32.
         fp16: whether gradients are scaled.
-        learning_rate: of the trained weights.
+        learning_rate: learning rate of the trained weights.
     """
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in HALF:
         return
     name = str(dtype).removeprefix("torch.")
-    fix = "Leave dtype out of model_init_kwargs, which holds them in float32, or train an adapter (peft_config)."
+    fix = "Leave dtype out of model_init_kwargs, to train in float32, or train an adapter (peft_config)."
     if fp16 and dtype == torch.float16:
         raise ValueError(f"All weights are trained in {name}, whose gradients fp16=True cannot unscale. {fix}")
     warnings.warn(
         f"All weights are trained in {name}: at learning_rate={learning_rate:g} most updates are smaller than its "
-        f"rounding, so most weights never move. {fix}",
+        f"rounding, so most weights never change. {fix}",
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""Save and load an actor-critic: a plain adapter (or model) as PEFT and transformers write it, the critic beside it."""
+"""Save and load an actor-critic: an adapter or model in the format of PEFT or transformers, and the critic."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ VALUE_MODEL = "value_model"
 
 
 def save_actor_critic(model: ActorCritic, directory: Path) -> None:
-    """Write the adapter as PEFT does (or the whole model where there is none) and `value_head.safetensors`.
+    """Write the adapter (or the whole model) and `value_head.safetensors`.
 
-    A critic's own adapter goes to the folder `critic`, its own model to `value_model`; the header of the head's
-    file has the slope and intercept of a reward baseline, `reward_line`.
+    A critic's adapter is written to the folder `critic`, its model to `value_model`. The header of the head's file has
+    the slope and intercept of a prefix reward baseline, `reward_line`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(model.policy, PeftModel):
@@ -47,10 +47,10 @@ def save_actor_critic(model: ActorCritic, directory: Path) -> None:
 
 
 def load_actor_critic(model: ActorCritic, directory: Path) -> None:
-    """Read what `save_actor_critic` wrote into a model; nothing missing, nothing left over."""
+    """Load the files of `save_actor_critic` into a model; refuse missing and unexpected tensors."""
     head_file = directory / VALUE_HEAD_FILE
     if not head_file.is_file():
-        raise ValueError(f"{directory} has no {VALUE_HEAD_FILE}: it was not written by ppo_plus, or not finished.")
+        raise ValueError(f"{directory} has no {VALUE_HEAD_FILE}: ppo_plus did not write it, or saving was interrupted.")
     load_model(model.policy, directory)
     if model.critic == "adapter":
         load_model(model.policy, directory / CRITIC_ADAPTER, CRITIC_ADAPTER)
@@ -66,10 +66,10 @@ def load_actor_critic(model: ActorCritic, directory: Path) -> None:
 
 
 def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:
-    """Write a model with its generation config as it is.
+    """Write a model and its generation config without validation.
 
-    transformers validates the generation config and writes nothing after a mistake in it, such as a `temperature`
-    without `do_sample`. The weights are worth more than that, and the base was published with the same mistake.
+    transformers refuses to save a model with an invalid generation config, such as a `temperature` without
+    `do_sample`, even if the base was published with it. The trained weights must not be lost for that.
     """
     config = getattr(model, "generation_config", None)
     if isinstance(model, PeftModel) or not isinstance(config, GenerationConfig):
@@ -88,13 +88,13 @@ def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:
 
 @contextlib.contextmanager
 def without_generation_parameters(config: Any) -> Iterator[None]:
-    """Leave out of a model's configuration, inside the block, what scripts set there for `generate`.
+    """Context manager: remove parameters of `generate` from a model's configuration.
 
-    transformers refuses to save a model with them (`model.config.max_length = 50`), after it was trained.
+    transformers refuses to save a model with them (`model.config.max_length = 50`).
     """
     declared = {field.name for field in fields(config)}
     names = (GenerationConfig().to_dict().keys() & vars(config).keys()) - declared - {"use_cache"}
-    names = {name for name in names if not name.endswith("_token_id")}  # which belong to a model as well
+    names = {name for name in names if not name.endswith("_token_id")}  # which a model's configuration has, too
     hidden = {name: vars(config).pop(name) for name in names}
     try:
         yield
@@ -103,7 +103,7 @@ def without_generation_parameters(config: Any) -> Iterator[None]:
 
 
 def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str = "default") -> None:
-    """Read weights into a model: those of its adapter where it has one, else all."""
+    """Load weights into a model: those of its adapter if it has one, else all."""
     if isinstance(model, PeftModel):
         load_adapter(model, adapter, adapter_weights(directory), directory, "Use the same base and peft_config.")
         return

@@ -1,4 +1,4 @@
-"""Score heads and value heads on disk: which tensors of which files they are, by ppo_plus, PEFT, TRL, LLaMA-Factory.
+"""Find and load score heads and value heads in files of ppo_plus, PEFT, TRL and LLaMA-Factory.
 
 A score head maps the last hidden state of a text, `(H,)`, to its reward: a weight `(1, H)` and, where the head was
 trained with one, a bias `(1,)`.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..utils.files import read_json_object, reraise_as_corrupt_file
 
-# Files that may hold a value head, and its names in those of TRL and LLaMA-Factory.
+# Files that may have a value head, and its tensor names in those of TRL and LLaMA-Factory.
 HEAD_FILES = ("value_head.safetensors", "value_head.bin", "model.safetensors", "pytorch_model.bin")
 V_HEAD = ("v_head.summary.weight", "v_head.summary.bias")
 # The head of a sequence classifier among an adapter's tensors; some tools keep PEFT's names of the copies it trains.
@@ -32,11 +32,11 @@ def find_score_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def pop_score_head(weights: dict[str, Tensor], directory: Path) -> nn.Linear:
-    """Take a reward adapter's score head out of its tensors, or read the value head beside the adapter.
+    """Remove a reward adapter's score head from its tensors and return it, or load the value head in its folder.
 
     Args:
         weights: tensors of the adapter, by name; those of the head are removed.
-        directory: of the adapter.
+        directory: folder of the adapter.
 
     Returns:
         a frozen linear layer, H to 1.
@@ -57,7 +57,7 @@ def make_score_head(head: Mapping[str, Tensor]) -> nn.Linear:
 
 
 def score_head_shapes(directory: Path, adapter_file: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of a reward adapter's score head, by `weight` and `bias`; empty where the adapter has none."""
+    """Read the shapes of a reward adapter's score head, by `weight` and `bias`; empty if the adapter has none."""
     with reraise_as_corrupt_file(adapter_file), safe_open(adapter_file, framework="pt") as tensors:
         keys = find_score_keys(tensors.keys())
         shapes = {part: tuple(tensors.get_slice(key).get_shape()) for part, key in keys.items()}
@@ -71,20 +71,20 @@ def find_other_heads(adapter_file: Path) -> list[str]:
 
 
 def read_v_head(directory: Path | None) -> dict[str, Tensor]:
-    """Read the value head that LLaMA-Factory and TRL (up to 0.11) write beside a reward model's language model.
+    """Load the value head that LLaMA-Factory and TRL (up to 0.11) write with a reward model's language model.
 
     Returns:
-        its `weight`, `(1, H)`, and `bias`, `(1,)`; empty where no file has one. A critic of ppo_plus is none.
+        its `weight`, `(1, H)`, and `bias`, `(1,)`; empty if no file has one. A critic of ppo_plus has other names.
     """
     for name in HEAD_FILES if directory is not None else ():
         for file in find_shards(cast(Path, directory) / name):
-            if found := read_tensors(file, V_HEAD):
-                return {key.rpartition(".")[2]: tensor for key, tensor in found.items()}
+            if tensors := read_tensors(file, V_HEAD):
+                return {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
     return {}
 
 
 def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Read from a file of weights those tensors of the names given that are in it; nothing is unpickled but tensors."""
+    """Load the tensors with these names from a file that may lack some; only tensors are unpickled."""
     if file.suffix != ".safetensors":
         state = torch.load(file, weights_only=True, map_location="cpu")
         return {name: state[name] for name in names if name in state}
@@ -94,7 +94,7 @@ def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def find_shards(file: Path) -> list[Path]:
-    """Find the file, or those of its shards that hold a value head; empty where there is neither."""
+    """Find a file, or those of its shards that have a value head; empty if there is neither."""
     index = file.with_name(f"{file.name}.index.json")
     if file.is_file():
         return [file]
@@ -107,14 +107,14 @@ def find_shards(file: Path) -> list[Path]:
 def pool_last_token(
     scores: Tensor, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None = None
 ) -> Tensor:
-    """Gather from scores `(B, L)` the one at each row's last token, `(B,)`, with padding on either side.
+    """Gather the score at each row's last token, `(B, L)` to `(B,)`, with padding on either side.
 
     Args:
         scores: at every position.
         input_ids: `(B, L)` int64.
         attention_mask: 1 for real tokens, `(B, L)`.
-        pad_token_id: the padding token in the configuration of the reward model itself. A sequence classifier of
-            transformers passes over it at the end of a text, where it may be EOS, a real token. None passes over none.
+        pad_token_id: padding token in the configuration of the reward model. A sequence classifier of transformers
+            skips it at the end of a text, even if it is also EOS, a real token. None skips nothing.
     """
     real = attention_mask.bool()
     if pad_token_id is not None:

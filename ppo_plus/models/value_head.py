@@ -11,10 +11,10 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 class ValueHead(nn.Module):
-    """A scalar per hidden state, in fp32 whatever the backbone's dtype.
+    """A scalar per hidden state, computed in fp32.
 
-    The output layer starts at zero, so the first values are 0 and not noise, and no activation follows it: values
-    must be able to reach all reals.
+    The output layer starts at zero, so initial values are 0 and not noise. It has no activation, because values may be
+    any real number.
     """
 
     def __init__(
@@ -31,6 +31,6 @@ class ValueHead(nn.Module):
             self.layers = nn.Sequential(nn.Linear(hidden_size, hidden_size, dtype=torch.float32), between, output)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`(..., H)` hidden states to `(...)` float32 values, reward units."""
+        """Compute values `(...)` float32, reward units, of hidden states `(..., H)`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.layers(hidden.float()).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Whether a model's weights can be used: all of them in memory, and all of them finite numbers. Imports torch only."""
+"""Refuse models with offloaded, NaN or infinite weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ INSTEAD = (
 
 
 def check_device_map(device_map: Any) -> None:
-    """Refuse a map that offloads parts of a model, before they are loaded.
+    """Refuse a device map that offloads parts of a model, before they are loaded.
 
     Args:
-        device_map: of `from_pretrained`: a device by module; what is no dict decides when weights are loaded.
+        device_map: of `from_pretrained`: a dict of devices by module; other values are resolved at loading.
     """
     parts = offloaded_parts(device_map) if isinstance(device_map, Mapping) else []
     if parts:
@@ -30,8 +30,8 @@ def check_model_weights(model: nn.Module, name: str) -> None:
     """Refuse a model with weights that are offloaded, NaN or infinite, and name them.
 
     Args:
-        model: as it was loaded.
-        name: what the user calls it.
+        model: the loaded model.
+        name: the argument that the user passed it as.
     """
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     device_map = getattr(base, "hf_device_map", None) or {}
@@ -40,15 +40,15 @@ def check_model_weights(model: nn.Module, name: str) -> None:
         raise ValueError(f"{name}: device_map offloads {', '.join(parts[:3])}. {INSTEAD}")
     if parameter := first_not_finite(model):
         raise ValueError(
-            f"{name}: the weight {parameter} holds NaN or infinite numbers, and so would all that is computed with it. "
-            "The file is damaged, or was cast to a precision that its numbers exceed (fp16): load another checkpoint."
+            f"{name}: the weight {parameter} has NaN or infinite numbers. The file is damaged, or was cast to a "
+            "precision that its numbers exceed (fp16): load another checkpoint."
         )
 
 
 def offloaded_parts(device_map: Mapping[str, Any]) -> list[str]:
     """Return the parts of a model that hooks would load for each pass, as `module to device`.
 
-    The CPU is no place of offloading where nothing is on an accelerator.
+    Parts on the CPU are offloaded only if others are on an accelerator.
     """
     places = {str(place) for place in device_map.values()}
     away = {"disk"} if places <= {*OFFLOADED} else {*OFFLOADED}
@@ -57,12 +57,12 @@ def offloaded_parts(device_map: Mapping[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module) -> str | None:
-    """Return the name of the first parameter with NaN or infinite numbers; packed weights are passed over."""
+    """Return the name of the first parameter with NaN or infinite numbers; packed weights are skipped."""
     for name, parameter in model.named_parameters():
         packed = not parameter.is_floating_point() or hasattr(parameter, "__tensor_flatten__")
         if packed or parameter.device.type == "meta":
             continue
-        # A sum needs no tensor of that size, and is finite only if all numbers are; sums that exceed fp32 are not.
+        # A sum needs no tensor of that size, and is infinite or NaN if a number is, or if it exceeds fp32.
         if not parameter.sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
             return name.removeprefix("base_model.model.").replace(".base_layer.", ".")  # as the file has it
     return None

@@ -152,7 +152,7 @@ def write_atomically(
         message = _write_error_message(directory, error)
         if on_error == "raise":
             raise OSError(f"{message} Free some space, or set save_total_limit or on_save_error='skip'.") from error
-        warnings.warn(f"{message} Training goes on without it.", stacklevel=4)
+        warnings.warn(f"{message} Training continues without it.", stacklevel=4)
         return False
     return True
 
@@ -189,10 +189,10 @@ def integrity_error(directory: str | Path) -> str | None:
         manifest = read_json_object(directory / MANIFEST)
         for name, expected in manifest.items():
             if _size_and_sha256(directory / name) != expected:
-                return f"{name} is not as it was written"
+                return f"{name} was changed or truncated"
     except FileNotFoundError as error:
         name = Path(error.filename).name
-        return "it was not finished" if name == MANIFEST else f"{name} is missing"
+        return "saving was interrupted" if name == MANIFEST else f"{name} is missing"
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
     return None

@@ -100,7 +100,7 @@ class NonfiniteGradientGuard:
             last = find_last_valid_checkpoint(cast(str, trainer.args.output_dir))
             raise RuntimeError(
                 f"{message}. That makes {progress.skipped} steps in a row (max_skipped_steps): lower the learning rate "
-                f"or look at the rewards. The last whole checkpoint is {last}."
+                f"or check the rewards. The last valid checkpoint is {last}."
             )
         warnings.warn(message, stacklevel=2)
 

@@ -121,7 +121,7 @@ class ModelCard:
     def _settings(self) -> list[str]:
         rows = [f"| {name} | {str(value).replace('|', ' ')} |" for name, value in settings(self.trainer.args).items()]
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-        return ["## Hyper-parameters", "", "| | |", "|---|---|", *rows, "", versions]
+        return ["## Hyperparameters", "", "| | |", "|---|---|", *rows, "", versions]
 
 
 def display_name(name: str) -> str:

@@ -50,7 +50,7 @@ class Checkpointer:
         if resume_from_checkpoint is True:
             checkpoint = find_last_valid_checkpoint(output_dir)
             if checkpoint is None:
-                warnings.warn(f"No whole checkpoint in {output_dir}: training starts anew.", stacklevel=3)
+                warnings.warn(f"No valid checkpoint in {output_dir}: training starts from the beginning.", stacklevel=3)
         elif checkpoint is not None:
             check_checkpoint(checkpoint)
         if checkpoint is None:
@@ -153,8 +153,8 @@ class Checkpointer:
         if stale and self._trainer.is_world_process_zero():
             warnings.warn(
                 f"{output_dir} has checkpoints of another run beyond step {start_step}, where this one begins, up to "
-                f"{stale[-1].name}. They are left as they are, and resume_from_checkpoint=True would take them for "
-                "this run's: choose another output_dir, or delete them.",
+                f"{stale[-1].name}. They are not deleted, and resume_from_checkpoint=True would resume from them: "
+                "choose another output_dir, or delete them.",
                 stacklevel=4,
             )
 
@@ -176,7 +176,7 @@ def _warn_restored_arguments(current: Any, restored: Any) -> None:
     current_args, saved_args = current.state()["args"], restored.state()["args"]
     if current_args != saved_args:
         warnings.warn(
-            f"{type(current).__name__} goes on with the options of the checkpoint, {saved_args}, and not with "
-            f"{current_args}. To change them, set restore_callback_states_from_checkpoint=False: then it starts anew.",
+            f"{type(current).__name__} uses the options of the checkpoint, {saved_args}, and not {current_args}. To "
+            "change them, set restore_callback_states_from_checkpoint=False, which also resets its state.",
             stacklevel=2,
         )

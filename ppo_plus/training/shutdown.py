@@ -91,7 +91,7 @@ class GracefulShutdownCallback(TrainerCallback):
         if self.local_signal is not None:
             self._restore_handlers()
             signal.raise_signal(number)
-        message = f"{signal.Signals(number).name}: finishing this step and saving; send it again to stop at once."
+        message = f"{signal.Signals(number).name}: finishing this step and saving; send it again to stop immediately."
         with contextlib.suppress(RuntimeError):  # stderr was being written to, which is not reentrant
             print(message, file=sys.stderr, flush=True)
         self.interrupt.receive(number)

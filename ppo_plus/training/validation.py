@@ -215,8 +215,8 @@ def resolve_actor_peft_config(model: Any, peft_config: PeftConfig | None) -> Pef
         check_no_adapter(
             model,
             "Leave peft_config out and pass the adapter, by its name or as PeftModel.from_pretrained(base, name, "
-            "is_trainable=True), to go on training it, with what it is now as the reference; or merge it into its base "
-            "(merge_and_unload), save that, and train a new one on it.",
+            "is_trainable=True), to continue its training with its present weights as the reference; or merge it into "
+            "its base (merge_and_unload), save that, and train a new one on it.",
         )
         check_preserves_base(peft_config, "peft_config")
         return peft_config or config
@@ -282,7 +282,7 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
     if args.critic_warmup_steps >= steps:
         warnings.warn(
             f"critic_warmup_steps={args.critic_warmup_steps} covers all {steps} optimizer steps of training, so only "
-            "the critic is trained and the policy stays as it is. Lower it, or train longer.",
+            "the critic is trained and the policy stays unchanged. Lower it, or train longer.",
             stacklevel=4,
         )
     if args.eval_win_rate and not evaluates:
