@@ -25,6 +25,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
+from .algo.statistics import pairwise_calibration_error
 from .config import check_no_sharding, copy_arguments
 from .config.reward_config import RewardConfig
 from .data.preferences import tokenize_pairs
@@ -34,7 +35,7 @@ from .kernels.liger import LigerMixin, apply_liger, check_liger, check_liger_mod
 from .kernels.switch import kernels_enabled, replace_forwards
 from .models.adapter_checks import check_no_adapter, check_preserves_base
 from .models.adapter_files import HEADS, REWARD_FILE
-from .models.adapters import train_adapter
+from .models.adapters import keep_model_card, train_adapter
 from .models.base_weights import encode_samples, sample_model
 from .models.classifier import register_sequence_classifier
 from .models.loading import (
@@ -51,6 +52,7 @@ from .models.saving import without_generation_parameters
 from .models.weight_checks import check_device_map, check_model_weights
 from .rewards.adapters import template_hash
 from .training.hub import HubMixin, save_training_args_json
+from .training.reward_card import RewardModelCard
 
 ADAPTER_HINT = (
     "Pass the name of its base to train a new reward adapter; to start from the adapter's weights, merge them into the "
@@ -72,6 +74,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
     args: RewardConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
+    card_class = RewardModelCard
     _tag_names = ["ppo_plus", "reward-trainer"]
 
     def __init__(
@@ -111,6 +114,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         self._base_weights = encode_samples(sample_model(self.model)) if isinstance(self.model, PeftModel) else None
         if isinstance(self.model, PeftModel) or not isinstance(model, str):
             hold_trained_in_fp32(self.model)  # TRL casts adapters of a quantized model to bf16
+        keep_model_card(self.model)
         self._configure_forward()
 
     def _configure_forward(self) -> None:
@@ -131,17 +135,19 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         output = super().train(*args, **kwargs)
         if self.args.load_best_model_at_end:  # it replaces the last model, but keeps the last model's step
             self._calibration = {}
+        self.write_model_card(self.args.output_dir)
         return output
 
     @torch.no_grad()
     def calibrate(self, dataset: Dataset | dict[str, Dataset] | None = None) -> dict[str, float]:
-        """Measure accuracy, mean and standard deviation of rewards on held-out pairs; saved with the model.
+        """Measure accuracy, calibration, mean and spread of rewards on held-out pairs; saved with the model.
 
         Args:
             dataset: preference pairs, or a dict of datasets that are combined; `eval_dataset` by default.
 
         Returns:
             `accuracy` (share of correctly ordered pairs among those with different scores; NaN if there are none),
+            `calibration_error` (expected calibration error of sigmoid(margin), see `pairwise_calibration_error`),
             `reward_mean` and `reward_std` (reward units, over chosen and rejected), `pairs`, `ties` (number of pairs
             with equal scores, if any), and the training `step` of the measurement.
 
@@ -171,6 +177,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         differs = chosen_scores != rejected_scores
         self._calibration = {
             "accuracy": (chosen_scores > rejected_scores)[differs].float().mean().item(),
+            "calibration_error": pairwise_calibration_error(chosen_scores - rejected_scores),
             "reward_mean": all_scores.mean().item(),
             "reward_std": all_scores.std(unbiased=False).item(),
             "pairs": len(chosen_scores),
@@ -266,6 +273,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             (directory / REWARD_FILE).write_text(json.dumps(self._metadata(), indent=2), encoding="utf-8")
             (directory / TRAINING_ARGS_NAME).unlink()  # a pickle that contains the Hub token
             save_training_args_json(self.args, directory)
+            self.write_model_card(directory)
 
     def _metadata(self) -> dict[str, Any]:
         config = self.accelerator.unwrap_model(self.model).config

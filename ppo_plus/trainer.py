@@ -52,7 +52,7 @@ from .training.evaluation import Evaluator
 from .training.gradients import GradientAccumulator, NonfiniteGradientGuard
 from .training.hub import HubMixin, save_training_args_json
 from .training.metrics import Meter
-from .training.model_card import ModelCard
+from .training.ppo_card import PPOModelCard
 from .training.resume import Checkpointer
 from .training.rollouts import RolloutPhase
 from .training.setup import (
@@ -110,6 +110,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
     train_dataset: Dataset | IterableDataset
     eval_dataset: Dataset | dict[str, Dataset] | None
     loss_is_scaled_for_ga = True
+    card_class = PPOModelCard
     _tag_names: ClassVar[list[str]] = ["ppo_plus", "ppo"]
 
     def __init__(
@@ -380,7 +381,9 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         none, so a script that a supervisor restarts needs no special case.
         """
         checkpoint = self._checkpointer.start(resume_from_checkpoint)
-        return self._checkpointer.run(partial(super().train, checkpoint, trial, ignore_keys_for_eval), trial)
+        output = self._checkpointer.run(partial(super().train, checkpoint, trial, ignore_keys_for_eval), trial)
+        self.write_model_card(self._get_output_dir(trial))
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         directory = cast(str, output_dir or self.args.output_dir)
@@ -388,6 +391,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             self.accelerator.unwrap_model(self.model).save_pretrained(directory)
             self.processing_class.save_pretrained(directory)
             save_training_args_json(self.args, directory)
+            self.write_model_card(directory)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._checkpointer.save(partial(super()._save_checkpoint, model, trial), trial)
@@ -412,20 +416,6 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With save_strategy="best" this alone decides what is saved, and a signal requests a checkpoint.
         return super()._determine_best_metric(metrics, trial) or self._shutdown.agreed_signal is not None
-
-    def create_model_card(
-        self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None,
-        model_name: str | None = None, finetuned_from: str | None = None, tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None, dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None, dataset_name: str | None = None,
-    ) -> None:  # fmt: skip
-        """Write `README.md` and the curves into `output_dir`; arguments are Trainer's and TRL's.
-
-        `tasks` and `dataset_args` are not used; `dataset_name`, `dataset_tags` and `dataset` are synonyms.
-        """
-        if self.accelerator.is_main_process:
-            data, metadata = dataset_name or dataset_tags or dataset, {"language": language, "license": license}
-            ModelCard(self, name=model_name, base=finetuned_from, dataset=data, tags=tags, metadata=metadata).write()
 
 
 def count_tokens(inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | int:

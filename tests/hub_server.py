@@ -10,7 +10,34 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+# Some of the identifiers in https://huggingface.co/docs/hub/repositories-licenses.
+LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "openrail", "llama2", "gemma", "unknown", "other"}
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".model")
+
+
+def card_errors(content: str) -> list[str]:
+    """What the Hub refuses in a card, by https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+    header = yaml.safe_load(content.split("---\n")[1])
+    names = [("base_model", header.get("base_model")), *(("datasets", name) for name in header.get("datasets") or [])]
+    errors = [f'"{field}" with value "{name}" is not valid.' for field, name in names if name and not is_repo(name)]
+    errors += ['"license" must be one of the list'] * (header.get("license") not in LICENSES)
+    errors += ['"license_name" is needed'] * (header.get("license") == "other" and "license_name" not in header)
+    lists = [field for field in ("tags", "datasets") if not isinstance(header.get(field, []), list)]
+    fields = ("library_name", "pipeline_tag", "model_name")
+    texts = [field for field in fields if not isinstance(header.get(field, ""), str)]
+    return errors + [f'"{field}" has another type' for field in lists + texts]
+
+
+def is_repo(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 class Hub:
@@ -84,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
             hub.commits.setdefault(repo, [])
             return self._answer({"url": f"{hub.url}/{repo}", "name": repo})
         if path == "/api/validate-yaml":
-            return self._answer({"errors": [], "warnings": []})
+            errors = card_errors(json.loads(body)["content"])
+            messages = [{"message": error} for error in errors]
+            return self._answer({"errors": messages, "warnings": []}, 400 if errors else 200)
         if match := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
             files = [
                 {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",

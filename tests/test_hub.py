@@ -21,8 +21,8 @@ from transformers.trainer_utils import HubStrategy
 from ppo_plus import PPOTrainer
 from ppo_plus.report import REPORT
 from ppo_plus.report.__main__ import COMPARISON
+from ppo_plus.training.card_curves import curves_svg
 from ppo_plus.training.hub import HubMixin, redact_tokens
-from ppo_plus.training.model_card import curves_svg
 
 TESTS = Path(__file__).parent
 SECRET = "hf_thisisasecretthatmustnotbeseen"
@@ -198,7 +198,7 @@ def test_the_card_says_what_was_trained_how_and_how_to_load_it(pushed):
         assert piece in text, piece
     state = json.loads(hub.repos["me/out-checkpoint"]["last-checkpoint/trainer_state.json"])
     first = next(row for row in state["log_history"] if "reward" in row)
-    assert f"| {first['step']} | {first['reward']:.3f} | {first['kl']:.2f} |" in text
+    assert f"| {first['step']} | {first['reward']:.3f} | {first['kl']:.3f} |" in text
     assert files["curves.svg"].count(b"<polyline") == 2
 
 
@@ -214,13 +214,14 @@ def test_the_card_of_a_run_without_adapter_or_training(tmp_path):
     text = (tmp_path / "README.md").read_text()
     header = yaml.safe_load(text.split("---\n")[1])
     assert header["library_name"] == "transformers" and header["base_model"] == "org/base" and "mine" in header["tags"]
-    assert 'AutoModelForCausalLM.from_pretrained("whole")' in text and "curves" not in text
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path.name}")' in text and "curves" not in text
+    assert "# whole" in text
     assert not (tmp_path / "curves.svg").exists()
 
 
 def test_the_curves_are_drawn_to_scale():
     history = [{"step": s, "reward": r, "kl": k} for s, r, k in ((4, 0.0, 0.0), (8, 1.0, 1.0), (12, 2.0, 4.0))]
-    svg = curves_svg([*history, {"step": 12, "loss": 1.0}])
+    svg = curves_svg([*history, {"step": 12, "loss": 1.0}], {"reward": "reward", "kl": "KL < 1"})
     # 640 x 320 with a margin of 56: x from 56 to 584, y from 264 (lowest) to 56 (highest).
     assert 'points="56.0,264.0 320.0,160.0 584.0,56.0"' in svg  # reward: a straight line
     assert 'points="56.0,264.0 320.0,212.0 584.0,56.0"' in svg  # kl: a quarter of the way up in the middle

@@ -1,4 +1,4 @@
-"""Tables of samples in TensorBoard, wandb and trackio: the libraries themselves, without a network."""
+"""Metrics and tables of samples in TensorBoard, wandb, trackio and MLflow: the libraries themselves, offline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from transformers.integrations import TensorBoardCallback
 
 from ppo_plus.callbacks.trackers import log_table, markdown_table
 
+# Some of the names under which Trainer's callbacks log: in two groups, but in MLflow as they are.
+GROUPED = {
+    "train/loss", "train/reward", "train/kl", "train/completions/mean_length", "train/rewards/score/mean",
+    "train/time/generate", "train/ppo/policy_loss", "eval/reward", "eval/kl", "eval/completions/mean_length",
+}  # fmt: skip
+SPEEDS = ("train_samples_per_second", "train_steps_per_second")  # wandb has a summary of the run
+AS_LOGGED = {name.removeprefix("train/").replace("eval/", "eval_") for name in GROUPED}
 NASTY = "a|b *c* `d` <img src=x> [l](http://x) ![i](http://y)\n# e"
 
 
@@ -44,6 +51,12 @@ def check(found, expected):
         assert all(r["step"] == step and r["why"] == NASTY and math.isfinite(r["kl"]) for r in rows)
 
 
+def check_groups(names, tables=()):
+    """All scalars are in Trainer's two groups; a table is where it was logged."""
+    assert names >= GROUPED
+    assert {name.split("/")[0] for name in names - {*tables}} == {"train", "eval"}
+
+
 def test_tensorboard_gets_text(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,7 +72,7 @@ def test_tensorboard_gets_text(tmp_path, monkeypatch):
         for event in events.Tensors(f"{name}/text_summary")
     }
     assert found.keys() == expected.keys()
-    assert events.Scalars("train/reward") and events.Scalars("eval/reward")  # Trainer's own writer, and no second one
+    check_groups({*events.Tags()["scalars"]})  # Trainer's own writer, and no second one
     for key, rows in expected.items():
         shown = markdown_to_safe_html(found[key])
         assert shown.count("<tr>") == 1 + len(rows) and shown.count("<td>") == 5 * len(rows)
@@ -78,6 +91,7 @@ def test_wandb_gets_a_table(tmp_path, monkeypatch):
 
     try:
         expected = run(tmp_path, "wandb")
+        names = {name for name in wandb.run.summary.keys() if not name.startswith("_")}  # noqa: SIM118
     finally:
         wandb.finish()
     found = {}
@@ -85,6 +99,23 @@ def test_wandb_gets_a_table(tmp_path, monkeypatch):
         table = json.loads(file.read_text())
         rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
         found["eval/completions" if "eval" in file.parts else "completions", rows[0]["step"]] = rows
+    check(found, expected)
+    check_groups(names, {"completions", "total_flos", "train_loss", "train_runtime", *SPEEDS})
+
+
+def test_mlflow_gets_a_table(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    expected = run(tmp_path, "mlflow")
+    [logged] = mlflow.search_runs(output_format="list")
+    assert {*logged.data.metrics} >= AS_LOGGED and logged.info.run_name == "mine"
+    found = {}
+    for file in (tmp_path / "mlflow").rglob("completions.json"):
+        name = "eval/completions" if file.parent.name == "eval" else "completions"
+        table = json.loads(file.read_text())
+        for row in (dict(zip(table["columns"], row, strict=True)) for row in table["data"]):
+            found.setdefault((name, row["step"]), []).append(row)
     check(found, expected)
 
 
@@ -97,6 +128,7 @@ def test_trackio_gets_a_table(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     expected = run(tmp_path, "trackio")
     logs = sqlite_storage.SQLiteStorage.get_logs("ours", "mine")
+    check_groups({name for entry in logs for name in entry} - {"step", "timestamp"}, {"completions"})
     found = {
         (name, entry["train/global_step"]): entry[name]["_value"]
         for entry in logs

@@ -886,7 +886,7 @@ def test_nothing_that_is_saved_is_pickled_by_us(tmp_path):
     trainer.train()
     trainer.save_model()
     files = {file.name for file in tmp_path.iterdir() if file.is_file()} - {"README.md"}
-    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".jinja"}
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".jinja", ".svg"}
     assert json.loads((tmp_path / "training_args.json").read_text())["num_ppo_epochs"] == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -134,3 +135,27 @@ def ema(old: Average, new: Average, decay: float) -> Average:
         The new average.
     """
     return decay * old + (1 - decay) * new
+
+
+def pairwise_calibration_error(margins: Tensor, bins: int = 10) -> float:
+    """Compute the expected calibration error of a reward model's preference probabilities (Guo et al. 2017, eq. 3).
+
+    The Bradley-Terry model prefers the answer with the higher score with probability `p = sigmoid(|margin|)`. Pairs
+    are grouped by p into `bins` of equal width over [0.5, 1]; the error is the mean over pairs of
+    `|share of correct pairs - mean of p|` of their bin. A tie has p = 0.5 and counts as half correct.
+
+    Args:
+        margins: score of the chosen answer minus that of the rejected one, `(N,)`, reward units.
+        bins: number of bins.
+
+    Returns:
+        The error, from 0 (calibrated) to at most 1; NaN without pairs.
+    """
+    if not len(margins):
+        return math.nan
+    margins = margins.double()
+    confidence = margins.abs().sigmoid()
+    correct = (margins > 0).double() + 0.5 * (margins == 0)
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index.cpu(), (correct - confidence).cpu())
+    return (gaps.abs().sum() / len(margins)).item()

@@ -9,13 +9,17 @@ from typing import Any
 
 import pandas as pd
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
+
+# Trainer's callbacks of trackers with tables, and the attribute with the tracker's module.
+WRITERS = {WandbCallback: "_wandb", TrackioCallback: "_trackio", MLflowCallback: "_ml_flow"}
 
 
 def log_table(callbacks: Iterable[TrainerCallback], name: str, columns: dict[str, list[Any]], step: int) -> None:
     """Log a table to every initialized tracker among the callbacks.
 
-    wandb and trackio receive a table with the step as its first column, TensorBoard receives text.
+    wandb, trackio and MLflow receive a table with the step as its first column, TensorBoard receives text. MLflow keeps
+    tables as artifacts, `<name>.json`, to which the rows of later steps are appended.
 
     Args:
         callbacks: Trainer's callbacks; callbacks that are not trackers, or trackers without tables, are ignored.
@@ -27,11 +31,14 @@ def log_table(callbacks: Iterable[TrainerCallback], name: str, columns: dict[str
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text(name, markdown_table(columns), step)
             callback.tb_writer.flush()
-        tracker = getattr(callback, "_wandb" if isinstance(callback, WandbCallback) else "_trackio", None)
-        if isinstance(callback, WandbCallback | TrackioCallback) and tracker is not None and callback._initialized:
-            rows = len(next(iter(columns.values())))
-            table = tracker.Table(dataframe=pd.DataFrame({"step": [step] * rows, **columns}))
-            tracker.log({name: table, "train/global_step": step})
+        tracker = next((getattr(callback, field) for kind, field in WRITERS.items() if isinstance(callback, kind)), None)
+        if tracker is None or not callback._initialized:
+            continue
+        table = pd.DataFrame({"step": [step] * len(next(iter(columns.values()))), **columns})
+        if isinstance(callback, MLflowCallback):
+            tracker.log_table(table, f"{name}.json")
+        else:
+            tracker.log({name: tracker.Table(dataframe=table), "train/global_step": step})
 
 
 def markdown_table(columns: dict[str, list[Any]]) -> str:

@@ -35,6 +35,7 @@ from .adapters import (
     active_adapter,
     frozen_layers_and_users,
     is_critic_parameter,
+    keep_model_card,
     use_adapter,
 )
 from .backbone import move_if_movable, unwrap_peft
@@ -94,6 +95,8 @@ class ActorCritic(nn.Module):
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         self.use_kernels = kernels_enabled(use_kernels)
         replace_forwards(policy, self.use_kernels)
+        for model in (policy, value_model):
+            keep_model_card(model)
         # Whether a linear function of the reward adapter's scores is added to the values; its slope and intercept.
         self.uses_prefix_reward_baseline, self.reward_line = False, cast(tuple[float, float] | None, None)
         self._last_train_mode: bool | None = None  # unknown: an adapter may be in training and its base not

@@ -112,3 +112,17 @@ def copy_adapter_state_dict(model: nn.Module, adapter: str, other: str) -> dict[
         for name, tensor in model.state_dict().items()
         if is_adapter_parameter(name, adapter)
     }
+
+
+def keep_model_card(model: nn.Module | None) -> None:
+    """Let PEFT's `save_pretrained` leave `README.md` as it is.
+
+    PEFT writes an empty template there, with the path of the base, or adds that path to a card. The trainers write the
+    card themselves.
+    """
+    if isinstance(model, PeftModel):
+        model.create_or_update_model_card = _leave_model_card
+
+
+def _leave_model_card(output_dir: str) -> None:
+    """Write nothing; a function of the module, so that models can be copied and pickled."""

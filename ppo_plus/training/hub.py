@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,49 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, hf_api
 
+from .model_card import ModelCard
+
 ARGUMENTS_FILE = "training_args.json"
 REPORT_FILES = ("report.html", "report_comparison.html")  # of `report/`: they contain prompts and completions
 
 
 class HubMixin(Trainer):
-    """Overrides Trainer's two push hooks; a mixin, because `PPOTrainer` and `RewardTrainer` share it."""
+    """Overrides Trainer's push hooks and its model card; a mixin, because `PPOTrainer` and `RewardTrainer` share it.
+
+    Attributes:
+        card_class: writes the model card.
+    """
+
+    card_class: type[ModelCard]
+    _card_arguments: dict[str, Any] | None = None
+
+    def create_model_card(
+        self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None,
+        model_name: str | None = None, finetuned_from: str | None = None, tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None, dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None, dataset_name: str | list[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Write `README.md` and the curves into `output_dir`; later saves use the same arguments.
+
+        Arguments are Trainer's and TRL's. `tasks` and `dataset_args` are not used; `dataset_name`, `dataset_tags` and
+        `dataset` are synonyms.
+        """
+        arguments = {
+            "language": language, "license": license, "tags": tags, "model_name": model_name,
+            "finetuned_from": finetuned_from, "dataset_tags": dataset_tags, "dataset": dataset,
+            "dataset_name": dataset_name,
+        }  # fmt: skip
+        self._card_arguments = {**(self._card_arguments or {}), **{k: v for k, v in arguments.items() if v is not None}}
+        self.write_model_card(str(self.args.output_dir))
+
+    def write_model_card(self, directory: str | Path) -> None:
+        """Write the model card into the folder of a saved model."""
+        if not self.is_world_process_zero():
+            return
+        try:
+            self.card_class(self, Path(directory), self._card_arguments or {}).write()
+        except OSError as error:  # the weights are written
+            warnings.warn(f"The model card in {directory} could not be written: {error}", stacklevel=2)
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,

@@ -1,28 +1,35 @@
-"""The model card of a run: base, data, rewards, settings, curves of reward and KL, and how to load it.
+"""The model card of a run: base, data, settings, curves, evaluation, and how to load it.
 
-The card is written from named fields of the run and never from the environment, so it contains no token.
+The card is written from named fields of the run and never from the environment, so it contains no token; it names
+models as the Hub does, and folders by their last part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+import contextlib
+import warnings
+from collections.abc import Mapping, Sized
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import peft
-import torch
-import transformers
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard as HubCard
+from huggingface_hub import ModelCardData, try_to_load_from_cache
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..config.trl_fields import TRLFields
-from ..models.loading import language_model_class
+from ..models.adapter_files import display_name, hub_name, is_hub_name
+from ..models.merging import CARD_FILE
+from .card_curves import curves_svg, curves_table
 
 if TYPE_CHECKING:
-    from ..trainer import PPOTrainer
+    from .hub import HubMixin
 
 CURVES_FILE = "curves.svg"
+MARK = "<!-- Written by ppo_plus at each save. Remove this line to keep the file as you edit it. -->"
+LIBRARIES = ("ppo-plus", "transformers", "trl", "peft", "torch", "datasets", "tokenizers", "bitsandbytes")
 # Trainer's settings that influence the trained weights.
 TRAINER_SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate",
@@ -32,105 +39,208 @@ TRAINER_SETTINGS = (
 
 
 class ModelCard:
-    """The card of a trainer's run, in Markdown with a header in YAML.
+    """The card of a run, in Markdown with a header in YAML; subclasses add the sections of their method.
 
-    `name`, `base` and `dataset` override the values of the run; `metadata` goes into the header.
+    Args:
+        trainer: the run.
+        directory: where the model is saved.
+        arguments: those of `create_model_card`, which override the values of the run.
     """
 
-    def __init__(
-        self, trainer: PPOTrainer, *, name: str | None, base: str | None, dataset: str | list[str] | None,
-        tags: str | list[str] | None, metadata: Mapping[str, Any],
-    ) -> None:  # fmt: skip
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        config = model.language_model.config
-        self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
-        self.name = name or self.folder.absolute().name
-        self.repo = trainer.hub_model_id or self.name
-        self.base = base or config._name_or_path or "the base model"
-        self.auto_class, self.adapter = language_model_class(config).__name__, model.is_peft
-        self.dataset = dataset[0] if isinstance(dataset, list) else dataset
-        self.tags = [*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
-        self.metadata = {key: value for key, value in metadata.items() if value is not None}
+    pipeline_tag: ClassVar[str]
+    curves: ClassVar[Mapping[str, str]]  # two metrics with their labels
+    method: ClassVar[str]
+    citation: ClassVar[str]
+
+    def __init__(self, trainer: HubMixin, directory: Path, arguments: Mapping[str, Any]) -> None:
+        self.trainer, self.directory, self.arguments = trainer, directory, arguments
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.policy = getattr(self.model, "policy", self.model)
+        self.adapter = getattr(self.policy, "peft_config", {}).get("default")
+        self.config, self.history = self.model.config, trainer.state.log_history
+        self.base = arguments.get("finetuned_from") or self.config._name_or_path or "the base model"
+        self.name = arguments.get("model_name") or Path(str(trainer.args.output_dir)).absolute().name
+        keys = ("dataset_name", "dataset_tags", "dataset")
+        names: str | list[str] = next((arguments[key] for key in keys if arguments.get(key)), [])
+        self.datasets = [names] if isinstance(names, str) else list(names)
 
     def write(self) -> None:
-        """Write `README.md` and the curves into `output_dir`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        parts = (self._header(), self._summary(), self._curves(), self._loading(), self._settings(), [""])
-        text = "\n".join(line for part in parts for line in part)
-        (self.folder / "README.md").write_text(text, encoding="utf-8")
-        if rollouts(self.trainer.state.log_history):
-            (self.folder / CURVES_FILE).write_text(curves_svg(self.trainer.state.log_history), encoding="utf-8")
+        """Write `README.md` and the curves, unless the file there was edited by the user."""
+        file = self.directory / CARD_FILE
+        if file.is_file() and not is_generated(file.read_text(encoding="utf-8")):
+            warnings.warn(f"{file} is left as it is, because it was not written by ppo_plus.", stacklevel=3)
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        parts = (
+            self._header(), self._summary(), self._evaluation(), self._curves(), self._use(), self._settings(),
+            self._versions(), self._citation(),
+        )  # fmt: skip
+        file.write_text("\n".join(line for part in parts for line in part), encoding="utf-8")
+        if curves_table(self.history, self.curves):
+            (self.directory / CURVES_FILE).write_text(curves_svg(self.history, self.curves), encoding="utf-8")
+
+    # Sections
 
     def _header(self) -> list[str]:
-        library = {"library_name": "peft" if self.adapter else "transformers", "pipeline_tag": "text-generation"}
-        header = {**library, "tags": list(dict.fromkeys(self.tags)), **self.metadata}
-        if not Path(self.base).exists():  # the Hub accepts names of models, not folders of one machine
-            header["base_model"] = self.base
-        if self.dataset is not None and not Path(self.dataset).exists():
-            header["datasets"] = [self.dataset]
-        return ["---", ModelCardData(**header).to_yaml(), "---", ""]
+        tags = self.arguments.get("tags") or []
+        tags = [*self.trainer._tag_names, "generated_from_trainer", *([tags] if isinstance(tags, str) else tags)]
+        header = {
+            "library_name": "transformers" if self.adapter is None else "peft",
+            "pipeline_tag": self.pipeline_tag,
+            "model_name": self.name,
+            "base_model": hub_name(self.base),
+            "datasets": [name for name in self.datasets if is_hub_name(name) and not Path(name).exists()] or None,
+            "language": self.arguments.get("language"),
+            "tags": list(dict.fromkeys(tags + ["lora"] * (getattr(self.adapter, "r", None) is not None))),
+            **({"license": chosen} if (chosen := self.arguments.get("license")) else base_license(self.base)),
+        }
+        header = {key: value for key, value in header.items() if value is not None}
+        return ["---", ModelCardData(**header).to_yaml(), "---", MARK, ""]
 
     def _summary(self) -> list[str]:
-        kind = "A LoRA adapter for" if self.adapter else "A fine-tuned version of"
-        data = f"`{Path(self.dataset).name if Path(self.dataset).exists() else self.dataset}`" if self.dataset else ""
-        rewards, prompts = self.trainer.collector.rewards, self.trainer.train_dataset
-        weighted = zip(rewards.names, rewards.weights.tolist(), strict=True)
+        kind = "A fine-tuned version of" if self.adapter is None else "An adapter for"
         processes = self.trainer.accelerator.num_processes
-        number = len(prompts) if isinstance(prompts, Sized) else "a stream"
+        rows = {"base": f"{link(self.base)}, loaded in {precision(self.config)}", "adapter": describe(self.adapter)}
         return [
             f"# {self.name}", "",
-            f"{kind} `{display_name(self.base)}`, trained by proximal policy optimization (PPO, Schulman et al. 2017) "
-            f"with ppo_plus on {'one process' if processes == 1 else f'{processes} processes'}.", "",
-            "| | |", "|---|---|",
-            f"| prompts | {number}{' of ' + data if data else ''} |",
-            "| reward | " + ", ".join(f"`{name}` (weight {weight:g})" for name, weight in weighted) + " |",
-            "| reference | the model before training |", "",
+            f"{kind} {link(self.base)}, trained by {self.method} with ppo_plus on "
+            f"{'one process' if processes == 1 else f'{processes} processes'}.", "",
+            *table(rows | self._parts()), "",
         ]  # fmt: skip
+
+    def _parts(self) -> dict[str, str]:
+        """Return the rows of the summary that belong to the method."""
+        raise NotImplementedError
+
+    def _evaluation(self) -> list[str]:
+        """Return the section on held-out data; empty if nothing was evaluated."""
+        raise NotImplementedError
+
+    def _use(self) -> list[str]:
+        """Return the section on how to load what was saved."""
+        raise NotImplementedError
 
     def _curves(self) -> list[str]:
-        history = self.trainer.state.log_history
-        rows = rollouts(history)
-        if not rows:
-            return []
-        shown = sorted({round(i * (len(rows) - 1) / 11) for i in range(12)}) if len(rows) > 12 else range(len(rows))
-        lines = [
-            "## Training", "",
-            f"![Reward and KL to the reference over training]({CURVES_FILE})", "",
-            "| step | reward | KL to the reference, nats per response |", "|---|---|---|",
-            *(f"| {int(rows[i]['step'])} | {rows[i]['reward']:.3f} | {rows[i]['kl']:.2f} |" for i in shown),
-        ]  # fmt: skip
-        if last := next((row for row in reversed(history) if "eval_reward" in row), None):
-            lines += ["", f"Held-out prompts at step {int(last['step'])}: reward {last['eval_reward']:.3f}, KL "
-                          f"{last['eval_kl']:.2f} nats."]  # fmt: skip
-        return [*lines, ""]
-
-    def _loading(self) -> list[str]:
-        imports = f"from transformers import {self.auto_class}, AutoTokenizer"
-        if self.adapter:
-            imports = f"from peft import PeftModel\n{imports}"
-            load = [
-                f'base = {self.auto_class}.from_pretrained("{display_name(self.base)}")',
-                f'model = PeftModel.from_pretrained(base, "{self.repo}")',
-            ]
-        else:
-            load = [f'model = {self.auto_class}.from_pretrained("{self.repo}")']
-        load.append(f'tokenizer = AutoTokenizer.from_pretrained("{self.repo}")')
-        note = "`value_head.safetensors` is the critic's head, which only further training needs."
-        return ["## Use", "", "```python", imports, "", *load, "```", "", note, ""]
+        lines = curves_table(self.history, self.curves)
+        return ["## Training", "", f"![Curves of training]({CURVES_FILE})", "", *lines, ""] if lines else []
 
     def _settings(self) -> list[str]:
-        rows = [f"| {name} | {str(value).replace('|', ' ')} |" for name, value in settings(self.trainer.args).items()]
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-        return ["## Hyperparameters", "", "| | |", "|---|---|", *rows, "", versions]
+        rows = {name: cell(display(value)) for name, value in settings(self.trainer.args).items()}
+        return ["## Hyperparameters", "", *table(rows), ""]
+
+    def _versions(self) -> list[str]:
+        versions = {}
+        for library in LIBRARIES:
+            with contextlib.suppress(PackageNotFoundError):
+                versions[library] = version(library)
+        return ["## Versions", "", *(f"- {name} {number}" for name, number in versions.items()), ""]
+
+    def _citation(self) -> list[str]:
+        return ["## Citation", "", "```bibtex", self.citation.strip(), OURS.strip(), "```", ""]
+
+    # Parts of sections
+
+    def _merging(self, source: str) -> list[str]:
+        merged = f"{Path(source).name}-merged"
+        lines = [
+            "Without PEFT, from weights in bf16 (the base must not be quantized):", "",
+            "```bash", f"ppo-plus merge {source} {merged}",
+        ]  # fmt: skip
+        if self.pipeline_tag == "text-generation":
+            lines += [f"python convert_hf_to_gguf.py {merged} --outtype bf16  # of llama.cpp"]
+        return [*lines, "```", ""]
+
+    def _data(self, dataset: Any) -> str:
+        """Return the number of rows of the training data, and what the data is called."""
+        number = str(len(dataset)) if isinstance(dataset, Sized) else "a stream"
+        info = getattr(dataset, "info", None)
+        builder, name = getattr(info, "builder_name", None), getattr(info, "dataset_name", None)
+        names = self.datasets or ([name] if name and name != builder else [])  # of files, both are the format
+        return number + (" of " + ", ".join(f"`{display_name(name)}`" for name in names) if names else "")
+
+    def _source(self) -> str:
+        """Return the name to load the model from: that on the Hub, or the folder's, or of its newest checkpoint."""
+        output = Path(str(self.trainer.args.output_dir)).absolute()
+        if not self.directory.absolute().is_relative_to(output):
+            return self.directory.absolute().name
+        directory = self.directory.absolute()
+        if not has_weights(directory) and (newest := self._newest_checkpoint(output)):
+            directory = newest
+        name = self.trainer.hub_model_id or output.name
+        return "/".join([name, *directory.relative_to(output).parts])
+
+    def _newest_checkpoint(self, output: Path) -> Path | None:
+        best = self.trainer.state.best_model_checkpoint if self.trainer.args.load_best_model_at_end else None
+        newest = best or (get_last_checkpoint(str(output)) if output.is_dir() else None)
+        return Path(newest).absolute() if newest and Path(newest).absolute().is_relative_to(output) else None
+
+    def _unsaved(self) -> list[str]:
+        if has_weights(self.directory) or self._newest_checkpoint(self.directory.absolute()):
+            return []
+        return ["The weights are not in this folder yet: `trainer.save_model()` writes them.", ""]
 
 
-def display_name(name: str) -> str:
-    """Return a model's name; of a folder only the last part, because its path exists on one machine only."""
-    return Path(name).name if Path(name).exists() else name
+def is_generated(text: str) -> bool:
+    """Return whether a card is ours or an unedited template of PEFT or TRL."""
+    return MARK in text or "[More Information Needed]" in text or "It has been trained using [TRL]" in text
+
+
+def has_weights(directory: Path) -> bool:
+    """Return whether a folder holds an adapter or a model."""
+    return any(directory.glob("adapter_model.*")) or any(directory.glob("model*.safetensors"))
+
+
+def link(base: str) -> str:
+    """Return a model's name as a link to the Hub; of a folder only the last part."""
+    return f"[{name}](https://huggingface.co/{name})" if (name := hub_name(base)) else f"`{display_name(base)}`"
+
+
+def cell(text: Any) -> str:
+    """Return a text that does not end a table's cell."""
+    return str(text).replace("|", " ").replace("\n", " ")
+
+
+def display(value: Any) -> Any:
+    """Return a setting, of a path only the last part."""
+    return display_name(value) if isinstance(value, str) and ("/" in value or "\\" in value) else value
+
+
+def table(rows: Mapping[str, str]) -> list[str]:
+    """Return a Markdown table of two columns, without empty rows."""
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
+
+
+def precision(config: Any) -> str:
+    """Return how a base's weights were loaded: their bits where they are quantized, else their dtype."""
+    quantization = getattr(config, "quantization_config", None)
+    values = quantization if isinstance(quantization, dict) else vars(quantization) if quantization else {}
+    four, eight = (values.get(key) or values.get(f"_{key}") for key in ("load_in_4bit", "load_in_8bit"))
+    if four:
+        return f"4 bit ({values.get('bnb_4bit_quant_type', 'fp4')})"
+    method = values.get("quant_method")
+    return "8 bit" if eight else str(getattr(method, "value", method) or config.dtype).removeprefix("torch.")
+
+
+def describe(adapter: Any) -> str:
+    """Return kind and size of an adapter; empty for None."""
+    if adapter is None:
+        return ""
+    kind, rank = getattr(adapter.peft_type, "value", adapter.peft_type), getattr(adapter, "r", None)
+    return kind if rank is None else f"{kind}, rank {rank}, alpha {adapter.lora_alpha}"
+
+
+def base_license(base: str) -> dict[str, str]:
+    """Return the license fields of the base's card, if that is on this machine, else an unknown license."""
+    name = hub_name(base)
+    file = try_to_load_from_cache(name, CARD_FILE) if name else Path(base) / CARD_FILE
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return {"license": "unknown"}
+    data, names = HubCard.load(file, ignore_metadata_errors=True).data, ("license", "license_name", "license_link")
+    return {"license": "unknown", **{name: data[name] for name in names if isinstance(data.get(name), str)}}
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
-    """Return the hyperparameters for a card: the fields of PPO and `TRAINER_SETTINGS`, without dicts."""
+    """Return the hyperparameters for a card: the fields of the method and `TRAINER_SETTINGS`, without dicts."""
     inherited = {field.name for base in (TrainingArguments, TRLFields) for field in fields(base)}
     names = [field.name for field in fields(args) if field.name not in inherited]
     values = {name: getattr(args, name) for name in (*names, *TRAINER_SETTINGS)}
@@ -138,37 +248,9 @@ def settings(args: TrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value is not None and not isinstance(value, dict)}
 
 
-def rollouts(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """Return the rows of Trainer's log that have a rollout's metrics."""
-    return [row for row in history if "reward" in row and "kl" in row and "step" in row]
-
-
-def curves_svg(history: Sequence[Mapping[str, float]], width: int = 640, height: int = 320) -> str:
-    """Plot reward and KL over optimizer steps as SVG, with one y axis for each."""
-    rows, margin = rollouts(history), 56
-    right, bottom = width - margin, height - margin
-
-    def scale(name: str, start: float, end: float) -> tuple[list[float], float, float]:
-        values = [row[name] for row in rows]
-        low, high = min(values), max(values)
-        return [start + (end - start) * (v - low) / ((high - low) or 1.0) for v in values], low, high
-
-    def text(x: float, y: float, anchor: str, color: str, label: str) -> str:
-        return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{color}">{label}</text>'
-
-    x, first, last = scale("step", margin, right)
-    body = [f'<rect width="{width}" height="{height}" fill="white"/>']
-    for name, label, color, edge, outwards, anchors in (
-        ("reward", "reward", "#1f77b4", margin, -6, ("end", "start")),
-        ("kl", "KL, nats per response", "#d95f02", right, 6, ("start", "end")),
-    ):
-        y, low, high = scale(name, bottom, margin)
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        body.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        for value, at in ((low, bottom), (high, margin)):
-            body.append(text(edge + outwards, at, anchors[0], color, f"{value:.2f}"))
-        body.append(text(edge, margin - 24, anchors[1], color, label))
-    for step, at in ((first, margin), (last, right)):
-        body.append(text(at, bottom + 22, "middle", "black", f"step {int(step)}"))
-    view = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {view}>\n' + "\n".join(body) + "\n</svg>\n"
+OURS = """
+@software{ppo_plus,
+  title   = {{ppo\\_plus: proximal policy optimization as a transformers Trainer}},
+  license = {Apache-2.0}
+}
+"""
