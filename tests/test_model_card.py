@@ -98,6 +98,9 @@ def test_the_card_of_a_policy_loads_actor_and_critic(runs, base, monkeypatch):
         close(found["model"].eval()(**inputs).logits, expected.logits)
         plain = AutoModelForCausalLM.from_pretrained(base)(**inputs).logits
     close(found["values"][..., 0], values)
+    fresh = make_trainer(folder / "fresh", model=str(base))
+    fresh.model.load_weights(folder / "policy")  # as the card says
+    assert torch.equal(fresh.model.value_head.layers[0].weight, trainer.model.value_head.layers[0].weight)
     assert (plain - expected.logits).abs().max() > 1 and values.abs().max() > 0.01  # controls: the base, a new head
 
 
@@ -208,6 +211,9 @@ def test_a_card_that_was_edited_is_kept(tmp_path):
     with pytest.warns(UserWarning, match=r"README\.md"):
         trainer.save_model()
     assert file.read_text() == "# Mine" and MARK not in file.read_text()
+    file.write_text("# Model Card for Model ID\n")  # PEFT's, of another run
+    trainer.save_model()
+    assert file.read_text() == written
 
 
 def test_peft_itself_writes_no_template(runs, base, tmp_path):

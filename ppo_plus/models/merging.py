@@ -30,6 +30,7 @@ NOT_MERGED = {
     VALUE_MODEL: "the critic's model",
 }
 CARD_FILE, TOKENIZER_FILE = "README.md", "tokenizer_config.json"
+TEMPLATE_TITLE = "# Model Card for Model ID"  # of the empty template that PEFT writes
 MAX_ERROR = 0.5  # share of an adapter's effect that merging may lose without a warning
 PROBE = "The quick brown fox jumps over the lazy dog. One, two, three."
 
@@ -156,7 +157,7 @@ def _write_card(merged: Merged, folder: Path, base: str, dtype: str, is_classifi
         if file.is_file()
         else ModelCard("---\nlicense: unknown\n---\n")
     )
-    if "[More Information Needed]" in card.text or not card.text.strip():  # the empty template of PEFT
+    if TEMPLATE_TITLE in card.text or not card.text.strip():
         card.text = f"# {name}"
     data: Any = card.data
     data.library_name, data.base_model = "transformers", hub_name(base)

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config.trl_fields import TRLFields
 from ..models.adapter_files import display_name, hub_name, is_hub_name
-from ..models.merging import CARD_FILE
+from ..models.merging import CARD_FILE, TEMPLATE_TITLE
 from .card_curves import curves_svg, curves_table
 
 if TYPE_CHECKING:
@@ -181,8 +181,8 @@ class ModelCard:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether a card is ours or an unedited template of PEFT or TRL."""
-    return MARK in text or "[More Information Needed]" in text or "It has been trained using [TRL]" in text
+    """Return whether a card is ours or PEFT's template without a name."""
+    return MARK in text or TEMPLATE_TITLE in text
 
 
 def has_weights(directory: Path) -> bool:
@@ -218,7 +218,7 @@ def precision(config: Any) -> str:
     if four:
         return f"4 bit ({values.get('bnb_4bit_quant_type', 'fp4')})"
     method = values.get("quant_method")
-    return "8 bit" if eight else str(getattr(method, "value", method) or config.dtype).removeprefix("torch.")
+    return "8 bit" if eight else str(getattr(method, "value", method) or config.dtype or "float32").rpartition(".")[2]
 
 
 def describe(adapter: Any) -> str:

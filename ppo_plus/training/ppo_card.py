@@ -84,11 +84,13 @@ class PPOModelCard(ModelCard):
         return [*lines, *(self._merging(source) if self.adapter is not None else []), *self._critic(source)]
 
     def _critic(self, source: str) -> list[str]:
-        lines = ["The critic, which only further training needs, is not loaded above. `value_head.safetensors` is its "
-                 "head.", ""]  # fmt: skip
+        lines = [
+            "The critic, which only further training needs, is not loaded above. A `PPOTrainer` with the same base and "
+            f'adapter loads both by `trainer.model.load_weights("{source}")`.', "",
+        ]  # fmt: skip
         if self.trainer.args.value_head == "linear" and self.model.critic in ("shared", "detached"):
             lines += [
-                "```python",
+                "Its values, without ppo_plus:", "", "```python",
                 "from safetensors.torch import load_file", "from transformers.utils import cached_file", "",
                 f'head = load_file(cached_file("{source}", "value_head.safetensors"))',
                 'inputs = tokenizer("Hello", return_tensors="pt").to(model.device)',
