@@ -31,7 +31,8 @@ def log_table(callbacks: Iterable[TrainerCallback], name: str, columns: dict[str
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text(name, markdown_table(columns), step)
             callback.tb_writer.flush()
-        tracker = next((getattr(callback, field) for kind, field in WRITERS.items() if isinstance(callback, kind)), None)
+        attribute = next((each for kind, each in WRITERS.items() if isinstance(callback, kind)), None)
+        tracker = getattr(callback, attribute) if attribute else None
         if tracker is None or not callback._initialized:
             continue
         table = pd.DataFrame({"step": [step] * len(next(iter(columns.values()))), **columns})
