@@ -233,7 +233,7 @@ def test_peft_itself_writes_no_template(runs, base, tmp_path):
 def test_the_header_has_no_placeholder(runs):
     header = yaml.safe_load((runs[0] / "reward" / "README.md").read_text().split("---\n")[1])
     assert header["license"] == "unknown" and header["pipeline_tag"] == "text-classification"
-    assert "licence" not in header and "base_model" not in header
+    assert "base_model" not in header
 
 
 # Calibration
