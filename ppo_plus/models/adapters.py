@@ -115,7 +115,7 @@ def copy_adapter_state_dict(model: nn.Module, adapter: str, other: str) -> dict[
 
 
 def keep_model_card(model: nn.Module | None) -> None:
-    """Let PEFT's `save_pretrained` leave `README.md` as it is.
+    """Let PEFT's `save_pretrained` leave `README.md` unchanged.
 
     PEFT writes an empty template there, with the path of the base, or adds that path to a card. The trainers write the
     card themselves.

@@ -68,7 +68,7 @@ class ModelCard:
         """Write `README.md` and the curves, unless the file there was edited by the user."""
         file = self.directory / CARD_FILE
         if file.is_file() and not is_generated(file.read_text(encoding="utf-8")):
-            warnings.warn(f"{file} is left as it is, because it was not written by ppo_plus.", stacklevel=3)
+            warnings.warn(f"{file} is left unchanged, because it was not written by ppo_plus.", stacklevel=3)
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         parts = (

@@ -42,7 +42,7 @@ class PPOModelCard(ModelCard):
         rewards = self.trainer.collector.rewards
         weighted = zip(rewards.names, rewards.weights.tolist(), strict=True)
         copied = REFERENCE_ADAPTER in getattr(self.policy, "peft_config", {})
-        reference = "the adapter as it was before training" if copied else "the model before training"
+        reference = "the adapter before training" if copied else "the model before training"
         return {
             "prompts": self._data(self.trainer.train_dataset),
             "reward": ", ".join(f"`{cell(name)}` (weight {weight:g})" for name, weight in weighted),
