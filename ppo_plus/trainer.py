@@ -160,6 +160,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         if args.torch_compile:
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole model
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        model.runner.enable_shared_prompts(args.num_generations)
         model.add_model_tags(self._tag_names)
 
     def _build_collector(self, reward_funcs: Any, reward_tokenizers: list) -> None:
@@ -273,7 +274,9 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> ActorCriticOutput:
         train_actor = self.state.global_step >= self.args.critic_warmup_steps
-        optional = {name: inputs.get(name) for name in ("frozen_hidden_states", "response_mask", "seq_lens")}
+        optional = {
+            name: inputs.get(name) for name in ("frozen_hidden_states", "response_mask", "seq_lens", "prefixes")
+        }
         return model(
             inputs["input_ids"], inputs["attention_mask"], inputs["action_mask"].shape[1], self.args.temperature,
             with_logprobs=train_actor, with_entropy=train_actor and self.args.entropy_coef > 0, **optional,

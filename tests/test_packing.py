@@ -120,8 +120,8 @@ def test_groups_hold_each_row_left_aligned_and_give_it_back(lengths):
     rows = [row[row != 0].tolist() for part in groups.split(tokens) for row in part[..., 0]]
     expected = [part.tolist() for part in tokens[0, :, 0].split(lengths)]
     assert sorted(rows) == sorted(part for part in expected if part)
-    for part, mask in zip(groups.split(tokens), groups.masks, strict=True):
-        assert torch.equal(part[..., 0] != 0, mask)
+    for part, rows in zip(groups.split(tokens), groups.parts, strict=True):
+        assert torch.equal(part[..., 0] != 0, mask := rows.mask)
         assert mask[:, 0].all() and bool((mask[:, 1:] <= mask[:, :-1]).all())
     assert torch.equal(groups.merge(groups.split(tokens)), tokens)
 

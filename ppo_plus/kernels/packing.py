@@ -85,7 +85,18 @@ class Packing:
 
     def unpack(self, x: Tensor) -> Tensor:
         """Scatter to padded rows: `(1, T, ...)` to `(B, L, ...)`, 0 at padding."""
-        return _ScatterRows.apply(x[0], self._index, self.rows * self.length).unflatten(0, (self.rows, self.length))
+        return self._scatter(x[0], self._index)
+
+    def unpack_last(self, x: Tensor, columns: int) -> Tensor:
+        """Scatter to the last columns of padded rows: `(1, T, ...)` to `(B, columns, ...)`."""
+        return self.unpack(x)[:, -columns:]
+
+    def attention_buckets(self, device: torch.device) -> Any:
+        """Return how attention splits the packed tokens into padded rows."""
+        return LengthBuckets(self.lengths, device)
+
+    def _scatter(self, tokens: Tensor, index: Tensor) -> Tensor:
+        return _ScatterRows.apply(tokens, index, self.rows * self.length).unflatten(0, (self.rows, self.length))
 
 
 class NoPacking:
@@ -97,6 +108,27 @@ class NoPacking:
         return x
 
     unpack = pack
+
+    @staticmethod
+    def unpack_last(x: Tensor, columns: int) -> Tensor:
+        """Return the last columns, `(B, columns, ...)`."""
+        return x[:, -columns:]
+
+
+class EvenRows:
+    """Packs rows of equal length, which have no padding."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """Join the rows: `(B, L, ...)` to `(1, T, ...)`."""
+        return x.flatten(0, 1)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Split into rows: `(1, T, ...)` to `(B, L, ...)`."""
+        return x[0].unflatten(0, (self.rows, -1))
 
 
 NO_PACKING = NoPacking()
@@ -115,6 +147,39 @@ def make_packing(mask: Tensor | None, lengths: Sequence[int] | None, min_padding
     return Packing(mask, lengths)
 
 
+@dataclass(frozen=True)
+class AttentionRows:
+    """Padded rows of one call of an attention function; the queries of a row are the last of its keys.
+
+    Attributes:
+        mask: True for real keys, `(rows, keys)` bool.
+        queries: number of queries per row, padding included.
+        causal: whether all keys are queries and all padding is on the right, where a causal layer never attends to it.
+        left_padding: padding before the first token of each row, `(rows,)` int64; None for none.
+    """
+
+    mask: Tensor
+    queries: int
+    causal: bool
+    left_padding: Tensor | None = None
+
+    def mask_options(self, mask_function: Callable[..., Any], allow_skip: bool) -> dict[str, Any]:
+        """Return the arguments of a mask function of transformers for these rows."""
+        (rows, keys), padding = self.mask.shape, self.left_padding
+
+        def count_from_first_token(row: Any, head: Any, query: Any, key: Any) -> Any:
+            return mask_function(row, head, query - padding[row], key - padding[row])  # type: ignore[index]
+
+        # transformers allows skipping the mask of a causal layer, whose tokens never attend to padding on the right.
+        # In other layers padding is always masked, because a check whether there is any would need a host sync.
+        skip = allow_skip and self.causal
+        return {
+            "batch_size": rows, "q_length": self.queries, "kv_length": keys, "q_offset": keys - self.queries,
+            "attention_mask": None if skip else self.mask, "allow_is_causal_skip": skip,
+            "mask_function": mask_function if padding is None else count_from_first_token,
+        }  # fmt: skip
+
+
 class LengthBuckets:
     """Splits packed tokens into padded buckets of rows of similar length, for attention.
 
@@ -129,13 +194,16 @@ class LengthBuckets:
         self._order = None if order == sorted(order) else token_indices(lengths, order, device)
         bucket_lengths = [[lengths[row] for row in bucket] for bucket in buckets]
         self._counts = [sum(bucket) for bucket in bucket_lengths]
-        self.masks = [right_padded_mask(bucket, device) for bucket in bucket_lengths]
-        self._packings = [Packing(*arguments) for arguments in zip(self.masks, bucket_lengths, strict=True)]
+        masks = [right_padded_mask(bucket, device) for bucket in bucket_lengths]
+        self.parts = [AttentionRows(mask, mask.shape[1], causal=True) for mask in masks]
+        self._packings = [Packing(*arguments) for arguments in zip(masks, bucket_lengths, strict=True)]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Split packed tokens `(1, T, ...)` into the padded rows of each bucket."""
         x = x if self._order is None else _GatherRows.apply(x[0], self._order)[None]
         return [packing.unpack(part) for packing, part in zip(self._packings, x.split(self._counts, 1), strict=True)]
+
+    split_keys = split
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """Merge the padded rows of each bucket to packed tokens `(1, T, ...)`."""
@@ -173,12 +241,12 @@ class PackedMask:
     """Attention mask of a packed pass.
 
     Attributes:
-        buckets: the rows in attention.
+        buckets: splits tokens into the rows of attention: `LengthBuckets` or `PromptBuckets`.
         masks: mask of each bucket in the format of its attention function; None if that is causal by itself.
         functions: attention function of each bucket.
     """
 
-    buckets: LengthBuckets
+    buckets: Any
     masks: list[Tensor | None]
     functions: list[Callable[..., tuple[Tensor, None]]]
 
@@ -202,17 +270,13 @@ def packed_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> P
     packing = _current.get()
     if isinstance(packing, NoPacking):
         return sdpa_mask(dtype=dtype, device=device, **kwargs)
-    buckets = LengthBuckets(packing.lengths, device)
+    buckets = packing.attention_buckets(device)
     masks: list[Tensor | None] = []
     functions: list[Callable[..., tuple[Tensor, None]]] = []
-    for mask in buckets.masks:
-        rows, length = mask.shape
-        eager = prefer_eager(device, dtype, length, length)
-        # transformers allows skipping the mask of a causal layer, whose tokens never attend to padding on the right.
-        # In other layers padding is always masked, because a check whether there is any would need a host sync.
-        padding = None if kwargs.get("allow_is_causal_skip", False) else mask
-        sizes = {"batch_size": rows, "q_length": length, "kv_length": length, "attention_mask": padding}
-        masks.append((eager_mask if eager else sdpa_mask)(**{**kwargs, **sizes, "dtype": dtype, "device": device}))
+    for part in buckets.parts:
+        eager = prefer_eager(device, dtype, part.queries, part.mask.shape[1])
+        options = part.mask_options(kwargs["mask_function"], kwargs.get("allow_is_causal_skip", False))
+        masks.append((eager_mask if eager else sdpa_mask)(**{**kwargs, **options, "dtype": dtype, "device": device}))
         functions.append(eager_gqa_attention if eager else sdpa_attention_forward)
     return PackedMask(buckets, masks, functions)
 
@@ -224,7 +288,8 @@ def packed_attention(
     if not isinstance(attention_mask, PackedMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     buckets = attention_mask.buckets
-    inputs = [buckets.split(x.transpose(1, 2)) for x in (query, key, value)]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    inputs = buckets.split(query), buckets.split_keys(key), buckets.split_keys(value)
     attn_outputs = [
         function(module, *(x.transpose(1, 2) for x in padded), mask, **kwargs)[0]
         for *padded, mask, function in zip(*inputs, attention_mask.masks, attention_mask.functions, strict=True)

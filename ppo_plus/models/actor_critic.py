@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..kernels.fp32_heads import apply_head
 from ..kernels.frozen_layers import FrozenPrefix
 from ..kernels.packing import NoPacking, Packing, SeqLens, make_packing
+from ..kernels.shared_prompts import Prefixes
 from ..kernels.switch import kernels_enabled, replace_forwards
 from .adapter_loading import load_reward_adapter
 from .adapters import (
@@ -279,6 +280,7 @@ class ActorCritic(nn.Module):
         frozen_hidden_states: Tensor | None = None,
         response_mask: Tensor | None = None,
         seq_lens: SeqLens | None = None,
+        prefixes: Prefixes | None = None,
     ) -> ActorCriticOutput:
         """Compute log-probabilities, values and entropies of the response tokens.
 
@@ -295,8 +297,9 @@ class ActorCritic(nn.Module):
             frozen_hidden_states: output of the method of that name for these rows; the pass starts there.
             response_mask: which of the last R positions to compute, `(B, R)` bool; the others are 0. All by default.
             seq_lens: sums of `attention_mask` and `response_mask` per row; with them the pass has no padding.
+            prefixes: (prompt, tokens of the prompt) per row; the pass reads the prompt of several rows once.
         """
-        batch = TokenBatch.without_last(input_ids, attention_mask, seq_lens, frozen_hidden_states)
+        batch = TokenBatch.without_last(input_ids, attention_mask, seq_lens, frozen_hidden_states, prefixes)
         packing = make_packing(response_mask, None if seq_lens is None else [response for _, response in seq_lens])
         with_actor, has_own_backbone = with_logprobs or with_entropy, self.critic in ("adapter", "separate")
         output, states = ActorCriticOutput(), cast(Tensor, None)
@@ -326,7 +329,7 @@ class ActorCritic(nn.Module):
         packing = self.runner.packing(self.active_model, batch)
         with self._start_from_cached_layer(batch.frozen_hidden_states, packing):
             hidden = self.runner.last_hidden(self.active_model, batch.input_ids, batch.attention_mask, packing)
-        return packing.unpack(hidden)[:, -response_length:]
+        return packing.unpack_last(hidden, response_length)
 
     # Frozen layers, run once per rollout
 
@@ -342,13 +345,14 @@ class ActorCritic(nn.Module):
             self._frozen_cache = self.runner.frozen_prefix(self.language_model, count)
 
     def frozen_hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor, seq_lens: SeqLens | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor, seq_lens: SeqLens | None = None,
+        prefixes: Prefixes | None = None,
+    ) -> Tensor:  # fmt: skip
         """Compute the input of the lowest layer that runs in every pass, `(B, P + R - 1, H)`.
 
         It is the same for all roles. Arguments are those of `forward`.
         """
-        batch = TokenBatch.without_last(input_ids, attention_mask, seq_lens)
+        batch = TokenBatch.without_last(input_ids, attention_mask, seq_lens, prefixes=prefixes)
         packing, cache = self.runner.packing(self.active_model, batch), cast(FrozenPrefix, self._frozen_cache)
         return packing.unpack(cache.compute(batch.input_ids, batch.attention_mask, packing))
 
@@ -391,6 +395,7 @@ class ActorCritic(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         lengths: Sequence[int] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> Tensor:
         """Score every prefix of texts by a reward adapter, `(B, L)` float32, reward units.
 
@@ -400,9 +405,11 @@ class ActorCritic(nn.Module):
             input_ids: `(B, L)` int64, padded on either side.
             attention_mask: 1 for real tokens, `(B, L)`.
             lengths: real tokens of each row; with them the pass has no padding.
+            prefixes: (group, first tokens that all rows of the group share) per row; the pass reads them once.
         """
+        batch = TokenBatch(input_ids, attention_mask, lengths, prefixes=prefixes)
         with self.role(name):
-            packing = self.runner.packing(self.active_model, TokenBatch(input_ids, attention_mask, lengths))
+            packing = self.runner.packing(self.active_model, batch)
             hidden = self.runner.last_hidden(self.active_model, input_ids, attention_mask, packing)
         return packing.unpack(apply_head(hidden, head.weight, head.bias)).squeeze(-1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -23,7 +23,17 @@ from ..kernels.packing import (
     make_packing,
     packing_context,
 )
-from .backbone import backbone_interface, check_head, check_padding, is_probed_on, is_recurrent
+from ..kernels.shared_prompts import MIN_SHARED_TOKENS, Prefixes, make_shared_packing
+from .backbone import (
+    backbone_interface,
+    check_head,
+    check_padding,
+    has_few_bits,
+    hidden_state_error,
+    is_probed_on,
+    is_recurrent,
+    narrow_windows,
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,14 @@ class TokenBatch:
         attention_mask: 1 for real tokens, `(B, L)`.
         lengths: real tokens of each row, as Python ints; None keeps the padding in the pass.
         frozen_hidden_states: input of the lowest layer that runs in every pass, `(B, L, H)`; None runs all layers.
+        prefixes: (group, first tokens that all rows of the group share) per row; None shares none.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     lengths: Sequence[int] | None = None
     frozen_hidden_states: Tensor | None = None
+    prefixes: Prefixes | None = None
 
     @classmethod
     def without_last(
@@ -49,10 +61,11 @@ class TokenBatch:
         attention_mask: Tensor,
         seq_lens: SeqLens | None,
         frozen_hidden_states: Tensor | None = None,
+        prefixes: Prefixes | None = None,
     ) -> TokenBatch:
         """Build a batch without the last token of each row, after which no token is scored."""
         lengths = None if seq_lens is None else [tokens - 1 for tokens, _ in seq_lens]
-        return cls(input_ids[:, :-1], attention_mask[:, :-1], lengths, frozen_hidden_states)
+        return cls(input_ids[:, :-1], attention_mask[:, :-1], lengths, frozen_hidden_states, prefixes)
 
 
 class BackboneRunner:
@@ -70,12 +83,15 @@ class BackboneRunner:
             each number of rows and tokens.
         sdpa_models: models whose attention may be replaced, because they were loaded with `sdpa`.
         packable_models: those of them that compute the same without padding.
+        sharing_models: those of them that compute the same if rows share a prompt; none before
+            `enable_shared_prompts`.
     """
 
     def __init__(self, models: Sequence[PreTrainedModel], use_kernels: bool) -> None:
         self.compiled, self._models = False, models
+        self.sharing_models: list[PreTrainedModel] = []
         sdpa = (m for m in models if m.config.get_text_config()._attn_implementation == SDPA)
-        self.sdpa_models = list(sdpa) if use_kernels else []
+        self.sdpa_models, self._use_kernels = list(sdpa) if use_kernels else [], use_kernels
         self._probe()
 
     def probe_moved_models(self) -> None:
@@ -93,6 +109,10 @@ class BackboneRunner:
         """Choose the packing of a pass."""
         if self.compiled or model not in self.packable_models:
             return NO_PACKING
+        if model in self.sharing_models:
+            shared = make_shared_packing(batch.attention_mask, batch.lengths, batch.prefixes, MIN_SHARED_TOKENS)
+            if shared is not NO_PACKING:
+                return shared
         return make_packing(batch.attention_mask, batch.lengths, MAX_UNPACKED_PADDING)
 
     def last_hidden(
@@ -139,21 +159,65 @@ class BackboneRunner:
         finally:
             model.train(training)
 
-    @torch.no_grad()
+    def enable_shared_prompts(self, num_generations: int) -> None:
+        """Read a prompt once for all rows that have it, if a model computes the same then; warn if not."""
+        if num_generations == 1:
+            return
+        self.sharing_models = [] if self.compiled else [m for m in self.packable_models if self._can_share(m)]
+        if others := sorted({type(m).__name__ for m in self._models if m not in self.sharing_models}):
+            reason = "its layers are compiled" if self.compiled else "its hidden states would differ"
+            reason = reason if self._use_kernels else "kernels are turned off"
+            warnings.warn(
+                f"num_generations={num_generations}: {', '.join(others)} reads a prompt once per response in scoring "
+                f"and learning, because {reason}. Results are the same; time and memory are those of repeated prompts.",
+                stacklevel=4,
+            )
+
     def _is_packable(self, model: PreTrainedModel) -> bool:
         """Return whether a packed pass over this model gives the hidden states of a padded one."""
+        ids = torch.tensor([[1, 1, 1, 2, 3, 1], [3, 2, 1, 3, 1, 2], [2, 1, 3, 3, 1, 1]])
+        mask = torch.tensor([[0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+        packed, padded = self._run_both_ways(model, ids, mask, lambda mask: Packing(mask, [2, 6, 3]))
+        # 4-bit kernels sum in another order for fewer rows; errors other than rounding are as large as the states.
+        return packed is not None and not relative_error(packed, padded, mask.to(model.device), half_tolerance=0.2)
+
+    def _can_share(self, model: PreTrainedModel) -> bool:
+        """Return whether rows that share a prompt get the hidden states that they get with a prompt each.
+
+        The trial has two responses to a prompt of 5 tokens, three to one of 3 and one to one of 4, and narrow windows.
+        Hidden states of prompts are not compared, because they are correct even if responses attend to each other.
+        """
+        prompts, sizes = [[1, 2, 3, 1, 3], [2, 3, 1], [3, 3, 2, 1]], [(4, 2), (1, 5, 3), (2,)]
+        prefixes = [(i, len(prompt)) for i, prompt in enumerate(prompts) for _ in sizes[i]]
+        added = [n for responses in sizes for n in responses]
+        rows = [prompts[i] + [1 + (i + n + t) % 3 for t in range(n)] for (i, _), n in zip(prefixes, added, strict=True)]
+        lengths, width = [len(row) for row in rows], max(map(len, rows))
+        ids = torch.tensor([[1] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+        with narrow_windows(model):
+            shared, padded = self._run_both_ways(
+                model, ids, mask, lambda mask: make_shared_packing(mask, lengths, prefixes)
+            )
+        compared = torch.arange(width) >= width - torch.tensor(added)[:, None]
+        return shared is not None and (
+            hidden_state_error(shared[compared], padded[compared], has_few_bits(model))
+            <= backbone_interface(model).rounding
+        )
+
+    @torch.no_grad()
+    def _run_both_ways(
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, pack: Callable[[Tensor], Any]
+    ) -> tuple[Any, Any]:
+        """Return last hidden states `(B, L, H)` of a packed and a padded pass, or None twice on failure."""
         if model.device.type == "meta":
-            return False
-        ids = torch.tensor([[1, 1, 1, 2, 3, 1], [3, 2, 1, 3, 1, 2], [2, 1, 3, 3, 1, 1]], device=model.device)
-        mask = torch.tensor([[0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], device=model.device)
-        packing, training = Packing(mask, [2, 6, 3]), model.training
+            return None, None
+        ids, mask, training = ids.to(model.device), mask.to(model.device), model.training
         model.eval()
         try:
+            packing = pack(mask)
             packed = packing.unpack(self.last_hidden(model, ids, mask, packing))
-            padded = self.last_hidden(model, ids, mask)  # last, because it restores the model's attention
+            return packed, self.last_hidden(model, ids, mask)  # padded last, because it restores the model's attention
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
-            return False
+            return None, None
         finally:
             model.train(training)
-        # 4-bit kernels sum in another order for fewer rows; errors other than rounding are as large as the states.
-        return not relative_error(packed, padded, mask, half_tolerance=0.2)

@@ -35,6 +35,7 @@ def sample_responses(
     input_ids: Tensor,
     attention_mask: Tensor,
     uniforms: Tensor,
+    prompt_of_row: Tensor | None = None,
     *,
     stop_ids: Sequence[int],
     pad_token_id: int,
@@ -50,9 +51,11 @@ def sample_responses(
 
     Args:
         model: samples in its current role.
-        input_ids: prompts, `(B, P)` int64, left-padded.
-        attention_mask: 1 for real tokens, `(B, P)`.
+        input_ids: prompts, `(B, P)` int64, left-padded; `(U, P)` with `prompt_of_row`.
+        attention_mask: 1 for real tokens, in the same shape.
         uniforms: uniform numbers that determine each token, `(B, R)` float64; R is the longest response.
+        prompt_of_row: index of each response's prompt among U prompts, `(B,)` int64. Each prompt runs once, and its
+            cache is copied for its responses. None means that prompt i is that of response i.
         stop_ids: ids that end a response.
         pad_token_id: fills the positions after the stop token.
         temperature: divides the logits.
@@ -68,7 +71,8 @@ def sample_responses(
     # Importing dynamo takes seconds, so its stance is set only if layers are compiled.
     eager = torch.compiler.set_stance("force_eager") if model.runner.compiled else contextlib.nullcontext()
     with cached_lora_weights(model.policy), eager, _disable_redundant_autocast(model.active_model):
-        return _decode(model, input_ids, attention_mask, uniforms, stop_ids, pad_token_id, choose, on_step)
+        prompts = input_ids, attention_mask, prompt_of_row
+        return _decode(model, prompts, uniforms, stop_ids, pad_token_id, choose, on_step)
 
 
 def _disable_redundant_autocast(model: PreTrainedModel) -> AbstractContextManager:
@@ -79,9 +83,11 @@ def _disable_redundant_autocast(model: PreTrainedModel) -> AbstractContextManage
 
 
 def _decode(
-    model: ActorCritic, step_ids: Tensor, mask: Tensor, uniforms: Tensor, stop_ids: Sequence[int], pad_token_id: int,
-    choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], on_step: Callable[[int], None] | None,
+    model: ActorCritic, prompts: tuple[Tensor, Tensor, Tensor | None], uniforms: Tensor, stop_ids: Sequence[int],
+    pad_token_id: int, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    on_step: Callable[[int], None] | None,
 ) -> GenerateOutput:  # fmt: skip
+    step_ids, mask, prompt_of_row = prompts
     (rows, length), device, cache = uniforms.shape, step_ids.device, None
     tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)
     logprobs = torch.zeros(rows, length, device=device)
@@ -93,6 +99,9 @@ def _decode(
         outputs = model.runner.run(model.active_model, step_ids, mask, use_cache=True, cache=cache)
         cache = cache_of(outputs)
         logits = head(outputs.last_hidden_state[:, -1]).float()
+        if t == 0 and prompt_of_row is not None:
+            select_rows(cache, prompt_of_row)
+            logits, mask = logits[prompt_of_row], mask[prompt_of_row]
         token, tokens_logprobs = choose(logits, uniforms[active_rows.to(uniforms.device), t])
         tokens[active_rows, t], logprobs[active_rows, t] = token, tokens_logprobs
         unfinished = ~torch.isin(token, stop)
@@ -109,6 +118,6 @@ def _decode(
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:
-    """Keep only these rows of a cache, in place: keys and values, and the states of recurrent layers."""
+    """Replace the rows of a cache by these of them, in place: keys, values, and states of recurrent layers."""
     # Not `batch_select_indices`: layers with attention and recurrence inherit one that skips the recurrent states.
     cache.reorder_cache(rows)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..kernels.packing import SeqLens
+from ..kernels.shared_prompts import Prefixes
 from ..utils.files import reraise_as_corrupt_file
 
 
@@ -101,11 +102,11 @@ class Rollout:
         """Return the number of real tokens per row, prompt and response, `(N,)` int64."""
         return self.attention_mask.sum(-1)
 
-    def micro_batch(self, rows: Tensor) -> dict[str, Any]:
+    def micro_batch(self, rows: Tensor, num_generations: int = 1) -> dict[str, Any]:
         """Return the left-padded micro-batch of these rows; per-token values are 0 outside a response.
 
-        The result is a dict of tensors and the list `seq_lens`, because `Trainer` moves dicts to the device and cannot
-        rebuild a NamedTuple.
+        The result is a dict of tensors and the lists `seq_lens` and, with `num_generations` responses to each prompt,
+        `prefixes`, because `Trainer` moves dicts to the device and cannot rebuild a NamedTuple.
         """
         # `action_mask` can be one token shorter than the attended response (stop token left out), never longer.
         layout = LeftPaddedLayout.from_attention_mask(
@@ -119,6 +120,7 @@ class Rollout:
             **{name: layout.align_responses(getattr(self, name)[rows]) for name in per_token},
             "response_mask": layout.response_mask,
             "seq_lens": layout.seq_lens,
+            **({} if num_generations == 1 else {"prefixes": layout.prefixes(rows, num_generations)}),
             **({} if states is None else {"frozen_hidden_states": layout.align_states(states[rows])}),
         }
 
@@ -189,6 +191,13 @@ class LeftPaddedLayout:
         """True for the response columns that the row's policy sampled, `(B, max_response_len)` bool."""
         mask = torch.arange(self.max_response_len) >= self.max_response_len - self.lengths
         return mask if self.observations is None else mask & ~self.observations
+
+    def prefixes(self, rows: Tensor, num_generations: int) -> Prefixes | None:
+        """Return (prompt index, prompt tokens) of these rows of the rollout; None if no prompts are repeated."""
+        if num_generations == 1:
+            return None
+        tokens = torch.tensor([total for total, _ in self.seq_lens]) - self.lengths[:, 0]
+        return list(zip((rows // num_generations).tolist(), tokens.tolist(), strict=True))
 
     def align_tokens(self, columns: Tensor) -> Tensor:
         """Align the columns of a rollout, `(B, P + R)`, with the pass; return `(B, width)`."""

@@ -45,6 +45,7 @@ class ForwardBatch:
     response_length: int  # R, in tokens
     micro_batches: list[Tensor] | None = None  # row indices of each forward pass; None batches rows of similar length
     observation_mask: Tensor | None = None  # as in `Rollout`, `(N, R)` bool
+    num_generations: int = 1  # consecutive rows with the same prompt
 
 
 class RolloutCollector:
@@ -104,17 +105,18 @@ class RolloutCollector:
         """Generate responses, score them, and compute log-probabilities and values with actor, critic and reference.
 
         Args:
-            rows: rows of a tokenized dataset.
+            rows: rows of a tokenized dataset; in training, `num_generations` times each.
             uniforms: uniform numbers that decide the sampled tokens, `(N, R)` float64.
             context: passed to reward functions.
             micro_batch_fn: returns the micro-batches of the first PPO epoch; None in evaluation, which keeps no hidden
-                states, because they might exceed memory.
+                states, because they might exceed memory, and samples one response per row.
             score: whether rewards are called; if not, all scores are NaN.
         """
         timer = PhaseTimer()
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
         with self.accelerator.autocast():
-            responses, learning = self._respond(rows, uniforms), micro_batch_fn is not None
+            learning = micro_batch_fn is not None
+            responses = self._respond(rows, uniforms, self.args.num_generations if learning else 1)
             timer.record("generate")
             completions, extra = self.decoder.decode(responses, context)
             self.report("scoring", 0, len(rows), 0)
@@ -167,18 +169,20 @@ class RolloutCollector:
         """Add the hidden states to a rollout from a checkpoint, which contains none, over its own micro-batches."""
         self.model.eval()
         batch = ForwardBatch(
-            rollout.input_ids, rollout.attention_mask, rollout.response_length, micro_batches, rollout.observation_mask
-        )
+            rollout.input_ids, rollout.attention_mask, rollout.response_length, micro_batches, rollout.observation_mask,
+            self.args.num_generations,
+        )  # fmt: skip
         with self.accelerator.autocast():
             return replace(rollout, frozen_hidden_states=self._frozen_states(batch))
 
-    def _respond(self, rows: Sequence[Row], uniforms: Tensor) -> Responses:
-        return self._single_turn(rows, self._generate([row["input_ids"] for row in rows], uniforms))
+    def _respond(self, rows: Sequence[Row], uniforms: Tensor, num_generations: int = 1) -> Responses:
+        prompts = [row["input_ids"] for row in rows]
+        return self._single_turn(rows, self._generate(prompts, uniforms, num_generations))
 
     def _single_turn(self, rows: Sequence[Row], output: GenerateOutput) -> Responses:
         return Responses.from_single_turn(rows, output, self.stop_ids, train_on_eos=self.args.train_on_eos)
 
-    def _generate(self, prompts: Sequence[list[int]], uniforms: Tensor) -> GenerateOutput:
+    def _generate(self, prompts: Sequence[list[int]], uniforms: Tensor, num_generations: int) -> GenerateOutput:
         (rows, length), padding = uniforms.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
@@ -186,9 +190,15 @@ class RolloutCollector:
         progress, device = ProgressReporter("generating", rows, self.report), self.accelerator.device
 
         def decode_rows(chunk: Tensor) -> None:
-            input_ids, attention_mask = left_pad([prompts[int(i)] for i in chunk], padding)
+            # Responses to a prompt are adjacent, because the sort is stable. Each prompt runs once.
+            _, prompt_of_row, counts = torch.unique_consecutive(
+                chunk // num_generations, return_inverse=True, return_counts=True
+            )
+            firsts = chunk[counts.cumsum(0) - counts]
+            input_ids, attention_mask = left_pad([prompts[int(i)] for i in firsts], padding)
             out = self.model.sample(
-                input_ids.to(device), attention_mask.to(device), uniforms[chunk], stop_ids=self.stop_ids,
+                input_ids.to(device), attention_mask.to(device), uniforms[chunk],
+                None if num_generations == 1 else prompt_of_row.to(device), stop_ids=self.stop_ids,
                 pad_token_id=padding, temperature=self.args.temperature, logits_processor=self.logits_processor,
                 on_step=progress.decode_step_callback(len(chunk)),
             )  # fmt: skip
@@ -207,7 +217,8 @@ class RolloutCollector:
         # micro-batches of the first PPO epoch: its ratios are then exactly 1.
         micro_batches = None if micro_batch_fn is None else micro_batch_fn(attention_mask.sum(1))
         input_ids = torch.cat([input_ids, tokens], 1)
-        return ForwardBatch(input_ids, attention_mask, tokens.shape[1], micro_batches, responses.observation_mask)
+        answers, observations = 1 if micro_batch_fn is None else self.args.num_generations, responses.observation_mask
+        return ForwardBatch(input_ids, attention_mask, tokens.shape[1], micro_batches, observations, answers)
 
     def _prefix_scores(self, batch: ForwardBatch) -> Tensor | None:
         sequences = unpad(batch.input_ids, batch.attention_mask)
@@ -226,7 +237,8 @@ class RolloutCollector:
         parts: list[tuple[Tensor, Tensor]] = []
 
         def run(ids: Tensor, mask: Tensor, rows: Tensor, layout: LeftPaddedLayout) -> None:
-            states = self.model.frozen_hidden_states(ids, mask, layout.seq_lens).cpu()
+            prefixes = layout.prefixes(rows, batch.num_generations)
+            states = self.model.frozen_hidden_states(ids, mask, layout.seq_lens, prefixes).cpu()
             parts.append((rows, layout.restore_states(states, length)))
 
         self._map_micro_batches(batch, "frozen_layers", run)
@@ -247,7 +259,7 @@ class RolloutCollector:
             out = self.model(
                 ids, mask, layout.max_response_len, self.args.temperature, with_values=actor, with_entropy=actor,
                 frozen_hidden_states=states, response_mask=layout.response_mask.to(ids.device),
-                seq_lens=layout.seq_lens,
+                seq_lens=layout.seq_lens, prefixes=layout.prefixes(rows, batch.num_generations),
             )  # fmt: skip
             logprobs[rows] = layout.restore_responses(out.logprobs.cpu())
             if actor:

@@ -107,7 +107,7 @@ class RolloutPhase:
         self.minibatch_rows = rows = self._minibatches(len(rollout), rollout_index, ppo_epoch)[minibatch]
         parts = self._micro_batch_rows(rows, rollout.lengths())
         tokens = self._trainer.collectives.sum(rollout.action_mask[rows].sum()).clamp(min=1)
-        return [rollout.micro_batch(indices) for indices in parts], tokens
+        return [rollout.micro_batch(indices, args.num_generations) for indices in parts], tokens
 
     def scoring_micro_batches(self, rollout_index: int, lengths: Tensor) -> list[Tensor]:
         """Return the row indices of the micro-batches of the first PPO epoch."""
