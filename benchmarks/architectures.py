@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from machine import ROOT, describe_machine
+from _utils import ROOT, describe_machine
 from peft import LoraConfig, get_peft_model
 from tables import ARCHITECTURE_COLUMNS as COLUMNS
 from torch import Tensor, nn

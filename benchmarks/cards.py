@@ -12,7 +12,7 @@ The last line is JSON; `models_by_card` counts what fits.
 
 from __future__ import annotations
 
-from measuring import report
+from _utils import report
 from transformers import Qwen2Config
 
 from ppo_plus.memory import PlannerConfig, plan

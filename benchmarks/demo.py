@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from measuring import ROOT, report
+from _utils import ROOT, report
 
 
 def run(seed: int, flags: list[str], folder: Path, keep: bool) -> dict:

@@ -164,7 +164,7 @@ def write_atomically(file: Path, result: dict[str, Any]) -> None:
 
 def describe() -> dict[str, Any]:
     """Return machine, card and versions; asked in another process, since a CUDA context here would take memory."""
-    code = "import json; from machine import describe_machine; print(json.dumps(describe_machine()))"
+    code = "import json; from _utils import describe_machine; print(json.dumps(describe_machine()))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=BENCHMARKS, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
-from measuring import RESULTS, cap_memory, peak_mb, report, word_tokenizer, write_result
+from _utils import RESULTS, cap_memory, describe_machine, peak_mb, report, word_tokenizer, write_result
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 

@@ -157,7 +157,7 @@ class Peaks:
 
     def __init__(self, cap: int) -> None:
         import torch
-        from measuring import cap_memory
+        from _utils import cap_memory
 
         from ppo_plus.memory import MemoryTracker
 
@@ -261,7 +261,7 @@ def run_child(name: str, cap: int, tiny: bool) -> dict:
 
 def summarize(rows: list[dict]) -> dict:
     """Return the result of the runs so far, with machine and versions."""
-    from machine import describe_machine
+    from _utils import describe_machine
 
     shares = {(row["model"], row["cap_gib"]): share_of_cap(row) for row in rows}
     claimed = [shares.get(claim) for claim in CLAIMS]
@@ -280,7 +280,7 @@ def main() -> None:
         print(json.dumps(child(args.child[0], int(args.child[1]), args.tiny)))
         return
     import torch
-    from measuring import write_result
+    from _utils import write_result
 
     if not args.tiny and not torch.cuda.is_available():
         parser.error("this measures a CUDA GPU, and there is none; --tiny shows on the CPU that the script runs")

@@ -31,14 +31,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe_machine
-from measuring import (
+from _utils import (
     RESULTS,
     ROOT,
     PhaseClock,
     answer_continuously,
     by_phase,
     cap_memory,
+    describe_machine,
     medians,
     peak_mb,
     report,
@@ -108,8 +108,8 @@ def load(folder: str, precision: str):
 
 
 def make_trainer(policy, size: dict, folder: str, clock: PhaseClock):
-    from against_trl import lora
     from datasets import Dataset
+    from ppo_runs import lora
 
     from ppo_plus import PPOConfig, PPOTrainer
 
@@ -258,7 +258,7 @@ def measure(shape: str, precision: str, size: dict, folder: str, output: Path) -
 
 def against_trl(folder: str) -> dict | None:
     """Median seconds of vs_trl.py's update on both sides; None where four times the weights do not fit."""
-    from against_trl import install_trl, run
+    from ppo_runs import install_trl, run
     from vs_trl import summary
 
     weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -23,8 +23,7 @@ from typing import Any
 
 import learning
 import torch
-from machine import smollm2
-from measuring import report
+from _utils import report, smollm2
 from torch import Tensor
 from torch.nn.functional import pad
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from measuring import TINY, benchmark_parser, now, random_llama, report
+from _utils import TINY, benchmark_parser, now, random_llama, report
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification

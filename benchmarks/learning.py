@@ -279,7 +279,7 @@ def child(kind: str, job: dict, file: str) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         if kind == "trl":
-            from against_trl import TRL
+            from ppo_runs import TRL
 
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TRL), os.environ.get("PYTHONPATH")]))
         with (path.parent / f"{kind}.log").open("w") as log:
@@ -381,8 +381,8 @@ def ablation_table(runs: dict[str, list[dict]]) -> dict:
 
 def compare(args: argparse.Namespace, job: dict) -> None:
     """Both sides, in turn, and results/learning.json."""
-    from against_trl import TRL_VERSION, install_trl
-    from measuring import report
+    from _utils import report
+    from ppo_runs import TRL_VERSION, install_trl
 
     install_trl()
     timed = job | {"unit": "seconds", "points": [args.seconds * p / 12 for p in POINTS], "episodes": 10**6}
@@ -405,7 +405,7 @@ def compare(args: argparse.Namespace, job: dict) -> None:
 
 def ablate(args: argparse.Namespace, job: dict) -> None:
     """The tables that are asked for, and results/ablations.json after every run that completes one."""
-    from measuring import report
+    from _utils import report
 
     asked = {name: ABLATIONS[name] for name in args.ablations or ABLATIONS}
     name = "ablations" if len(asked) > 1 else f"ablations_{next(iter(asked))}"
@@ -452,7 +452,7 @@ def main() -> None:
         result = CHILDREN[kind](json.loads(job))
         Path(file).write_text(json.dumps(result))
         return
-    from machine import smollm2
+    from _utils import smollm2
 
     args.work = args.work.resolve()
     job = {"model": args.model or smollm2(), "work": str(args.work), "folder": str(args.work), "dtype": args.dtype,

@@ -38,8 +38,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from _utils import ROOT, report, tiny_model
 from attempts import equal_weights, finish, interrupt, start_attempt, wait_for
-from measuring import ROOT, report, tiny_model
 
 from ppo_plus import PPOCallback
 
@@ -128,7 +128,7 @@ def make_lora(model: str, sizes: dict, **overrides: Any) -> Any:
 
 def prepare(folder: Path, sizes: dict, tiny: bool) -> None:
     """Make the base model, its reward adapter and the prompts on disk, all that a run reads."""
-    from machine import smollm2
+    from _utils import smollm2
     from transformers import AutoTokenizer
 
     from ppo_plus import RewardConfig, RewardTrainer

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--rollouts 2] [--dtype float32|bfloat16]
 
-What is run is in `against_trl.py`. On the CPU, memory is peak resident memory above what the imports take; on a GPU,
+What is run is in `ppo_runs.py`. On the CPU, memory is peak resident memory above what the imports take; on a GPU,
 the most that torch's allocator handed out (`gpu_allocated`) and held (`gpu_reserved`, which `ratio` is of).
 
 The last line is JSON: `ratio` is our peak over TRL's; `planned_mb` is what the planner says of the tensors alone.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from against_trl import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, TRL_VERSION, install_trl, run
+from ppo_runs import EPISODES, MICRO, MINIBATCHES, PROMPT, RESPONSE, TRL_VERSION, install_trl, run
 
 
 def planned(model: str, dtype: str) -> dict[str, float]:
@@ -37,8 +37,7 @@ def main() -> None:
     parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct from its package by default")
     args = parser.parse_args()
     install_trl()
-    from machine import smollm2
-    from measuring import report
+    from _utils import report, smollm2
 
     model = args.model or smollm2()
     kinds = ("peak", "gpu_allocated", "gpu_reserved")

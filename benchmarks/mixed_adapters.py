@@ -18,9 +18,8 @@ import statistics
 import time
 
 import torch
-from against_trl import PROMPT, RESPONSE, lora
-from machine import smollm2
-from measuring import report
+from _utils import report, smollm2
+from ppo_runs import PROMPT, RESPONSE, lora
 from transformers import AutoModelForCausalLM
 
 from ppo_plus.models.actor_critic import ActorCritic

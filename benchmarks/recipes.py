@@ -25,8 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import smollm2
-from measuring import ROOT, report
+from _utils import ROOT, report, smollm2
 
 PAIRS, HELD_OUT_PAIRS, PAIR_TOKENS = 640, 200, 32
 PROMPTS, HELD_OUT_PROMPTS, PROMPT_TOKENS = 1024, 128, 12

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 
-from measuring import ROOT, PhaseClock, by_phase, peak_mb, random_llama, report, word_tokenizer
+from _utils import ROOT, PhaseClock, by_phase, peak_mb, random_llama, report, word_tokenizer
 
 FACTORS = (1, 2, 4)
 BASE = {"episodes": 16, "response": 32, "width": 256}
@@ -30,8 +30,8 @@ PROMPT, LAYERS, MICRO, MINIBATCHES = 16, 6, 4, 2
 def run(episodes: int, response: int, width: int, updates: int) -> dict:
     """Updates of one size, in this process: seconds by phase, tokens, parameters and peak memory."""
     import torch
-    from against_trl import lora
     from datasets import Dataset
+    from ppo_runs import lora
 
     from ppo_plus import PPOConfig, PPOTrainer
 

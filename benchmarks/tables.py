@@ -3,8 +3,8 @@
     python benchmarks/tables.py [--check]
 
 A text shows a table where it has `<!-- name -->` and `<!-- /name -->`, with a name of `TABLES`, or `rows` and names of
-results, as `<!-- rows kill long_run -->`. A result that does not exist has no row. `--check` writes nothing and exits
-with status 1 where a text differs from the results.
+results, as `<!-- rows crash_recovery long_run -->`. A result that does not exist has no row. `--check` writes nothing
+and exits with status 1 where a text differs from the results.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def above_floor(r: dict) -> str:
     return f"**{r['ratio']:.2f}×** the floor ({seconds}; {phases})"
 
 
-def uneven(r: dict) -> str:
+def variable_length(r: dict) -> str:
     ours, theirs, batched = (r[f"{side}_tokens_per_second"] for side in ("ours", "generate", "generate_batch"))
     few, uniform = r["passes"]["few_long"], r["passes"]["uniform"]
     passes = (
@@ -96,7 +96,7 @@ def mixed(r: dict) -> str:
     return f"{r['ratio']:.2f}× the time of a pass for each role"
 
 
-def kill(r: dict) -> str:
+def crash_recovery(r: dict) -> str:
     return f"{r['kills']} kills, {r['identical']} ended in the same bits"
 
 
@@ -138,9 +138,9 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("vs_trl_bfloat16", "one update against TRL 1.12's PPO, SmolLM2-135M, bf16", against_trl),
     ("vs_trl_bfloat16_no_amx", "the same on cores without AMX", against_trl),
     ("vs_trl_float32", "one update against TRL 1.12's PPO, SmolLM2-135M, fp32", against_trl),
-    ("floor", "one update against its own arithmetic on the bare model", above_floor),
-    ("floor_no_amx", "that on cores without AMX", above_floor),
-    ("uneven", "64 responses, 60 short and 4 long, against `generate`", uneven),
+    ("lower_bound", "one update against its own arithmetic on the bare model", above_floor),
+    ("lower_bound_no_amx", "that on cores without AMX", above_floor),
+    ("variable_length", "64 responses, 60 short and 4 long, against `generate`", variable_length),
     ("scaling", "cost as the work grows", scaling),
     ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),
     ("vs_grpo", "one update against TRL 1.16's GRPO, 8 prompts x 4 answers, a critic trained on top", against_grpo),
@@ -149,7 +149,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("verifiable", "an exact checker as reward, beside TRL's GRPO and RLOO", verifiable),
     ("mixed_adapters_bfloat16", "all roles scored in one mixed pass, bf16", mixed),
     ("mixed_adapters_float32", "all roles scored in one mixed pass, fp32", mixed),
-    ("kill", "killed at random moments and resumed", kill),
+    ("crash_recovery", "killed at random moments and resumed", crash_recovery),
     ("long_run", "510 rollouts of SmolLM2-135M with checkpoints, evaluations and the report", long_run),
     ("demo", "reward model and PPO on real text", demo),
     ("demo_4bit", "the same, the backbone of all roles in NF4", demo_ends),
@@ -194,7 +194,7 @@ def card_cell(cell: dict) -> str:
 
 
 # What README shows of the rows.
-HEADLINES = ("vs_trl_bfloat16", "vs_grpo", "memory", "reward_model", "verifiable", "kill", "demo")
+HEADLINES = ("vs_trl_bfloat16", "vs_grpo", "memory", "reward_model", "verifiable", "crash_recovery", "demo")
 
 
 def headlines_table(results: Path = RESULTS) -> str:

@@ -18,9 +18,9 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from against_trl import EPISODES, EPOCHS, MICRO, RESPONSE, lora
-from measuring import benchmark_parser, chosen_model, medians, report
+from _utils import benchmark_parser, chosen_model, medians, report
 from peft import LoraConfig
+from ppo_runs import EPISODES, EPOCHS, MICRO, RESPONSE, lora
 from transformers import AutoConfig
 
 from ppo_plus import ActorCritic, ValueHead

@@ -223,7 +223,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(run(args.child, args)))
         return
-    from machine import describe_machine, smollm2
+    from _utils import describe_machine, smollm2
 
     args.model = args.model or smollm2()
     runs: dict[str, list[dict]] = {side: [] for side in SIDES}

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from against_trl import lora, memory_above, resident
+from ppo_runs import lora, memory_above, resident
 
 PROMPTS, ANSWERS, EPOCHS, MINIBATCHES = 8, 4, 2, 2
 RESPONSES = PROMPTS * ANSWERS
@@ -168,8 +168,7 @@ def main() -> None:
         return
     from importlib.metadata import version
 
-    from machine import smollm2
-    from measuring import report, tiny_model
+    from _utils import report, smollm2, tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder) / "model", 256) if args.tiny else smollm2()

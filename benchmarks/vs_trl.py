@@ -2,7 +2,7 @@
 
     python benchmarks/vs_trl.py [--repeats 2] [--updates 1] [--dtype bfloat16|float32] [--name NAME]
 
-What is run is in `against_trl.py`. The two trainers run in turn, each in a fresh process, and the first update of each
+What is run is in `ppo_runs.py`. The two trainers run in turn, each in a fresh process, and the first update of each
 is not counted.
 
 ppo_plus runs as it comes, and with `torch_compile=True`, which pays its compilation once, in the first update. (TRL's
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from against_trl import EPISODES, EPOCHS, RESPONSE, TRL_VERSION, install_trl, run
+from ppo_runs import EPISODES, EPOCHS, RESPONSE, TRL_VERSION, install_trl, run
 
 
 def summary(runs: list[dict]) -> dict[str, float]:
@@ -44,8 +44,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the result; vs_trl_ and the dtype by default")
     args = parser.parse_args()
     install_trl()
-    from machine import smollm2
-    from measuring import report
+    from _utils import report, smollm2
 
     model = args.model or smollm2()
     runs: dict[str, list[dict]] = {"trl": [], "ours": [], "ours_compiled": []}

@@ -137,7 +137,7 @@ def test_the_commands_of_a_page_exist(page, in_user_folder, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["make nothing", "python benchmarks/nothing.py", "python benchmarks/kill.py --nothing 1",
+    ["make nothing", "python benchmarks/nothing.py", "python benchmarks/crash_recovery.py --nothing 1",
      "python recipes/ppo.py --config recipes/nothing.yaml", "python -m ppo_plus.nothing"],
 )  # fmt: skip
 def test_a_command_that_does_not_exist_is_found(command):

@@ -51,7 +51,7 @@ def card():
     """Cap the allocator at the card that PPO_PLUS_CARD_GB names."""
     if "PPO_PLUS_CARD_GB" in os.environ and torch.cuda.is_available():
         sys.path.insert(0, str(ROOT / "benchmarks"))
-        from measuring import cap_memory
+        from _utils import cap_memory
 
         cap_memory(float(os.environ["PPO_PLUS_CARD_GB"]))
 

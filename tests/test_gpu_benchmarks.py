@@ -16,7 +16,7 @@ from ppo_plus.kernels.cpu_attention import EAGER_GQA
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from measuring import answer_continuously  # noqa: E402
+from _utils import answer_continuously  # noqa: E402
 
 PROMPTS, LENGTHS = [[5, 6, 7], [8, 9, 10, 11, 12], [33]], [4, 30, 2]
 

@@ -17,7 +17,7 @@ import tables  # noqa: E402
 
 SIDE = {"generate_seconds": 1.0, "score_seconds": 2.0, "learn_seconds": 4.0, "total_seconds": 7.0}
 MACHINE = {"machine": {"cpu_cores": 2, "cpu_capability": "AVX512", "gpu": None}, "date": "2026-01-02"}
-UNEVEN = {
+VARIABLE_LENGTH = {
     "ratio": 2.345, "ours_tokens_per_second": 469.0, "generate_tokens_per_second": 200.0,
     "generate_batch_tokens_per_second": 300.0, **MACHINE,
     "passes": {"few_long": {"padding": 0.8, "learn": 3.5}, "uniform": {"padding": 0.4, "learn": 1.25}},
@@ -36,15 +36,15 @@ RESULTS = {
         "ratio": 2.0, "memory_ratio": 0.25, "ours": SIDE, "trl": {k: 2 * v for k, v in SIDE.items()}, **MACHINE,
     },
     "vs_trl_float32": {"ratio": 1.0, "memory_ratio": 0.5, "ours": SIDE, "trl": SIDE},
-    "floor": {
+    "lower_bound": {
         "ratio": 1.5, "ratio_by_phase": {"generate": 1.25, "score": 2.0, "learn": 1.5},
         "update_seconds": {"total": 30.0}, "floor_seconds": {"total": 20.0}, **MACHINE,
     },
-    "floor_no_amx": {
+    "lower_bound_no_amx": {
         "ratio": 1.25, "ratio_by_phase": {"generate": 1.0, "score": 1.5, "learn": 1.25},
         "update_seconds": {"total": 50.0}, "floor_seconds": {"total": 40.0}, **MACHINE,
     },
-    "uneven": UNEVEN,
+    "variable_length": VARIABLE_LENGTH,
     "scaling": {"episodes": growth(0.9, 0), "response": growth(1.1, 0), "width": growth(0, 0.75)},
     "memory": {"ratio": 0.333},
     "reward_model": {
@@ -58,7 +58,7 @@ RESULTS = {
     },
     "mixed_adapters_bfloat16": {"ratio": 1.5},
     "mixed_adapters_float32": {"ratio": 1.25},
-    "kill": {"kills": 50, "identical": 49},
+    "crash_recovery": {"kills": 50, "identical": 49},
     "long_run": {
         "identical": True, "early": 50, "late": 500, "signals": [{"signal": "SIGTERM"}, {"signal": "SIGKILL"}] * 2,
         "undisturbed": {
@@ -99,18 +99,22 @@ def test_links_of_a_table_lead_to_the_results_from_where_it_stands():
 
 
 def test_a_page_may_show_some_rows():
-    table = tables.make_table("docs/x/y.md", "rows long_run kill")
+    table = tables.make_table("docs/x/y.md", "rows long_run crash_recovery")
     links = re.findall(r"\]\(([^)]+)\)", table)
-    assert links == [f"../../benchmarks/results/{name}.json" for name in ("kill", "long_run")]  # in the order of ROWS
+    assert links == [
+        f"../../benchmarks/results/{name}.json" for name in ("crash_recovery", "long_run")
+    ]  # in the order of ROWS
     with pytest.raises(ValueError, match="gone"):
-        tables.make_table("README.md", "rows kill gone")
+        tables.make_table("README.md", "rows crash_recovery gone")
 
 
 def test_tables_are_found_by_their_markers(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("<!-- learning -->\n<!-- /learning -->\n<!-- parameters -->")
-    (tmp_path / "docs" / "a.md").write_text("<!-- /rows kill -->")  # its other marker is missing: an error later
-    assert tables.find_places(tmp_path) == [("README.md", "learning"), ("docs/a.md", "rows kill")]
+    (tmp_path / "docs" / "a.md").write_text(
+        "<!-- /rows crash_recovery -->"
+    )  # its other marker is missing: an error later
+    assert tables.find_places(tmp_path) == [("README.md", "learning"), ("docs/a.md", "rows crash_recovery")]
 
 
 def test_headlines_are_some_rows_of_performance(tmp_path):
@@ -162,8 +166,8 @@ def test_every_result_becomes_words(tmp_path):
 
 def test_a_result_that_is_not_there_has_no_row(tmp_path):
     assert table_of(tmp_path, {}) == []
-    (row,) = table_of(tmp_path, {"uneven": UNEVEN})
-    assert row[0].endswith("(benchmarks/results/uneven.json)")
+    (row,) = table_of(tmp_path, {"variable_length": VARIABLE_LENGTH})
+    assert row[0].endswith("(benchmarks/results/variable_length.json)")
 
 
 def test_only_what_is_between_the_markers_is_replaced():

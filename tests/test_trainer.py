@@ -558,7 +558,7 @@ OPTIONS = {
 # Options whose effect is not on the numbers of a run, and the test that sees it.
 ELSEWHERE = {
     "use_ppo_plus_kernels": "test_kernels.py",
-    "cache_frozen_layers": "test_lower_layers.py",
+    "cache_frozen_layers": "test_frozen_layers.py",
     "prefix_reward_baseline": "test_baseline.py",
     "importance_sampling_cap": "test_what_decoding_computed_otherwise_is_weighed",
     "local_rollout_forward_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",

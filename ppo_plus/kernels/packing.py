@@ -7,7 +7,7 @@ kernel (flash attention takes none). A self-test decides whether an architecture
 
 Measured (benchmarks/kernel_speed.py, bf16, a CPU with AVX512) on rows of 56 to 112 tokens: with padding, learning takes
 1.24 times the time and 1.19 times the activations, scoring 1.17 times the time. Where 72 % of the tokens are padding,
-learning takes 3.26 times the time (benchmarks/results/uneven.json).
+learning takes 3.26 times the time (benchmarks/results/variable_length.json).
 
 Nothing here needs a host sync.
 

@@ -1,6 +1,6 @@
 """Kills a training run at random moments, resumes it each time, and compares the end with an undisturbed run.
 
-    python benchmarks/kill.py [--kills 50] [--seed 0] [--output out/kill]
+    python benchmarks/crash_recovery.py [--kills 50] [--seed 0] [--output out/crash_recovery]
 
 A tiny model is trained with dropout, adaptive KL and reward normalization, with a checkpoint after every step. Each
 attempt resumes with `resume_from_checkpoint=True` and is killed with SIGKILL after a random time: while it generates,
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which the run is killed")
     parser.add_argument("--steps", type=int, default=700, help="optimizer steps of the whole run")
     parser.add_argument("--longest", type=float, default=1.0, help="longest time before a kill, in seconds")
-    parser.add_argument("--output", type=Path, default=ROOT / "out" / "kill")
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "crash_recovery")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
@@ -90,9 +90,9 @@ def main() -> None:
     result = {"kills": kills, "identical": kills if equal else 0, "killed_while_writing": while_writing}
     result |= {"seed": args.seed, "steps": args.steps}
     if kills >= 50:
-        from machine import describe_machine
+        from _utils import describe_machine
 
-        file = ROOT / "benchmarks" / "results" / "kill.json"
+        file = ROOT / "benchmarks" / "results" / "crash_recovery.json"
         file.write_text(json.dumps({**result, **describe_machine()}, indent=2) + "\n")
     print(json.dumps(result))
 

@@ -82,7 +82,7 @@ def our_trainer(model: str, dtype: str, updates: int, folder: str, callback, com
 
 
 def ours(model: str, dtype: str, updates: int, folder: str, compiled: bool) -> dict:
-    from measuring import PhaseClock
+    from _utils import PhaseClock
 
     baseline, clock = resident(), PhaseClock()
     our_trainer(model, dtype, updates, folder, clock, compiled).train()

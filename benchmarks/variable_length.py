@@ -1,6 +1,6 @@
 """Responses of very uneven length: rollouts against transformers' own, and learning with and without padding.
 
-    python benchmarks/uneven.py [--repeats 3] [--dtype bfloat16|float32]
+    python benchmarks/variable_length.py [--repeats 3] [--dtype bfloat16|float32]
 
 All decode the same 64 prompts as one batch, with the same model (SmolLM2-135M, LoRA on) and the same lengths: 60
 responses of 8 to 16 tokens and 4 of 256. A length is forced by forcing the last id of the vocabulary, which is never
@@ -22,8 +22,8 @@ import tempfile
 from functools import partial
 
 import torch
-from against_trl import lora
-from measuring import answer_continuously, benchmark_parser, chosen_model, medians, report
+from _utils import answer_continuously, benchmark_parser, chosen_model, medians, report
+from ppo_runs import lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
@@ -151,7 +151,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(2)
     for name, drawn in (("few_long", lengths), ("uniform", torch.randint(16, 129, (64,), generator=generator))):
         result.setdefault("passes", {})[name] = passes(model, drawn, args.repeats)
-    report("uneven", result, write=not args.tiny)
+    report("variable_length", result, write=not args.tiny)
 
 
 if __name__ == "__main__":

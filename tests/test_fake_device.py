@@ -1,6 +1,6 @@
 """On an accelerator nothing is left on the CPU: training there gives the numbers that it gives here.
 
-The accelerator is that of elsewhere.py. Each case runs on both, in a process of its own for each group.
+The accelerator is that of fake_device.py. Each case runs on both, in a process of its own for each group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import elsewhere
+import fake_device
 import pytest
 import torch
 from conftest import classifier, lora, make_model, make_prompts, make_tokenizer, make_trainer
@@ -33,7 +33,7 @@ from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.utils.devices import generator_state
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(elsewhere.backend_registration, "_setup_privateuseone_for_python_backend"),
+    not hasattr(fake_device.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no backends that are written in Python",
 )
 GROUPS = {}
@@ -128,14 +128,14 @@ def whole_model_and_its_reference(folder, cpu, base, adapter):
 
 @group("training")
 def model_that_is_there_already(folder, cpu, base, adapter):
-    return trained(folder, cpu, model=make_model().to("cpu" if cpu else elsewhere.NAME))
+    return trained(folder, cpu, model=make_model().to("cpu" if cpu else fake_device.NAME))
 
 
 @group("training")
 def adapter_that_is_there_already(folder, cpu, base, adapter):
     """Its first weights are kept as reference."""
     torch.manual_seed(0)
-    model = get_peft_model(make_model(), lora()).to("cpu" if cpu else elsewhere.NAME)
+    model = get_peft_model(make_model(), lora()).to("cpu" if cpu else fake_device.NAME)
     return trained(folder, cpu, model=model, peft_config=None)
 
 
@@ -294,11 +294,11 @@ GROUPS["families"] = {name: family(name) for name in ("OPT", "Gemma 3", "Mamba 2
 
 def without_float64(case):
     def run(folder, cpu, base, adapter):
-        elsewhere.FLOAT64 = cpu
+        fake_device.FLOAT64 = cpu
         try:
             return case(folder, cpu, base, adapter)
         finally:
-            elsewhere.FLOAT64 = True
+            fake_device.FLOAT64 = True
 
     return run
 
@@ -310,7 +310,7 @@ GROUPS["no float64"] = {case.__name__: without_float64(case) for case in CASES}
 @group("no float64")
 def generator_of_the_device(folder, cpu, base, adapter):
     """It is left alone by rollouts and evaluations, and goes on from a checkpoint."""
-    generator = torch.elsewhere.generator
+    generator = torch.fake_device.generator
     generator.manual_seed(7)
     before = generator.get_state()
     with isolated_rng(1):
@@ -344,7 +344,7 @@ def compared(name, work):
         for cpu, result in ((True, here), (False, there)):
             folder = work / case / ("here" if cpu else "there")
             os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-            with contextlib.nullcontext() if cpu else elsewhere.there() as device:
+            with contextlib.nullcontext() if cpu else fake_device.fake_device() as device:
                 if not cpu:
                     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
                 try:
@@ -394,12 +394,12 @@ def test_the_device_keeps_its_tensors_apart():
 
 
 def device_keeps_its_tensors_apart():
-    with elsewhere.there() as device:
-        elsewhere.FLOAT64 = False
+    with fake_device.fake_device() as device:
+        fake_device.FLOAT64 = False
         for operation in (lambda: torch.ones(1, device=device).double(), lambda: torch.ones(1).double().to(device)):
             with pytest.raises(TypeError, match="float64"):
                 operation()
-        elsewhere.FLOAT64 = True
+        fake_device.FLOAT64 = True
         here, x = torch.arange(6.0).view(2, 3), torch.arange(6.0, device=device).view(2, 3)
         index, scalar = torch.tensor([1, 0]), torch.tensor(2.0)
         refused = [
@@ -439,7 +439,7 @@ def device_keeps_its_tensors_apart():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    elsewhere.set_up()
+    fake_device.set_up()
     with tempfile.TemporaryDirectory() as temporary:
         asked = sys.argv[1]
         result = device_keeps_its_tensors_apart() if asked == "device" else compared(asked, Path(temporary))

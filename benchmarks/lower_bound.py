@@ -1,6 +1,6 @@
 """One PPO update against its own floor: the arithmetic it cannot do without, on the bare model, in the same run.
 
-    python benchmarks/floor.py [--repeats 3] [--dtype bfloat16|float32]
+    python benchmarks/lower_bound.py [--repeats 3] [--dtype bfloat16|float32]
 
 The update is the one of vs_trl.py: SmolLM2-135M with LoRA, 32 episodes of 14 + 48 tokens, a reward adapter, 4 PPO
 epochs x 2 minibatches of 16. Its floor, for the same numbers of tokens and without any adapter:
@@ -22,8 +22,8 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from against_trl import EPISODES, EPOCHS, MICRO, PROMPT, RESPONSE, our_trainer
-from measuring import PhaseClock, benchmark_parser, by_phase, chosen_model, report, seconds
+from _utils import PhaseClock, benchmark_parser, by_phase, chosen_model, report, seconds
+from ppo_runs import EPISODES, EPOCHS, MICRO, PROMPT, RESPONSE, our_trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
@@ -111,7 +111,7 @@ def main() -> None:
         "floor_seconds_by_attention": by_attention,
         "update_seconds_each": [row["total"] for row in updates],
     }
-    report("floor", result, write=not args.tiny)
+    report("lower_bound", result, write=not args.tiny)
 
 
 if __name__ == "__main__":

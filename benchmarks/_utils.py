@@ -1,18 +1,24 @@
-"""What the speed benchmarks share: clocks, medians of interleaved repeats, models with random weights, results."""
+"""Shared by the benchmarks: clocks, medians of interleaved repeats, models with random weights, machine, results."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import math
+import os
+import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
-from machine import describe_machine, smollm2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     ContinuousBatchingConfig,
@@ -29,6 +35,53 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 VOCABULARY = 49152  # as SmolLM2's
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "ppo-plus")
+
+
+def cpu_capability() -> str:
+    """Vector instructions, and AMX where there is one: bf16 products are several times faster with it."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if known.get("amx_bf16") else "")
+
+
+def describe_machine(**instead: str) -> dict:
+    """Machine, versions and date; `instead` names versions that were measured in place of the installed ones."""
+    return {
+        "machine": {
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cpu_capability": cpu_capability(),
+            "architecture": platform.machine(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **describe_card(),
+        },
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | instead,
+        "date": date.today().isoformat(),
+    }
+
+
+def describe_card() -> dict:
+    """Return memory, compute capability, CUDA and driver version of the first card; empty where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    card, driver = torch.cuda.get_device_properties(0), None
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+        driver = lines[0].strip() if lines else None
+    return {
+        "gpu_memory_gb": round(card.total_memory / 2**30, 1),
+        "gpu_capability": f"{card.major}.{card.minor}",
+        "cuda": torch.version.cuda,
+        "driver": driver,
+    }
+
+
+def smollm2() -> str:
+    """The folder of SmolLM2-135M-Instruct, from its package."""
+    sys.path.insert(0, str(ROOT / "recipes" / "demo"))
+    from demo_assets import load_smollm2
+
+    return str(load_smollm2())
 
 
 def now() -> float:
