@@ -48,9 +48,11 @@ from .rewards import build_rewards
 from .rollout.collector import RolloutCollector
 from .rollout.experience import Experience
 from .training.checkpoint import PPOState
+from .training.critic_training import CriticTraining
 from .training.evaluation import Evaluator
 from .training.gradients import GradientAccumulator, NonfiniteGradientGuard
 from .training.hub import HubMixin, save_training_args_json
+from .training.losses import count_tokens, policy_loss
 from .training.metrics import Meter
 from .training.ppo_card import PPOModelCard
 from .training.resume import Checkpointer
@@ -170,6 +172,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             reward_funcs, reward_tokenizers, model, tokenizer, weights=args.reward_weights,
             batch_size=args.local_rollout_forward_batch_size, on_error=args.on_reward_error,
             chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}), timeout=args.reward_timeout,
+            pessimism=args.reward_pessimism,
         )  # fmt: skip
         self.stop_ids = stop_token_ids(model.generation_config, tokenizer, model.num_embeddings, args.extra_stop_ids)
         runtime = (self.accelerator, self.stop_ids, self._rollouts.on_progress)
@@ -185,6 +188,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         self._accumulator = GradientAccumulator(self, super().training_step)
         self._gradient_guard = NonfiniteGradientGuard(self)
         self._critic_grad_norm: Tensor | float = 0.0
+        self._critic_training = CriticTraining(self)
 
     def _add_callbacks(self) -> None:
         for callback in (self._shutdown, self._deferred_control, TrainingHealthCallback()):
@@ -225,6 +229,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             samples = self._rollouts.generate_and_score(prompts[0], rollout_index)  # 1 to 4
             self._progress.rollout = self._rollouts.compute_advantages(samples)  # 5
         micro_batches, tokens = self._rollouts.micro_batches(rollout_index, step)  # 6
+        self._critic_training.update_alone(micro_batches, tokens.to(device))
         return micro_batches, tokens.to(device)
 
     # Learning
@@ -273,7 +278,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         return (loss, output) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> ActorCriticOutput:
-        train_actor = self.state.global_step >= self.args.critic_warmup_steps
+        train_actor = not self._critic_training.is_alone
         optional = {
             name: inputs.get(name) for name in ("frozen_hidden_states", "response_mask", "seq_lens", "prefixes")
         }
@@ -419,22 +424,3 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With save_strategy="best" this alone decides what is saved, and a signal requests a checkpoint.
         return super()._determine_best_metric(metrics, trial) or self._shutdown.agreed_signal is not None
-
-
-def count_tokens(inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | int:
-    """Return the loss divisor: response tokens of the minibatch, or of these rows if `num_items_in_batch` is None."""
-    return num_items_in_batch if num_items_in_batch is not None else inputs["action_mask"].sum().clamp(min=1)
-
-
-def policy_loss(args: PPOConfig, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the objective that `args` selects, per token, and the mask of clipped tokens; each `(B, R)`."""
-    if args.objective == "clip":
-        return algo.clipped_policy_loss(
-            logprobs, old_logprobs, advantages,
-            cliprange=args.cliprange, cliprange_high=args.cliprange_high, dual_clip=args.dual_clip,
-        )  # fmt: skip
-    if args.objective == "kl_penalty":
-        loss = algo.kl_penalty_policy_loss(logprobs, old_logprobs, advantages, beta=args.old_policy_kl_coef)
-    else:
-        loss = algo.unclipped_policy_loss(logprobs, old_logprobs, advantages)
-    return loss, torch.zeros_like(loss, dtype=torch.bool)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from conftest import close, make_config, make_trainer
+from conftest import close, count_e, make_config, make_trainer
 from test_functional import ragged, real_tokens, slow_gae, slow_moments
 
 from ppo_plus import PPOCallback, algo
@@ -143,14 +145,266 @@ def test_a_critic_that_helps_now_and_then_or_is_gated_is_not(tmp_path, recwarn, 
     assert warnings_of(explained, tmp_path, recwarn, **config) == []
 
 
+# --- masked objective ---
+
+
+def masked_loss(ratio, advantage, **options):
+    return algo.masked_policy_loss(
+        torch.tensor(ratio).log(), torch.zeros(len(ratio)), torch.tensor(advantage), **options
+    )
+
+
+def test_the_mask_by_hand():
+    """SAO's bounds for mathematics: 0.7 to 6, both excluded, whatever the sign of the advantage."""
+    loss, masked = masked_loss([0.8, 0.5, 5.0, 7.0, 0.5, 7.0], [2.0, 2.0, 2.0, 2.0, -2.0, -2.0],
+                               cliprange=0.3, cliprange_high=5.0)  # fmt: skip
+    close(loss, [-1.6, 0.0, -10.0, 0.0, 0.0, 0.0])
+    assert masked.tolist() == [False, True, False, True, True, True]
+    clipped, _ = algo.clipped_policy_loss(torch.tensor([0.5, 7.0]).log(), torch.zeros(2), torch.tensor([2.0, -2.0]))
+    close(clipped, [-1.0, 14.0])  # a clip keeps both, each in the direction in which it does not bound
+
+
+def test_the_mask_and_its_gradient_against_loops():
+    generator = torch.Generator().manual_seed(0)
+    old, new, advantages = (torch.randn(4, 6, generator=generator) for _ in range(3))
+    new[0, 0], advantages[0, 0] = 200.0, 1.0  # a ratio of infinity
+    new = new.requires_grad_()
+    loss, masked = algo.masked_policy_loss(new, old, advantages, cliprange=0.8, cliprange_high=3.0)
+    loss.sum().backward()
+    for row in range(4):
+        for t in range(6):
+            ratio = math.exp(min(new[row, t].item() - old[row, t].item(), 300.0))
+            expected = -ratio * advantages[row, t].item() if 0.2 < ratio < 4.0 else 0.0
+            assert masked[row, t].item() == (not 0.2 < ratio < 4.0)
+            assert loss[row, t].item() == pytest.approx(expected, abs=1e-5)
+            assert new.grad[row, t].item() == pytest.approx(expected, abs=1e-5)  # d(-r A) / d log pi = -r A
+    assert 0 < masked.sum() < 24
+
+
+def passes(trainer):
+    """Count the passes over the backbone in a scoring, by role."""
+    counts, run = {}, trainer.model._response_hidden_states
+
+    def counted(*args):
+        counts[trainer.model._role] = counts.get(trainer.model._role, 0) + 1
+        return run(*args)
+
+    trainer.model._response_hidden_states = counted
+    return counts
+
+
+@pytest.mark.parametrize("objective", ["clip", "masked"])
+def test_the_masked_objective_spares_the_pass_for_old_logprobs(tmp_path, objective):
+    config = {"objective": objective, "critic": "adapter", "max_steps": 1, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    rollouts = Rollouts()
+    trainer = make_trainer(tmp_path, config=config, callbacks=[rollouts])
+    counts, scored = passes(trainer), {}
+    sample = trainer.collector.sample
+    trainer.collector.sample = lambda *args, **kwargs: (sample(*args, **kwargs), scored.update(counts))[0]
+    trainer.train()
+    _, samples, metrics = rollouts.kept[0]
+    assert scored == {"critic": 2, "reference": 2, **({"actor": 2} if objective == "clip" else {})}
+    spared = objective == "masked"
+    assert ("entropy" in metrics, "sampling/logp_difference" in metrics) == (not spared, not spared)
+    assert torch.equal(samples.logprobs * samples.action_mask, samples.sampled_logprobs * samples.action_mask) == spared
+    logged = next(row for row in trainer.state.log_history if "ppo/ratio" in row)
+    assert logged["ppo/ratio"] == pytest.approx(1, abs=1e-4) and logged["clip_ratio/policy"] == 0
+
+
+def test_a_masked_run_masks(tmp_path):
+    wide, narrow, clip = (
+        train(tmp_path, cliprange=0.05, **config)
+        for config in ({"objective": "masked", "cliprange_high": 5.0}, {"objective": "masked"}, {})
+    )
+    assert len({tuple(weights(trainer)[:50].tolist()) for trainer, _ in (wide, narrow, clip)}) == 3
+    shares = [max(row.get("clip_ratio/policy", 0) for row in t.state.log_history) for t, _ in (wide, narrow)]
+    assert 0 < shares[0] < shares[1]
+
+
+# --- pessimism ---
+
+
+def test_pessimism_by_hand():
+    """-log((1 + e^-2) / 2) = 0.56622 for scores 0 and 2; shares 3 and 1 give -log((3 + e^-2) / 4) = 0.24356."""
+    scores = torch.tensor([[0.0, 2.0]])
+    close(algo.pessimistic_mean(scores, torch.ones(2), 1.0), [0.5662192])
+    close(algo.pessimistic_mean(scores, torch.tensor([3.0, 1.0]), 1.0), [0.2435582])
+
+
+def test_pessimism_and_its_limits_against_loops():
+    scores = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+    scores[0, 1], scores[1] = math.nan, math.nan
+    found = {beta: algo.pessimistic_mean(scores, torch.ones(4), beta) for beta in (1e-3, 0.5, 1e4)}
+    assert found[0.5][1].isnan()
+    for row in [0, *range(2, 20)]:
+        kept = [x for x in scores[row].tolist() if not math.isnan(x)]
+        for beta in (0.5, 1e4):
+            mean = sum(math.exp(-x / beta) for x in kept) / len(kept)
+            assert found[beta][row].item() == pytest.approx(-beta * math.log(mean), abs=1e-3)
+        average, variance = slow_moments(kept)
+        assert found[1e4][row].item() == pytest.approx(average, abs=5e-3)
+        assert found[1e-3][row].item() == pytest.approx(min(kept), abs=2e-3)
+        assert algo.pessimistic_mean(scores[row : row + 1], torch.ones(4), 50.0).item() == pytest.approx(
+            average - variance / 100, abs=1e-3
+        )
+
+
+def test_rewards_of_a_run_are_aggregated_pessimistically(tmp_path):
+    kept = {}
+    for beta in (None, 0.5):
+        rollouts, rewards = Rollouts(), [count_e, lambda completions, **kwargs: [2.0] * len(completions)]
+        config = {"max_steps": 1, "reward_pessimism": beta, "missing_eos_penalty": None}
+        make_trainer(tmp_path, config=config, reward_funcs=rewards, callbacks=[rollouts]).train()
+        kept[beta] = rollouts.kept[0]
+    for row, given in zip(kept[0.5][0].sequence_scores.tolist(), kept[0.5][1].rewards.tolist(), strict=True):
+        assert row == pytest.approx(-0.5 * math.log(sum(math.exp(-2 * r) for r in given) / 2), abs=1e-5)
+    close(kept[None][0].sequence_scores, kept[None][1].rewards.sum(1))
+
+
+def test_pessimism_over_rewards_of_tokens_is_refused(tmp_path):
+    rewards = [lambda completion_ids, **kwargs: [[1.0] * len(ids) for ids in completion_ids], count_e]
+    trainer = make_trainer(tmp_path, config={"reward_pessimism": 1.0, "max_steps": 1}, reward_funcs=rewards)
+    with pytest.raises(ValueError, match="reward_pessimism"):
+        trainer.train()
+
+
+# --- a critic with a LoRA of its own ---
+
+
+MLP = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "r": 2}
+
+
+def adapted(model, adapter):
+    names = (name.split(".") for name, _ in model.policy.named_parameters() if ".lora_A." in name)
+    return {name[-4] for name in names if name[-2] == adapter}
+
+
+def test_a_critic_without_attention(tmp_path):
+    trainer, _ = train(tmp_path, critic="adapter", critic_peft_config=MLP, critic_backbone_learning_rate=1e-2)
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert adapted(trainer.model, "critic") == set(MLP["target_modules"])
+    assert adapted(trainer.model, "default") == {*MLP["target_modules"], *attention}
+    assert {p.shape[0] for n, p in trainer.model.policy.named_parameters() if ".lora_A.critic" in n} == {2}
+    trainer.save_model(str(tmp_path / "saved"))
+    other = make_trainer(tmp_path, config={"critic": "adapter", "critic_peft_config": dict(MLP)})
+    ids = torch.arange(4, 34).view(3, 10)
+    with torch.no_grad():
+        before = other.model.eval()(ids, torch.ones_like(ids), 4).values
+        other.model.load_weights(tmp_path / "saved")
+        wanted, found = (t.model.eval()(ids, torch.ones_like(ids), 4).values for t in (trainer, other))
+    assert torch.equal(found, wanted) and not torch.equal(before, wanted)
+    whole, _ = train(tmp_path, critic="adapter", critic_backbone_learning_rate=1e-2)
+    assert adapted(whole.model, "critic") == adapted(whole.model, "default")
+
+
+# --- several updates of the critic ---
+
+
+ONE = {"critic": "adapter", "num_mini_batches": 1, "lr_scheduler_type": "constant", "cliprange_value": None,
+       "critic_backbone_learning_rate": 1e-2}  # fmt: skip
+
+
+def parts(trainer):
+    model = trainer.model
+    critic = [*model.value_head.parameters(), *model.critic_parameters()]
+    return [torch.cat([p.detach().flatten() for p in group]) for group in (model.actor_parameters(), critic)]
+
+
+def test_further_updates_are_steps_of_the_critic_and_leave_the_actor_alone(tmp_path):
+    """Two PPO epochs of one minibatch with an actor that does not learn are two updates of the critic on that data."""
+    twice = train(tmp_path, **ONE, num_critic_updates=2, num_ppo_epochs=1, max_steps=1)[0]
+    oracle = train(tmp_path, **{**ONE, "learning_rate": 0.0}, num_ppo_epochs=2, max_steps=2)[0]
+    once = train(tmp_path, **ONE, num_ppo_epochs=1, max_steps=1)[0]
+    close(parts(twice)[1], parts(oracle)[1], atol=1e-5)
+    assert (parts(once)[1] - parts(oracle)[1]).abs().max() > 1e-3
+    assert torch.equal(parts(twice)[0], parts(once)[0])  # the actor's first step knows nothing of the critic's updates
+    assert twice.state.global_step == 1
+    steps = {int(state["step"]) for state in twice.optimizer.state.values()}
+    assert steps == {1, 2}
+
+
+def test_further_updates_need_weights_of_the_critics_own(tmp_path):
+    with pytest.raises(ValueError, match="num_critic_updates=2 .*critic='shared'"):
+        make_trainer(tmp_path, config={"num_critic_updates": 2})
+
+
+# --- value pretraining ---
+
+
+PRETRAINING = {"critic_warmup_steps": 40, "critic_warmup_explained_variance": 0.05, "lam": 0.5, "critic": "detached",
+               "value_head_learning_rate": 0.05, "kl_coef": 0.0}  # fmt: skip
+
+
+class Actors(Rollouts):
+    """Keeps the actor's weights at the beginning of each rollout too."""
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, model=None, **kwargs):
+        super().on_rollout_end(args, state, control, rollout, samples, metrics)
+        self.actors = [
+            *getattr(self, "actors", []),
+            torch.cat([p.detach().flatten() for p in model.actor_parameters()]),
+        ]
+
+
+def test_pretraining_ends_when_the_critic_explains_enough(tmp_path):
+    callback = Actors()
+    trainer = make_trainer(tmp_path, config={**PRETRAINING, "max_steps": 28}, callbacks=[callback])
+    trainer.train()
+    explained = [metrics["critic/explained_variance_mc"] for _, _, metrics in callback.kept]
+    first = next(i for i, value in enumerate(explained) if value > 0.05)  # the rollout from which the actor learns
+    assert 0 < first < len(explained) - 1
+    same = [torch.equal(a, callback.actors[0]) for a in callback.actors]
+    assert same == [True] * (first + 1) + [False] * (len(same) - first - 1)
+    for index, (rollout, _, _) in enumerate(callback.kept):
+        targets, lengths = rollout.returns, rollout.action_mask.sum(1).tolist()
+        for row, length in enumerate(lengths):  # the score is paid at the last token, and nothing before it
+            monte_carlo = torch.full((length,), rollout.sequence_scores[row].item())
+            assert torch.allclose(targets[row, :length], monte_carlo, atol=1e-5) == (index <= first) or length == 1
+
+
+def test_without_a_bound_the_warm_up_takes_all_its_steps(tmp_path):
+    callback = Actors()
+    config = {**PRETRAINING, "critic_warmup_explained_variance": None, "max_steps": 12}
+    with pytest.warns(UserWarning, match="critic_warmup_steps=40 covers"):
+        trainer = make_trainer(tmp_path, config=config, callbacks=[callback])
+    trainer.train()
+    assert all(torch.equal(a, callback.actors[0]) for a in callback.actors)
+
+
+@pytest.mark.parametrize("critic", ["detached", "adapter"])
+def test_a_run_starts_with_the_critic_of_another(tmp_path, critic):
+    config = {"critic": critic, "critic_warmup_steps": 4, "max_steps": 5, "critic_backbone_learning_rate": 1e-2}
+    trainer, _ = train(tmp_path, **config)
+    trainer.save_model(str(tmp_path / "earlier"))
+    fresh = make_trainer(tmp_path, config=config)
+    loaded = make_trainer(tmp_path, config={**config, "critic_checkpoint": str(tmp_path / "earlier")})
+    assert torch.equal(parts(loaded)[1], parts(trainer)[1]) and not torch.equal(parts(fresh)[1], parts(trainer)[1])
+    assert torch.equal(parts(loaded)[0], parts(fresh)[0])
+
+
 # --- refused values ---
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("lam_value", 1.2), ("lam_value", "1"), ("length_adaptive_alpha", 0.0), ("length_adaptive_alpha", True),
-     ("critic_gate", "yes")],
+     ("critic_gate", "yes"), ("num_critic_updates", 0), ("critic_warmup_explained_variance", 1.5),
+     ("critic_peft_config", 3), ("critic_checkpoint", 3), ("reward_pessimism", 0.0), ("objective", "sao")],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value!r}"):
         make_config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [({"critic_peft_config": MLP}, "critic_peft_config .*critic='shared'"),
+     ({"critic_warmup_explained_variance": 0.5}, "critic_warmup_steps=0"),
+     ({"objective": "masked", "dual_clip": 3.0}, "dual_clip .*objective='masked'"),
+     ({"reward_pessimism": 1.0, "reward_weights": [1.0, -1.0]}, "reward_weights"),
+     ({"critic": "adapter", "critic_checkpoint": "nowhere"}, "critic_checkpoint='nowhere' .*value_head.*critic"),
+     ({"critic": "adapter", "critic_peft_config": {"rank": 2}}, "critic_peft_config .*'rank'")],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(tmp_path, config, named):
+    with pytest.raises(ValueError, match=named):
+        make_trainer(tmp_path, config=config)

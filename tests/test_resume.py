@@ -27,6 +27,14 @@ CRITICS = {
     "detached": {"critic": "detached", "value_head": "mlp"},
     "adapter": {"critic": "adapter", "critic_warmup_steps": 2},
     "separate": {"critic": "separate"},
+    "twice updated": {"critic": "adapter", "num_critic_updates": 2},
+    "pretrained": {
+        "critic": "detached",
+        "critic_warmup_steps": 12,
+        "critic_warmup_explained_variance": 0.0,
+        "lam": 0.5,
+        "value_head_learning_rate": 0.05,
+    },
 }
 KINDS = {
     "adaptive KL": {},

@@ -26,9 +26,11 @@ from .losses import (
     clipped_policy_loss,
     clipped_value_loss,
     kl_penalty_policy_loss,
+    masked_policy_loss,
     pairwise_loss,
     unclipped_policy_loss,
 )
+from .pessimism import pessimistic_mean
 from .statistics import Average, Reduce, ema, explained_variance, masked_mean, masked_moments, masked_var, whiten
 
 __all__ = [
@@ -52,9 +54,11 @@ __all__ = [
     "logprobs_and_entropy",
     "masked_mean",
     "masked_moments",
+    "masked_policy_loss",
     "masked_var",
     "move_to_actions",
     "pairwise_loss",
+    "pessimistic_mean",
     "proportional_kl_coef",
     "scaled_log_softmax",
     "shape_rewards",

@@ -64,6 +64,35 @@ def unclipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Te
     return -torch.exp(logprobs - old_logprobs) * advantages
 
 
+def masked_policy_loss(
+    logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, *, cliprange: float, cliprange_high: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss with direct double-sided importance sampling (SAO, 2607.07508, eq. 3).
+
+    `-r A` with `r = exp(logprobs - sampled_logprobs)` where `1 - cliprange < r < 1 + cliprange_high`, else 0: a token
+    outside is masked, whatever the sign of its advantage, and not clipped. The ratio is to the distribution that the
+    tokens were sampled from, so it corrects the numerics of decoding as well, and no log-probabilities of an old policy
+    are needed. SAO's bounds are 0.3 and 5.0 for mathematics, 0.8 and 3.0 for code. This is second-hand: it was read in
+    the documentation of EasyDeL's SAO trainer and in the pull requests for Unsloth (9309) and TorchTrade (261). EasyDeL
+    detaches the ratio before a score-function loss, which has the same gradient.
+
+    Args:
+        logprobs: log-probabilities of the sampled tokens under the policy, with gradient, `(B, R)`, nats.
+        sampled_logprobs: log-probabilities of the same tokens as decoding computed them, `(B, R)`, nats.
+        advantages: advantages of the same tokens, `(B, R)`.
+        cliprange: distance of the lower bound from 1.
+        cliprange_high: distance of the upper bound from 1.
+
+    Returns:
+        The loss, `(B, R)`, unit of the advantages, and a bool `(B, R)`: True where a token is masked.
+    """
+    log_ratio = logprobs - sampled_logprobs
+    ratio = log_ratio.detach().exp()
+    masked = (ratio <= 1 - cliprange) | (ratio >= 1 + cliprange_high)
+    # Masked before the exponential, whose infinite gradient would be NaN times 0.
+    return torch.where(masked, 0.0, -log_ratio.masked_fill(masked, 0.0).exp() * advantages), masked
+
+
 def kl_penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
     """Compute the PPO1 loss `-r A + beta KL(old || policy)` (Schulman et al. 2017, eq. 8).
 

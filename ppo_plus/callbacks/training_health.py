@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ class TrainingHealthCallback(PPOCallback):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         """Check KL, entropy and completions of a rollout."""
-        kl, entropy = metrics["kl"], metrics["entropy"]
+        kl, entropy = metrics["kl"], metrics.get("entropy", math.inf)
         truncated = args.top_p < 1 or args.top_k or args.min_p
         # The mean log-ratio over few responses varies around its expectation, which is never negative.
         standard_error = float(rollout.sequence_kl.std(unbiased=False)) / max(1, len(rollout)) ** 0.5
@@ -63,8 +64,8 @@ class TrainingHealthCallback(PPOCallback):
             "entropy_coef, or lower the learning rate.",
         )
         explained = metrics.get("critic/explained_variance_mc", 0.0)
-        learned = state.global_step > args.critic_warmup_steps  # values that nothing was learned for are no news
-        self._useless_values = self._useless_values + 1 if explained < 0 and learned else 0
+        useless = explained < 0 and state.global_step > args.critic_warmup_steps  # before, nothing depends on values
+        self._useless_values = self._useless_values + 1 if useless else 0
         self._warn_once(
             "critic",
             self._useless_values >= MAX_USELESS_VALUES and not args.critic_gate,

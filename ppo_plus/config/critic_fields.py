@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from .shared import _check, _field, _is_int, is_number
+from .shared import _check, _field, _is_dict, _is_int, is_number
 
 
 @dataclass(repr=False)
@@ -26,6 +27,18 @@ class CriticFields:
         2e-5, "Learning rate of the critic's adapter (critic='adapter') or model (critic='separate')."
     )
     critic_warmup_steps: int = _field(0, "Number of initial optimizer steps that train only the critic.")
+    critic_warmup_explained_variance: float | None = _field(
+        None, "End the warm-up, with Monte Carlo targets, early: at the first rollout explained better than this."
+    )
+    critic_checkpoint: str | None = _field(
+        None, "Folder of an earlier run or checkpoint whose critic this run starts with."
+    )
+    critic_peft_config: dict[str, Any] | str | None = _field(
+        None, "Fields of peft_config that differ for critic='adapter', such as target_modules and r."
+    )
+    num_critic_updates: int = _field(
+        1, "Updates of a critic with a backbone of its own per actor update, on the same minibatch."
+    )
     lam_value: float | None = _field(
         None, "GAE lambda of the value targets, 1 for Monte Carlo; None means that of the advantages."
     )
@@ -61,6 +74,27 @@ class CriticFields:
             _check(rate >= 0, self, name, "0 or more")
         steps = self.critic_warmup_steps
         _check(_is_int(steps) and steps >= 0, self, "critic_warmup_steps", "a whole number, 0 (none) or more")
+        self._check_critic_training()
         lam, alpha = self.lam_value, self.length_adaptive_alpha
         _check(lam is None or (is_number(lam) and 0 <= lam <= 1), self, "lam_value", "between 0 and 1, or None")
         _check(alpha is None or (is_number(alpha) and alpha > 0), self, "length_adaptive_alpha", "above 0, or None")
+
+    def _check_critic_training(self) -> None:
+        bound, updates, folder = self.critic_warmup_explained_variance, self.num_critic_updates, self.critic_checkpoint
+        _check(
+            bound is None or (is_number(bound) and 0 <= bound < 1), self, "critic_warmup_explained_variance",
+            "at least 0 and below 1, or None",
+        )  # fmt: skip
+        if bound is not None and self.critic_warmup_steps == 0:
+            raise ValueError(
+                "PPOConfig: critic_warmup_explained_variance ends a warm-up early, and critic_warmup_steps=0 makes "
+                "none: set critic_warmup_steps to the most steps that it may take."
+            )
+        _check(folder is None or isinstance(folder, str | os.PathLike), self, "critic_checkpoint", "text or None")
+        _check(_is_int(updates) and updates >= 1, self, "num_critic_updates", "a whole number, 1 or more")
+        _check(_is_dict(self.critic_peft_config), self, "critic_peft_config", "a dict, one as JSON text, or None")
+        if self.critic_peft_config and self.critic != "adapter":
+            raise ValueError(
+                f"PPOConfig: critic_peft_config has no effect with critic={self.critic!r}, which has no adapter of its "
+                "own: set critic='adapter', or remove it."
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,6 +14,7 @@ from .shared import (
     _check,
     _check_length,
     _field,
+    _is_dict,
     _is_int,
     _RedactSecrets,
     _resolve_direction,
@@ -75,6 +75,9 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
 
     # Reward
     reward_weights: list[float] | None = _field(None, "Weight of each reward function; None means 1 for each.")
+    reward_pessimism: float | None = _field(
+        None, "Beta of -beta * log mean exp(-reward / beta) over rewards, reward units; None sums them."
+    )
     whiten_rewards: bool = _field(False, "Scale the shaped rewards of a rollout to variance 1, keeping their mean.")
     kl_coef: float = _field(0.05, "Initial coefficient of the KL penalty, reward units per nat.")
     kl_estimator: str = _field("k1", f"Per-token KL estimator, one of {', '.join(KL_ESTIMATORS)}.")
@@ -85,10 +88,10 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     lam: float = _field(0.95, "GAE lambda.")
 
     # Objective
-    objective: Literal["clip", "kl_penalty", "unclipped"] = _field(
-        "clip", "PPO2's clipped ratio, PPO1's KL penalty, or the importance-weighted policy gradient without a bound."
+    objective: Literal["clip", "kl_penalty", "unclipped", "masked"] = _field(
+        "clip", "PPO2's clipped ratio, PPO1's KL penalty, no bound, or SAO's mask on ratios to the sampler."
     )
-    cliprange: float = _field(0.2, "Clip range of the probability ratio, below 1 and (by default) above 1.")
+    cliprange: float = _field(0.2, "Range of the probability ratio, below 1 and (by default) above 1.")
     cliprange_high: float | None = _field(None, "Clip range above 1; None means cliprange.")
     importance_sampling_cap: float | None = _field(
         2.0, "Cap of the importance weights that correct numerical differences of decoding; None disables them."
@@ -162,7 +165,12 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         True, "Restore callback states on resume, such as the adaptive KL coefficient and reward statistics."
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "chat_template_kwargs",
+        "critic_peft_config",
+    ]
 
     def __post_init__(self) -> None:
         check_no_sharding(self)
@@ -269,9 +277,12 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         for name in ("reward_timeout", "logging_steps"):
             value = getattr(self, name)
             _check(value is None or (is_number(value) and value > 0), self, name, "a number above 0, or None")
-        weights = self.reward_weights
+        beta, weights = self.reward_pessimism, self.reward_weights
+        _check(beta is None or (is_number(beta) and beta > 0), self, "reward_pessimism", "above 0, or None")
         numbers = isinstance(weights, list | tuple) and all(map(is_number, weights))
         _check(weights is None or numbers, self, "reward_weights", "a list of numbers, or None")
+        shares = beta is None or weights is None or (min(weights, default=0) >= 0 and sum(weights) > 0)
+        _check(shares, self, "reward_weights", "0 or more, and one above 0, with reward_pessimism: they are shares")
         for name in not_negative:
             _check(getattr(self, name) >= 0, self, name, "0 or more")
         _check(self.temperature > 0, self, "temperature", "above 0 (PPO does not support greedy decoding)")
@@ -294,7 +305,7 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         choices: dict[str, tuple] = {
             "kl_estimator": KL_ESTIMATORS,
             "kl_penalty_in": ("reward", "loss"),
-            "objective": ("clip", "kl_penalty", "unclipped"),
+            "objective": ("clip", "kl_penalty", "unclipped", "masked"),
             "stop_token": ("eos", None),
             "on_reward_error": ("raise", "skip"),
             "on_save_error": ("raise", "skip"),
@@ -327,7 +338,8 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
                 "PPOConfig: kl_penalty_in='loss' has no effect with kl_estimator='k1', whose gradient is zero in "
                 "expectation. Set kl_estimator='k3' (or 'k2', 'abs'), or kl_penalty_in='reward'."
             )
-        if self.objective != "clip" and (self.dual_clip is not None or self.cliprange_high is not None):
+        high_has_effect = self.objective == "masked" or self.cliprange_high is None
+        if self.objective != "clip" and not (self.dual_clip is None and high_has_effect):
             name = "cliprange_high" if self.dual_clip is None else "dual_clip"
             raise ValueError(f"PPOConfig: {name} has no effect with objective={self.objective!r}. Remove it.")
 
@@ -370,12 +382,3 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
 
 def _is_token_id(value: object) -> bool:
     return _is_int(value) and cast(int, value) >= 0
-
-
-def _is_dict(value: object) -> bool:
-    if isinstance(value, str):  # Trainer parses it
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return False
-    return value is None or isinstance(value, dict)

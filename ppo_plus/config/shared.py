@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from dataclasses import field
@@ -96,6 +97,15 @@ def _check(condition: bool, config: Any, name: str, expected: str) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_dict(value: object) -> bool:
+    if isinstance(value, str):  # Trainer parses it
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return False
+    return value is None or isinstance(value, dict)
 
 
 def is_number(value: object) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,6 +34,8 @@ class CriticSpec:
             `scale` initializes a linear value head.
         scale: weight of that reward.
         model: a separate critic; its `score`, if any, initializes a linear value head.
+        peft_fields: fields in which the critic's new adapter differs from the actor's. SAO (2607.07508) trains no
+            attention in the critic, whose instability it finds there: target_modules of the MLP alone.
         head: shape and activation of the value head.
         seed: seed of random initial weights.
     """
@@ -44,6 +46,7 @@ class CriticSpec:
     model: PreTrainedModel | PeftModel | None = None
     head: tuple[Literal["linear", "mlp"], Literal["silu", "gelu"]] = ("linear", "silu")
     seed: int = 0
+    peft_fields: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> CriticSpec:
@@ -56,9 +59,10 @@ def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Crit
         if args.critic == "separate":
             raise ValueError("critic='separate' needs a separate critic: pass value_model.")
         scale = 1.0
-        if args.critic == "adapter" and adapter is None:
+        fields = cast(dict, args.critic_peft_config or {})
+        if args.critic == "adapter" and adapter is None and not fields:
             adapter, scale = _first_reward_adapter(args, reward_funcs)
-        return CriticSpec(args.critic, adapter, scale, None, head, seed)
+        return CriticSpec(args.critic, adapter, scale, None, head, seed, fields)
     if args.critic not in ("shared", "separate"):
         raise ValueError(f"critic={args.critic!r} and value_model exclude each other: leave one of them out.")
     args.critic = "separate"
@@ -101,9 +105,25 @@ def _critic_adapter(policy: PreTrainedModel | PeftModel, critic: CriticSpec) -> 
     if critic.adapter is not None:
         return load_reward_adapter(policy, CRITIC_ADAPTER, critic.adapter, trained=True)
     with preserve_requires_grad(policy):
-        policy.add_adapter(CRITIC_ADAPTER, copy.deepcopy(policy.peft_config["default"]))
+        policy.add_adapter(CRITIC_ADAPTER, critic_peft_config(policy.peft_config["default"], critic.peft_fields))
     set_adapter_trainable(policy, CRITIC_ADAPTER, True)
     return None
+
+
+def critic_peft_config(actors: PeftConfig, fields: dict[str, Any]) -> PeftConfig:
+    """Return the actor's configuration with some fields replaced.
+
+    Raises:
+        ValueError: the actor's kind of adapter has no such field.
+    """
+    config = copy.deepcopy(actors)
+    for name, value in fields.items():
+        if not hasattr(config, name):
+            kind = type(config).__name__
+            raise ValueError(f"critic_peft_config has {name!r}, which is no field of {kind}. Remove it.")
+        names_modules = name in ("target_modules", "exclude_modules") and isinstance(value, list)
+        setattr(config, name, set(value) if names_modules else value)  # as the configuration itself makes a set
+    return config
 
 
 def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:

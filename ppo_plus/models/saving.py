@@ -52,6 +52,12 @@ def load_actor_critic(model: ActorCritic, directory: Path) -> None:
     if not head_file.is_file():
         raise ValueError(f"{directory} has no {VALUE_HEAD_FILE}: ppo_plus did not write it, or saving was interrupted.")
     load_model(model.policy, directory)
+    load_critic(model, directory)
+
+
+def load_critic(model: ActorCritic, directory: Path) -> None:
+    """Read the critic alone: its head, its own adapter or model, and the slope and intercept of a reward baseline."""
+    head_file = directory / VALUE_HEAD_FILE
     if model.critic == "adapter":
         load_model(model.policy, directory / CRITIC_ADAPTER, CRITIC_ADAPTER)
     if model.value_model is not None:

@@ -34,6 +34,7 @@ def build_rewards(
     chat_template_kwargs: dict[str, Any],
     on_error: str = "raise",
     timeout: float | None = None,
+    pessimism: float | None = None,
 ) -> RewardSet:
     """Build the rewards of a run from functions, models, names, adapter folders, or a list of these."""
     funcs, reward_tokenizers = normalize_rewards(reward_funcs, tokenizers)
@@ -46,7 +47,7 @@ def build_rewards(
             taken += {part for weight, _ in model.policy.named_parameters() for part in weight.split(".")}
         name = unique_name(reward_name(func), taken)
         rewards.append(_build_reward(func, reward_tokenizer, name, model, tokenizer, options, timeout))
-    return RewardSet(rewards, weights, on_error)
+    return RewardSet(rewards, weights, on_error, pessimism)
 
 
 def _build_reward(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algo import pessimistic_mean
 from ..utils.interrupt import Interrupted, raise_if_interrupted
 from .adapters import AdapterReward
 from .completions import Completions, Reward, Score
@@ -52,10 +53,15 @@ class RewardSet:
         rewards: at least one reward.
         weights: one weight per reward; None means 1 for each.
         on_error: "raise", or "skip" to treat a failed reward function as if it had returned None.
+        pessimism: beta of `pessimistic_mean`, which then replaces the sum, with weights as shares; reward units.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None, on_error: str = "raise") -> None:
+    def __init__(
+        self, rewards: Sequence[Reward], weights: Sequence[float] | None, on_error: str = "raise",
+        pessimism: float | None = None,
+    ) -> None:  # fmt: skip
         check_weights(weights, len(rewards))
+        self.pessimism = pessimism
         self.on_error = on_error
         self.rewards = list(rewards)
         self.weights = torch.tensor(list(weights) if weights is not None else [1.0] * len(rewards))
@@ -96,7 +102,15 @@ class RewardSet:
                 "ignore this warning if they should not be trained on.",
                 stacklevel=2,
             )
-        total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
+        if self.pessimism is None:
+            total = torch.where(unscored, torch.nan, (by_function * self.weights).nansum(1))
+        else:
+            if any(isinstance(score, list) for scores in by_reward for score in scores):
+                raise ValueError(
+                    "reward_pessimism is defined for scores of whole responses, and a reward function returned a list "
+                    "with a number per token: return its sum, or remove reward_pessimism."
+                )
+            total = pessimistic_mean(by_function, self.weights, self.pessimism)
         return Scores(by_function, per_token, total, tuple(self._failed))
 
     def ask_functions(self, batch: Completions) -> Tensor:

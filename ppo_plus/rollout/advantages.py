@@ -41,7 +41,8 @@ def build_rollout(
     if args.critic_gate:
         advantages = algo.gate_critic(advantages, mc_returns, mask, explained, reduce=reduce)
     advantages = algo.whiten(advantages, mask, reduce=reduce)
-    if (cap := args.importance_sampling_cap) is not None:
+    # The ratio of the masked objective is to the sampler, so it needs no weights.
+    if (cap := args.importance_sampling_cap) is not None and args.objective != "masked":
         # A positive factor of the advantage scales the whole loss of its token.
         weights = algo.truncated_importance_weights(samples.logprobs, samples.sampled_logprobs, cap=cap)
         advantages = torch.where(mask, advantages * weights, 0.0)

@@ -126,7 +126,8 @@ class RolloutCollector:
             prefix_scores = self._prefix_scores(batch) if learning else None
             timer.record("score")
             frozen_states = self._frozen_states(batch) if learning else None
-            logprobs, values, entropy = self._forward(batch, frozen_states)
+            logprobs, values, entropy = self._forward(batch, frozen_states, logprobs=self.args.objective != "masked")
+            logprobs = generation.logprobs * response_attention_mask if logprobs is None else logprobs
             with self.model.role("reference"):
                 ref_logprobs, _, _ = self._forward(batch, frozen_states, actor=False)
             timer.record("logprobs")
@@ -248,26 +249,30 @@ class RolloutCollector:
         return states
 
     def _forward(
-        self, batch: ForwardBatch, frozen_states: Tensor | None, actor: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities and, for the actor, values and entropy; each `(N, R)` float32."""
+        self, batch: ForwardBatch, frozen_states: Tensor | None, actor: bool = True, logprobs: bool = True
+    ) -> tuple[Any, Tensor, Any]:
+        """Return log-probabilities and, for the actor, values and entropy; each `(N, R)` float32.
+
+        Without `logprobs` there are neither log-probabilities nor entropies, and a critic with a backbone of its own
+        needs no pass over the actor's.
+        """
         shape = (len(batch.input_ids), batch.response_length)
-        logprobs, values, entropy = (torch.zeros(shape) for _ in range(3))
+        scored, values, entropy = (torch.zeros(shape) for _ in range(3))
 
         def run(ids: Tensor, mask: Tensor, rows: Tensor, layout: LeftPaddedLayout) -> None:
             states = None if frozen_states is None else layout.align_states(frozen_states[rows]).to(ids.device)
             out = self.model(
-                ids, mask, layout.max_response_len, self.args.temperature, with_values=actor, with_entropy=actor,
-                frozen_hidden_states=states, response_mask=layout.response_mask.to(ids.device),
-                seq_lens=layout.seq_lens, prefixes=layout.prefixes(rows, batch.num_generations),
+                ids, mask, layout.max_response_len, self.args.temperature, with_logprobs=logprobs, with_values=actor,
+                with_entropy=actor and logprobs, frozen_hidden_states=states,
+                response_mask=layout.response_mask.to(ids.device), seq_lens=layout.seq_lens,
+                prefixes=layout.prefixes(rows, batch.num_generations),
             )  # fmt: skip
-            logprobs[rows] = layout.restore_responses(out.logprobs.cpu())
-            if actor:
-                values[rows] = layout.restore_responses(out.values.cpu())
-                entropy[rows] = layout.restore_responses(out.entropy.cpu())
+            for rollout, aligned in ((scored, out.logprobs), (values, out.values), (entropy, out.entropy)):
+                if aligned is not None:
+                    rollout[rows] = layout.restore_responses(aligned.cpu())
 
         self._map_micro_batches(batch, "logprobs" if actor else "reference", run)
-        return logprobs, values, entropy
+        return (scored, values, entropy) if logprobs else (None, values, None)
 
     def _map_micro_batches(
         self, batch: ForwardBatch, phase: str, run: Callable[[Tensor, Tensor, Tensor, LeftPaddedLayout], None]

@@ -21,11 +21,12 @@ class Experience:
         attention_mask: `(N, P + R)` int64.
         action_mask: `(N, R)` bool.
         stopped: whether the response ended in a stop token, `(N,)` bool.
-        logprobs: `(N, R)` float32, nats, from the same forward pass that the loss uses.
+        logprobs: `(N, R)` float32, nats, from the same forward pass that the loss uses; with objective="masked",
+            `sampled_logprobs`.
         sampled_logprobs: `(N, R)` float32, nats, as decoding computed them.
         ref_logprobs: `(N, R)` float32, nats.
         values: predictions of the critic, without the baseline, `(N, R)` float32, reward units.
-        entropy: `(N, R)` float32, nats.
+        entropy: `(N, R)` float32, nats; None with objective="masked".
         rewards: `(N, F)` float32 by reward function; NaN for None.
         scores: their weighted sum, `(N,)` float32; NaN where no function gave one.
         token_rewards: the part of `scores` that belongs to single tokens, `(N, R)` float32.
@@ -48,7 +49,7 @@ class Experience:
     sampled_logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     rewards: Tensor
     scores: Tensor
     token_rewards: Tensor
@@ -72,20 +73,21 @@ class Experience:
     def metrics(self, reward_names: Sequence[str], reduce: algo.Reduce) -> dict[str, float]:
         """Return means over all ranks, with one reward name per column of `rewards`; NaN for the mean of no score."""
         log_ratio = (self.logprobs - self.ref_logprobs) * self.action_mask
-        gap = (self.logprobs - self.sampled_logprobs).abs()
         reward, reward_var = moments(self.scores, reduce)
         metrics = {
             "reward": reward,
             "reward_std": reward_var**0.5,
             "kl": moments(log_ratio.sum(1), reduce)[0],
-            "entropy": moments(self.entropy, reduce, self.action_mask)[0],
             "completions/mean_length": moments(self.action_mask.sum(1).float(), reduce)[0],
             "completions/clipped_ratio": moments((~self.stopped).float(), reduce)[0],
-            "sampling/logp_difference": moments(gap, reduce, self.action_mask)[0],
         }
         if self.tool_counts is not None:
             rows, calls, failures = reduce(torch.tensor([len(self), *self.tool_counts.sum(0).tolist()])).tolist()
             metrics |= {"tools/call_frequency": calls / rows, "tools/failure_frequency": failures / max(calls, 1)}
+        if self.entropy is not None:  # else the policy's own forward pass was spared
+            gap = (self.logprobs - self.sampled_logprobs).abs()
+            metrics["entropy"] = moments(self.entropy, reduce, self.action_mask)[0]
+            metrics["sampling/logp_difference"] = moments(gap, reduce, self.action_mask)[0]
         for name, column in zip(reward_names, self.rewards.T, strict=True):
             mean, var = moments(column, reduce)
             metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": var**0.5}

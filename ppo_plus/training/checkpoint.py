@@ -33,7 +33,14 @@ MANIFEST = "manifest.json"
 # file systems flush no folders. A full or broken disk has other codes.
 CANNOT_FLUSH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
 MUTABLE_BETWEEN_ROLLOUTS = ("temperature",)  # fingerprint fields that may differ when resuming at a rollout boundary
-STATE_FIELDS = ("kl_coef", "num_tokens", "skipped", "generator", "evaluation_pending")  # of `PPOState`, as JSON
+STATE_FIELDS = (
+    "kl_coef",
+    "num_tokens",
+    "skipped",
+    "generator",
+    "evaluation_pending",
+    "actor_started",
+)  # of `PPOState`, as JSON
 
 
 @dataclass
@@ -47,6 +54,7 @@ class PPOState:
         skipped: consecutive steps that were skipped because their gradients were not finite.
         generator: state of the accelerator's generator when it was saved, as `generator_state` returns it.
         evaluation_pending: whether the evaluation after the last step is not complete.
+        actor_started: whether the critic's explained variance has ended its pretraining.
         baseline: the regression of returns on prefix scores over the rollouts so far.
         meter: metrics since the last log.
     """
@@ -57,6 +65,7 @@ class PPOState:
     skipped: int = 0
     generator: str | None = None
     evaluation_pending: bool = False
+    actor_started: bool = False
     baseline: RewardBaseline = field(default_factory=RewardBaseline)
     meter: Meter = field(default_factory=Meter)
 

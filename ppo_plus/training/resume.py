@@ -162,7 +162,7 @@ class Checkpointer:
         """Return the values that must be equal in a checkpoint and in the run that resumes from it."""
         trainer = self._trainer
         sizes = ("num_ppo_epochs", "num_mini_batches", "num_generations", "rollout_batch_size", "response_length")
-        names = (*sizes, "critic", "seed", "data_seed", *MUTABLE_BETWEEN_ROLLOUTS)
+        names = (*sizes, "critic", "num_critic_updates", "seed", "data_seed", *MUTABLE_BETWEEN_ROLLOUTS)
         return {
             **{name: getattr(trainer.args, name) for name in names},
             "num_processes": trainer.accelerator.num_processes,

@@ -20,6 +20,7 @@ from ..kernels.liger import check_liger, check_liger_model
 from ..models.adapter_checks import check_no_adapter, check_preserves_base, check_reward_adapter, check_trained_tokens
 from ..models.adapter_files import resolve_adapter_path
 from ..models.base_weights import WeightSamples, local_folder, sample_files, sample_model
+from ..models.critic import critic_peft_config
 from ..models.loading import base_name, check_adapter_kind, count_embeddings, load_config
 from ..models.precision import check_trained_dtype
 from ..models.weight_checks import check_device_map
@@ -27,6 +28,7 @@ from ..rewards.adapters import check_same_base
 from ..rewards.build import check_signature, normalize_rewards
 from ..rewards.checks import check_reward_module, check_reward_task, load_reward_tokenizers
 from ..rewards.reward_set import check_weights
+from .critic_training import check_critic_training
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
@@ -165,6 +167,16 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
                 check_trained_tokens(folder, embeddings)
             check_same_base(folder, config._name_or_path, samples)
             check_same_peft_type(folder, actors)
+    if args.critic_peft_config and actors is not None:
+        if resolve_adapter_path(value_model) is not None:
+            raise ValueError(
+                f"critic_peft_config and value_model={str(value_model)!r} exclude each other: that adapter has a "
+                "configuration of its own. Remove one."
+            )
+        config = critic_peft_config(actors, cast(dict, args.critic_peft_config))
+        check_preserves_base(config, "critic_peft_config")
+    own_model = value_model is not None and resolve_adapter_path(value_model) is None
+    check_critic_training(args, "separate" if own_model else args.critic)
     if args.critic == "adapter" and actors is None:
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
 
@@ -279,7 +291,7 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
     if steps <= 0:
         rollouts = len(train_dataset) // (args.prompts_per_rollout * args.world_size)
         steps = math.ceil(args.num_train_epochs * rollouts * args.steps_per_rollout)
-    if args.critic_warmup_steps >= steps:
+    if args.critic_warmup_steps >= steps and args.critic_warmup_explained_variance is None:
         warnings.warn(
             f"critic_warmup_steps={args.critic_warmup_steps} covers all {steps} optimizer steps of training, so only "
             "the critic is trained and the policy stays unchanged. Lower it, or train longer.",
