@@ -126,12 +126,14 @@ class RolloutCollector:
             prefix_scores = self._prefix_scores(batch) if learning else None
             timer.record("score")
             frozen_states = self._frozen_states(batch) if learning else None
-            logprobs, values, entropy = self._forward(batch, frozen_states, logprobs=self.args.objective != "masked")
-            logprobs = generation.logprobs * response_attention_mask if logprobs is None else logprobs
+            masked = self.args.objective == "masked"
+            spared = masked and not responses.logprobs[responses.action_mask].isnan().any()
+            logprobs, values, entropy = self._forward(batch, frozen_states, logprobs=not spared)
             with self.model.role("reference"):
                 ref_logprobs, _, _ = self._forward(batch, frozen_states, actor=False)
             timer.record("logprobs")
         sampled_logprobs = torch.where(responses.logprobs.isnan(), logprobs, responses.logprobs)
+        logprobs = sampled_logprobs if masked else logprobs
         token_rewards = scores.per_token
         if responses.observation_mask is not None:
             token_rewards = algo.move_to_actions(token_rewards, responses.action_mask)
@@ -250,10 +252,10 @@ class RolloutCollector:
 
     def _forward(
         self, batch: ForwardBatch, frozen_states: Tensor | None, actor: bool = True, logprobs: bool = True
-    ) -> tuple[Any, Tensor, Any]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return log-probabilities and, for the actor, values and entropy; each `(N, R)` float32.
 
-        Without `logprobs` there are neither log-probabilities nor entropies, and a critic with a backbone of its own
+        Without `logprobs`, log-probabilities are 0 and there are no entropies; a critic with a backbone of its own then
         needs no pass over the actor's.
         """
         shape = (len(batch.input_ids), batch.response_length)
@@ -272,7 +274,7 @@ class RolloutCollector:
                     rollout[rows] = layout.restore_responses(aligned.cpu())
 
         self._map_micro_batches(batch, "logprobs" if actor else "reference", run)
-        return (scored, values, entropy) if logprobs else (None, values, None)
+        return scored, values, entropy if logprobs else None
 
     def _map_micro_batches(
         self, batch: ForwardBatch, phase: str, run: Callable[[Tensor, Tensor, Tensor, LeftPaddedLayout], None]

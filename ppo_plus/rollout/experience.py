@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -84,10 +85,11 @@ class Experience:
         if self.tool_counts is not None:
             rows, calls, failures = reduce(torch.tensor([len(self), *self.tool_counts.sum(0).tolist()])).tolist()
             metrics |= {"tools/call_frequency": calls / rows, "tools/failure_frequency": failures / max(calls, 1)}
-        if self.entropy is not None:  # else the policy's own forward pass was spared
-            gap = (self.logprobs - self.sampled_logprobs).abs()
-            metrics["entropy"] = moments(self.entropy, reduce, self.action_mask)[0]
-            metrics["sampling/logp_difference"] = moments(gap, reduce, self.action_mask)[0]
+        # Without entropies, the policy's forward pass was spared on this rank; all ranks must call `reduce` alike.
+        entropy, mask = self.entropy, self.action_mask & (self.entropy is not None)
+        entropy_mean = moments(torch.zeros(mask.shape) if entropy is None else entropy, reduce, mask)[0]
+        gap = moments((self.logprobs - self.sampled_logprobs).abs(), reduce, mask)[0]
+        metrics |= {} if math.isnan(entropy_mean) else {"entropy": entropy_mean, "sampling/logp_difference": gap}
         for name, column in zip(reward_names, self.rewards.T, strict=True):
             mean, var = moments(column, reduce)
             metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": var**0.5}
