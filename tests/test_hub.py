@@ -101,6 +101,13 @@ reward = trainer.collector.rewards.rewards[0]
 mounted = trainer.model.reward_scores(reward.name, reward.head, inputs["input_ids"], inputs["attention_mask"], 0)
 assert (mounted - expected[:, 0]).abs().max() < 1e-5, (mounted, expected)
 
+from ppo_plus.models.merging import merge_adapter
+merge_adapter(name, "merged", dtype="float32")
+merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+assert (merged(samples.input_ids, attention_mask=samples.attention_mask).logits - ours).abs().max() < 1e-4
+assert AutoTokenizer.from_pretrained("merged")("he sees").input_ids == make_tokenizer()("he sees").input_ids
+assert "license: mit" in open("merged/README.md").read()
+
 whole = snapshot_download(name, revision="main") + "/checkpoint-2"
 resumed = make_trainer("resumed", model={base!r}, config={{"max_steps": 4}}, eval_dataset=make_prompts(8))
 resumed.train(resume_from_checkpoint=whole)

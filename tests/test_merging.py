@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -101,6 +103,42 @@ def test_a_merged_reward_model_keeps_its_score_head(base, reward_adapter, tmp_pa
     close(logits(merged), logits(adapted))
     assert (logits(classifier(base, seed=3)) - logits(adapted)).abs().max() > 0.01  # control: an untrained head
     assert result.left_out == [] and result.architecture == "LlamaForSequenceClassification"
+
+
+def run_block(folder, monkeypatch):
+    """Run the Python of a merged model's card next to its folder, in which nothing of ppo_plus is imported."""
+    monkeypatch.chdir(folder.parent)
+    [block] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert "ppo_plus" not in block
+    variables = {}
+    exec(block, variables)
+    return variables
+
+
+def test_the_card_of_a_merged_policy_runs(policy, tmp_path, monkeypatch):
+    merge_adapter(policy[1], tmp_path / "merged")
+    pipe = run_block(tmp_path / "merged", monkeypatch)["pipe"]
+    assert pipe.model.dtype == torch.bfloat16 and pipe.model.generation_config.max_new_tokens == 7
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert (
+        len(re.findall("^# ", card.text, re.MULTILINE)) == 1
+        and "PeftModel" not in card.text
+        and "## Training" in card.text
+    )
+    assert card.data.model_name == "merged" and (tmp_path / "merged" / "curves.svg").is_file()
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
+def test_the_card_of_a_merged_reward_model_scores(base, reward_adapter, tmp_path, monkeypatch, template):
+    shutil.copytree(reward_adapter, tmp_path / "reward")
+    make_tokenizer(template).save_pretrained(tmp_path / "reward")
+    (tmp_path / "reward" / "reward_model.json").write_text('{"pad_token_id": 0}')
+    merge_adapter(tmp_path / "reward", tmp_path / "merged", dtype="float32")
+    variables = run_block(tmp_path / "merged", monkeypatch)
+    batch = variables["pipe"]([variables["text"], "longer " * 5], batch_size=2, add_special_tokens=False)
+    inputs = make_tokenizer()(variables["text"], return_tensors="pt", add_special_tokens=False)
+    expected = logits(PeftModel.from_pretrained(classifier(base), reward_adapter), inputs.input_ids).item()
+    assert abs(batch[0]["score"] - expected) < 1e-5  # next to a longer text: padding is not scored
 
 
 def test_a_quantized_base_is_refused_before_its_weights_are_read(base, policy, tmp_path):

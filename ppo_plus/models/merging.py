@@ -16,7 +16,14 @@ from peft import PeftConfig, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapter_files import WEIGHTS_FILE, display_name, hub_name, load_reward_metadata, resolve_adapter_path
+from .adapter_files import (
+    WEIGHTS_FILE,
+    display_name,
+    download,
+    hub_name,
+    load_reward_metadata,
+    resolve_adapter_path,
+)  # fmt: skip
 from .adapters import CRITIC_ADAPTER
 from .classifier import load_classifier
 from .loading import base_name, check_adapter_kind, language_model_class, load_adapter_onto, load_config, load_tokenizer
@@ -80,8 +87,8 @@ def merge_adapter(
         raise ValueError(f"directory={str(directory)!r} has files already: choose a new folder.")
     name, is_classifier = base or base_name(str(folder)), _is_classifier(folder)
     check_unquantized(name, trust_remote_code)
-    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
-    tokenizer = load_tokenizer(str(folder) if has_tokenizer else name, trust_remote_code)
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()  # of a name, its other files are not downloaded yet
+    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else name, trust_remote_code)
     model = load_adapter_onto(_load_base(name, is_classifier, dtype, trust_remote_code), folder).eval()
     if is_classifier:  # reads its score at the last token that is not padding
         pad_token_id = load_reward_metadata(folder).get("pad_token_id", tokenizer.pad_token_id)
@@ -96,7 +103,8 @@ def merge_adapter(
     error = _relative_error(_outputs(reloaded, tokenizer), adapted, plain, dtype)
     left_out = [each for each in NOT_MERGED if (folder / each).exists()]
     result = Merged(directory, type(reloaded).__name__, left_out, error)
-    _write_card(result, folder, name, dtype, is_classifier)
+    card = folder / CARD_FILE if Path(adapter).exists() else download(str(adapter), CARD_FILE)
+    _write_card(result, card, name, dtype, use_of_merged(result, tokenizer, is_classifier))
     return result
 
 
@@ -149,44 +157,52 @@ def _relative_error(merged: Tensor, adapted: Tensor, plain: Tensor, dtype: str) 
     return distance / effect
 
 
-def _write_card(merged: Merged, folder: Path, base: str, dtype: str, is_classifier: bool) -> None:
+def _write_card(merged: Merged, file: Path | None, base: str, dtype: str, use: list[str]) -> None:
     """Write the adapter's card with another section on use, or a short one where the adapter has none."""
-    file, name = folder / CARD_FILE, merged.directory.absolute().name
-    card = (
-        ModelCard.load(file, ignore_metadata_errors=True)
-        if file.is_file()
-        else ModelCard("---\nlicense: unknown\n---\n")
-    )
-    if TEMPLATE_TITLE in card.text or not card.text.strip():
-        card.text = f"# {name}"
+    empty, name = "---\nlicense: unknown\n---\n", merged.directory.absolute().name
+    text = file.read_text(encoding="utf-8") if file and file.is_file() else empty
+    card = ModelCard(empty if TEMPLATE_TITLE in text else text, ignore_metadata_errors=True)
     data: Any = card.data
-    data.library_name, data.base_model = "transformers", hub_name(base)
-    data.pipeline_tag = "text-classification" if is_classifier else "text-generation"
+    data.library_name, data.base_model, data.model_name = "transformers", hub_name(base), name
     data.tags = [tag for tag in data.tags or [] if tag != "lora" and not tag.startswith("base_model:")]
-    text = re.sub(r"\n## Use\n.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL).strip()
-    title, _, rest = text.partition("\n")
+    rest = re.sub(r"\n## Use\n.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL).partition("\n# ")[2].partition("\n")[2]
     note = f"Merged: `{display_name(base)}` plus an adapter, in {dtype}."
     if merged.left_out:
         note += f" Not in this folder: {describe_left_out(merged.left_out)}, which only further training needs."
-    card.text = "\n".join([title, "", note, "", *use_of_merged(name, is_classifier), rest.strip(), ""])
+    card.text = "\n".join([f"# {name}", "", note, "", *use, rest.strip(), ""])
     card.save(merged.directory / CARD_FILE)
-    for picture in folder.glob("*.svg"):
+    for picture in file.parent.glob("*.svg") if file else ():
         shutil.copy(picture, merged.directory)
 
 
-def use_of_merged(name: str, is_classifier: bool) -> list[str]:
+def use_of_merged(merged: Merged, tokenizer: PreTrainedTokenizerBase, is_classifier: bool) -> list[str]:
     """Return the section of a card on how to use a merged model, in Markdown lines."""
-    task, call = "text-generation", '[{"role": "user", "content": "Hello"}], max_new_tokens=64'
-    if is_classifier:
-        task, call = "text-classification", '"prompt and answer", function_to_apply="none"'
+    name = merged.directory.absolute().name
+    task = '"text-classification", function_to_apply="none"' if is_classifier else '"text-generation"'
     lines = [
         "## Use", "", "```python", "from transformers import pipeline", "",
-        f'pipe = pipeline("{task}", model="{name}", dtype="auto")', f"print(pipe({call}))", "```", "",
+        f'pipe = pipeline({task}, model="{name}", dtype="auto")', *pipeline_example(tokenizer, is_classifier), "```",
+        "",
     ]  # fmt: skip
     if not is_classifier:
         lines += ["As GGUF, with the converter of llama.cpp:", "", "```bash",
                   f"python convert_hf_to_gguf.py {name} --outtype bf16", "```", ""]  # fmt: skip
     return lines
+
+
+def pipeline_example(tokenizer: PreTrainedTokenizerBase, is_classifier: bool) -> list[str]:
+    """Return code that calls `pipe` with a chat if there is a template, else with plain text."""
+    chat = '{"role": "user", "content": "Hello"}'
+    if not is_classifier:
+        prompt = f"[{chat}]" if tokenizer.chat_template else '"Hello"'
+        return [f"print(pipe({prompt}, max_new_tokens=64))"]
+    if not tokenizer.chat_template:
+        return ['text = "prompt and answer" + pipe.tokenizer.eos_token', "print(pipe(text))"]
+    return [
+        f'messages = [{chat}, {{"role": "assistant", "content": "Hi!"}}]',
+        "text = pipe.tokenizer.apply_chat_template(messages, tokenize=False)",
+        "print(pipe(text, add_special_tokens=False))",
+    ]
 
 
 def describe_left_out(names: list[str]) -> str:

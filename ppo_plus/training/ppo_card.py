@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ..models.adapter_files import display_name
 from ..models.adapters import REFERENCE_ADAPTER
 from ..models.loading import language_model_class
+from ..models.merging import pipeline_example
 from .model_card import ModelCard, cell
 
 EVAL_COLUMNS = {
@@ -73,13 +74,10 @@ class PPOModelCard(ModelCard):
             lines += ["from peft import PeftModel"]
             call = f'base = {auto}.from_pretrained("{display_name(self.base)}")\n'
             call += f'model = PeftModel.from_pretrained(base, "{source}")'
-        prompt = '"Hello"'
-        if self.trainer.processing_class.chat_template:
-            prompt = '[{"role": "user", "content": "Hello"}]'
         lines += [
             imports, "", call, f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
             'pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)',
-            f"print(pipe({prompt}, max_new_tokens=64))", "```", "",
+            *pipeline_example(self.trainer.processing_class, is_classifier=False), "```", "",
         ]  # fmt: skip
         return [*lines, *(self._merging(source) if self.adapter is not None else []), *self._critic(source)]
 

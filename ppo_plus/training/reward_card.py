@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from ..models.adapter_files import display_name
+from ..models.merging import pipeline_example
 from .model_card import ModelCard, table
 
 MEASURES = {
@@ -72,15 +73,6 @@ class RewardModelCard(ModelCard):
             f"model.config.pad_token_id = {pad_token_id}  # the score is read at the last token that is not padding",
             f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
             'pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, function_to_apply="none")',
-            *self._example(), "```", "",
+            *pipeline_example(self.trainer.processing_class, is_classifier=True), "```", "",
         ]  # fmt: skip
         return lines + (self._merging(source) if self.adapter is not None else [])
-
-    def _example(self) -> list[str]:
-        if not self.trainer.processing_class.chat_template:
-            return ['print(pipe("prompt and answer" + tokenizer.eos_token))']
-        return [
-            'messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]',
-            "text = tokenizer.apply_chat_template(messages, tokenize=False)",
-            "print(pipe(text, add_special_tokens=False))",
-        ]
