@@ -7,7 +7,7 @@ import torch
 from conftest import lora, make_model, make_trainer
 from peft import get_peft_model
 from test_architectures import FAMILIES, build
-from test_lower_layers import deep_model, top
+from test_frozen_layers import deep_model, top
 from test_modeling import VOCABULARY, adapted, moved, plain
 from test_packing import HYBRID, OWN, Tokens, actor_critic, numbers, right_aligned
 from test_quantized import nf4
