@@ -101,6 +101,7 @@ def test_no_field_of_trainer_is_redefined_by_accident():
 FLAGS = {
     "total_episodes": ("100", 100),
     "num_mini_batches": ("3", 3),
+    "num_generations": ("2", 2),
     "generation_batch_size": ("16", 16),
     "kl_coef": ("1e-1", 0.1),
     "kl_estimator": ("k3", "k3"),
@@ -113,6 +114,7 @@ FLAGS = {
     "lam_value": ("1", 1.0),
     "length_adaptive_alpha": ("0.05", 0.05),
     "critic_gate": ("true", True),
+    "advantage_baseline": ("rloo", "rloo"),
     "value_head": ("mlp", "mlp"),
     "value_head_activation": ("gelu", "gelu"),
     "value_head_learning_rate": ("3e-4", 3e-4),

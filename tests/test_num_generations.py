@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_config, make_prompts, make_trainer
+from conftest import close, make_config, make_prompts, make_trainer
 
-from ppo_plus import PPOCallback
+from ppo_plus import PPOCallback, algo
 from ppo_plus.data.batching import micro_batch_indices, minibatch_indices
 from ppo_plus.data.seeding import derive_seed, sampling_uniforms
 
@@ -138,3 +138,56 @@ def test_an_evaluation_answers_each_prompt_once_and_as_ever(tmp_path):
     )
     found, expected = several.generate_completions(), one.generate_completions()
     assert len(found) == 5 and found.completions.completion_ids == expected.completions.completion_ids
+
+
+# Leave one out
+
+
+def test_a_baseline_is_the_mean_of_the_other_responses():
+    """Returns 1, 2, 3, 6: the others of the first have mean 11/3; k/(k - 1) (G - mean) is 4/3 (1 - 3) = -8/3."""
+    returns = torch.tensor([1.0, 2.0, 3.0, 6.0, 5.0, 5.0, 5.0, 5.0])
+    baselines = algo.leave_one_out_mean(returns, 4, torch.ones(8, dtype=torch.bool))
+    close(baselines, [11 / 3, 10 / 3, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0])
+    close((returns - baselines)[:4], (returns[:4] - 3) * 4 / 3)
+
+
+def test_an_excluded_response_is_in_no_baseline():
+    returns = torch.tensor([1.0, 2.0, torch.nan, 6.0, torch.nan, 4.0, torch.nan, torch.nan])
+    close(algo.leave_one_out_mean(returns, 4, ~returns.isnan())[[0, 1, 3, 5]], [4.0, 3.5, 1.5, 0.0])
+
+
+def test_the_baseline_does_not_depend_on_the_response_itself():
+    """Negative control: with the response in it, it would."""
+    returns = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    changed = returns.clone()
+    changed[5] += 10
+    found, other = (algo.leave_one_out_mean(x, 3, torch.ones(12, dtype=torch.bool)) for x in (returns, changed))
+    assert ((found - other).abs() > 1e-4).nonzero().flatten().tolist() == [3, 4]
+
+
+def test_without_a_critic_advantages_are_those_of_rloo(tmp_path):
+    """The oracle is a slow loop; whitening is undone by comparing up to scale and shift."""
+    config = {"advantage_baseline": "rloo", "lam": 1.0, "vf_coef": 0.0, "max_steps": 1, "importance_sampling_cap": None}
+    _, seen = trained(tmp_path, config={**config, "kl_coef": 0.0, "missing_eos_penalty": None})
+    rollout, scores = seen.rollouts[0], seen.samples[0].scores.tolist()
+    assert rollout.values[rollout.action_mask].std() > 0  # the baselines; the head is at zero
+    expected = torch.zeros(8, 1)
+    for row in range(8):
+        others = [scores[i] for i in range(row // 4 * 4, row // 4 * 4 + 4) if i != row]
+        expected[row] = scores[row] - sum(others) / 3
+    mask = rollout.action_mask
+    expected = expected.expand(mask.shape)[mask]
+    close(rollout.advantages[mask], (expected - expected.mean()) / expected.std(unbiased=False), atol=1e-4)
+    assert (rollout.returns[mask] - rollout.values[mask] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({}, "num_generations=1"),
+        ({"num_generations": 2, "prefix_reward_baseline": True}, "prefix_reward_baseline=True"),
+    ],
+)
+def test_a_baseline_without_effect_or_beside_another_is_refused(config, named, tmp_path):
+    with pytest.raises(ValueError, match=f"advantage_baseline='rloo' .* {named}"):
+        make_config(tmp_path, advantage_baseline="rloo", **config)

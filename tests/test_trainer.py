@@ -32,6 +32,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
+from ppo_plus.config.critic_fields import CriticFields
 from ppo_plus.config.trl_fields import TRLFields
 from ppo_plus.models.loading import load_tokenizer
 
@@ -514,6 +515,7 @@ OPTIONS = {
     "num_ppo_epochs": differs("num_ppo_epochs", 4),
     "num_mini_batches": differs("num_mini_batches", 4),
     "num_generations": differs("num_generations", 2),
+    "advantage_baseline": differs("advantage_baseline", "rloo", given={"num_generations": 2}),
     "response_length": differs("response_length", 5),
     "max_prompt_length": differs("max_prompt_length", 3),
     "temperature": differs("temperature", 0.9),
@@ -560,6 +562,7 @@ ELSEWHERE = {
     "use_ppo_plus_kernels": "test_kernels.py",
     "cache_frozen_layers": "test_frozen_layers.py",
     "prefix_reward_baseline": "test_baseline.py",
+    **dict.fromkeys(("lam_value", "length_adaptive_alpha", "critic_gate"), "test_critic_options.py"),
     "importance_sampling_cap": "test_what_decoding_computed_otherwise_is_weighed",
     "local_rollout_forward_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "generation_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
@@ -585,7 +588,7 @@ ELSEWHERE = {
 
 
 def test_every_option_has_a_test():
-    classes = (PPOConfig, TRLFields)
+    classes = (PPOConfig, CriticFields, TRLFields)
     fields = {name for each in classes for name in each.__annotations__ if not name.startswith("_")}
     inherited = {"data_seed", "train_sampling_strategy"}  # which we read ourselves
     assert fields | inherited == OPTIONS.keys() | ELSEWHERE.keys()

@@ -15,6 +15,7 @@ Values outside `mask`, NaN included, never affect the result of a function that 
 from .advantages import (
     gae,
     gate_critic,
+    leave_one_out_mean,
     length_adaptive_lam,
     move_to_actions,
     shape_rewards,
@@ -50,6 +51,7 @@ __all__ = [
     "gate_critic",
     "kl_estimate",
     "kl_penalty_policy_loss",
+    "leave_one_out_mean",
     "length_adaptive_lam",
     "logprobs_and_entropy",
     "masked_mean",

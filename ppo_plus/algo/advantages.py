@@ -137,6 +137,25 @@ def gate_critic(
     return _masked(mc_returns - mean, mask)
 
 
+def leave_one_out_mean(returns: Tensor, num_generations: int, valid: Tensor) -> Tensor:
+    """Compute for each response the mean return of the other responses to its prompt, a baseline that it cannot bias.
+
+    `G_i - b_i` is `k / (k - 1) (G_i - mean(G))` in a group of k. From "Buy 4 REINFORCE Samples, Get a Baseline for
+    Free!" (Kool et al. 2019) and RLOO (Ahmadian et al. 2024, 2402.14740, section 3.3).
+
+    Args:
+        returns: discounted rewards of each response, `(N,)`, reward units; k consecutive ones have the same prompt.
+        num_generations: k.
+        valid: False for responses that are excluded from learning, `(N,)` bool.
+
+    Returns:
+        baselines, `(N,)` float32, reward units; 0 if all other responses are excluded.
+    """
+    groups, counts = (_masked(returns, valid).view(-1, num_generations), valid.float().view(-1, num_generations))
+    others = counts.sum(1, keepdim=True) - counts
+    return ((groups.sum(1, keepdim=True) - groups) / others.clamp(min=1)).flatten()
+
+
 def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:
     """Compute `min(pi_old(a_t | s_t) / mu(a_t | s_t), cap)`, where mu is the distribution that decoding sampled from.
 

@@ -48,15 +48,16 @@ class CriticFields:
     critic_gate: bool = _field(
         False, "Use the batch mean instead of values in rollouts whose explained variance is not above 0 (EVPO)."
     )
+    advantage_baseline: Literal["none", "rloo"] = _field(
+        "none", "'rloo': values are the mean return of the prompt's other responses, and the critic learns the rest."
+    )
 
     @property
     def uses_prefix_reward_baseline(self) -> bool:
         """Whether a baseline from prefix scores is added to the values, with None resolved by `critic`."""
-        return (
-            self.critic in ("shared", "detached")
-            if self.prefix_reward_baseline is None
-            else self.prefix_reward_baseline
-        )
+        if self.prefix_reward_baseline is None:
+            return self.critic in ("shared", "detached") and self.advantage_baseline == "none"
+        return self.prefix_reward_baseline
 
     def _check_critic(self) -> None:
         choices: dict[str, tuple] = {
@@ -65,6 +66,7 @@ class CriticFields:
             "value_head_activation": ("silu", "gelu"),
             "prefix_reward_baseline": (True, False, None),
             "critic_gate": (True, False),
+            "advantage_baseline": ("none", "rloo"),
         }
         for name, allowed in choices.items():
             _check(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")

@@ -338,6 +338,13 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
                 "PPOConfig: kl_penalty_in='loss' has no effect with kl_estimator='k1', whose gradient is zero in "
                 "expectation. Set kl_estimator='k3' (or 'k2', 'abs'), or kl_penalty_in='reward'."
             )
+        if self.advantage_baseline == "rloo" and (answers == 1 or self.prefix_reward_baseline):
+            conflict = f"num_generations={answers}" if answers == 1 else "prefix_reward_baseline=True"
+            raise ValueError(
+                f"PPOConfig: advantage_baseline='rloo' does not work with {conflict}: it is the mean return of the "
+                "prompt's other responses, in place of prefix scores. Set num_generations to 2 or more, and "
+                "prefix_reward_baseline to None or False."
+            )
         high_has_effect = self.objective == "masked" or self.cliprange_high is None
         if self.objective != "clip" and not (self.dual_clip is None and high_has_effect):
             name = "cliprange_high" if self.dual_clip is None else "dual_clip"

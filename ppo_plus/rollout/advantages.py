@@ -35,7 +35,9 @@ def build_rollout(
     mc_returns, _ = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)
     if baseline is not None and samples.prefix_scores is not None:
         value_baselines = baseline.fit_predict(samples.prefix_scores, mc_returns, mask, reduce)
-        values = values + value_baselines
+    if args.advantage_baseline == "rloo":
+        value_baselines = algo.leave_one_out_mean(mc_returns[:, 0], args.num_generations, mask.any(1))[:, None] * mask
+    values = values + value_baselines
     advantages, returns = estimate_advantages(rewards, values, mask, args)
     explained = algo.explained_variance(values, mc_returns, mask, reduce=reduce)
     if args.critic_gate:
