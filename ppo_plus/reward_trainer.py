@@ -109,6 +109,11 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             train_adapter(model)
             check_head_is_trained(model)
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
+                "train an adapter, or call model.requires_grad_(True) to train the whole."
+            )
         check_model_weights(self.model, "model")
         # Sampled before the first forward pass, in which bitsandbytes may reorder 4-bit weights.
         self._base_weights = encode_samples(sample_model(self.model)) if isinstance(self.model, PeftModel) else None
@@ -331,6 +336,11 @@ def check_named_model(model: str, args: RewardConfig, *, is_fully_trained: bool)
     """Register a sequence classifier for a model's family, and check its configuration before loading weights."""
     options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     config = load_config(model, options)
+    if config.num_labels != 1 and any("ForSequenceClassification" in name for name in config.architectures or ()):
+        raise ValueError(
+            f"{model!r} is a classifier with num_labels={config.num_labels}, whose head a reward model cannot start "
+            "from: it needs num_labels=1. Pass the base of that classifier."
+        )
     register_sequence_classifier(config)
     if args.use_liger_kernel:
         check_liger_model(config)

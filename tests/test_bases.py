@@ -26,6 +26,7 @@ from ppo_plus.models.base_weights import (
     sample_files,
     sample_model,
 )
+from ppo_plus.rewards import Completions
 from ppo_plus.rewards.adapters import check_same_base
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -124,6 +125,16 @@ def test_the_same_base_is_taken_under_any_name_and_in_any_form(bases, tmp_path, 
     with pytest.raises(ValueError, match="other weights|different weights"):  # control: another base in that form
         another = form(saved(tmp_path / "another", seed=9), tmp_path / "control")
         check_same_base(adapter, str(another), sample_files(another))
+
+
+def test_an_adapter_is_loaded_onto_its_base_with_more_tokens(bases, tmp_path):
+    """PEFT would save the resized embeddings of that base with each adapter; this one has none, and lacks none."""
+    adapter = plain_adapter(bases[0], tmp_path / "reward")
+    options = {"model": str(with_more_tokens(bases[0], tmp_path)), "reward_funcs": str(adapter)}
+    reward = make_trainer(tmp_path / "out", **options).collector.rewards.rewards[0]
+    same = make_trainer(tmp_path / "out", **{**options, "model": str(bases[0])}).collector.rewards.rewards[0]
+    batch = Completions(["the sea"], [" is"], [[10, 11, 12]])
+    assert reward(batch) == pytest.approx(same(batch), abs=1e-5)
 
 
 def test_the_same_base_under_the_name_of_its_snapshot_trains(bases, tmp_path):

@@ -78,6 +78,17 @@ def test_a_token_classifier_is_refused_by_its_name(tmp_path, monkeypatch):
         make_trainer(tmp_path, reward_funcs=str(folder))
 
 
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE.replace("<|", "<im>")], ids=["EOS", "template"])
+def test_a_token_that_a_reward_model_does_not_embed_is_named_when_the_trainer_is_made(tmp_path, base, template):
+    scorer, tokenizer = classifier(base), make_tokenizer(template)
+    make_trainer(tmp_path, reward_funcs=scorer, reward_processing_classes=tokenizer)  # control
+    tokenizer.add_tokens(["<im>"], special_tokens=True)
+    if template is None:
+        tokenizer.eos_token = "<im>"
+    with pytest.raises(ValueError, match=r"has embeddings for 42 tokens.*the id 42 \('<im>'\)"):
+        make_trainer(tmp_path, reward_funcs=scorer, reward_processing_classes=tokenizer)
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder", "adapter on it", "own class"])
 def test_a_module_that_is_a_reward_model_is_taken_and_left_as_it_was(tmp_path, base, kind):
     class Wrapped(torch.nn.Module):

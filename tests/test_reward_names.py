@@ -8,8 +8,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import make_trainer
+from conftest import classifier, make_model, make_tokenizer, make_trainer
 from huggingface_hub import constants
+from transformers import BitsAndBytesConfig
 
 from ppo_plus.models.adapter_files import load_reward_metadata, resolve_adapter_path
 from ppo_plus.training.checkpoint import MANIFEST, integrity_error, load_progress, write_manifest
@@ -65,6 +66,30 @@ def test_a_model_that_the_hub_does_not_have_is_no_adapter(refusing_hub):
 def test_a_folder_that_does_not_exist_is_named(tmp_path, role, name):
     with pytest.raises(ValueError, match=f"no folder '{name}'"):
         make_trainer(tmp_path, **{role: name})
+
+
+@pytest.mark.parametrize("role", ["reward_funcs", "model", "value_model"])
+def test_an_empty_folder_is_named(tmp_path, role):
+    (tmp_path / "judge").mkdir()
+    with pytest.raises(ValueError, match="judge' is empty"):
+        make_trainer(tmp_path / "out", **{role: str(tmp_path / "judge")})
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_classifier_is_no_policy(tmp_path, base, quantized):
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if quantized else {}
+    make_trainer(tmp_path / "out", model=str(base), **options)  # control
+    classifier(base).save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
+    with pytest.raises(ValueError, match=r"judge' lack lm_head\.weight"):
+        make_trainer(tmp_path / "out", model=str(tmp_path / "judge"), **options)
+
+
+def test_a_named_critic_needs_the_policys_tokens(tmp_path, base):
+    make_trainer(tmp_path / "out", value_model=str(base))  # control
+    make_model(vocab_size=30).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="value_model has a vocabulary of 30, the tokenizer one of 42"):
+        make_trainer(tmp_path / "out", value_model=str(tmp_path / "small"))
 
 
 def test_an_instance_that_says_it_came_from_a_folder_that_has_gone_is_described_by_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -21,6 +22,8 @@ from transformers import (
     BertForMaskedLM,
     BitsAndBytesConfig,
     LlamaForSequenceClassification,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -312,6 +315,30 @@ def test_a_classifier_folder(tmp_path):
 def test_a_classifier_with_two_labels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_labels=2; a reward model needs num_labels=1"):
         make_trainer(tmp_path, reward_funcs=classifier(labels=2), reward_processing_classes=make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("two labels", "is a classifier with num_labels=2"),
+        ("frozen", "All weights of the model are frozen"),
+        ("Mamba", "Mamba2 is no sequence classifier"),
+        (None, None),
+    ],
+)
+def test_a_model_that_no_reward_model_can_start_from_is_named(tmp_path, base, kind, says):
+    folder = tmp_path / "model"
+    if kind == "two labels":
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(folder)
+    elif kind == "Mamba":
+        sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
+        Mamba2ForCausalLM(Mamba2Config(vocab_size=42, num_hidden_layers=1, **sizes)).save_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1) if kind == "frozen" else str(folder)
+    model = str(base) if kind is None else model.requires_grad_(False) if kind == "frozen" else model
+    options = {"train_dataset": Dataset.from_dict({"chosen": ["so"] * 4, "rejected": ["no"] * 4})}
+    args = RewardConfig(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+        RewardTrainer(model, args, processing_class=make_tokenizer(), **options)
 
 
 # Every form in which TRL takes preferences

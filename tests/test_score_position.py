@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
+    CanineConfig,
+    FNetConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
 )
 
 from ppo_plus import RewardConfig, RewardTrainer
@@ -160,6 +165,35 @@ def test_an_encoder_that_counts_positions_from_its_padding_is_padded_with_its_ow
         model, tokenizer, "judge", batch_size=3, chat_template_kwargs={}, expects_single_text=True
     )
     assert reward(BATCH) == pytest.approx(one_by_one(model), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "batches"),
+    [
+        (XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=48), False),  # reads the last position
+        (CanineConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48), False),
+        (FNetConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=48), False),  # has no attention mask
+        (BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48), True),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_classifier_that_sees_padding_scores_one_text_at_a_time(config, batches):
+    config.num_labels, config.pad_token_id, config.vocab_size = 1, PAD, 42
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reward = ClassifierReward(model, make_tokenizer(), "scorer", batch_size=4, chat_template_kwargs={})
+    assert ["depend on the padding" in str(w.message) for w in caught if w.category is UserWarning] == [True] * (
+        not batches
+    )
+    alone = [reward(Completions([p], [c], [[5]]))[0] for p, c in zip(BATCH.prompts, BATCH.completions, strict=True)]
+    assert reward(BATCH) == pytest.approx(alone, abs=1e-4)
+    reward.pads = True
+    assert (reward(BATCH) == pytest.approx(alone, abs=1e-2)) is batches
 
 
 def test_the_last_token_is_found_with_padding_on_either_side():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import classifier, lora, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import ppo_plus.training.setup
@@ -93,6 +95,20 @@ def test_a_weight_of_a_critic_or_reward_model_that_is_not_finite_is_named(tmp_pa
     args = RewardConfig(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=r"^model: the weight .*norm.weight has NaN"):
         RewardTrainer(scorer, args, train_dataset=pairs, processing_class=make_tokenizer())
+
+
+@pytest.mark.parametrize("part", ["lora_B", "score"])
+@pytest.mark.parametrize("role", ["reward_funcs", "value_model"])
+def test_a_weight_of_a_reward_adapter_that_is_not_finite_is_named(tmp_path, base, reward_adapter, role, part):
+    folder = shutil.copytree(reward_adapter, tmp_path / "reward")
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in weights if part in key)
+    config = {"critic": "adapter"} if role == "value_model" else {}
+    make_trainer(tmp_path / "out", model=str(base), **{role: str(folder)}, config=config)  # control
+    weights[key].view(-1)[3] = torch.nan
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"reward has NaN or infinite numbers in .*{part}"):
+        make_trainer(tmp_path / "out", model=str(base), **{role: str(folder)}, config=config)
 
 
 def test_logits_that_exceed_the_precision_of_the_model_are_named(tmp_path):

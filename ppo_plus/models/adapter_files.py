@@ -52,6 +52,8 @@ def resolve_adapter_path(model: Any) -> Path | None:
                 f"{model} has checkpoints and no model: training has not finished, or save_model() was not called. "
                 f"Pass one of its checkpoints (the newest is {newest}), or call trainer.save_model()."
             )
+        if local.is_dir() and not any(local.iterdir()):
+            raise ValueError(f"The folder {str(model)!r} is empty: it holds no model. Check the path.")
         return None
     config, weights = (download(str(model), file) for file in (CONFIG_NAME, WEIGHTS_FILE))
     if config is None or weights is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def load_reward_adapter(policy: PeftModel, name: str, directory: Path, *, traine
     check_base_weights(directory, sample_model(policy), policy.config._name_or_path)
     weights, config = load_adapter_state_dict(policy, directory), PeftConfig.from_pretrained(str(directory))
     head = pop_score_head(weights, directory)
+    check_finite(directory, {**weights, **head.state_dict(prefix="score.")})
     extra_modules_to_save = [module for module in config.modules_to_save or [] if module not in HEADS]
     config.modules_to_save, config.inference_mode, config.task_type = (
         extra_modules_to_save or None,
@@ -72,6 +73,15 @@ def _call_own_tokens(wrapper: Any, method: str, adapter: str, *args: Any) -> dic
     return getattr(type(wrapper), method)(wrapper, adapter, *args) if has_tokens else {}
 
 
+def check_finite(directory: Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a reward adapter with NaN or infinite weights; the check of the policy's own comes before it is loaded."""
+    if damaged := next((key for key, tensor in weights.items() if not tensor.isfinite().all()), None):
+        raise ValueError(
+            f"The adapter in {directory} has NaN or infinite numbers in {damaged}, and so would all that is computed "
+            "with it. Its training diverged, or the file is damaged: use another checkpoint."
+        )
+
+
 def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path, fix: str) -> None:
     """Load weights into an adapter; refuse missing and unexpected ones, and changed weights of the base."""
     check_base_unchanged(policy, name, weights, directory)
@@ -84,8 +94,10 @@ def check_keys_match(
     policy: PeftModel, name: str, weights: dict[str, Tensor], unexpected: Collection[str], directory: Path, fix: str
 ) -> None:
     """Refuse an adapter with missing or unexpected tensors."""
-    # Compared to the tensors that PEFT saves, because some kinds derive further ones.
-    absent = sorted(get_peft_model_state_dict(policy, adapter_name=name).keys() - weights.keys())
+    # Compared to the tensors that PEFT saves, because some kinds derive further ones; it would also save embeddings of
+    # a base that was resized, which are not the adapter's.
+    saved = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    absent = sorted(saved.keys() - weights.keys())
     if absent or unexpected:
         raise ValueError(
             f"The adapter in {directory} does not fit this model: missing {absent[:3]}, unexpected "

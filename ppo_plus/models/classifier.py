@@ -66,7 +66,10 @@ def register_sequence_classifier(config: PreTrainedConfig) -> None:
     backbone = cast(Any, MODEL_MAPPING[kind])
     has_cache = not {*CACHE_NAMES}.isdisjoint(inspect.signature(backbone.forward).parameters)
     if not has_cache or is_recurrent(DynamicCache(config=config.get_text_config())):
-        return  # Mamba, whose states the generic classifier does not support
+        raise ValueError(  # the generic classifier does not know Mamba's states
+            f"{kind.__name__.removesuffix('Config')} is no sequence classifier: transformers has none for it, and its "
+            "states are recurrent. Train the reward model or critic on another model."
+        )
     family = next(base for base in backbone.__mro__ if PreTrainedModel in base.__bases__)
     # By `__module__`, transformers recognizes its own classes, and fills buffers that are in no file.
     names = {"config_class": kind, "base_model_prefix": family.base_model_prefix, "__module__": backbone.__module__}

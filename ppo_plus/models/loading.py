@@ -170,7 +170,12 @@ def _load_by_name(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     auto = language_model_class(load_config(base_name(name), kwargs))
-    model = auto.from_pretrained(base_name(name), **kwargs)
+    model, info = auto.from_pretrained(base_name(name), **kwargs, output_loading_info=True)
+    if missing := sorted({*info["missing_keys"]} & {key for key, _ in model.named_parameters()}):
+        raise ValueError(
+            f"The files of {base_name(name)!r} lack {', '.join(missing[:3])}, which would be random in the policy. "
+            "Pass a causal language model; a sequence classifier belongs in reward_funcs or value_model."
+        )
     clone_mmapped_tensors(model)
     if isinstance(quantization_config, BitsAndBytesConfig):
         warn_of_unquantized(model)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat_templates import PROBE, render_chat
 from ..data.padding import unpad
 from ..kernels.batch_backoff import BatchSize
 from ..kernels.fp32_heads import compute_heads_in_fp32
 from ..models.classifier import is_encoder, set_padding
 from .completions import Completions, Score, validate_scores
 from .tokenization import RewardTokenizer, max_input_length, score_in_batches
+
+# Prompts, answers and their token ids: a short text, and a longer one beside which it is padded.
+TRIAL = (["so", "is it so"], ["no", "it is"], [[0], [0]])
 
 
 class ClassifierReward:
@@ -63,6 +69,9 @@ class ClassifierReward:
         self.expects_pairs = is_encoder(config) and tokenizer.chat_template is None and not expects_single_text
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.text_suffix = tokenizer.eos_token or "" if expects_single_text or not adds_eos else ""
+        self._check_special_tokens()
+        self.pads = True
+        self.pads = not self._depends_on_padding()
 
     def __call__(self, batch: Completions) -> Sequence[Score]:
         """Score prompts with completions, rendered with this model's template and tokenizer."""
@@ -73,6 +82,8 @@ class ClassifierReward:
         device = next(self.model.parameters()).device
 
         def score(texts: list) -> Tensor:
+            if not self.pads and len(texts) > 1:
+                return torch.cat([score([text]) for text in texts])
             inputs = self.tokenize(texts, batch)
             self._check_vocabulary(int(inputs["input_ids"].max()))
             pad_token_id = self.tokenize.choose_pad_id(unpad(inputs["input_ids"], inputs["attention_mask"]))
@@ -81,10 +92,38 @@ class ClassifierReward:
 
         return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
 
+    def _depends_on_padding(self) -> bool:
+        """Return whether padding beside a longer text changes a score, as in XLNet, CANINE, ConvBERT and FNet."""
+        trial, dtype = Completions(*TRIAL), next(self.model.parameters()).dtype
+        try:
+            together, alone = self(trial)[0], self(Completions(*(column[:1] for column in TRIAL)))[0]
+        except Exception as error:
+            raise ValueError(
+                f"The reward model {self.name!r} ({type(self.model).__name__}) failed on the trial texts {TRIAL[:2]}: "
+                f"{type(error).__name__}: {error}. Pass a function that calls it."
+            ) from error
+        scale = max(1.0, abs(cast(float, alone)))
+        depends = abs(cast(float, together) - cast(float, alone)) > scale * (1e-3 if dtype == torch.float32 else 0.05)
+        if depends:
+            warnings.warn(
+                f"The scores of the reward model {self.name!r} ({type(self.model).__name__}) depend on the padding of "
+                "their batch, so it scores one text at a time, which is slower. A model whose attention mask covers "
+                "padding everywhere scores in batches.",
+                stacklevel=4,
+            )
+        return depends
+
+    def _check_special_tokens(self) -> None:
+        chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+        rendered = "" if self.tokenizer.chat_template is None else render_chat(chat, self.tokenizer, {})
+        ids = [*self.tokenizer(self.text_suffix)["input_ids"], *self.tokenizer(rendered)["input_ids"]]
+        self._check_vocabulary(max(ids, default=0))
+
     def _check_vocabulary(self, max_id: int) -> None:
         vocab_size = getattr(getattr(self.model, "config", None), "vocab_size", None)
         if vocab_size is not None and max_id >= vocab_size:
             raise ValueError(
                 f"The reward model {self.name!r} has embeddings for {vocab_size} tokens, but its tokenizer returned "
-                f"the id {max_id}. Pass the reward model's tokenizer in reward_processing_classes."
+                f"the id {max_id} ({self.tokenizer.convert_ids_to_tokens(max_id)!r}). Pass the tokenizer that it was "
+                "trained with in reward_processing_classes."
             )

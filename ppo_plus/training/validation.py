@@ -132,13 +132,15 @@ def check_models(model: Any, ref_model: Any, value_model: Any, tokenizer: PreTra
     if hasattr(value_model, "score") and labels != 1:
         raise ValueError(f"value_model has num_labels={labels}; a critic gives one number: use num_labels=1.")
     for name, other in (("ref_model", ref_model), ("value_model", value_model)):
-        if isinstance(other, nn.Module):
-            check_vocab_size(name, other, tokenizer)
+        if isinstance(other, str | Path) and resolve_adapter_path(other) is None:
+            check_vocab_size(name, load_config(str(other), {}), tokenizer)
+        elif isinstance(other, nn.Module):
+            check_vocab_size(name, cast(Any, other).config, tokenizer)
 
 
-def check_vocab_size(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocab_size(name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a second model that has no embeddings for some of the policy's tokens."""
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = config.get_text_config().vocab_size
     padding_alone = tokenizer.pad_token_id == len(tokenizer) - 1  # added to the tokenizer and not to the model
     if vocabulary < len(tokenizer) - padding_alone:
         raise ValueError(
