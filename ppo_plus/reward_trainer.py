@@ -36,7 +36,7 @@ from .kernels.switch import kernels_enabled, replace_forwards
 from .models.adapter_checks import check_no_adapter, check_preserves_base
 from .models.adapter_files import HEADS, REWARD_FILE
 from .models.adapters import keep_model_card, train_adapter
-from .models.base_weights import encode_samples, sample_model
+from .models.base_weights import encode_samples, local_folder, sample_model, weight_files
 from .models.classifier import register_sequence_classifier
 from .models.loading import (
     clone_mmapped_tensors,
@@ -342,6 +342,12 @@ def check_named_model(model: str, args: RewardConfig, *, is_fully_trained: bool)
             "from: it needs num_labels=1. Pass the base of that classifier."
         )
     register_sequence_classifier(config)
+    if "score.bias" in weight_files(local_folder(model, options.get("revision"))):
+        warnings.warn(
+            f"The bias of the score head of {model!r} is left out: it shifts all rewards alike, which the pairwise "
+            "loss does not see, so what is trained has none.",
+            stacklevel=3,
+        )
     if args.use_liger_kernel:
         check_liger_model(config)
     if is_fully_trained:

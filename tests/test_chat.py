@@ -65,8 +65,10 @@ def seen_by_classifier(monkeypatch):
             rows.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
             return forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-        monkeypatch.setattr(type(model), "forward", spy)
-        ClassifierReward(model, tokenizer, "judge", batch_size=1, chat_template_kwargs={})(batch)
+        reward = ClassifierReward(model, tokenizer, "judge", batch_size=1, chat_template_kwargs={})
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model), "forward", spy)
+            reward(batch)
         return rows
 
     return read
@@ -188,9 +190,10 @@ def test_template_arguments_of_a_row_come_before_those_of_the_run(make, seen_by_
     assert [tokenizer.decode(ids).split(":")[0] for ids in seen_by_classifier(tokenizer, batch)] == ["calm", "loud"]
 
 
-def test_template_arguments_that_are_no_dict_are_refused_by_their_row():
-    rows = Dataset.from_list([{"prompt": [ASK], "chat_template_kwargs": "calm"}])
-    with pytest.raises(ValueError, match=r"^train_dataset\[0\].*chat_template_kwargs.*'calm'"):
+@pytest.mark.parametrize(("arguments", "named"), [("calm", "'calm'"), ({"tokenize": False}, "'tokenize'")])
+def test_template_arguments_that_are_no_dict_or_set_already_are_refused_by_their_row(arguments, named):
+    rows = Dataset.from_list([{"prompt": [ASK], "chat_template_kwargs": arguments}])
+    with pytest.raises(ValueError, match=rf"^train_dataset\[0\].*chat_template_kwargs.*{named}"):
         tokenize_prompts(rows, make_tokenizer(MOOD_TEMPLATE))
 
 

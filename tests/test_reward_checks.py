@@ -78,6 +78,22 @@ def test_a_token_classifier_is_refused_by_its_name(tmp_path, monkeypatch):
         make_trainer(tmp_path, reward_funcs=str(folder))
 
 
+@pytest.mark.parametrize("kind", ["own", "llama"])
+def test_a_reward_model_with_code_of_its_own_is_named_before_the_policy_is_loaded(tmp_path, base, monkeypatch, kind):
+    folder = tmp_path / "judge"
+    classifier(base).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"auto_map": {"AutoModel": "modeling.Own"}, "model_type": kind}
+    (folder / "config.json").write_text(json.dumps({**config, **code}))
+    if kind == "llama":  # control: a family of transformers, whose own code is used
+        make_trainer(tmp_path / "out", reward_funcs=str(folder))
+        return
+    monkeypatch.setattr("ppo_plus.training.setup.load_policy_from_args", None)
+    with pytest.raises(ValueError, match="judge' needs code from its repository"):
+        make_trainer(tmp_path / "out", reward_funcs=str(folder))
+
+
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE.replace("<|", "<im>")], ids=["EOS", "template"])
 def test_a_token_that_a_reward_model_does_not_embed_is_named_when_the_trainer_is_made(tmp_path, base, template):
     scorer, tokenizer = classifier(base), make_tokenizer(template)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -193,6 +194,33 @@ def test_an_adapter_with_another_head_is_named_before_weights_are_loaded(
     }
     with pytest.raises(ValueError, match=f"changed.*{says[kind]}"):
         reward_of(tmp_path, base, folder)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_that_further_training_leaves_out_is_named(tmp_path, base, bias):
+    (with_bias(base) if bias else classifier(base)).save_pretrained(tmp_path / "judge")
+    args = RewardConfig(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    pairs = Dataset.from_dict({"chosen": ["good"] * 4, "rejected": ["bad"] * 4})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RewardTrainer(str(tmp_path / "judge"), args, train_dataset=pairs, processing_class=make_tokenizer())
+    assert any("bias of the score head" in str(w.message) for w in caught) is bias
+
+
+@pytest.mark.parametrize("role", ["reward_funcs", "value_model"])
+@pytest.mark.parametrize("name", ["value_head", "reward_head", "lm_head"])
+def test_a_head_of_another_name_is_not_replaced_by_one_without_training(tmp_path, base, role, name):
+    """OpenRLHF writes `value_head` where it is told to; a language model's own head is none for scores."""
+    folder = tmp_path / "judge"
+    classifier(base).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    make_trainer(tmp_path / "out", **{role: str(folder)})  # control
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"{name}.weight": weights.pop("score.weight"), **weights}, folder / "model.safetensors")
+    if (role, name) == ("value_model", "lm_head"):
+        return make_trainer(tmp_path / "out", **{role: str(folder)})  # a critic may start from a language model
+    with pytest.raises(ValueError, match="lack score.weight" if name == "lm_head" else rf"head .*\({name}.weight\)"):
+        make_trainer(tmp_path / "out", **{role: str(folder)})
 
 
 def test_a_head_of_several_layers_is_named(tmp_path, base):

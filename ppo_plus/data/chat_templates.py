@@ -108,7 +108,10 @@ def merge_template_kwargs(run: Mapping[str, Any] | None, row: Mapping[str, Any],
         tools = parse_tools(row.get("tools"))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return {**tools, **(run or {}), **(row_kwargs or {})}
+    merged = {**tools, **(run or {}), **(row_kwargs or {})}
+    if fixed := sorted({"tokenize", "return_dict", "return_tensors"} & merged.keys()):
+        raise ValueError(f"{where}: chat_template_kwargs has {fixed[0]!r}, which ppo_plus sets itself. Leave it out.")
+    return merged
 
 
 # Messages

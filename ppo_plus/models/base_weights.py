@@ -54,7 +54,7 @@ def sample_model(model: nn.Module) -> WeightSamples:
 def sample_files(folder: Path | None) -> WeightSamples:
     """Sample the weights in a folder's safetensors files; empty if there are none."""
     samples: WeightSamples = {}
-    files = _weight_files(folder)
+    files = weight_files(folder)
     chosen = {full: name for name, full in _choose(files).items()}
     by_file: dict[Path, list[str]] = defaultdict(list)
     for full in chosen:
@@ -121,7 +121,7 @@ def read_weight(folder: Path | None, name: str) -> Tensor:
     Raises:
         ValueError: no file contains it.
     """
-    file = _weight_files(folder).get(name)
+    file = weight_files(folder).get(name)
     if file is None:
         raise ValueError(f"{name} is not in the safetensors files of {folder}: save the model with save_pretrained.")
     with reraise_as_corrupt_file(file), safe_open(file, framework="pt") as tensors:
@@ -177,7 +177,8 @@ def _dequantize(weight: Any, module: Any) -> Tensor:
     return weight.data.float() * scales.to(weight.device).float()[:, None] / 127
 
 
-def _weight_files(folder: Path | None) -> dict[str, Path]:
+def weight_files(folder: Path | None) -> dict[str, Path]:
+    """Return the safetensors file of each weight in a model's folder, by the weight's name; empty without files."""
     if folder is None:
         return {}
     whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from .backbone import CACHE_NAMES, is_recurrent
 from .base_weights import local_folder, read_weight
-from .score_heads import make_score_head, read_v_head
+from .score_heads import OTHER_HEAD_KEY, make_score_head, read_v_head
 
 # A head among the weights that a classifier's class does not have, except for a language-model head.
 HEAD_KEY = re.compile(r"^(?!lm_head\.)\w*(?:head|score|classifier|reward|regression)\w*\.")
@@ -109,7 +109,8 @@ def load_classifier(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedMode
         bias = read_weight(local_folder(name), "score.bias")
         _set_score_head(model, {"weight": cast(Any, model).score.weight.detach(), "bias": bias})
         unexpected.remove("score.bias")
-    if left_out := sorted(key for key in unexpected if not missing and HEAD_KEY.search(key)):
+    heads = {(): HEAD_KEY, ("score.weight",): OTHER_HEAD_KEY}.get(tuple(missing))
+    if left_out := sorted(key for key in unexpected if heads is not None and heads.search(key)):
         raise ValueError(
             f"{name!r} has a head that {type(model).__name__} does not load ({', '.join(left_out[:3])}), so its scores "
             "would be wrong. Load it with the code that trained it, and pass a function that calls it."

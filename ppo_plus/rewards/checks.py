@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.chat_templates import is_conversational
 from ..models.adapter_files import load_reward_metadata, resolve_adapter_path
@@ -66,7 +66,14 @@ def check_reward_module(model: nn.Module) -> None:
 
 def check_reward_task(name: str) -> None:
     """Refuse the name of a model whose configuration lists an architecture for another task."""
-    architectures = PreTrainedConfig.get_config_dict(name)[0].get("architectures") or []
+    config = PreTrainedConfig.get_config_dict(name)[0]
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The reward model {name!r} needs code from its repository, which ppo_plus does not run. Load it yourself "
+            "(trust_remote_code=True), and pass the model if it is a sequence classifier with one label, or a "
+            "function(prompts, completions, **kwargs) that calls it."
+        )
+    architectures = config.get("architectures") or []
     if unsupported := [each for each in architectures if each.endswith(UNSUPPORTED_TASK_SUFFIXES)]:
         raise ValueError(
             f"The reward model {name!r} is a {unsupported[0]}, whose outputs are not the score of a text. "
