@@ -18,8 +18,8 @@ from ..models.classifier import is_encoder, set_padding
 from .completions import Completions, Score, validate_scores
 from .tokenization import RewardTokenizer, max_input_length, score_in_batches
 
-# Prompts, answers and their token ids: a short text, and a longer one beside which it is padded.
-TRIAL = (["so", "is it so"], ["no", "it is"], [[0], [0]])
+# Prompts, answers and their token ids: a short text, and a longer one to whose length it is padded.
+TRIAL = Completions(["so", "is it so"], ["no", "it is"], [[0], [0]])
 
 
 class ClassifierReward:
@@ -93,17 +93,17 @@ class ClassifierReward:
         return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
 
     def _depends_on_padding(self) -> bool:
-        """Return whether padding beside a longer text changes a score, as in XLNet, CANINE, ConvBERT and FNet."""
-        trial, dtype = Completions(*TRIAL), next(self.model.parameters()).dtype
+        """Return whether padding to the length of a longer text changes a score, as in XLNet, CANINE and FNet."""
+        short = Completions(TRIAL.prompts[:1], TRIAL.completions[:1], TRIAL.completion_ids[:1])
         try:
-            together, alone = self(trial)[0], self(Completions(*(column[:1] for column in TRIAL)))[0]
+            together, alone = (cast(float, self(batch)[0]) for batch in (TRIAL, short))
         except Exception as error:
             raise ValueError(
-                f"The reward model {self.name!r} ({type(self.model).__name__}) failed on the trial texts {TRIAL[:2]}: "
+                f"The reward model {self.name!r} ({type(self.model).__name__}) failed on the prompts {TRIAL.prompts}: "
                 f"{type(error).__name__}: {error}. Pass a function that calls it."
             ) from error
-        scale = max(1.0, abs(cast(float, alone)))
-        depends = abs(cast(float, together) - cast(float, alone)) > scale * (1e-3 if dtype == torch.float32 else 0.05)
+        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.05
+        depends = abs(together - alone) > tolerance * max(1.0, abs(alone))
         if depends:
             warnings.warn(
                 f"The scores of the reward model {self.name!r} ({type(self.model).__name__}) depend on the padding of "
