@@ -48,7 +48,7 @@ class DemoArguments:
     num_eval_prompts: int = field(default=128, metadata={"help": "Number of held-out openings."})
     prompt_tokens: int = field(default=14, metadata={"help": "Length of an opening, in tokens."})
     top_layers: int | None = field(
-        default=None, metadata={"help": "Number of top layers in which the policy is trained; None means all layers."}
+        default=None, metadata={"help": "Number of top layers with LoRA, in both models; None means all layers."}
     )
     kl_target: float = field(default=8.0, metadata={"help": "Target KL to the reference, nats per response."})
     kl_horizon: int = field(default=64, metadata={"help": "Episodes over which the KL coefficient adapts."})
@@ -109,7 +109,7 @@ def train_reward_model(
     trainer = RewardTrainer(
         model,
         RewardConfig(output_dir=str(folder), seed=args.seed, report_to="none", **(fast_precision() | args.reward)),
-        peft_config=lora(),
+        peft_config=lora(model, args.top_layers),
         quantization_config=nf4() if args.load_in_4bit else None,
         train_dataset=preference_pairs(train, tokenizer, args.num_pairs, args.pair_tokens, args.seed),
         eval_dataset=preference_pairs(held_out, tokenizer, args.num_eval_pairs, args.pair_tokens, args.seed),
