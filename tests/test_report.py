@@ -590,7 +590,7 @@ class TestComparison:
             main(list(map(str, arguments)))
         assert stop.value.code == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith("python -m ppo_plus.report: error: ")
+        assert line.startswith("ppo-plus report: error: ")
         return line
 
     def test_as_a_command(self, tmp_path):

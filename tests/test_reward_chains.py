@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import lora, make_model, make_tokenizer
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from ppo_plus import RewardConfig, RewardTrainer
+from ppo_plus.cli import launch
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -170,7 +170,6 @@ def test_other_pairs_may_take_the_place_of_those_that_were_passed(base, tmp_path
 def here(tmp_path, monkeypatch):
     """A working directory with a base, six prompts and a reward function."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.syspath_prepend(str(RECIPES / "demo"))
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
@@ -183,13 +182,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(recipe, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
-    runpy.run_path(str(RECIPES / recipe), run_name="__main__")
-
-
 @pytest.mark.parametrize("form", ["my_rewards:count_e", "[my_rewards:count_e]"])
-def test_a_reward_in_a_yaml_file_needs_no_list(here, monkeypatch, form):
+def test_a_reward_in_a_yaml_file_needs_no_list(here, form):
     (here / "run.yaml").write_text(
         f"reward_funcs: {form}\nmodel_name_or_path: base\ndataset_name: prompts.jsonl\noutput_dir: out\n"
         "use_peft: true\nlora_target_modules: all-linear\nuse_cpu: true\nreport_to: none\nhtml_report: false\n"
@@ -197,19 +191,21 @@ def test_a_reward_in_a_yaml_file_needs_no_list(here, monkeypatch, form):
         "gradient_accumulation_steps: 1\nnum_mini_batches: 1\nnum_ppo_epochs: 1\ndisable_tqdm: true\nlogging_steps: 1\n"
         "dataloader_pin_memory: false\n"
     )
-    run("ppo.py", monkeypatch, "--config", "run.yaml")
+    launch.run("ppo", ["--config", "run.yaml"])
     history = json.loads((here / "out" / "trainer_state.json").read_text())["log_history"]
     assert "rewards/count_e/mean" in history[0]
 
 
-@pytest.mark.parametrize("recipe", ["ppo.py", "reward_model.py"])
+@pytest.mark.parametrize("command", ["ppo", "reward"])
 @pytest.mark.parametrize("rows", ["-4", "2.5", "true"])
 @pytest.mark.parametrize("split", [[], ["--dataset_test_split", "test"]])
-def test_rows_to_evaluate_on_are_counted(here, monkeypatch, recipe, rows, split):
+def test_rows_to_evaluate_on_are_counted(here, capsys, command, rows, split):
     (here / "run.yaml").write_text(f"eval_rows: {rows}\n")  # 2.5 is refused on the command line; a file can say it
-    data = ["--dataset_name", "prompts.jsonl"] + (["--reward_funcs", "x:y"] if recipe == "ppo.py" else [])
-    with pytest.raises(SystemExit, match=r"--eval_rows must be a whole number, 0 or more; got (-4|2\.5|True)"):
-        run(recipe, monkeypatch, "--config", "run.yaml", "--output_dir", "out", *data, *split)
+    data = ["--dataset_name", "prompts.jsonl"] + (["--reward_funcs", "x:y"] if command == "ppo" else [])
+    with pytest.raises(SystemExit) as stop:
+        launch.run(command, ["--config", "run.yaml", "--output_dir", "out", *data, *split])
+    assert stop.value.code == 2
+    assert f"--eval_rows must be a whole number, 0 or more; got {yaml.safe_load(rows)}" in capsys.readouterr().err
 
 
 COUNTS = ["num_pairs", "num_eval_pairs", "pair_tokens", "num_prompts", "num_eval_prompts", "prompt_tokens",

@@ -1,6 +1,6 @@
 """A memory planner: predict the memory of a run from the model's config alone.
 
-    python -m ppo_plus.memory --model Qwen/Qwen2.5-7B-Instruct --vram 12 --prompt-length 256 --response-length 512
+    ppo-plus memory --model Qwen/Qwen2.5-7B-Instruct --vram 12 --prompt-length 256 --response-length 512
 
 Nothing is estimated by formula. The actor-critic that PPOTrainer would build runs its own code, forward and backward,
 on tensors with a shape, a dtype and a storage size but without data (`FakeTensorMode`), and a tracker counts the bytes

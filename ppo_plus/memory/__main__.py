@@ -1,4 +1,4 @@
-"""`python -m ppo_plus.memory`: predict the memory of a run on a card."""
+"""`ppo-plus memory`, or `python -m ppo_plus.memory`: predict the memory of a run on a card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HINTS = get_type_hints(PlannerConfig)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return 0 if the plan fits, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m ppo_plus.memory", description="Predict the memory of a PPO run.")
+    parser = argparse.ArgumentParser(prog="ppo-plus memory", description="Predict the memory of a PPO run.")
     parser.add_argument("--model", required=True, help="a name on the Hub, a folder, or a config.json")
     parser.add_argument("--vram", type=float, required=True, help="memory of the card, GiB")
     parser.add_argument("--value-model", help="the critic's model, with --critic separate; as --model")

@@ -4,7 +4,7 @@
 the tokens of the last rollouts colored by advantage, value, KL and reward. The page contains its data as JSON and loads
 no other files. A resumed run continues the data in the page; its curves come from Trainer's log history.
 
-    python -m ppo_plus.report out/run1 out/run2 --output comparison.html
+    ppo-plus report out/run1 out/run2 --output comparison.html
 """
 
 from .callback import RunReportCallback

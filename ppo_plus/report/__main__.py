@@ -1,4 +1,4 @@
-"""Command line `python -m ppo_plus.report DIR...`: compare runs in one page."""
+"""Command line `ppo-plus report DIR...`, or `python -m ppo_plus.report DIR...`: compare runs in one page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMPARISON = "report_comparison.html"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write one page that compares the reports of several runs."""
-    parser = argparse.ArgumentParser(prog="python -m ppo_plus.report", description="Compare runs in one page.")
+    parser = argparse.ArgumentParser(prog="ppo-plus report", description="Compare runs in one page.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"output folders that contain {REPORT}")
     parser.add_argument("--output", type=Path, default=Path(COMPARISON), help="path of the comparison page")
     args = parser.parse_args(arguments)

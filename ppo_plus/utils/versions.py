@@ -33,6 +33,7 @@ SUPPORTED_VERSIONS: Mapping[str, SupportedVersions] = {
     "accelerate": SupportedVersions("1.10.1", "1.15.0"),
     "datasets": SupportedVersions("4.7", "5.2.0"),
     "safetensors": SupportedVersions("0.8", "0.8.0"),
+    "click": SupportedVersions("8.4.2", "8.5.1"),
 }
 
 

@@ -16,6 +16,7 @@ fixed length, so the policy cannot raise the reward by length.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,13 @@ from datasets import Dataset
 from demo_assets import distinct_n, judge, load_smollm2, movie_reviews, preference_pairs, prompts, repetition, splits
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
-from trl import TrlParser
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from ppo_plus.callbacks.completions import print_samples
+from ppo_plus.cli.arguments import FieldParser, errors_in_one_line
 from ppo_plus.report import REPORT, plot_curves
+
+FAST_TOP_LAYERS = 10  # a third of SmolLM2's
 
 
 @dataclass
@@ -50,12 +53,17 @@ class DemoArguments:
     top_layers: int | None = field(
         default=None, metadata={"help": "Number of top layers with LoRA, in both models; None means all layers."}
     )
+    fast: bool = field(
+        default=False, metadata={"help": f"Train only the top {FAST_TOP_LAYERS} layers: top_layers={FAST_TOP_LAYERS}."}
+    )
     kl_target: float = field(default=8.0, metadata={"help": "Target KL to the reference, nats per response."})
     kl_horizon: int = field(default=64, metadata={"help": "Episodes over which the KL coefficient adapts."})
     reward: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of RewardConfig."})
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of PPOConfig."})
 
     def __post_init__(self) -> None:
+        if self.fast and self.top_layers is None:
+            self.top_layers = FAST_TOP_LAYERS
         counts = ["num_pairs", "num_eval_pairs", "pair_tokens", "num_prompts", "num_eval_prompts", "prompt_tokens"]
         for name in [*counts, "kl_horizon", *(["top_layers"] if self.top_layers is not None else [])]:
             value = getattr(self, name)
@@ -159,7 +167,11 @@ def evaluate_prompts(trainer: PPOTrainer) -> tuple[dict[str, float], list[str], 
 
 
 def main() -> None:
-    (args,) = TrlParser(DemoArguments).parse_args_and_config()
+    prog = "ppo-plus demo"
+    with errors_in_one_line(prog):
+        (args,), launch_arguments = FieldParser([DemoArguments], prog).parse(sys.argv[1:])
+        if launch_arguments:
+            raise ValueError(f"the demo runs in one process: remove {' '.join(launch_arguments)}.")
     start_time = time.perf_counter()
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)

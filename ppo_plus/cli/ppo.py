@@ -1,0 +1,83 @@
+"""`ppo-plus ppo`: train any causal language model with PPO, on any prompts and rewards.
+
+The arguments are those of `PPOConfig`, of TRL's `ModelConfig` (base, LoRA, quantization) and of `PromptArguments`
+below. The dataset needs a column `prompt`, text or messages; all other columns are passed to reward functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig
+
+from ..config import PPOConfig
+from .arguments import errors_in_one_line
+from .data import DataArguments, check_free_space, finish, init_kwargs, load_reward
+
+
+@dataclass(kw_only=True)
+class PromptArguments(DataArguments):
+    """Prompts, rewards and the KL target."""
+
+    reward_funcs: list[str] = field(
+        metadata={"help": "Reward adapters or sequence classifiers (folder or name), or functions as module:function."}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Target KL to the reference, nats per response; None keeps kl_coef fixed."}
+    )
+    kl_horizon: int | None = field(
+        default=None,
+        metadata={"help": "Episodes over which the KL coefficient adapts; None means a tenth of all episodes."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.reward_funcs, str):  # a single value in a YAML file
+            self.reward_funcs = [self.reward_funcs]
+
+
+ARGUMENTS = (PromptArguments, ModelConfig, PPOConfig)
+
+
+def _summary(log_history: list[dict[str, float]]) -> str:
+    rows = [row for row in log_history if "eval_reward" in row]
+    rewards = " -> ".join(f"{row['eval_reward']:.2f}" for row in [rows[0], *rows[1:][-1:]])
+    return f"Held-out reward {rewards}, KL {rows[-1]['eval_kl']:.1f} nats"
+
+
+def train(prog: str, data: PromptArguments, model: ModelConfig, args: PPOConfig) -> None:
+    """Train, save and evaluate; print the held-out reward of the first and the last evaluation.
+
+    Args:
+        prog: the command, for its errors.
+        data: prompts and rewards.
+        model: base, LoRA and quantization.
+        args: hyperparameters.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from .. import AdaptiveKLCallback, PPOTrainer  # late: --help and refused arguments need no trainer
+
+    with errors_in_one_line(prog, args.output_dir):
+        train_rows, held_out = data.load()
+        args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
+        trainer = PPOTrainer(
+            model.model_name_or_path,
+            reward_funcs=[load_reward(name) for name in data.reward_funcs],
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=held_out,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+            callbacks=[] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, data.kl_horizon)],
+        )
+        check_free_space(trainer)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    trainer.save_model()
+    if held_out is not None and args.eval_strategy == "no":  # otherwise Trainer has run the last evaluation
+        trainer.evaluate()
+    trainer.save_state()
+    if held_out is not None and trainer.is_world_process_zero():
+        print(_summary(trainer.state.log_history))
+    finish(trainer, data.dataset_name)

@@ -1,0 +1,275 @@
+"""The command `ppo-plus`: its help, its arguments, its first errors, and what it copies from a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from conftest import make_model, make_tokenizer
+from datasets import Dataset
+
+from ppo_plus.cli import data, launch, ppo, recipes, reward
+from ppo_plus.cli.arguments import FieldParser, group_fields
+from ppo_plus.cli.env import describe
+from ppo_plus.cli.main import main
+from ppo_plus.config import PPOConfig
+from ppo_plus.utils.versions import SUPPORTED_VERSIONS
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = ["--model_name_or_path", "base", "--dataset_name", "few.jsonl", "--reward_funcs", "cli_rewards:one",
+            "--output_dir", "new/out"]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with two prompts and a reward function."""
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_dict({"prompt": ["one", "two"]}).to_json(tmp_path / "few.jsonl")
+    (tmp_path / "cli_rewards.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    return tmp_path
+
+
+@pytest.fixture
+def base(here):
+    make_model().save_pretrained(here / "base")
+    make_tokenizer().save_pretrained(here / "base")
+
+
+def error_of(capsys, command, *arguments):
+    """The only line of a command that ends with exit status 2; other libraries may log theirs before."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        launch.run(command, [*map(str, arguments)])
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    line = shown.err.splitlines()[-1]
+    assert line.startswith(f"ppo-plus {command}: error: ") and "Traceback" not in shown.err and not shown.out
+    assert shown.err.count("ppo-plus") == 1
+    return line
+
+
+# Help
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["init"], ["--version"]])
+def test_quick_commands_import_no_library(arguments):
+    code = (
+        "import sys; from ppo_plus.cli.main import main; main(sys.argv[1:], standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'accelerate') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_training_command_imports_them():
+    """Negative control of the above."""
+    assert {"torch", "transformers", "trl"} <= set(sys.modules) and FieldParser.__module__ in sys.modules
+
+
+def test_every_command_is_listed():
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert {line.split()[0] for line in shown.split("Commands:")[1].splitlines() if line} == {
+        "demo", "env", "init", "memory", "ppo", "report", "reward",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [ppo, reward])
+def test_help_shows_every_field_once_with_its_default(module):
+    shown = FieldParser(module.ARGUMENTS, "test").format_help()
+    options = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
+    fields = [f.name for config in module.ARGUMENTS for f in dataclasses.fields(config) if f.init]
+    assert sorted(options) == sorted(f"--{name}" for name in fields)
+    assert " ".join(shown.split()).count("(default: ") + shown.count("(required)") == len(fields)
+
+
+def test_fields_are_grouped_by_the_sections_of_the_sources():
+    groups = group_fields(PPOConfig)
+    assert [*groups][:3] == ["Length of training", "Sampling", "Reward"]
+    assert groups["Objective"][0] == "objective" and "kl_coef" in groups["Reward"]
+    assert "learning_rate" in groups["Learning Rate & Scheduler"]  # Trainer's, with another default
+    assert sorted(itertools.chain(*groups.values())) == sorted(f.name for f in dataclasses.fields(PPOConfig) if f.init)
+
+
+def test_a_source_without_sections_is_one_group():
+    assert group_fields(data.DataArguments) == {
+        "Data and evaluation": [
+            "dataset_name",
+            "dataset_config",
+            "dataset_train_split",
+            "dataset_test_split",
+            "eval_rows",
+        ]
+    }
+
+
+# Arguments
+
+
+def test_flags_override_the_file_and_other_arguments_are_the_launchers(here):
+    (here / "run.yaml").write_text("learning_rate: 1.0e-3\nlam: 0.5\nnum_processes: 3\noutput_dir: x\n")
+    words = ["--config", "run.yaml", "--lam", "0.25", "--main_process_port", "0", *REQUIRED]
+    (prompts, model, args), rest = FieldParser(ppo.ARGUMENTS, "test").parse(words)
+    assert (args.learning_rate, args.lam, args.output_dir) == (1e-3, 0.25, "new/out")
+    assert (prompts.reward_funcs, model.model_name_or_path) == (["cli_rewards:one"], "base")
+    assert rest == ["--num_processes", "3", "--main_process_port", "0"]
+
+
+def test_profiles_are_files_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name in recipes.profiles():
+        words = launch.resolve_profile(["--num_machines", "1", "--accelerate_config", name])
+        assert words[0] == "--config_file" and words[2:] == ["--num_machines", "1"]
+        config = load_config_from_file(words[1])
+        assert config.distributed_type == {"multi_gpu": "MULTI_GPU", "single_gpu": "NO"}[name]
+        assert config.mixed_precision == "no"  # PPOConfig decides
+    with pytest.raises(ValueError, match="'nothing'"):
+        launch.resolve_profile(["--accelerate_config", "nothing"])
+
+
+def test_the_script_for_launchers_is_the_command(here, monkeypatch, capsys):
+    for script, command in (("ppo.py", "ppo"), ("reward_model.py", "reward")):
+        monkeypatch.setattr(sys, "argv", [script, "--nothing"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "recipes" / script), run_name="__main__")
+        assert capsys.readouterr().err.startswith(f"ppo-plus {command}: error: ")
+
+
+# First errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperatur", "1"], "--temperatur; did you mean --temperature?"),
+        (["--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
+        (["--temperature", "0"], "temperature must be above 0"),
+        (["--config", "misspelled.yaml"], "--lambda"),
+        (["--config", "broken.yaml"], "broken.yaml"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config"], "--config needs a file"),
+        (["--num_processes", "2", "stray"], "'stray'"),
+        (["--accelerate_config", "nothing"], "'nothing'"),
+        (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--dataset_name", "damaged.jsonl"], "damaged.jsonl"),
+        (["--eval_rows", "2"], "--eval_rows 2 leaves no"),
+        (["--dataset_test_split", "test"], "use --eval_rows"),
+        (["--reward_funcs", "nowhere:y"], "'nowhere:y' cannot be imported"),
+        (["--reward_funcs", "json:y"], "'json:y' cannot be imported"),
+    ],
+)
+def test_a_first_error_is_one_line_and_writes_nothing(here, capsys, arguments, message):
+    (here / "misspelled.yaml").write_text("lambda: 1\n")
+    (here / "broken.yaml").write_text("lam: [1\n")
+    (here / "damaged.jsonl").write_text("{no json\n")
+    before = sorted(here.rglob("*"))
+    assert message in error_of(capsys, "ppo", *REQUIRED, *arguments)
+    assert sorted(path for path in here.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_a_dataset_without_the_column_is_one_line(here, base, capsys):
+    (here / "questions.jsonl").write_text('{"question": "why"}\n')
+    line = error_of(capsys, "ppo", *REQUIRED, "--dataset_name", "questions.jsonl")
+    assert "'prompt'" in line and "question" in line
+    assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_is_noticed_before_training(here, base, capsys, monkeypatch, exists):
+    """Trainer has created the folder by then; one that was there before stays."""
+    if exists:
+        (here / "new" / "out").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    small = ["--per_device_train_batch_size", "1", "--num_mini_batches", "1", "--use_cpu", "True"]
+    assert "MiB are free" in error_of(capsys, "ppo", *REQUIRED, *small)
+    assert (here / "new").exists() == exists
+
+
+def test_a_gated_model_without_a_token_is_one_line(here):
+    """A hub that answers as huggingface.co does; its address is read at import, so this needs a process."""
+
+    class Gated(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(401)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("X-Error-Message", "Access to model a/gated is restricted.")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+                   "PYTHONPATH": str(ROOT), "HF_HOME": str(here / "cache")}  # fmt: skip
+    command = [sys.executable, "-m", "ppo_plus.cli.main", "ppo", *REQUIRED, "--model_name_or_path", "a/gated"]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    server.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert "a/gated" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (here / "new").exists()
+
+
+# Recipes, and what to paste into a report of a bug
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen_7b_qlora", "qwen_deberta", "tldr"])
+def test_init_copies_the_files_of_a_recipe(here, name):
+    done = CliRunner().invoke(main, ["init", name, "--output", "mine"])
+    assert done.exit_code == 0, done.output
+    files = {file.name for file in (ROOT / "recipes" / name).glob("*.yaml")}
+    assert files and {file.name for file in (here / "mine").iterdir()} == files
+    assert [*map(Path, done.output.split())] == [Path("mine") / file for file in sorted(files)]
+    for file in files:
+        assert (here / "mine" / file).read_bytes() == (ROOT / "recipes" / name / file).read_bytes()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["nothing"], "tldr"), (["tldr"], "--output")])
+def test_init_refuses_what_it_does_not_have_and_what_it_would_overwrite(here, arguments, message):
+    (here / "tldr").mkdir()
+    done = CliRunner().invoke(main, ["init", *arguments])
+    assert done.exit_code == 2 and message in done.output
+    assert not [*(here / "tldr").iterdir()]
+
+
+def test_init_alone_lists_the_recipes():
+    shown = CliRunner().invoke(main, ["init"]).output.splitlines()
+    assert [line.split()[0] for line in shown] == recipes.names()
+
+
+def test_completion_knows_commands_recipes_and_profiles():
+    for words, expected in (("ppo-plus r", "reward"), ("ppo-plus init tl", "tldr"),
+                            ("ppo-plus ppo --accelerate_config m", "multi_gpu")):  # fmt: skip
+        environment = {"_PPO_PLUS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = CliRunner(env=environment).invoke(main, [], prog_name="ppo-plus")
+        assert f"plain,{expected}" in done.output.splitlines()
+
+
+def test_the_demo_names_what_is_not_installed(monkeypatch):
+    assert recipes.missing_requirements("demo") == []
+    monkeypatch.setattr(
+        recipes, "requires", lambda name: ['nowhere>=1; extra == "demo"', 'other; extra == "test"', "torch"]
+    )
+    done = CliRunner().invoke(main, ["demo"])
+    assert done.exit_code == 2 and done.output.startswith("ppo-plus demo: error: nowhere not found.")
+    assert "ppo-plus[demo]" in done.output
+
+
+def test_what_to_paste_into_a_report_names_versions_and_devices():
+    shown = describe()
+    assert all(f"- {name}: " in shown and limit.newest_tested in shown for name, limit in SUPPORTED_VERSIONS.items())
+    assert "CPU cores" in shown and "- Python: 3." in shown
