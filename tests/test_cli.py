@@ -16,8 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
-from conftest import make_model, make_tokenizer
+from conftest import lora, make_model, make_tokenizer
 from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from ppo_plus.cli import data, launch, ppo, recipes, reward
 from ppo_plus.cli.arguments import FieldParser, group_fields
@@ -80,7 +82,7 @@ def test_a_training_command_imports_them():
 def test_every_command_is_listed():
     shown = CliRunner().invoke(main, ["--help"]).output
     assert {line.split()[0] for line in shown.split("Commands:")[1].splitlines() if line} == {
-        "demo", "env", "init", "memory", "ppo", "report", "reward",
+        "demo", "env", "init", "memory", "merge", "ppo", "report", "reward",
     }  # fmt: skip
 
 
@@ -222,6 +224,21 @@ def test_a_gated_model_without_a_token_is_one_line(here):
     assert done.returncode == 2, done.stderr
     assert "a/gated" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (here / "new").exists()
+
+
+# Merging
+
+
+def test_an_adapter_is_merged_and_a_folder_without_one_is_refused(here, base, capsys):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), lora())
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained("adapter")
+    main(["merge", "adapter", "merged", "--dtype", "float32"], standalone_mode=False)
+    assert capsys.readouterr().out.splitlines()[-1] == "LlamaForCausalLM: merged"
+    assert (here / "merged" / "model.safetensors").is_file()
+    done = CliRunner().invoke(main, ["merge", "base", "other"])
+    assert done.exit_code == 2 and done.output.startswith("ppo-plus merge: error: ") and "'base'" in done.output
+    assert not (here / "other").exists()
 
 
 # Recipes, and what to paste into a report of a bug

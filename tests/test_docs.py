@@ -131,6 +131,8 @@ def check_ppo_plus(command: str, words: list[str]) -> None:
     if command in ("memory", "report", "init", "env"):
         assert CliRunner().invoke(main, [command, *words]).exit_code in (0, 1), words
         return
+    if command == "merge":
+        return main.commands["merge"].make_context("merge", list(words)).close()  # parses and does not merge
     if command == "demo":
         types = [import_demo().DemoArguments]
     else:

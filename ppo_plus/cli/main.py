@@ -7,7 +7,7 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -76,6 +76,22 @@ def report(arguments: tuple[str, ...]) -> None:
     from ..report.__main__ import main as compare
 
     compare(list(arguments))
+
+
+@main.command()
+@click.argument("adapter")
+@click.argument("directory", type=click.Path())
+@click.option("--base", help="Name of the base; by default the adapter's own. Needed if that one is quantized.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--trust_remote_code", is_flag=True, help="Run the code of a base that is not in transformers.")
+def merge(adapter: str, directory: str, **options: Any) -> None:
+    """Merge ADAPTER into its base: a folder of plain weights, for other libraries."""
+    from ..models.merging import merge_adapter
+    from .arguments import errors_in_one_line
+
+    with errors_in_one_line("ppo-plus merge", directory):
+        merged = merge_adapter(adapter, directory, **options)
+    click.echo(f"{merged.architecture}: {merged.directory}")
 
 
 @main.command()
