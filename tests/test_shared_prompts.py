@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import lora, make_model, make_trainer
+from conftest import lora, make_model, make_prompts, make_tokenizer, make_trainer
+from datasets import Dataset
 from peft import get_peft_model
 from test_architectures import FAMILIES, build
 from test_frozen_layers import deep_model, top
 from test_modeling import VOCABULARY, adapted, moved, plain
+from test_num_generations import Rollouts
 from test_packing import HYBRID, OWN, Tokens, actor_critic, numbers, right_aligned
 from test_quantized import nf4
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,7 @@ from ppo_plus.kernels.packing import NO_PACKING
 from ppo_plus.kernels.shared_prompts import (
     PromptBuckets,
     bucket_prefixes,
+    common_prefixes,
     make_shared_packing,
 )
 from ppo_plus.models.actor_critic import ActorCritic
@@ -273,12 +276,53 @@ def test_a_prompt_is_prefilled_once_and_its_cache_copied(family):
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
 
 
+# Reward adapters
+
+
+@pytest.mark.parametrize(
+    ("rows", "prefixes"),
+    [
+        ([[5, 6, 7, 8], [5, 6, 7], [5, 6, 9], [5, 1, 2]], [(1, 2), (1, 2), (1, 2), (0, 3)]),
+        ([[1, 2], [3, 4], [1, 2]], [(0, 2), (1, 2), (0, 2)]),
+        ([[1, 2, 3, 4, 5], [1, 9, 9, 9, 9]], [(0, 5), (1, 5)]),
+    ],
+)
+def test_rows_that_begin_alike_are_grouped(rows, prefixes):
+    """By hand: half of each row, at least, must be shared."""
+    assert common_prefixes(rows) == prefixes
+
+
+@pytest.mark.parametrize("given", ["text", "ids"])
+def test_a_mounted_reward_adapter_reads_a_prompt_once(tmp_path, base, reward_adapter, given):
+    prompts = make_prompts(4)
+    if given == "ids":
+        ids = make_tokenizer()(list(prompts["prompt"]))["input_ids"]
+        prompts = Dataset.from_dict({"input_ids": ids})
+    results = []
+    for shares in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        trainer, _, _ = run(
+            tmp_path / str(shares), shares, model=model, reward_funcs=str(reward_adapter), train_dataset=prompts,
+            config={"max_steps": 1, "response_length": 6}, seen=(seen := Rollouts()),
+        )  # fmt: skip
+        trainer.model.eval()
+        batch, adapter = seen.samples[0].completions, trainer.collector.rewards.rewards[0]
+        count = Tokens(trainer.model.language_model)
+        scores = adapter(batch)
+        results.append((torch.tensor(scores), seen.samples[0].prefix_scores, sum(count.seen)))
+    (found, prefixes, tokens), (expected, expected_prefixes, more) = results
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prefixes, expected_prefixes, rtol=1e-5, atol=1e-5)
+    assert tokens < 0.85 * more and found.std() > 0.01
+
+
 # Training
 
 
 def run(folder, shares=True, **options):
     trainer = make_trainer(
         folder,
+        callbacks=[options.pop("seen", Rollouts())],
         config={
             "num_generations": 4,
             "per_device_train_batch_size": 4,

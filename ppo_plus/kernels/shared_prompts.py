@@ -185,3 +185,25 @@ def make_shared_packing(
     buckets = bucket_prefixes(lengths, prefixes)
     saved = sum((len(rows) - 1) * size for b in buckets for rows, size in zip(b.rows, b.prefix_lengths, strict=True))
     return SharedPrompts(mask, lengths, buckets) if saved > least * sum(lengths) else NO_PACKING
+
+
+def common_prefixes(rows: Sequence[Sequence[int]]) -> Prefixes:
+    """Group rows of token ids of which the first half or more is equal; return their prefixes."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(rows)), key=lambda row: list(rows[row])):
+        # In sorted order, what the first and the last row of a group share, all rows between them share.
+        if groups and 2 * count_common(rows[groups[-1][0]], rows[row]) >= len(rows[row]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    prefixes: dict[int, tuple[int, int]] = {}
+    for group, members in enumerate(groups):
+        shared = count_common(rows[members[0]], rows[members[-1]])
+        prefixes |= dict.fromkeys(members, (group, shared))
+    return [prefixes[row] for row in range(len(rows))]
+
+
+def count_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of equal tokens at the start of two rows."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

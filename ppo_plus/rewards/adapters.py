@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data.padding import left_pad, pad_id, unpad
 from ..kernels.batch_backoff import BatchSize
+from ..kernels.shared_prompts import common_prefixes
 from ..models.actor_critic import ActorCritic
 from ..models.adapter_checks import check_base_weights
 from ..models.adapter_files import REWARD_FILE, base_samples, load_reward_metadata, local_base, trained_on
@@ -72,7 +73,8 @@ class AdapterReward:
                 self._prefix_score_cache[self._strip_eos(row)] = row_scores
             return pool_last_token(scores, ids, mask, self.pad_token_id)
 
-        return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
+        prompts = batch.prompts if self.model.runner.sharing_models else None
+        return validate_scores(score_in_batches(texts, self.batch_size, score, prompts), batch, self.name)
 
     def _sequences(self, prompt_ids: list[list[int]], batch: Completions) -> list[list[int]]:
         eos = cast(int, self.tokenizer.eos_token_id)
@@ -100,8 +102,10 @@ class AdapterReward:
 
     def _score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         device, lengths = self.model.device, attention_mask.sum(1).tolist()
+        shares = self.model.language_model in self.model.runner.sharing_models
+        prefixes = common_prefixes(unpad(input_ids, attention_mask)) if shares else None
         inputs = input_ids.to(device), attention_mask.to(device)
-        return self.model.prefix_rewards(self.name, self.head, *inputs, lengths).cpu()
+        return self.model.prefix_rewards(self.name, self.head, *inputs, lengths, prefixes).cpu()
 
     def _strip_eos(self, ids: list[int]) -> tuple[int, ...]:
         # The last EOS and the tokens that a chat template appends to it are not part of the sampled prefix.

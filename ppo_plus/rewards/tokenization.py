@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -131,9 +132,17 @@ def max_input_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> in
 
 
 @torch.no_grad()
-def score_in_batches(texts: list, batch_size: BatchSize, score: Callable[[list], Tensor]) -> list[float]:
-    """Score texts (or pairs, or token ids) in batches of similar length; returns scores in the order of texts."""
+def score_in_batches(
+    texts: list, batch_size: BatchSize, score: Callable[[list], Tensor], prompts: Sequence[Any] | None = None
+) -> list[float]:
+    """Score texts (or pairs, or token ids) in batches of similar length; returns scores in the order of texts.
+
+    With `prompts`, consecutive texts with the same prompt stay adjacent, so that a batch can share it.
+    """
     sizes = [len("".join(text)) if isinstance(text, str | tuple) else len(text) for text in texts]
+    if prompts is not None:
+        runs = [list(run) for _, run in groupby(range(len(texts)), key=lambda i: prompts[i])]
+        sizes = [max(sizes[i] for i in run) for run in runs for _ in run]
     order = torch.tensor(sizes).argsort(stable=True)
     scores = torch.zeros(len(texts))
 
