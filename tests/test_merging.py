@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from ppo_plus.models.merging import merge_adapter
+from ppo_plus.models.merging import PROBE, merge_adapter
 
 IDS = torch.tensor([[1, 8, 9, 20, 33, 4, 17]])
 
@@ -84,6 +84,24 @@ def test_bf16_is_the_default_and_rounds_each_weight_once(policy, tmp_path):
     for name, weight in found.state_dict().items():
         expected = exact.state_dict()[name]
         assert ((weight.float() - expected).abs() <= expected.abs() * 2**-7 + 2**-12).all(), name
+
+
+def test_the_error_of_a_merge_is_that_of_its_weights(base, tmp_path):
+    """Against a loop in fp32; products in bf16, as a model in bf16 computes, would add a larger error."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=3e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = make_tokenizer()(PROBE, return_tensors="pt").input_ids
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).float()  # the base's weights, rounded
+    plain, adapted = logits(half, ids), logits(PeftModel.from_pretrained(half, tmp_path / "adapter"), ids)
+    error = merge_adapter(tmp_path / "adapter", tmp_path / "merged").error
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    expected = (logits(merged, ids) - adapted).norm() / (adapted - plain).norm()
+    assert abs(error - expected.item()) < 1e-3 < error
+    in_bf16 = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(in_bf16, ids) - adapted).norm() / (adapted - plain).norm() > 1.5 * error
 
 
 def test_the_critic_is_named_as_left_out(policy, tmp_path):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, TaskType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapter_files import (
@@ -50,8 +53,8 @@ class Merged:
         directory: its folder.
         architecture: its class in transformers, as in `config.json`.
         left_out: files and folders of the adapter that belong to the critic and are not in a merged model.
-        error: distance of the reloaded model's outputs on a short text from those of base and adapter, as a share of
-            what the adapter changes; NaN where the adapter changes nothing.
+        error: distance of the reloaded model's outputs on a short text from those of base and adapter, computed in
+            fp32, as a share of what the adapter changes; NaN where the adapter changes nothing.
     """
 
     directory: Path
@@ -137,9 +140,34 @@ def _load_base(name: str, is_classifier: bool, dtype: str, trust_remote_code: bo
 
 
 @torch.no_grad()
-def _outputs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _outputs(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return the logits of a short text, `(L, V)`, or its score, `(1,)`, float32."""
-    return model(**tokenizer(PROBE, return_tensors="pt", return_token_type_ids=False)).logits[0].float()
+    with _compute_in_fp32(model):
+        return model(**tokenizer(PROBE, return_tensors="pt", return_token_type_ids=False)).logits[0].float()
+
+
+@contextlib.contextmanager
+def _compute_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Hold each module's weights in fp32 while it runs.
+
+    Products in bf16 change logits by more than a small adapter does. A whole model in fp32 would take twice the memory.
+    """
+
+    def cast(dtypes: dict[nn.Parameter, torch.dtype], module: nn.Module, *args: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in dtypes:
+                parameter.data = parameter.data.to(dtypes[parameter])
+
+    saved = {p: p.dtype for p in model.parameters() if p.is_floating_point()}
+    fp32, hooks = dict.fromkeys(saved, torch.float32), []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(partial(cast, fp32)))
+        hooks.append(module.register_forward_hook(partial(cast, saved)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _relative_error(merged: Tensor, adapted: Tensor, plain: Tensor, dtype: str) -> float:
