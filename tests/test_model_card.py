@@ -23,13 +23,13 @@ from conftest import (
 from datasets import Dataset
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
-from peft import get_peft_model
+from peft import IA3Config, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.algo.statistics import pairwise_calibration_error
 from ppo_plus.models.adapter_files import display_name, hub_name
-from ppo_plus.training.model_card import MARK, base_license
+from ppo_plus.training.model_card import MARK, base_license, describe
 
 PAIRS = Dataset.from_dict({"chosen": ["he sees the sea"] * 8, "rejected": ["a bad plot"] * 8})
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 4}
@@ -197,6 +197,11 @@ def test_the_license_is_that_of_the_base(tmp_path):
     assert base_license(str(tmp_path)) == {"license": "unknown"}
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n# Base\n")
     assert base_license(str(tmp_path)) == {"license": "other", "license_name": "mine"}
+
+
+def test_an_adapter_is_described_by_the_sizes_that_it_has():
+    assert describe(lora()) == "LORA, rank 4, alpha 8"
+    assert describe(VeraConfig(r=16)) == "VERA, rank 16" and describe(IA3Config()) == "IA3" and describe(None) == ""
 
 
 def test_a_card_that_was_edited_is_kept(tmp_path):

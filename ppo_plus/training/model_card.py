@@ -225,8 +225,9 @@ def describe(adapter: Any) -> str:
     """Return kind and size of an adapter; empty for None."""
     if adapter is None:
         return ""
-    kind, rank = getattr(adapter.peft_type, "value", adapter.peft_type), getattr(adapter, "r", None)
-    return kind if rank is None else f"{kind}, rank {rank}, alpha {adapter.lora_alpha}"
+    sizes = {"rank": getattr(adapter, "r", None), "alpha": getattr(adapter, "lora_alpha", None)}
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    return ", ".join([kind, *(f"{name} {size}" for name, size in sizes.items() if size is not None)])
 
 
 def base_license(base: str) -> dict[str, str]:
