@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_model
+from conftest import make_config, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import critic_pieces
+import kl_control
 import reward_model
 from reward_model import reliability
 from verifiable import EXAMPLES, HIGHEST, LOWEST, SIDES, Checker, run, sums
@@ -116,3 +119,34 @@ def test_every_side_generates_until_its_tokens_are_spent(tiny, side):
     assert result["steps"] == 8  # two generations of 64, learned from in 2 x 2 steps
     assert len(result["curve"]) == 2
     assert 350 <= result["tokens"] == result["curve"][-1]["tokens"] <= 2 * 64 * 5
+
+
+# --- pieces of the critic, and controllers of the KL ---
+
+
+def test_each_variant_removes_one_piece_of_the_preset(tmp_path):
+    default = make_config(tmp_path)
+    for name, removed in critic_pieces.WITHOUT.items():
+        args = make_config(tmp_path, **critic_pieces.VARIANTS[name])
+        assert {option: getattr(args, option) for option in removed} == {o: getattr(default, o) for o in removed}
+        kept = critic_pieces.SAO.keys() - removed.keys()
+        assert {o: getattr(args, o) for o in kept} == {o: critic_pieces.SAO[o] for o in kept}
+    removed_anywhere = {option for removed in critic_pieces.WITHOUT.values() for option in removed}
+    assert critic_pieces.SAO.keys() - removed_anywhere == {"critic", "critic_backbone_learning_rate"}
+
+
+def test_the_table_of_controllers_by_hand():
+    """Of four runs, 5.2 and 6.6 are within 15 % of 6, 8.0 of 8, and 9.6 is not."""
+    runs = {target: [{"curve": [{"kl": 0.0, "reward": 0.0}, {"kl": kl, "reward": 1.0}]} for kl in of]
+            for target, of in {6.0: [5.2, 6.6], 8.0: [8.0, 9.6]}.items()}  # fmt: skip
+    found = kl_control.table(runs)
+    assert found["within_15_percent"] == 0.75
+    assert found["targets"]["8.0"]["kl_over_target"] == pytest.approx([1.0, 1.2])
+    assert found["targets"]["6.0"]["reward_spread"] == {"mean": 1.0, "sd": 0.0}
+
+
+@pytest.mark.slow
+def test_the_pieces_run_on_a_random_model():
+    command = [sys.executable, critic_pieces.__file__, "--tiny", "--variants", "default", "sao"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert set(json.loads(done.stdout.splitlines()[-1])["variants"]) == {"default", "sao"}

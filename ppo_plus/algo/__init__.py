@@ -21,7 +21,16 @@ from .advantages import (
     shape_rewards,
     truncated_importance_weights,
 )
-from .kl import KL_ESTIMATORS, MAX_KL_ERROR, band_kl_coef, exact_kl, kl_estimate, proportional_kl_coef
+from .kl import (
+    KL_ESTIMATORS,
+    MAX_KL_ERROR,
+    band_kl_coef,
+    exact_kl,
+    kl_estimate,
+    log_kl_error,
+    pi_kl_coef,
+    proportional_kl_coef,
+)
 from .logprobs import entropy, entropy_from_logprobs, logprobs_and_entropy, scaled_log_softmax, token_logprobs
 from .losses import (
     clipped_policy_loss,
@@ -53,6 +62,7 @@ __all__ = [
     "kl_penalty_policy_loss",
     "leave_one_out_mean",
     "length_adaptive_lam",
+    "log_kl_error",
     "logprobs_and_entropy",
     "masked_mean",
     "masked_moments",
@@ -61,6 +71,7 @@ __all__ = [
     "move_to_actions",
     "pairwise_loss",
     "pessimistic_mean",
+    "pi_kl_coef",
     "proportional_kl_coef",
     "scaled_log_softmax",
     "shape_rewards",

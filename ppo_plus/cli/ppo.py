@@ -7,6 +7,7 @@ below. The dataset needs a column `prompt`, text or messages; all other columns 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import ModelConfig
 
@@ -29,6 +30,15 @@ class PromptArguments(DataArguments):
         default=None,
         metadata={"help": "Episodes over which the KL coefficient adapts; None means a tenth of all episodes."},
     )
+    kl_gains: list[float] | None = field(
+        default=None,
+        metadata={"help": "Proportional and integral gain per rollout, such as 1.0 0.2, in place of kl_horizon."},
+    )
+
+    @property
+    def adaptive_kl(self) -> dict[str, Any]:
+        """Arguments of `AdaptiveKLCallback` besides the target."""
+        return {"horizon": self.kl_horizon, "gains": self.kl_gains}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +79,7 @@ def train(prog: str, data: PromptArguments, model: ModelConfig, args: PPOConfig)
             eval_dataset=held_out,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
-            callbacks=[] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, data.kl_horizon)],
+            callbacks=[] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, **data.adaptive_kl)],
         )
         check_free_space(trainer)
     resume = args.resume_from_checkpoint

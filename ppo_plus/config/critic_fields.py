@@ -13,6 +13,7 @@ from .shared import _check, _field, _is_dict, _is_int, is_number
 class CriticFields:
     """The critic of a run, and how much advantages and value targets rely on it."""
 
+    # Critic
     critic: Literal["shared", "detached", "adapter", "separate"] = _field(
         "shared",
         "Backbone of the value head: the actor, the actor without gradient, a second adapter, or value_model.",
@@ -39,6 +40,8 @@ class CriticFields:
     num_critic_updates: int = _field(
         1, "Updates of a critic with a backbone of its own per actor update, on the same minibatch."
     )
+
+    # Lambdas and gate
     lam_value: float | None = _field(
         None, "GAE lambda of the value targets, 1 for Monte Carlo; None means that of the advantages."
     )
