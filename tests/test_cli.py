@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import runpy
 import shutil
@@ -233,12 +234,25 @@ def test_an_adapter_is_merged_and_a_folder_without_one_is_refused(here, base, ca
     model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), lora())
     model.peft_config["default"].base_model_name_or_path = "base"
     model.save_pretrained("adapter")
+    (here / "adapter" / "value_head.safetensors").touch()
     main(["merge", "adapter", "merged", "--dtype", "float32"], standalone_mode=False)
-    assert capsys.readouterr().out.splitlines()[-1] == "LlamaForCausalLM: merged"
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "LlamaForCausalLM: merged" and "value_head.safetensors" in lines[2] and "adapter" in lines[2]
     assert (here / "merged" / "model.safetensors").is_file()
     done = CliRunner().invoke(main, ["merge", "base", "other"])
     assert done.exit_code == 2 and done.output.startswith("ppo-plus merge: error: ") and "'base'" in done.output
     assert not (here / "other").exists()
+
+
+def test_a_merge_into_a_quantized_base_is_refused_with_what_to_do(here, base):
+    get_peft_model(AutoModelForCausalLM.from_pretrained("base"), lora()).save_pretrained("adapter")
+    config = json.loads((here / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (here / "quantized").mkdir()
+    (here / "quantized" / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(main, ["merge", "adapter", "other", "--base", "quantized"])
+    assert done.exit_code == 2 and done.output.startswith("ppo-plus merge: error: base='quantized' ")
+    assert "--base" in done.output and len(done.output.splitlines()) == 1 and not (here / "other").exists()
 
 
 # Recipes, and what to paste into a report of a bug

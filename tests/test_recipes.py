@@ -110,6 +110,7 @@ def test_tldr_trains_the_whole_policy(here):
     make_tokenizer().save_pretrained(here / "reward")
     run("ppo", "--config", RECIPES / "tldr" / "ppo.yaml", *PPO, "--model_name_or_path", "base",
         "--dataset_name", "texts", "--reward_funcs", "reward", "--output_dir", "ppo")  # fmt: skip
+    assert " of `texts` |" in (here / "ppo" / "README.md").read_text()
     check_ppo(here / "ppo", adapter=False)
 
 

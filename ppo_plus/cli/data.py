@@ -141,8 +141,10 @@ def check_free_space(trainer: Trainer) -> None:
 
 
 def finish(trainer: Trainer, dataset_name: str) -> None:
-    """Push the trained model if requested, and end all processes together."""
+    """Name the data in the model card, push the model if requested, and end all processes together."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
+    else:
+        trainer.create_model_card(dataset_name=dataset_name)
     trainer.accelerator.wait_for_everyone()  # a rank that exits early may terminate ranks that are still writing
     trainer.accelerator.end_training()

@@ -86,12 +86,15 @@ def report(arguments: tuple[str, ...]) -> None:
 @click.option("--trust_remote_code", is_flag=True, help="Run the code of a base that is not in transformers.")
 def merge(adapter: str, directory: str, **options: Any) -> None:
     """Merge ADAPTER into its base: a folder of plain weights, for other libraries."""
-    from ..models.merging import merge_adapter
+    from ..models.merging import describe_left_out, merge_adapter
     from .arguments import errors_in_one_line
 
     with errors_in_one_line("ppo-plus merge", directory):
         merged = merge_adapter(adapter, directory, **options)
     click.echo(f"{merged.architecture}: {merged.directory}")
+    click.echo(f"Distance of its outputs from base and adapter: {merged.error:.1%} of what the adapter changes.")
+    if merged.left_out:
+        click.echo(f"Not merged, and still in {adapter}: {describe_left_out(merged.left_out)}.")
 
 
 @main.command()
