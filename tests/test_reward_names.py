@@ -12,6 +12,7 @@ from conftest import classifier, make_model, make_tokenizer, make_trainer
 from huggingface_hub import constants
 from transformers import BitsAndBytesConfig
 
+from ppo_plus.cli import launch
 from ppo_plus.models.adapter_files import load_reward_metadata, resolve_adapter_path
 from ppo_plus.training.checkpoint import MANIFEST, integrity_error, load_progress, write_manifest
 
@@ -55,6 +56,19 @@ def test_an_error_of_the_hub_is_not_taken_for_an_answer(refusing_hub, monkeypatc
     says = f"'me/{name}' is gated" if name == "gated" else f"{STATUS[name]}.*'me/{name}'"
     with pytest.raises(ValueError, match=says):
         resolve_adapter_path(f"me/{name}")
+
+
+def test_a_gated_model_without_a_token_ends_the_command_with_one_line(refusing_hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.jsonl").write_text('{"prompt": "one"}\n')
+    (tmp_path / "gated_rewards.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    words = ["--model_name_or_path", "me/gated", "--dataset_name", "few.jsonl", "--reward_funcs", "gated_rewards:one"]
+    with pytest.raises(SystemExit) as stop:
+        launch.run("ppo", [*words, "--output_dir", "new/out", "--use_cpu", "True"])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("ppo-plus ppo: error: ") and "'me/gated' is gated" in line
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_model_that_the_hub_does_not_have_is_no_adapter(refusing_hub):

@@ -51,6 +51,8 @@ ARGUMENTS = (PromptArguments, ModelConfig, PPOConfig)
 
 def _summary(log_history: list[dict[str, float]]) -> str:
     rows = [row for row in log_history if "eval_reward" in row]
+    if not rows:  # a reward function failed in each evaluation
+        return "No held-out reward"
     rewards = " -> ".join(f"{row['eval_reward']:.2f}" for row in [rows[0], *rows[1:][-1:]])
     return f"Held-out reward {rewards}, KL {rows[-1]['eval_kl']:.1f} nats"
 
