@@ -7,6 +7,7 @@ quantization, the hash of the chat template, and the calibration on held-out pai
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -47,6 +48,7 @@ from .models.loading import (
     runs_in_fp16,
     warn_of_bf16,
 )
+from .models.pair_sharing import PairSharing
 from .models.precision import check_trained_dtype, hold_trained_in_fp32
 from .models.saving import without_generation_parameters
 from .models.weight_checks import check_device_map, check_model_weights
@@ -133,6 +135,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             compute_heads_in_fp32(self.model)
         if self.args.use_liger_kernel:
             apply_liger([self.model], self.args)
+        self._pair_sharing = PairSharing(self.model) if enabled and not self.args.torch_compile else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does, and discard the calibration of the previous weights."""
@@ -247,7 +250,8 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
     ) -> Any:
         """Compute TRL's loss, and log the accuracy over pairs with different scores."""
         mode = "train" if self.model.training else "eval"
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with contextlib.nullcontext() if self._pair_sharing is None else self._pair_sharing.apply():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         chosen, rejected = outputs.logits.detach().squeeze(-1).chunk(2)
         counts = torch.stack([(chosen > rejected).sum(), (chosen != rejected).sum()]).view(1, 2)
         correct, untied = cast(Tensor, self.accelerator.gather_for_metrics(counts)).sum(0).tolist()

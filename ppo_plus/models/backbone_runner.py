@@ -163,7 +163,7 @@ class BackboneRunner:
         """Read a prompt once for all rows that have it, if a model computes the same then; warn if not."""
         if num_generations == 1:
             return
-        self.sharing_models = [] if self.compiled else [m for m in self.packable_models if self._can_share(m)]
+        self.sharing_models = [] if self.compiled else [m for m in self.packable_models if self.can_share(m)]
         if others := sorted({type(m).__name__ for m in self._models if m not in self.sharing_models}):
             reason = "its layers are compiled" if self.compiled else "its hidden states would differ"
             reason = reason if self._use_kernels else "kernels are turned off"
@@ -181,7 +181,7 @@ class BackboneRunner:
         # 4-bit kernels sum in another order for fewer rows; errors other than rounding are as large as the states.
         return packed is not None and not relative_error(packed, padded, mask.to(model.device), half_tolerance=0.2)
 
-    def _can_share(self, model: PreTrainedModel) -> bool:
+    def can_share(self, model: PreTrainedModel) -> bool:
         """Return whether rows that share a prompt get the hidden states that they get with a prompt each.
 
         The trial has two responses to a prompt of 5 tokens, three to one of 3 and one to one of 4, and narrow windows.
