@@ -17,7 +17,7 @@ which is in every checkpoint. Collaborators in training/ do what surrounds the a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -33,9 +33,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from . import algo
-from .callbacks.completions import CompletionsTableCallback
-from .callbacks.progress import install_progress_bar
-from .callbacks.training_health import TrainingHealthCallback
 from .config import PPOConfig, copy_arguments
 from .data.prompt_loader import prompt_loader
 from .data.prompts import column_names, validate_prompts
@@ -43,10 +40,10 @@ from .data.tokenizers import stop_token_ids
 from .kernels.batch_backoff import annotate_oom
 from .kernels.liger import LigerMixin, apply_liger
 from .models.actor_critic import ActorCritic, ActorCriticOutput
-from .report import RunReportCallback, fixed_prompts
 from .rewards import build_rewards
 from .rollout.collector import RolloutCollector
 from .rollout.experience import Experience
+from .training.agents import AgentSetup
 from .training.checkpoint import PPOState
 from .training.critic_training import CriticTraining
 from .training.evaluation import Evaluator
@@ -58,6 +55,7 @@ from .training.ppo_card import PPOModelCard
 from .training.resume import Checkpointer
 from .training.rollouts import RolloutPhase
 from .training.setup import (
+    add_default_callbacks,
     load_actor_critic,
     override_max_steps,
     prepare_datasets,
@@ -99,6 +97,13 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             `args`, or `trainer.optimizer` later.
         quantization_config: for a model loaded by name.
         peft_config: the adapter to train; without it, the whole model is trained.
+        tools: functions, sync or async, that the model may call while it answers; type hints and a Google docstring
+            describe them to it.
+        rollout_func: generates responses in place of the trainer: `rollout_func(prompts, trainer)` returns a dict of
+            `prompt_ids`, `completion_ids`, `logprobs` and, optionally, `env_mask`; other keys go to reward functions.
+        environment_factory: makes environments: a class, or a dict of them, of which the column `environment` selects
+            one. `reset(**row)` may return text for the prompt, other methods are tools, and `get_reward()`, if there is
+            one, is a reward. See docs/agents.md.
         reward_model: alias of `reward_funcs`, for scripts of TRL's PPOTrainer.
         ref_model: a separate reference model; by default the model without its adapter.
         value_model: a separate critic, which is trained: a sequence classifier with one label (instance or name) that
@@ -121,24 +126,30 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None, reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None, optimizers: tuple = (None, None),
-        quantization_config: Any = None, peft_config: PeftConfig | None = None, *, reward_model: Any = None,
+        quantization_config: Any = None, peft_config: PeftConfig | None = None, tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None, environment_factory: Any = None, *, reward_model: Any = None,
         ref_model: PreTrainedModel | None = None,
         value_model: str | Path | PreTrainedModel | PeftModel | None = None, data_collator: Any = None,
     ) -> None:  # fmt: skip
         model = str(model) if isinstance(model, Path) else model
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
+        self.agent = AgentSetup(tools, rollout_func, environment_factory)
+        train_dataset = self.agent.default_dataset(args, train_dataset)
+        rewards = self.agent.add_rewards(reward_funcs, reward_model, reward_processing_classes)
+        reward_funcs, reward_model, reward_processing_classes = rewards
         check_arguments(args, train_dataset, eval_dataset, reward_funcs, reward_model)
         check_options(args, optimizers, callbacks, data_collator)
-        args = copy_arguments(args)
+        args = self.agent.add_weights(copy_arguments(args))
         reward_funcs = reward_funcs if reward_funcs is not None else reward_model
         datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
-        reward_tokenizers = check_rewards(args, reward_funcs, reward_processing_classes, datasets)
+        extra = self.agent.reward_arguments
+        reward_tokenizers = check_rewards(args, reward_funcs, reward_processing_classes, datasets, extra)
         tokenizer = prepare_tokenizer(args, model, processing_class)
         check_models(model, ref_model, value_model, tokenizer)
         check_adapters(args, model, peft_config, reward_funcs, value_model)
         check_precision(args, model, peft_config)
         check_quantized_device(args, model, quantization_config)
-        datasets = prepare_datasets(args, datasets, tokenizer, reward_funcs, reward_tokenizers)
+        datasets = prepare_datasets(args, datasets, tokenizer, reward_funcs, reward_tokenizers, self.agent)
         actor_critic, tokenizer = load_actor_critic(
             args, tokenizer, model, peft_config, quantization_config, ref_model, value_model, reward_funcs
         )
@@ -152,7 +163,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         self._configure_forward()
         self._build_collector(reward_funcs, reward_tokenizers)
         self._build_collaborators()
-        self._add_callbacks()
+        add_default_callbacks(self)
 
     def _configure_forward(self) -> None:
         args, model = self.args, self.model
@@ -176,7 +187,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         )  # fmt: skip
         self.stop_ids = stop_token_ids(model.generation_config, tokenizer, model.num_embeddings, args.extra_stop_ids)
         runtime = (self.accelerator, self.stop_ids, self._rollouts.on_progress)
-        self.collector = RolloutCollector(model, rewards, tokenizer, args, *runtime)
+        self.collector = RolloutCollector(model, rewards, tokenizer, args, *runtime, self.agent.responder(self))
         model.uses_prefix_reward_baseline = args.uses_prefix_reward_baseline and rewards.scores_prefixes
         if args.use_liger_kernel:  # last: weights are probed on the CPU before, where its kernels do not run
             apply_liger(model.transformers_models, args)
@@ -190,24 +201,12 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         self._critic_grad_norm: Tensor | float = 0.0
         self._critic_training = CriticTraining(self)
 
-    def _add_callbacks(self) -> None:
-        for callback in (self._shutdown, self._deferred_control, TrainingHealthCallback()):
-            self.add_callback(callback)
-        install_progress_bar(self)
-        if self.args.num_sample_generations or self.args.log_completions:
-            self.add_callback(CompletionsTableCallback(lambda: self.callback_handler.callbacks))
-        if self.args.html_report:
-            prompts = fixed_prompts(self.train_dataset, self.eval_dataset)
-            generate = self._evaluator.generate_on_main_process
-            self.add_callback(RunReportCallback(generate, prompts, lambda: self._shutdown.interrupted))
-
     # Rollouts
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader with one item per micro-batch; the first item of each rollout has all its prompts."""
         if "input_ids" not in column_names(self.train_dataset):  # assigned after the trainer was made
-            parts = (self.args, self.processing_class, self.model)
-            self.train_dataset = tokenize_and_validate(self.train_dataset, "train_dataset", *parts)
+            self.train_dataset = tokenize_and_validate(self.train_dataset, "train_dataset", self)
             check_enough_prompts(self.args, self.train_dataset)
         return prompt_loader(self.train_dataset, self.args, self.accelerator)
 

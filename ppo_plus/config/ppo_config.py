@@ -68,6 +68,9 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     stop_token_id: TokenIds = _field(
         None, "A token id, or a list of token ids, that ends a response in addition to the EOS ids."
     )
+    max_tool_calling_iterations: int | None = _field(
+        None, "Maximum number of times that a response calls tools; None means as long as it fits into response_length."
+    )
     missing_eos_penalty: float | None = _field(
         1.0, "Reward units subtracted from the score of a response without a stop token; None disables it."
     )
@@ -127,6 +130,9 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     )
     reward_timeout: float | None = _field(
         None, "Maximum seconds per rollout for a reward function; None means no limit."
+    )
+    tool_timeout: float | None = _field(
+        None, "Maximum seconds per call of a tool, after which its answer is an error; None means no limit."
     )
     on_save_error: Literal["raise", "skip"] = _field(
         "raise", "If a checkpoint cannot be written (disk full): 'raise', or 'skip' it and continue training."
@@ -262,6 +268,9 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
             "a token id, a list of them, or None (tokenizer.convert_tokens_to_ids(text) returns the id of a token)",
         )  # fmt: skip
         _check(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
+        value = self.max_tool_calling_iterations
+        expected = "a whole number of 0 or more, or None"
+        _check(value is None or (_is_int(value) and value >= 0), self, "max_tool_calling_iterations", expected)
         value = self.num_sample_generations
         _check(_is_int(value) and value >= 0, self, "num_sample_generations", "a whole number, 0 (never) or more")
 
@@ -274,7 +283,7 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
             "importance_sampling_cap",
         ):  # fmt: skip
             _check(getattr(self, name) is None or is_number(getattr(self, name)), self, name, "a number or None")
-        for name in ("reward_timeout", "logging_steps"):
+        for name in ("reward_timeout", "tool_timeout", "logging_steps"):
             value = getattr(self, name)
             _check(value is None or (is_number(value) and value > 0), self, name, "a number above 0, or None")
         beta, weights = self.reward_pessimism, self.reward_weights

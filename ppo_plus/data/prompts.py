@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -48,7 +48,7 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | Callable[[Row], Mapping[str, Any]] | None = None,
     name: str = "train_dataset",
 ) -> Any:
     """Add `input_ids` to a dataset of prompts; keep all other columns for reward functions.
@@ -58,7 +58,8 @@ def tokenize_prompts(
             it is read. The columns `tools` and `chat_template_kwargs` are passed to the chat template of messages.
         tokenizer: tokenizes text directly, and messages after its chat template has rendered them.
         max_prompt_length: maximum tokens; a longer prompt keeps its BOS, if it has one, and its last tokens.
-        chat_template_kwargs: passed to `apply_chat_template`; those of a row take precedence.
+        chat_template_kwargs: passed to `apply_chat_template`, or a function that returns them for a row; those of a row
+            take precedence.
         name: name of the dataset in errors.
 
     Raises:
@@ -72,8 +73,10 @@ def tokenize_prompts(
     def encode(row: Row, index: int) -> Row:
         where = f"{name}[{index}]"
         changed = {column: drop_null_keys(row[column]) for column in structs if column in row}
-        ids = _encode_row({**row, **changed}, tokenizer, chat_template_kwargs, where, warn)
-        return {**changed, "input_ids": _truncate_prompt(ids, max_prompt_length, tokenizer.bos_token_id)}
+        ids = _encode_row(
+            {**row, **changed}, tokenizer, _template_kwargs_of(row, chat_template_kwargs, where), where, warn
+        )
+        return {**changed, "input_ids": truncate_prompt(ids, max_prompt_length, tokenizer.bos_token_id)}
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(encode, with_indices=True)
@@ -81,6 +84,13 @@ def tokenize_prompts(
     return dataset.map(
         encode, with_indices=True, features=features, desc=f"Tokenizing {name}", load_from_cache_file=False
     )
+
+
+def _template_kwargs_of(row: Row, kwargs: Any, where: str) -> Mapping[str, Any] | None:
+    try:
+        return kwargs(row) if callable(kwargs) else kwargs
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _encode_row(
@@ -213,7 +223,8 @@ def check_prompt_columns(dataset: Any, name: str) -> None:
     raise ValueError(f"{name} has no column 'prompt' (it has {columns}). {fix}")
 
 
-def _truncate_prompt(ids: list[int], max_length: int | None, bos: int | None) -> list[int]:
+def truncate_prompt(ids: list[int], max_length: int | None, bos: int | None) -> list[int]:
+    """Keep the last tokens of a prompt, and its BOS, if it has one; None keeps all."""
     if max_length is None or len(ids) <= max_length:
         return ids
     first = ids[:1] if ids[0] == bos and max_length > 1 else []

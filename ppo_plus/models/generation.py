@@ -53,7 +53,8 @@ def sample_responses(
         model: samples in its current role.
         input_ids: prompts, `(B, P)` int64, left-padded; `(U, P)` with `prompt_of_row`.
         attention_mask: 1 for real tokens, in the same shape.
-        uniforms: uniform numbers that determine each token, `(B, R)` float64; R is the longest response.
+        uniforms: uniform numbers that determine each token, `(B, R)` float64; R is the longest response. NaN
+            from the position on where a row has to end earlier.
         prompt_of_row: index of each response's prompt among U prompts, `(B,)` int64. Each prompt runs once, and its
             cache is copied for its responses. None means that prompt i is that of response i.
         stop_ids: ids that end a response.
@@ -92,6 +93,7 @@ def _decode(
     tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)
     logprobs = torch.zeros(rows, length, device=device)
     stop, active_rows = torch.tensor(list(stop_ids), device=device), torch.arange(rows, device=device)
+    may_continue = torch.nn.functional.pad(~uniforms[:, 1:].isnan(), (0, 1), value=True).to(device)
     head, uniforms = logits_function(model.active_model), uniforms.to(float64_device(device))
     for t in range(length):
         if on_step is not None:
@@ -104,7 +106,7 @@ def _decode(
             logits, mask = logits[prompt_of_row], mask[prompt_of_row]
         token, tokens_logprobs = choose(logits, uniforms[active_rows.to(uniforms.device), t])
         tokens[active_rows, t], logprobs[active_rows, t] = token, tokens_logprobs
-        unfinished = ~torch.isin(token, stop)
+        unfinished = ~torch.isin(token, stop) & may_continue[active_rows, t]
         num_unfinished = int(unfinished.sum())  # a host sync, so once per step
         if num_unfinished == 0:
             break

@@ -57,7 +57,7 @@ class FunctionReward:
                     return call_with_timeout(self.timeout, call)
                 with interruptible():  # `signal.alarm` and single-threaded clients work only in the main thread
                     return call()
-        except _CallTimeout:
+        except CallTimeout:
             return self.timeout_error(batch)
         except Exception as error:
             return error
@@ -90,7 +90,7 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-class _CallTimeout(Exception):
+class CallTimeout(Exception):
     """Raised if a call does not return within its timeout."""
 
 
@@ -100,7 +100,7 @@ def call_with_timeout(seconds: float | None, call: Callable[[], Any]) -> Any:
     A daemon thread that never returns does not prevent the process from exiting.
 
     Raises:
-        _CallTimeout: the call did not return in time.
+        CallTimeout: the call did not return in time.
         Interrupted: a signal was received first.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
@@ -115,15 +115,15 @@ def call_with_timeout(seconds: float | None, call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True, name="reward function")
     thread.start()
-    if not _poll(thread.join, lambda: bool(outcome), seconds):
-        raise _CallTimeout
+    if not poll(thread.join, lambda: bool(outcome), seconds):
+        raise CallTimeout
     result, error = outcome[0]
     if error is not None:
         raise error
     return result
 
 
-def _poll(wait_for: Callable[[float], Any], is_done: Callable[[], bool], seconds: float | None) -> bool:
+def poll(wait_for: Callable[[float], Any], is_done: Callable[[], bool], seconds: float | None) -> bool:
     """Wait for another thread up to `seconds`; return whether it is done, or raise `Interrupted` after a signal.
 
     The signal handler does not raise here, because an exception inside `join` may leave its lock acquired.
@@ -168,7 +168,7 @@ def await_all(awaitables: Sequence[tuple[FunctionReward, Any]], batch: Completio
     max_wait = None if None in timeouts else max(cast(list[float], timeouts)) + 1.0
     pending = asyncio.run_coroutine_threadsafe(wait_for_all(), event_loop())
     try:
-        if not _poll(lambda seconds: wait([pending], seconds), pending.done, max_wait):
+        if not poll(lambda seconds: wait([pending], seconds), pending.done, max_wait):
             event_loop.cache_clear()
     except Interrupted:
         _cancel(pending, all_done)

@@ -60,15 +60,18 @@ class RolloutCollector:
         stop_ids: ids that end a response.
         report: called at every decode step and forward pass with phase, complete responses, responses, and tokens; if
             it raises an exception, the rollout ends.
+        responder: generates responses, called with rows, uniforms and `_generate`; None: one turn of the policy.
     """
 
     def __init__(
         self, model: ActorCritic, rewards: RewardSet, tokenizer: PreTrainedTokenizerBase, args: PPOConfig,
         accelerator: Accelerator, stop_ids: Sequence[int],
         report: Callable[[str, int, int, int], None] = lambda phase, done, total, tokens: None,
+        responder: Callable[..., Responses] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
         self.accelerator, self.stop_ids, self.report = accelerator, list(stop_ids), report
+        self.responder = responder
         self.logits_processor = build_logits_processor(args)
         self.decoder = CompletionDecoder(tokenizer, args, self.stop_ids)
         micro_batches = args.num_mini_batches * args.gradient_accumulation_steps
@@ -179,6 +182,8 @@ class RolloutCollector:
             return replace(rollout, frozen_hidden_states=self._frozen_states(batch))
 
     def _respond(self, rows: Sequence[Row], uniforms: Tensor, num_generations: int = 1) -> Responses:
+        if self.responder is not None:
+            return self.responder(rows, uniforms, self._generate)
         prompts = [row["input_ids"] for row in rows]
         return self._single_turn(rows, self._generate(prompts, uniforms, num_generations))
 
@@ -191,6 +196,9 @@ class RolloutCollector:
         logprobs = torch.zeros(rows, length)
         order = torch.tensor([len(p) for p in prompts]).argsort(stable=True)
         progress, device = ProgressReporter("generating", rows, self.report), self.accelerator.device
+
+        def sampled(chunk: Tensor) -> Tensor:
+            return response_mask(tokens[chunk], self.stop_ids) & ~uniforms[chunk].isnan()
 
         def decode_rows(chunk: Tensor) -> None:
             # Responses to a prompt are adjacent, because the sort is stable. Each prompt runs once.
@@ -206,10 +214,10 @@ class RolloutCollector:
                 on_step=progress.decode_step_callback(len(chunk)),
             )  # fmt: skip
             tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
-            progress.add(len(chunk), int(response_mask(tokens[chunk], self.stop_ids).sum()))
+            progress.add(len(chunk), int(sampled(chunk).sum()))
 
         self.generation_batch_size.run(order, decode_rows)
-        max_length = int(response_mask(tokens, self.stop_ids).sum(1).max())
+        max_length = int(sampled(torch.arange(rows)).sum(1).max())
         return GenerateOutput(tokens[:, :max_length], logprobs[:, :max_length])
 
     def _forward_batch(self, responses: Responses, micro_batch_fn: BatchingFn | None) -> ForwardBatch:

@@ -146,8 +146,7 @@ class Evaluator:
         trainer, ranks = self._trainer, self._trainer.accelerator.num_processes
         known = (trainer.train_dataset, *named_datasets(trainer.eval_dataset).values())
         if not any(dataset is each for each in known) or "input_ids" not in dataset.column_names:
-            parts = (trainer.args, trainer.processing_class, trainer.model)
-            dataset = tokenize_and_validate(dataset, "the dataset to evaluate on", *parts)
+            dataset = tokenize_and_validate(dataset, "the dataset to evaluate on", trainer)
         if len(dataset) < ranks:  # every rank raises, so none waits for another
             raise ValueError(
                 f"An evaluation needs a prompt for each of the {ranks} processes, and there are {len(dataset)}. Add "

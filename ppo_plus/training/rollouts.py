@@ -56,6 +56,7 @@ class RolloutPhase:
                 f"{trainer.args.steps_per_rollout}, or training as a whole: control.should_training_stop."
             )
         is_due = rollout_index == 0 and trainer.collector.rewards.calls_functions
+        is_due = is_due and not trainer.agent.scores_need_rollout  # those answers have no environment
         self._cheap_answers = self._ask_about_cheap_answers(prompts) if is_due else None
         self._settings = RolloutSettings(kl_coef=trainer.args.kl_coef)
         self.call_event("on_rollout_begin", settings=self._settings)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..callbacks.completions import CompletionsTableCallback
+from ..callbacks.progress import install_progress_bar
+from ..callbacks.training_health import TrainingHealthCallback
 from ..config import PPOConfig
 from ..data.padding import pad_id
 from ..data.prompts import tokenize_datasets, validate_prompts
@@ -27,8 +30,13 @@ from ..models.loading import (
     runs_in_fp16,
     warn_of_bf16,
 )
+from ..report import RunReportCallback, fixed_prompts
 from ..rewards.checks import check_templates
+from .agents import AgentSetup
 from .validation import check_effects, check_enough_prompts, check_stop_token
+
+if TYPE_CHECKING:
+    from ..trainer import PPOTrainer
 
 
 def prepare_tokenizer(
@@ -45,22 +53,39 @@ def prepare_tokenizer(
 
 
 def prepare_datasets(
-    args: PPOConfig, datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rewards: Any, reward_tokenizers: list
-) -> dict[str, Any]:
+    args: PPOConfig, datasets: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rewards: Any,
+    reward_tokenizers: list, agent: AgentSetup,
+) -> dict[str, Any]:  # fmt: skip
     """Tokenize the prompts by name of their dataset, and check the settings that depend on them."""
-    datasets = tokenize_datasets(datasets, tokenizer, **args.tokenize_kwargs)
+    datasets = agent.prepare(args, tokenizer, datasets)
+    datasets = tokenize_datasets(datasets, agent.tokenizer or tokenizer, **agent.tokenize_kwargs(args))
     check_enough_prompts(args, datasets["train_dataset"])
     check_templates(rewards, reward_tokenizers, tokenizer, datasets, cast(dict, args.chat_template_kwargs or {}))
     check_effects(args, datasets["train_dataset"], evaluates=len(datasets) > 1)
     return datasets
 
 
-def tokenize_and_validate(
-    dataset: Any, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: ActorCritic
-) -> Any:
+def tokenize_and_validate(dataset: Any, name: str, trainer: PPOTrainer) -> Any:
     """Tokenize and validate prompts that are passed after the trainer was made."""
-    dataset = tokenize_datasets({name: dataset}, tokenizer, **args.tokenize_kwargs)[name]
+    args, agent, model = trainer.args, trainer.agent, trainer.model
+    datasets = agent.prepare(args, trainer.processing_class, {name: dataset})
+    tokenizer = agent.tokenizer or trainer.processing_class
+    dataset = tokenize_datasets(datasets, tokenizer, **agent.tokenize_kwargs(args))[name]
     return validate_prompts(dataset, args.response_length, model.context, model.num_embeddings, name)
+
+
+def add_default_callbacks(trainer: PPOTrainer) -> None:
+    """Add the callbacks that every run has, and those that its arguments select."""
+    args = trainer.args
+    for callback in (trainer._shutdown, trainer._deferred_control, TrainingHealthCallback()):
+        trainer.add_callback(callback)
+    install_progress_bar(trainer)
+    if args.num_sample_generations or args.log_completions:
+        trainer.add_callback(CompletionsTableCallback(lambda: trainer.callback_handler.callbacks))
+    if args.html_report:
+        prompts = fixed_prompts(trainer.train_dataset, trainer.eval_dataset)
+        generate = trainer._evaluator.generate_on_main_process
+        trainer.add_callback(RunReportCallback(generate, prompts, lambda: trainer._shutdown.interrupted))
 
 
 def load_actor_critic(

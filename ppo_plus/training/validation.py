@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -256,8 +257,13 @@ def check_same_peft_type(folder: Path, actors: PeftConfig | None) -> None:
         )
 
 
-def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, datasets: dict[str, Any]) -> list:
-    """Refuse rewards that could not be called with the columns of a dataset; return the tokenizers of reward models."""
+def check_rewards(
+    args: PPOConfig, reward_funcs: Any, tokenizers: Any, datasets: dict[str, Any], extra: Sequence[str] | None = ()
+) -> list:
+    """Refuse rewards that could not be called with the columns of a dataset; return the tokenizers of reward models.
+
+    `extra` are the names of further arguments of reward functions; None if they are not known before a rollout.
+    """
     columns = {name: column_names(dataset) for name, dataset in datasets.items()}
     funcs, _ = normalize_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
@@ -268,8 +274,9 @@ def check_rewards(args: PPOConfig, reward_funcs: Any, tokenizers: Any, datasets:
         )
     for func in funcs:
         if not isinstance(func, str | Path | nn.Module):
-            for name, names in columns.items():
-                check_signature(func, [c for c in names if c not in ("prompt", "input_ids", "attention_mask")], name)
+            for name, names in columns.items() if extra is not None else ():
+                arguments = [c for c in names if c not in ("prompt", "input_ids", "attention_mask")]
+                check_signature(func, [*arguments, *(extra or ())], name)
         elif isinstance(func, nn.Module):
             check_reward_module(func)
         elif resolve_adapter_path(func) is None:

@@ -1,0 +1,234 @@
+"""The loop of turns: the policy answers, its tool calls are run, it reads their results and answers again.
+
+The contract is that of TRL 1.16's GRPOTrainer. Token ids are concatenated and never tokenized again; an error of a tool
+is its answer; a result that does not fit into `response_length` is rolled back, and the response ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import parse_response
+
+from ..config import PPOConfig
+from ..data.chat_templates import merge_template_kwargs
+from ..data.padding import pad_id
+from ..data.prompts import Row, check_ids, encode_prompt, truncate_prompt
+from ..data.tool_templates import tool_suffix_ids
+from ..models.generation import GenerateOutput
+from ..rewards.functions import CallTimeout, call_with_timeout, event_loop, poll, without_autocast
+from ..utils.interrupt import interruptible, raise_if_interrupted
+from .environments import EnvironmentPool, Tools, is_text
+from .responses import Responses, Segments
+
+# Samples one turn: prompts as token ids and uniforms `(N, R)` float64, NaN where a row may not sample any more.
+Generate = Callable[[Sequence[list[int]], Tensor], GenerateOutput]
+
+
+@dataclass
+class Episode:
+    """One response while it grows.
+
+    Attributes:
+        row: row of the dataset, with the prompt after `reset`.
+        schemas: tools that the prompt shows.
+        tools: what a call may name.
+        response: its tokens.
+        messages: its messages: the policy's, and those of tools.
+        num_calls: tool calls.
+        num_failures: tool calls that were answered by an error.
+    """
+
+    row: Row
+    schemas: list[dict[str, Any]]
+    tools: Tools
+    response: Segments = field(default_factory=Segments)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    num_calls: int = 0
+    num_failures: int = 0
+
+
+class TurnLoop:
+    """Generates responses of several turns.
+
+    Args:
+        environments: environments and tools.
+        tokenizer: renders prompts and results, and parses calls; from `prepare_tool_tokenizer`.
+        args: lengths, the limit of turns, the time-out of tools.
+        stop_ids: ids that end a turn.
+        limits: most tokens of prompt and response together (None: no limit), and number of token embeddings.
+    """
+
+    def __init__(
+        self, environments: EnvironmentPool, tokenizer: PreTrainedTokenizerBase, args: PPOConfig,
+        stop_ids: Sequence[int], limits: tuple[int | None, int],
+    ) -> None:  # fmt: skip
+        self.environments, self.tokenizer, self.args, self.stop_ids = environments, tokenizer, args, list(stop_ids)
+        self.context, self.num_embeddings = limits
+        # A longer text cannot fit, whatever its tokens; tokenizing megabytes would take seconds.
+        self.max_characters = args.response_length * max(map(len, tokenizer.get_vocab()))
+
+    def __call__(self, rows: Sequence[Row], uniforms: Tensor, generate: Generate) -> Responses:
+        """Answer the prompts of these rows; `uniforms` decide all tokens of a response, `(N, R)` float64."""
+        pool = self.environments
+        environments = pool.take(rows) if pool.factories else None
+        episodes = [self._begin(row, environments and environments[i]) for i, row in enumerate(rows)]
+        limit, iteration, active = self.args.max_tool_calling_iterations, 0, list(range(len(rows)))
+        while active:
+            self._take_turn(episodes, active, uniforms, generate)
+            calling = [i for i in active if episodes[i].messages[-1].get("tool_calls")]
+            if limit is not None and iteration >= limit:
+                break
+            iteration += 1
+            answers = self._answer([episodes[i] for i in calling])
+            continues = [self._observe(episodes[i], answer) for i, answer in zip(calling, answers, strict=True)]
+            # A response that the result fills ends with it.
+            full = self.args.response_length
+            active = [
+                i for i, goes_on in zip(calling, continues, strict=True)
+                if goes_on and len(episodes[i].response.ids) < full
+            ]  # fmt: skip
+        counts = torch.tensor([[e.num_calls, e.num_failures] for e in episodes]) if pool.has_tools else None
+        return Responses.from_segments(
+            [e.row for e in episodes], [e.response for e in episodes], self.stop_ids, pad_id(self.tokenizer),
+            train_on_eos=self.args.train_on_eos, messages=[e.messages for e in episodes], environments=environments,
+            tool_counts=counts,
+        )  # fmt: skip
+
+    def _begin(self, row: Row, environment: Any) -> Episode:
+        schemas = self.environments.schemas[self.environments.name_of(row)]
+        tools = self.environments.tools(environment)
+        if environment is None:
+            return Episode(row, schemas, tools)
+        with without_autocast(), interruptible():
+            prompt = self.environments.reset(environment, row)
+        where = f"The prompt after {type(environment).__name__}.reset"
+        ids = encode_prompt(
+            prompt,
+            self.tokenizer,
+            merge_template_kwargs(template_kwargs(self.environments, self.args, row), row),
+            where,
+        )
+        ids = truncate_prompt(ids, self.args.max_prompt_length, self.tokenizer.bos_token_id)
+        check_ids(ids, self.args.response_length, self.context, self.num_embeddings, where)
+        return Episode({**row, "prompt": prompt, "input_ids": ids}, schemas, tools)
+
+    def _take_turn(
+        self, episodes: Sequence[Episode], active: Sequence[int], uniforms: Tensor, generate: Generate
+    ) -> None:
+        """Sample one turn of the active responses, and parse it."""
+        prefixes = [episodes[i].row["input_ids"] + episodes[i].response.ids for i in active]
+        used = [len(episodes[i].response.ids) for i in active]
+        length = uniforms.shape[1]
+        remaining = torch.full((len(active), length - min(used)), torch.nan, dtype=uniforms.dtype)
+        for row, (i, start) in enumerate(zip(active, used, strict=True)):
+            remaining[row, : length - start] = uniforms[i, start:]
+        output = generate(prefixes, remaining)
+        for row, (i, start) in enumerate(zip(active, used, strict=True)):
+            ids = output.tokens[row, : length - start].tolist()
+            stops = [t + 1 for t, token in enumerate(ids) if token in self.stop_ids]
+            ids = ids[: stops[0]] if stops else ids
+            episode = episodes[i]
+            episode.response.add_turn(ids, output.logprobs[row, : len(ids)].tolist())
+            episode.messages.append(self._parse(ids, prefixes[row], episode.schemas))
+
+    def _parse(self, ids: list[int], prefix: list[int], schemas: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.environments.has_tools:
+            return {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
+        return parse_response(self.tokenizer, ids, prefix=prefix, tools=schemas)
+
+    def _answer(self, episodes: Sequence[Episode]) -> list[list[dict[str, Any]]]:
+        """Run the tool calls of the last turn of each response; async tools of all responses run side by side."""
+        started = [
+            [self._start(episode.tools, call) for call in episode.messages[-1]["tool_calls"]] for episode in episodes
+        ]
+        answers = []
+        for episode, results in zip(episodes, started, strict=True):
+            # As in TRL, the answers of async tools come after those of sync tools.
+            in_order = sorted(results, key=lambda result: isinstance(result[1], Future))
+            finished = [(name, self._await(result)) for name, result in in_order]
+            episode.num_calls += len(finished)
+            episode.num_failures += sum(isinstance(result, Exception) for _, result in finished)
+            answers.append([_to_message(name, result) for name, result in finished])
+        return answers
+
+    def _start(self, tools: Tools, call: Mapping[str, Any]) -> tuple[str, Any]:
+        """Call a tool; return its name, and its result, its error, or the future of an async tool."""
+        raise_if_interrupted()
+        timeout = self.args.tool_timeout
+        if call["type"] != "function":
+            return call.get("name", "unknown"), ValueError(f"Unsupported tool call type: {call['type']}")
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        if name not in tools:
+            return name, ValueError(f"Tool {name} not found.")
+        try:
+            run = functools.partial(tools[name], **arguments)
+            if inspect.iscoroutinefunction(tools[name]):
+                return name, asyncio.run_coroutine_threadsafe(asyncio.wait_for(run(), timeout), event_loop())
+            with without_autocast():
+                if timeout is not None:
+                    return name, call_with_timeout(timeout, run)
+                with interruptible():
+                    return name, run()
+        except CallTimeout:
+            return name, self._timeout_error()
+        except Exception as error:
+            return name, error
+
+    def _await(self, result: Any) -> Any:
+        """Return a result, or the error of an async tool; a loop that an async tool blocks is abandoned."""
+        if not isinstance(result, Future):
+            return result
+        max_wait = None if self.args.tool_timeout is None else self.args.tool_timeout + 1.0
+        try:
+            if not poll(lambda seconds: wait([result], seconds), result.done, max_wait):
+                event_loop.cache_clear()
+                return self._timeout_error()
+            return result.result()
+        except TimeoutError:
+            return self._timeout_error()
+        except Exception as error:
+            return error
+        except BaseException:  # a signal
+            result.cancel()
+            raise
+
+    def _timeout_error(self) -> TimeoutError:
+        return TimeoutError(f"The tool did not answer within {self.args.tool_timeout} seconds.")
+
+    def _observe(self, episode: Episode, answers: list[dict[str, Any]]) -> bool:
+        """Append the answers of tools to a response; False if they do not fit, and nothing was appended."""
+        if sum(len(str(answer["content"])) for answer in answers) > self.max_characters:
+            return False
+        ids = tool_suffix_ids(answers, self.tokenizer, self.args.chat_template_kwargs or {})  # type: ignore[arg-type]
+        length = len(episode.response.ids) + len(ids)
+        too_long = self.context is not None and len(episode.row["input_ids"]) + length >= self.context
+        if length > self.args.response_length or too_long:
+            return False
+        episode.response.add_observation(ids)
+        episode.messages += answers
+        return True
+
+
+def template_kwargs(environments: EnvironmentPool, args: PPOConfig, row: Row) -> dict[str, Any]:
+    """Return the arguments of the chat template for a row: those of the run, and the row's tools."""
+    schemas = environments.schemas[environments.name_of(row)]
+    run: Any = args.chat_template_kwargs or {}
+    return {**run, **({"tools": schemas} if schemas else {})}
+
+
+def _to_message(name: str, result: Any) -> dict[str, Any]:
+    """Convert the result of a tool to its message, as TRL does; an error becomes its text."""
+    content: Any = str({"error": str(result)} if isinstance(result, Exception) else result)
+    if isinstance(result, list) and result and all(isinstance(part, Mapping) and "type" in part for part in result):
+        content = result if is_text(result) else str({"error": "The result has blocks that are not text."})
+    return {"role": "tool", "name": name, "content": content}

@@ -1,0 +1,688 @@
+"""Turns, tools and environments: TRL's own loop is the oracle, and training on them is checked by invariants."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from agents import (
+    TEMPLATE,
+    add,
+    add_slowly,
+    call,
+    make_tool_model,
+    question,
+    questions,
+    right_sum,
+    tool_tokenizer,
+)
+from conftest import count_e, make_config, make_prompts, make_tokenizer, make_trainer
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import start_event_loop_in_daemon
+
+from ppo_plus import PPOConfig, PPOTrainer
+from ppo_plus.data.tool_templates import prepare_tool_tokenizer, tool_suffix_ids
+from ppo_plus.models.generation import GenerateOutput
+from ppo_plus.rollout.environments import EnvironmentPool
+from ppo_plus.rollout.turns import TurnLoop, template_kwargs
+
+R = 160  # tokens of a response
+
+
+def fail(a: int, b: int) -> int:
+    """Raise an error.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    raise ZeroDivisionError(f"{a} and {b}")
+
+
+def repeat(text: str, times: int) -> str:
+    """Repeat a text.
+
+    Args:
+        text: The text.
+        times: How often.
+    """
+    return text * times
+
+
+TOOLS = [add, add_slowly, fail, repeat]
+
+
+class Script:
+    """Samples what it is told: the n-th turn of a conversation is the n-th text after its question."""
+
+    def __init__(self, tokenizer, turns: dict[str, list[str]]) -> None:
+        self.tokenizer, self.turns = tokenizer, turns
+
+    def next_turn(self, prefix: list[int]) -> list[int]:
+        text = self.tokenizer.decode(prefix)
+        asked = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        return self.tokenizer(self.turns[asked][text.count("<|im_start|>assistant\n") - 1])["input_ids"]
+
+    def generate(self, prefixes, uniforms) -> GenerateOutput:
+        tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
+        for row, prefix in enumerate(prefixes):
+            ids = self.next_turn(prefix)[: int((~uniforms[row].isnan()).sum())]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return GenerateOutput(tokens, torch.full(uniforms.shape, -0.5))
+
+
+def run_loop(tmp_path, turns, tools=TOOLS, response_length=R, context=None, factory=None, rows=None, **config):
+    """Our loop on scripted turns."""
+    tokenizer = prepare_tool_tokenizer(tool_tokenizer())
+    args = make_config(tmp_path, response_length=response_length, **config)
+    pool = EnvironmentPool(factory, tools)
+    rows = rows or [{"prompt": [{"role": "user", "content": asked}]} for asked in turns]
+    for row in rows:
+        kwargs = template_kwargs(pool, args, row)
+        prompt = row.get("prompt", question(0, 0))
+        row["input_ids"] = tokenizer.apply_chat_template(
+            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **kwargs
+        )["input_ids"]
+    loop = TurnLoop(pool, tokenizer, args, [tokenizer.eos_token_id], (context, len(tokenizer)))
+    uniforms = torch.zeros(len(rows), response_length, dtype=torch.float64)
+    return loop(rows, uniforms, Script(tokenizer, turns).generate)
+
+
+def run_trl(turns, tools=TOOLS, response_length=R, context=10_000, iterations=10**9):
+    """TRL's loop on the same turns, without its trainer's other parts."""
+    tokenizer = prepare_tool_tokenizer(tool_tokenizer())
+    script, (_, async_loop, ready) = Script(tokenizer, turns), start_event_loop_in_daemon(name="oracle")
+    ready.wait()
+    named = {tool.__name__: tool for tool in tools}
+    is_async = inspect.iscoroutinefunction
+    trainer = SimpleNamespace(
+        processing_class=tokenizer, _tokenizer=tokenizer, chat_template=None, chat_template_kwargs={}, _is_vlm=False,
+        max_completion_length=response_length, max_tool_calling_iterations=iterations, use_vllm=False, tools=tools,
+        model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context)), environment_factories=None,
+        _sync_tool_dicts=[{n: t for n, t in named.items() if not is_async(t)}] * len(turns),
+        _async_tool_dicts=[{n: t for n, t in named.items() if is_async(t)}] * len(turns), async_loop=async_loop,
+        _generate_single_turn=lambda ids, *_, **__: ([script.next_turn(p)[:response_length] for p in ids], None),
+    )  # fmt: skip
+    trainer._get_tool_suffix_ids = lambda messages: GRPOTrainer._get_tool_suffix_ids(trainer, messages)
+    prompts = [[{"role": "user", "content": asked}] for asked in turns]
+    prompt_ids = tokenizer.apply_chat_template(
+        prompts, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    completion_ids = [script.next_turn(ids)[:response_length] for ids in prompt_ids]
+    from trl.chat_template_utils import parse_response
+
+    completions = [
+        [parse_response(tokenizer, c, prefix=p, tools=tools)] for c, p in zip(completion_ids, prompt_ids, strict=True)
+    ]
+    mask, completions, ids, _, calls, failures, _ = GRPOTrainer._tool_call_loop(
+        trainer, prompts, prompt_ids, completion_ids, completions, None, [None] * len(turns), {}
+    )
+    return mask, completions, ids, calls, failures
+
+
+def suffix_of(text: str) -> str:
+    return f"\n<|im_start|>tool\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+END = "<|im_end|>"
+TURNS = {
+    "nothing": ["hello" + END],
+    "one": [call(1, 2), "it is 3" + END],
+    "two": [call(1, 2), call(3, 4), "ok" + END],
+    "both": [call(1, 2, "add_slowly").removesuffix(END) + call(3, 4), "3 and 7" + END],
+    "unknown": [call(1, 2, "divide"), "none" + END],
+    "raises": [call(1, 2, "fail"), "hm" + END],
+    "arguments": ['<tool_call>\n{"name": "add", "arguments": {"c": 1}}\n</tool_call>' + END, "hm" + END],
+    "malformed": ['<tool_call>\n{"name": "add"\n</tool_call>' + END],
+    "endless": [call(1, 2)] * 9,
+    "cut": ["x" * 300],
+    "long": ['<tool_call>\n{"name": "repeat", "arguments": {"text": "ab", "times": 100}}\n</tool_call>' + END],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"iterations": 1}, {"iterations": 0}, {"context": 150}], ids=str)
+def test_the_loop_does_what_trls_loop_does(tmp_path, options):
+    config = {"max_tool_calling_iterations": options["iterations"]} if "iterations" in options else {}
+    ours = run_loop(tmp_path, TURNS, context=options.get("context"), **config)
+    mask, completions, ids, calls, failures = run_trl(TURNS, **options)
+    assert ours.messages == completions
+    for row, name in enumerate(TURNS):
+        assert ours.tokens[row][ours.mask[row]].tolist() == ids[row], name
+        assert ours.action_mask[row][ours.mask[row]].int().tolist() == mask[row], name
+    assert ours.tool_counts.sum(0).tolist() == [calls, failures]
+    assert calls > 0 or "iterations" in options
+
+
+def test_a_result_that_fills_the_response_ends_it(tmp_path):
+    """One token less, and the result is rolled back."""
+    tokenizer = tool_tokenizer()
+    filled = len(tokenizer(call(1, 2) + suffix_of("3"))["input_ids"])
+    for length, messages, stopped in ((filled, 2, False), (filled - 1, 1, True)):
+        turns = {"one": TURNS["one"]}
+        ours = run_loop(tmp_path, turns, response_length=length)
+        _, completions, ids, *_ = run_trl(turns, response_length=length)
+        assert ours.messages == completions
+        assert ours.tokens[0][ours.mask[0]].tolist() == ids[0]
+        assert (len(ours.messages[0]), bool(ours.stopped[0])) == (messages, stopped)
+
+
+def test_a_megabyte_is_rolled_back_without_being_tokenized(tmp_path, monkeypatch):
+    turns = {"big": [call(1, 2, "big")]}
+
+    def big(a: int, b: int) -> str:
+        """Return ten megabytes.
+
+        Args:
+            a: A number.
+            b: A number.
+        """
+        return "x" * 10_000_000
+
+    found = run_loop(tmp_path, turns, tools=[big])
+    assert [m["role"] for m in found.messages[0]] == ["assistant"]
+    assert found.observation_mask is None and found.tool_counts.tolist() == [[1, 0]]
+
+
+def test_signature_and_defaults_are_trls():
+    ours, trls = (inspect.signature(cls.__init__).parameters for cls in (PPOTrainer, GRPOTrainer))
+    names = list(trls)
+    assert list(ours)[: len(names)] == names
+    for name in ("tools", "rollout_func", "environment_factory"):
+        assert (ours[name].default, ours[name].kind) == (trls[name].default, trls[name].kind)
+    fields = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+    found = {field.name: field for field in dataclasses.fields(PPOConfig)}
+    assert found["max_tool_calling_iterations"].default is fields["max_tool_calling_iterations"].default is None
+
+
+# Ids are concatenated
+
+
+def test_tokens_are_never_tokenized_again(tmp_path):
+    """The policy wrote `add` as three tokens, where the tokenizer has one; another merges the seam of two turns."""
+    tokenizer = tool_tokenizer()
+    written = tokenizer(call(1, 2))["input_ids"]
+    tokenizer.add_tokens(["add", "\n3"])
+    prepared = prepare_tool_tokenizer(tokenizer)
+    suffix = tool_suffix_ids([{"role": "tool", "name": "add", "content": "3"}], prepared, {})
+    args, pool = make_config(tmp_path, response_length=R), EnvironmentPool(None, [add])
+    loop = TurnLoop(pool, prepared, args, [2], (None, len(tokenizer)))
+    turns = iter([written, tokenizer("3" + END)["input_ids"]])
+
+    def generate(prefixes, uniforms):
+        ids = torch.tensor([next(turns)])
+        return GenerateOutput(ids, torch.zeros(ids.shape))
+
+    ids = prepared.apply_chat_template(question(1, 2), add_generation_prompt=True, return_dict=True)["input_ids"]
+    row = {"prompt": question(1, 2), "input_ids": ids}
+    found = loop([row], torch.zeros(1, R, dtype=torch.float64), generate)
+    ids = found.tokens[0].tolist()
+    assert ids == written + suffix + tokenizer("3" + END)["input_ids"]
+    assert len(tokenizer(tokenizer.decode(ids))["input_ids"]) == len(ids) - 2 - 1  # the control
+    assert found.action_mask[0].tolist() == [True] * len(written) + [False] * len(suffix) + [True] * 2
+
+
+FORGETFUL = TEMPLATE.replace("{{ m.content }}", "{% if loop.last %}thought {% endif %}{{ m.content }}")
+
+
+def test_a_template_that_changes_earlier_turns_is_refused():
+    with pytest.raises(ValueError, match=r"answer follows.*processing_class.chat_template"):
+        prepare_tool_tokenizer(tool_tokenizer(FORGETFUL))
+
+
+def test_a_known_template_that_changes_earlier_turns_is_replaced_by_trls():
+    from trl.chat_template_utils import is_chat_template_prefix_preserving, qwen3_chat_template
+
+    tokenizer = tool_tokenizer(qwen3_chat_template, response_template=None)
+    assert not is_chat_template_prefix_preserving(tokenizer)  # the control
+    with pytest.warns(UserWarning, match="training template"):
+        prepared = prepare_tool_tokenizer(tokenizer)
+    assert is_chat_template_prefix_preserving(prepared)
+    assert tokenizer.chat_template == qwen3_chat_template and prepared.response_template is not None
+
+
+# Time
+
+
+def hang(a: int, b: int) -> int:
+    """Wait.
+
+    Args:
+        a: A number.
+        b: A number.
+    """
+    time.sleep(5)
+    return 0
+
+
+async def hang_slowly(a: int, b: int) -> int:
+    """Wait.
+
+    Args:
+        a: A number.
+        b: A number.
+    """
+    await asyncio.sleep(5)
+    return 0
+
+
+@pytest.mark.parametrize("tool", [hang, hang_slowly])
+def test_a_tool_that_hangs_is_answered_by_an_error(tmp_path, tool):
+    turns = {"wait": [call(1, 2, tool.__name__), "late" + END]}
+    found = run_loop(tmp_path, turns, tools=[tool], tool_timeout=0.05)
+    assert "0.05 seconds" in found.messages[0][1]["content"]
+    assert found.messages[0][2]["content"] == "late"
+    assert found.tool_counts.tolist() == [[1, 1]]
+
+
+def test_async_tools_of_all_responses_run_side_by_side(tmp_path):
+    together, most = [], []
+
+    async def meet(a: int, b: int) -> int:
+        """Wait for the others.
+
+        Args:
+            a: A number.
+            b: A number.
+        """
+        together.append(a)
+        await asyncio.sleep(0.05)
+        most.append(len(together))
+        together.remove(a)
+        return a
+
+    turns = {str(i): [call(i, 0, "meet"), "met" + END] for i in range(4)}
+    found = run_loop(tmp_path, turns, tools=[meet])
+    assert max(most) == 4
+    assert [m[1]["content"] for m in found.messages] == ["0", "1", "2", "3"]
+
+
+# Environments
+
+
+class Counter:
+    """Counts from a start; its reward is the count."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self.count = 0
+
+    def reset(self, start: int = 0, **row) -> str | None:
+        self.count = self.start = start
+        return f"from {start}" if start else None
+
+    def increase(self, by: int) -> int:
+        """Increase the count.
+
+        Args:
+            by: How much.
+        """
+        self.count += by
+        return self.count
+
+    def get_reward(self) -> float:
+        return float(self.count)
+
+
+class Silent:
+    """Has no reward of its own."""
+
+    def reset(self, **row) -> list:
+        assert "environment" not in row
+        return [{"type": "text", "text": "quiet"}]
+
+    def listen(self) -> str:
+        """Listen."""
+        return "nothing"
+
+
+def increase(by: int) -> str:
+    return f'<tool_call>\n{{"name": "increase", "arguments": {{"by": {by}}}}}\n</tool_call>' + END
+
+
+def test_each_response_has_an_environment_and_instances_are_pooled(tmp_path):
+    Counter.made = 0
+    turns = {"count": [increase(1), "1" + END], "from 3": [increase(2), increase(2), "7" + END]}
+    rows = [
+        {"prompt": [{"role": "user", "content": "count"}]},
+        {"prompt": [{"role": "user", "content": ""}], "start": 3},
+    ]
+    tokenizer = prepare_tool_tokenizer(tool_tokenizer())
+    args, pool = make_config(tmp_path, response_length=R), EnvironmentPool(Counter)
+    loop = TurnLoop(pool, tokenizer, args, [2], (None, len(tokenizer)))
+    for _ in range(2):  # a second rollout uses the same instances
+        found = loop([dict(r) for r in rows], torch.zeros(2, R, dtype=torch.float64), Script(tokenizer, turns).generate)
+        assert [e.count for e in found.environments] == [1, 7]
+        assert Counter.made == 2
+    assert found.rows[1]["prompt"] == [{"role": "user", "content": "from 3"}]
+    assert "from 3" in tokenizer.decode(found.rows[1]["input_ids"])
+    assert [m["content"] for m in found.messages[1]] == ["", "5", "", "7", "7"]
+
+
+def test_a_dict_routes_rows_by_the_column_environment(tmp_path):
+    turns = {"a": [increase(4), "4" + END], "bquiet": ["sh" + END]}
+    rows = [
+        {"prompt": [{"role": "user", "content": c}], "environment": e} for c, e in (("a", "counter"), ("b", "silent"))
+    ]
+    factory = {"counter": Counter, "silent": Silent}
+    found = run_loop(tmp_path, turns, tools=[], factory=factory, rows=rows)
+    assert [type(e) for e in found.environments] == [Counter, Silent]
+    prompts = [tool_tokenizer().decode(row["input_ids"]) for row in found.rows]
+    assert ["increase" in prompt for prompt in prompts] == [True, False]
+    assert ["listen" in prompt for prompt in prompts] == [False, True]
+    (own,) = EnvironmentPool(factory).rewards()
+    assert (own.__name__, own(environments=found.environments)) == ("Counter", [4.0, None])
+
+
+# Training
+
+
+def tool_trainer(tmp_path, config=None, **overrides) -> PPOTrainer:
+    defaults = {
+        "model": make_tool_model(), "processing_class": tool_tokenizer(), "train_dataset": questions(),
+        "tools": [add], "reward_funcs": right_sum,
+        "config": {"response_length": 120, "temperature": 0.5, "learning_rate": 1e-3, "max_steps": 4, **(config or {})},
+    }  # fmt: skip
+    return make_trainer(tmp_path, **{**defaults, **overrides})
+
+
+class Keep:
+    """A callback's events, kept."""
+
+    @staticmethod
+    def of(trainer):
+        from ppo_plus import PPOCallback
+
+        class Collected(PPOCallback):
+            rollouts, samples, metrics = [], [], []
+
+            def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+                self.rollouts.append(rollout)
+                self.samples.append(samples)
+                self.metrics.append(metrics)
+
+        trainer.add_callback(found := Collected())
+        return found
+
+
+def test_training_with_a_tool(tmp_path):
+    trainer = tool_trainer(tmp_path)
+    kept = Keep.of(trainer)
+    trainer.train()
+    rollout, samples, metrics = kept.rollouts[0], kept.samples[0], kept.metrics[0]
+    observed = rollout.observation_mask
+    assert observed.any(1).all() and not (observed & rollout.action_mask).any()
+    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+        assert not getattr(rollout, name)[observed].any()
+    for messages in samples.completions.completions:
+        assert [m["role"] for m in messages] == ["assistant", "tool", "assistant"]
+        assert messages[0]["tool_calls"][0]["function"]["name"] == "add"
+    # The answer of the tool is the sum of the arguments that the policy wrote.
+    for messages in samples.completions.completions:
+        arguments = messages[0]["tool_calls"][0]["function"]["arguments"]
+        assert messages[1]["content"] == str(sum(arguments.values()))
+    assert metrics["tools/call_frequency"] == 1 and metrics["tools/failure_frequency"] == 0
+    assert metrics["completions/mean_length"] == rollout.action_mask.sum(1).float().mean().item()
+    assert metrics["num_tokens"] == (rollout.attention_mask.sum() - observed.sum()).item()
+    assert metrics["sampling/logp_difference"] < 1e-5  # decoding turn by turn gives what one pass over all turns gives
+    assert trainer.state.log_history[0]["ppo/initial_ratio_error"] < 1e-6
+    assert metrics["completions/clipped_ratio"] == 0
+
+
+def test_the_log_probabilities_of_actions_are_those_of_one_plain_pass(tmp_path):
+    trainer = tool_trainer(tmp_path)
+    kept = Keep.of(trainer)
+    trainer.train()
+    rollout, model = kept.rollouts[0], make_tool_model().eval()
+    for row in range(len(rollout)):
+        ids = rollout.input_ids[row][rollout.attention_mask[row] == 1]
+        with torch.no_grad():
+            logprobs = (model(ids[None]).logits[0, :-1] / 0.5).log_softmax(-1)
+        plain = logprobs[torch.arange(len(ids) - 1), ids[1:]]
+        length = int(rollout.attention_mask[row, rollout.prompt_length :].sum())
+        expected = torch.where(rollout.observation_mask[row, :length], 0.0, plain[-length:])
+        torch.testing.assert_close(rollout.logprobs[row, :length], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_observation_that_differs_changes_no_loss_term_of_its_own(tmp_path):
+    """The loss is a sum over actions alone: what stands in the columns of an observation does not matter."""
+    trainer = tool_trainer(tmp_path)
+    kept = Keep.of(trainer)
+    trainer.train()
+    batch = trainer._prepare_inputs(kept.rollouts[0].micro_batch(torch.arange(4)))
+    observed = ~batch["response_mask"]
+    loss = trainer.compute_loss(trainer.model, batch)
+    for name in ("logprobs", "values", "advantages", "returns", "ref_logprobs"):
+        batch[name] = batch[name].masked_fill(observed, 7.0)
+    assert torch.equal(trainer.compute_loss(trainer.model, batch), loss)
+    batch["advantages"] = batch["advantages"].masked_fill(batch["response_mask"], 7.0)  # the control
+    assert not torch.equal(trainer.compute_loss(trainer.model, batch), loss)
+
+
+def test_rewards_per_turn_reach_their_turns(tmp_path):
+    def steps(completions, **kwargs):
+        return [{"turn": [1.0] * sum(m["role"] == "assistant" for m in c)} for c in completions]
+
+    trainer = tool_trainer(tmp_path, reward_funcs=steps, config={"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0})
+    kept = Keep.of(trainer)
+    trainer.train()
+    rollout = kept.rollouts[0]
+    for row in range(len(rollout)):
+        returns = rollout.returns[row][rollout.action_mask[row]]
+        first_turn = int(rollout.observation_mask[row].int().argmax())
+        assert returns[:first_turn].tolist() == pytest.approx([2.0] * first_turn, abs=1e-5)
+        assert returns[first_turn:].tolist() == pytest.approx([1.0] * (len(returns) - first_turn), abs=1e-5)
+
+
+class Asks:
+    """Writes the question, and rewards the right sum in the last message of the policy."""
+
+    def reset(self, **row) -> str:
+        return "2+5"
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: The first number.
+            b: The second number.
+        """
+        self.result = a + b
+        return self.result
+
+    def get_reward(self) -> float:
+        return float(self.result)
+
+
+def test_training_without_a_dataset_on_an_environment_that_owns_prompt_and_reward(tmp_path):
+    trainer = tool_trainer(
+        tmp_path, tools=None, train_dataset=None, reward_funcs=None, environment_factory=Asks,
+        eval_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": ""}]}] * 2),
+    )  # fmt: skip
+    kept = Keep.of(trainer)
+    trainer.train()
+    assert trainer.collector.rewards.names == ["Asks"]
+    prompts = {p[-1]["content"] for p in kept.samples[0].completions.prompts}
+    assert prompts == {"2+5"}
+    assert kept.samples[0].scores.tolist() == [e.result for e in kept.samples[0].completions.context["environments"]]
+    assert "eval_rewards/Asks/mean" in trainer.evaluate()
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step):
+    """Inside a rollout, whose observations are in the checkpoint, and between two."""
+    config = {"max_steps": 4, "num_ppo_epochs": 1, "num_mini_batches": 2, "save_steps": step, "save_strategy": "steps"}
+    arguments = {"config": config, "environment_factory": None}
+    whole = tool_trainer(tmp_path / "whole", **arguments)
+    whole.train()
+    resumed = tool_trainer(tmp_path / "whole", **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    expected, found = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    start = weights_of(tool_trainer(tmp_path / "start", **arguments))
+    assert any(not torch.equal(start[name], found[name]) for name in found)  # the control
+
+
+# rollout_func
+
+
+def answer_xyz(prompts, trainer):
+    """Two tokens of the model, one of an environment, EOS; the second response is shorter."""
+    tokenizer, rows = trainer.processing_class, range(len(prompts))
+    return {
+        "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
+        "completion_ids": [[5, 6, 7, 2] if i % 2 == 0 else [8, 2] for i in rows],
+        "logprobs": [[-9.0, None, 0.0, -4.0] if i % 2 == 0 else [-3.0, -4.0] for i in rows],
+        "env_mask": [[1, 1, 0, 1] if i % 2 == 0 else [1, 1] for i in rows],
+        "bonus": [float(i) for i in rows],
+        "run": "one",
+    }
+
+
+def test_rollout_func_generates_and_its_log_probabilities_weigh(tmp_path):
+    seen = {}
+
+    def reward(completions, bonus, run, wanted, **kwargs):
+        seen.update(completions=completions, bonus=bonus, run=run, wanted=wanted)
+        return bonus
+
+    trainer = make_trainer(
+        tmp_path, rollout_func=answer_xyz, reward_funcs=reward, config={"kl_coef": 0.0, "max_steps": 4}
+    )
+    kept = Keep.of(trainer)
+    trainer.train()
+    rollout, samples = kept.rollouts[0], kept.samples[0]
+    assert seen["bonus"] == list(range(8)) and seen["run"] == ["one"] * 8 and len(seen["wanted"]) == 8
+    assert rollout.action_mask[:2].tolist() == [[True, True, False, True], [True, True, False, False]]
+    assert samples.sampled_logprobs[0, [0, 2, 3]].tolist() == [-9.0, 0.0, -4.0]
+    assert samples.sampled_logprobs[0, 1] == samples.logprobs[0, 1]  # not known: weight 1
+    config = {"kl_coef": 0.0, "max_steps": 4}
+    # An action that decoding found less likely than the policy does weighs more, at most the cap.
+    config["importance_sampling_cap"] = None
+    plain = make_trainer(tmp_path / "plain", rollout_func=answer_xyz, reward_funcs=reward, config=config)
+    without = Keep.of(plain)
+    plain.train()
+    weights = rollout.advantages / without.rollouts[0].advantages
+    expected = (samples.logprobs - samples.sampled_logprobs).exp().clamp(max=2.0)
+    torch.testing.assert_close(weights[rollout.action_mask], expected[rollout.action_mask], rtol=1e-4, atol=1e-4)
+    assert kept.metrics[0]["completions/mean_length"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs": None}, None),
+        ({"completion_ids": [[5, 2]] * 7}, "completion_ids has 7 entries for 8 prompts"),
+        ({"completion_ids": [[]] * 8}, r"completion_ids\[0\] is \[\]"),
+        ({"completion_ids": [[5] * 9] * 8}, r"completion_ids\[0\] has 9 tokens.*response_length=8"),
+        ({"completion_ids": [[5, 999]] * 8}, "token id 999"),
+        ({"prompt_ids": [["a"]] * 8}, r"prompt_ids\[0\] is \['a'\]"),
+        ({"logprobs": [[-1.0]] * 8}, r"logprobs\[0\] has 1 entries for 4 tokens"),
+        ({"logprobs": [["x"] * 4, ["x"] * 2] * 4}, r"logprobs\[0\] has 'x'"),
+        ({"env_mask": [[1, 1, 2, 1], [1, 1]] * 4}, r"env_mask\[0\] has 2;"),
+        ({"env_mask": [[1]] * 8}, r"env_mask\[0\] has 1 entries"),
+        ({"trainer_state": 1}, "'trainer_state'"),
+        ("completion_ids", r"\['completion_ids'\]"),
+        ("dict", "returned a list"),
+    ],
+)  # fmt: skip
+def test_what_rollout_func_returns_is_checked(tmp_path, change, message):
+    def function(prompts, trainer):
+        output = answer_xyz(prompts, trainer)
+        if isinstance(change, dict):
+            return output | change
+        return [output] if change == "dict" else {name: v for name, v in output.items() if name != change}
+
+    trainer = make_trainer(tmp_path, rollout_func=function, config={"max_steps": 1})
+    if message is None:
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+# Refused before training
+
+
+def without_hints(a, b):
+    """Add two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a + b
+
+
+def without_docstring(a: int) -> int:
+    return a
+
+
+class NoReset:
+    def look(self) -> str:
+        """Look."""
+        return ""
+
+
+class AsyncReset(NoReset):
+    async def reset(self, **row):
+        return None
+
+
+class OtherColumns(NoReset):
+    def reset(self, level):
+        return None
+
+
+ROUTED = {"a": Counter}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tools": [without_hints]}, "'without_hints'.*type hint"),
+        ({"tools": [without_docstring]}, "'without_docstring'"),
+        ({"tools": [add, add]}, "several tools have the name 'add'"),
+        ({"tools": add}, "must be a list of functions"),
+        ({"tools": [3]}, "3 is not a function"),
+        ({"tools": None, "environment_factory": NoReset}, "NoReset without `reset`"),
+        ({"tools": None, "environment_factory": AsyncReset}, "AsyncReset without `reset`"),
+        ({"tools": None, "environment_factory": OtherColumns}, r"OtherColumns.reset cannot be called.*'sum'"),
+        ({"tools": None, "environment_factory": {"a": 3}}, "environment_factory is 3"),
+        ({"tools": None, "environment_factory": ROUTED}, "no column `environment`.*'a'"),
+        ({"tools": None, "environment_factory": ROUTED, "train_dataset": None}, "needs a column `environment`"),
+        ({"tools": None, "environment_factory": ROUTED,
+          "train_dataset": questions().add_column("environment", ["a"] * 15 + ["b"])},
+         r"train_dataset\[15\]: environment='b'"),
+        ({"tools": None, "environment_factory": Counter, "train_dataset": None, "config": {"max_steps": -1}},
+         "max_steps=-1"),
+        ({"tools": None, "environment_factory": Silent, "reward_funcs": None}, "Pass reward_funcs"),
+        ({"rollout_func": answer_xyz}, "tools would not be used"),
+        ({"tools": None, "rollout_func": 3}, "rollout_func is 3"),
+        ({"processing_class": tool_tokenizer(response_template=None)}, "response_template"),
+        ({"processing_class": make_tokenizer()}, "has no tools"),
+        ({"processing_class": tool_tokenizer(TEMPLATE.replace("m.tool_calls or []", "[]"))}, "has no tools"),
+        ({"train_dataset": make_prompts()}, r"train_dataset\[0\] is not a list of messages"),
+        ({"tools": None, "environment_factory": Counter, "config": {"eval_win_rate": True}}, "eval_win_rate"),
+        ({"config": {"max_tool_calling_iterations": -1}}, "max_tool_calling_iterations.*-1"),
+        ({"config": {"tool_timeout": 0}}, "tool_timeout.*0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_training(tmp_path, arguments, message):
+    config = {"max_steps": 4, **arguments.get("config", {})}
+    reward_funcs = count_e if "train_dataset" in arguments else right_sum
+    defaults = {"model": make_tool_model(trained=False), "reward_funcs": reward_funcs}
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        tool_trainer(tmp_path, **{**defaults, **arguments, "config": config})
