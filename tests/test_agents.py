@@ -613,6 +613,17 @@ def test_what_rollout_func_returns_is_checked(tmp_path, change, message):
         trainer.train()
 
 
+def test_responses_to_one_prompt_must_have_one_prompt(tmp_path):
+    def function(prompts, trainer):
+        output = answer_xyz(prompts, trainer)
+        return output | {"prompt_ids": [[5 + i] for i in range(len(prompts))]}
+
+    config = {"max_steps": 1, "num_generations": 2}
+    with pytest.raises(ValueError, match="num_generations=2.*different prompts"):
+        make_trainer(tmp_path, rollout_func=function, config=config).train()
+    make_trainer(tmp_path, rollout_func=answer_xyz, config=config).train()
+
+
 # Refused before training
 
 

@@ -30,7 +30,7 @@ from .buffer import LeftPaddedLayout, Rollout, index_rows, response_mask
 from .decoding import CompletionDecoder, build_logits_processor
 from .experience import Experience
 from .phases import PhaseTimer, ProgressReporter
-from .responses import Responses
+from .responses import Responses, check_same_prompts
 
 # Maps sequence lengths `(N,)` to lists of row indices, one per micro-batch.
 BatchingFn = Callable[[Tensor], list[Tensor]]
@@ -190,7 +190,7 @@ class RolloutCollector:
     def _single_turn(self, rows: Sequence[Row], output: GenerateOutput) -> Responses:
         return Responses.from_single_turn(rows, output, self.stop_ids, train_on_eos=self.args.train_on_eos)
 
-    def _generate(self, prompts: Sequence[list[int]], uniforms: Tensor, num_generations: int) -> GenerateOutput:
+    def _generate(self, prompts: Sequence[list[int]], uniforms: Tensor, num_generations: int = 1) -> GenerateOutput:
         (rows, length), padding = uniforms.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
@@ -229,6 +229,7 @@ class RolloutCollector:
         micro_batches = None if micro_batch_fn is None else micro_batch_fn(attention_mask.sum(1))
         input_ids = torch.cat([input_ids, tokens], 1)
         answers, observations = 1 if micro_batch_fn is None else self.args.num_generations, responses.observation_mask
+        check_same_prompts(responses.rows, answers)
         return ForwardBatch(input_ids, attention_mask, tokens.shape[1], micro_batches, observations, answers)
 
     def _prefix_scores(self, batch: ForwardBatch) -> Tensor | None:

@@ -110,3 +110,15 @@ class Segments:
         self.ids += ids
         self.logprobs += [0.0] * len(ids)
         self.sampled += [False] * len(ids)
+
+
+def check_same_prompts(rows: Sequence[Row], num_generations: int) -> None:
+    """Refuse groups of responses whose prompts differ, because their passes read the prompt once."""
+    for first in range(0, len(rows), num_generations):
+        for row in rows[first + 1 : first + num_generations]:
+            if row["input_ids"] != rows[first]["input_ids"]:
+                raise ValueError(
+                    f"num_generations={num_generations}: the responses to prompt {first // num_generations} of a "
+                    "rollout have different prompts. Let `reset` or rollout_func return the same prompt for the same "
+                    "row, or set num_generations=1."
+                )
