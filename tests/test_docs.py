@@ -14,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from agents import add, make_tool_model, questions, right_sum, tool_tokenizer
 from click.testing import CliRunner
 from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from markdown_it import MarkdownIt
+from trl.chat_template_utils import qwen3_chat_template
 
 from ppo_plus import PPOConfig, RewardConfig, RewardTrainer
 from ppo_plus.cli import recipes
@@ -28,6 +30,7 @@ from ppo_plus.config.trl_fields import DERIVED_SIZE_FIELDS, TRLFields
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("recipes/**/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+TOOL_MODEL = "Qwen/Qwen3-0.6B"
 # Models by their names on the Hub, which are folders here.
 MODEL_NAMES = re.compile(r"\b(?:Qwen|HuggingFaceTB|meta-llama|google|mistralai|microsoft|EleutherAI)/[\w.-]*\w")
 
@@ -65,7 +68,9 @@ def user_folder(tmp_path_factory):
     make_model(max_position_embeddings=1024).save_pretrained(folder / MODEL)
     make_tokenizer(CHAT_TEMPLATE).save_pretrained(folder / MODEL)
     codes = [code for page in PAGES for language in ("python", "bash") for _, code in blocks(page, language)]
-    for name in {name for code in codes for name in MODEL_NAMES.findall(code)} - {MODEL}:
+    make_model(max_position_embeddings=4096, vocab_size=len(tool_tokenizer())).save_pretrained(folder / TOOL_MODEL)
+    tool_tokenizer(qwen3_chat_template).save_pretrained(folder / TOOL_MODEL)
+    for name in {name for code in codes for name in MODEL_NAMES.findall(code)} - {MODEL, TOOL_MODEL}:
         shutil.copytree(folder / MODEL, folder / name)
     pairs = Dataset.from_dict({"chosen": ["warm", "funny"], "rejected": ["cold", "dull"]})
     args = RewardConfig(output_dir=str(folder / "reward_model"), max_steps=1, report_to="none", save_strategy="no")
@@ -390,7 +395,9 @@ def test_every_metric_that_is_logged_is_in_the_table(tmp_path):
 
 
 def test_metrics_in_the_table_are_metrics(tmp_path):
-    trainer = make_trainer(tmp_path, config={"max_steps": 4, "critic_gate": True})
+    tools = {"model": make_tool_model(trained=False), "processing_class": tool_tokenizer(), "tools": [add]}
+    tools |= {"train_dataset": questions(), "reward_funcs": right_sum}
+    trainer = make_trainer(tmp_path, config={"max_steps": 4, "critic_gate": True}, **tools)
     trainer.train()
     logged = {name for logs in trainer.state.log_history for name in logs}
     logged = {re.sub(r"^rewards/[^/]+/", "rewards/<name>/", name) for name in logged} | {"ppo/skipped_steps"}

@@ -582,6 +582,8 @@ ELSEWHERE = {
     "on_reward_error": "test_faults.py",
     "on_save_error": "test_faults.py",
     "reward_timeout": "test_faults.py",
+    "max_tool_calling_iterations": "test_agents.py",
+    "tool_timeout": "test_agents.py",
     "max_skipped_steps": "test_faults.py",
     **{field.name: "test_legacy.py" for field in dataclasses.fields(TRLFields)},
 }
