@@ -304,6 +304,7 @@ class Sweep:
         else:
             for column, measure in (
                 ("left_padding", self.left_padding), ("packing", self.packing),
+                ("shared_prompts", self.shared_prompts),
                 ("cached_decoding", self.cached_decoding), ("generate", self.generate),
             ):  # fmt: skip
                 self.cell(column, lambda measure=measure: measure(actor))
@@ -367,6 +368,24 @@ class Sweep:
         ).logprobs
         packs = actor.language_model in actor.runner.packable_models
         return verdict(off(found, self.expected), right="yes" if packs else "slow: padded passes")
+
+    @torch.no_grad()
+    def shared_prompts(self, actor: ActorCritic) -> str:
+        """Two answers to each prompt, the second in reverse order, in passes that read the prompt once."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the cell says what the warning does
+            actor.runner.enable_shared_prompts(2)
+        ids, answers = self.ids.clone(), [answer[::-1] for answer in self.answers]
+        for row, answer in zip(ids, answers, strict=True):
+            row[-len(answer) :] = torch.tensor(answer)
+        expected = [plain_logprobs(self.plain, p, a) for p, a in zip(PROMPTS, answers, strict=True)]
+        found = actor(
+            torch.cat([self.ids, ids]), self.mask.repeat(2, 1), STEPS, TEMPERATURE, with_values=False,
+            response_mask=self.asked.repeat(2, 1), seq_lens=lengths_of(self.answers) * 2,
+            prefixes=[(i, len(prompt)) for i, prompt in enumerate(PROMPTS)] * 2,
+        ).logprobs  # fmt: skip
+        shares = actor.language_model in actor.runner.sharing_models
+        return verdict(off(found, [*self.expected, *expected]), right="yes" if shares else "slow: repeated prompts")
 
     @torch.no_grad()
     def cached_decoding(self, actor: ActorCritic) -> str:

@@ -485,6 +485,7 @@ def reason(text: str) -> str:
 ARCHITECTURE_COLUMNS = {
     "left_padding": "left padding",
     "packing": "packing",
+    "shared_prompts": "shared prompts",
     "frozen_layers": "frozen layers",
     "cached_decoding": "cached decoding",
     "generate": "greedy = `generate`",
@@ -500,7 +501,8 @@ def architectures_table(results: Path = RESULTS) -> str:
     if not file.is_file():
         return ""
     r = json.loads(file.read_text())
-    columns = ARCHITECTURE_COLUMNS
+    measured = {name for row in r["rows"] for name in row.get("cells", {})}
+    columns = {name: title for name, title in ARCHITECTURE_COLUMNS.items() if name in measured}
     numbers: dict[str, int] = {}
     lines = [f"| model | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for row in (row for row in r["rows"] if "cells" in row and "refused" not in row):

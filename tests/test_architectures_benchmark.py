@@ -69,7 +69,7 @@ def test_numbers_that_differ_are_a_no(monkeypatch):
     plain = architectures.plain_logprobs
     monkeypatch.setattr(architectures, "plain_logprobs", lambda m, p, a: plain(m, [*p[:-1], 40], a))
     row = architectures.Sweep("llama").run()
-    for column in ("left_padding", "packing", "cached_decoding", "frozen_layers", "nf4", "lora"):
+    for column in ("left_padding", "packing", "shared_prompts", "cached_decoding", "frozen_layers", "nf4", "lora"):
         assert row["cells"][column].startswith("no:"), column
     assert row["cells"]["reward_head"] == row["cells"]["generate"] == "yes"  # which ask another oracle
 
@@ -104,7 +104,7 @@ def test_the_table_in_words(tmp_path):
     (tmp_path / "architectures.json").write_text(json.dumps(result))
     lines = tables.architectures_table(tmp_path).splitlines()
     assert lines[0].startswith("| model | left padding | packing |") and lines[0].endswith("| LoRA, all-linear |")
-    middle = " | ".join(["yes"] * 5)
+    middle = " | ".join(["yes"] * 6)
     assert lines[2:4] == [
         f"| AForCausalLM | yes | yes | {middle} | no (1) |", f"| BForCausalLM | yes | yes (2) | {middle} | no (1) |"
     ]  # fmt: skip

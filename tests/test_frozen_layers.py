@@ -151,7 +151,9 @@ class Counted(LlamaDecoderLayer):
 
     def forward(self, hidden_states, *args, **kwargs):
         mask = kwargs["attention_mask"]
-        rows = sum(map(len, mask.buckets.masks)) if isinstance(mask, PackedMask) else len(hidden_states)
+        rows = (
+            sum(len(part.mask) for part in mask.buckets.parts) if isinstance(mask, PackedMask) else len(hidden_states)
+        )
         self.rows = getattr(self, "rows", 0) + rows * (hidden_states.shape[1] > 1)
         return super().forward(hidden_states, *args, **kwargs)
 
