@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_plus.cli import data, launch, ppo, recipes, reward
 from ppo_plus.cli.arguments import FieldParser, group_fields
+from ppo_plus.cli.completion import field_names
 from ppo_plus.cli.env import describe
 from ppo_plus.cli.main import main
 from ppo_plus.config import PPOConfig
@@ -95,7 +96,9 @@ def test_help_shows_every_field_once_with_its_default(module):
 
 def test_fields_are_grouped_by_the_sections_of_the_sources():
     groups = group_fields(PPOConfig)
-    assert [*groups][:3] == ["Length of training", "Sampling", "Reward"]
+    titles = [*groups]
+    assert titles[:3] == ["Length of training", "Sampling", "Reward"]
+    assert titles.index("Critic") < titles.index("Learning Rate & Scheduler")  # ours first
     assert groups["Objective"][0] == "objective" and "kl_coef" in groups["Reward"]
     assert "learning_rate" in groups["Learning Rate & Scheduler"]  # Trainer's, with another default
     assert sorted(itertools.chain(*groups.values())) == sorted(f.name for f in dataclasses.fields(PPOConfig) if f.init)
@@ -253,10 +256,17 @@ def test_init_alone_lists_the_recipes():
 
 def test_completion_knows_commands_recipes_and_profiles():
     for words, expected in (("ppo-plus r", "reward"), ("ppo-plus init tl", "tldr"),
-                            ("ppo-plus ppo --accelerate_config m", "multi_gpu")):  # fmt: skip
+                            ("ppo-plus ppo --accelerate_config m", "multi_gpu"),
+                            ("ppo-plus ppo --lam 1 --kl_co", "--kl_coef")):  # fmt: skip
         environment = {"_PPO_PLUS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         done = CliRunner(env=environment).invoke(main, [], prog_name="ppo-plus")
         assert f"plain,{expected}" in done.output.splitlines()
+
+
+@pytest.mark.parametrize("module", [ppo, reward])
+def test_completion_knows_every_field(module):
+    fields = {f.name for config in module.ARGUMENTS for f in dataclasses.fields(config) if f.init}
+    assert set(field_names(module.__name__.rpartition(".")[2])) == fields
 
 
 def test_the_demo_names_what_is_not_installed(monkeypatch):

@@ -40,8 +40,8 @@ def group_fields(config: type) -> dict[str, list[str]]:
         names = []
         for section, name in _SECTION_OR_FIELD.findall(inspect.getsource(cls)):
             title = section or title
-            if name in fields:
-                titles.setdefault(name, title)
+            if name in fields and name not in titles:
+                titles[name] = title
                 names.append(name)
         order = dict.fromkeys([*names, *order])
     groups: dict[str, list[str]] = {}

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from .. import __version__
 from . import recipes
+from .completion import field_names
 
 UNPARSED = {"ignore_unknown_options": True, "help_option_names": []}  # the command's own parser reads them, --help too
 
@@ -35,8 +37,17 @@ def main() -> None:
     """
 
 
+class _TrainingCommand(click.Command):
+    """A command whose options are fields of configurations; completes them without importing these."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [f"--{name}" for name in field_names(str(self.name))]
+        fields = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return [*super().shell_complete(ctx, incomplete), *fields]
+
+
 def _training_command(name: str, text: str) -> None:
-    @main.command(name, help=text, context_settings=UNPARSED)
+    @main.command(name, cls=_TrainingCommand, help=text, context_settings=UNPARSED)
     @click.option("--config", type=click.Path())
     @click.option("--accelerate_config", shell_complete=_matching(recipes.profiles))
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
