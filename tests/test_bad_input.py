@@ -300,7 +300,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 
 CASES = {
     # Hyper-parameters: refused by PPOConfig itself
-    "response_length 0": config("response_length must be a whole number, 1 or more; got 0", response_length=0),
+    "response_length 0": config("response_length must be at least 1; got 0", response_length=0),
     "response_length negative": config("response_length must be .*; got -5", response_length=-5),
     "response_length fraction": config("response_length must be a whole number.*; got 8.5", response_length=8.5),
     "response_length as text": config("response_length must be .*; got '8'", response_length="8"),
@@ -318,22 +318,24 @@ CASES = {
     "temperature as text": config("temperature must be a number.*; got 'warm'", temperature="warm"),
     "temperature infinite": config("temperature must be a number.*; got inf", temperature=float("inf")),
     "top_p 0": config("top_p must be above 0 and at most 1; got 0", top_p=0),
-    "top_k negative": config("top_k must be a whole number, 0 .off. or more; got -1", top_k=-1),
+    "top_k negative": config("top_k must be at least 0; got -1", top_k=-1),
     "min_p 1": config("min_p must be at least 0 and below 1; got 1", min_p=1),
-    "gamma above 1": config("gamma must be between 0 and 1; got 1.5", gamma=1.5),
+    "gamma above 1": config("gamma must be at least 0 and at most 1; got 1.5", gamma=1.5),
     "gamma NaN": config("gamma must be a number.*; got nan", gamma=float("nan")),
-    "lam negative": config("lam must be between 0 and 1; got -0.1", lam=-0.1),
-    "kl_coef negative": config("kl_coef must be 0 or more; got -0.05", kl_coef=-0.05),
+    "lam negative": config("lam must be at least 0 and at most 1; got -0.1", lam=-0.1),
+    "kl_coef negative": config("kl_coef must be at least 0; got -0.05", kl_coef=-0.05),
     "kl_coef from YAML without a dot": config("kl_coef must be a number .*write 3.0e-5.; got '5e-2'", kl_coef="5e-2"),
     "model_init_kwargs as text": config("model_init_kwargs must be a dict, one as JSON", model_init_kwargs="dtype=x"),
     "kl_coef None": config("kl_coef must be a number.*; got None", kl_coef=None),
-    "learning_rate negative": config("learning_rate must be 0 or more; got -0.1", learning_rate=-0.1),
+    "learning_rate negative": config("learning_rate must be at least 0; got -0.1", learning_rate=-0.1),
     "value_head_learning_rate negative": config("value_head_learning_rate must be", value_head_learning_rate=-1e-4),
-    "cliprange 0": config("cliprange must be between 0 and 1; got 0", cliprange=0),
+    "cliprange 0": config("cliprange must be above 0 and below 1; got 0", cliprange=0),
     "cliprange_value negative": config("cliprange_value must be above 0, or None; got -1", cliprange_value=-1),
-    "vf_coef negative": config("vf_coef must be 0 or more, or None; got -1", vf_coef=-1),
-    "entropy_coef negative": config("entropy_coef must be 0 or more; got -1", entropy_coef=-1),
-    "missing_eos_penalty negative": config("missing_eos_penalty must be .* it is subtracted", missing_eos_penalty=-1),
+    "vf_coef negative": config("vf_coef must be at least 0, or None; got -1", vf_coef=-1),
+    "entropy_coef negative": config("entropy_coef must be at least 0; got -1", entropy_coef=-1),
+    "missing_eos_penalty negative": config(
+        "missing_eos_penalty must be at least 0, or None; got -1", missing_eos_penalty=-1
+    ),
     "dual_clip at most 1": config("dual_clip must be above 1, or None; got 1", dual_clip=1),
     "dual_clip without a clip": config(
         "dual_clip has no effect with objective='kl_penalty'.*Remove it", dual_clip=3, objective="kl_penalty"
@@ -350,7 +352,7 @@ CASES = {
     "unknown critic": config("critic must be one of 'shared', .*; got 'twin'", critic="twin"),
     "unknown value head": config("value_head must be one of 'linear', 'mlp'; got 'deep'", value_head="deep"),
     "a value head that cannot go below 0": config("value_head_activation must be", value_head_activation="relu"),
-    "unknown stop token": config("stop_token must be one of 'eos', None; got 'period'", stop_token="period"),
+    "unknown stop token": config("stop_token must be one of 'eos', or None; got 'period'", stop_token="period"),
     # Arguments that do not go together
     "k1 as a loss": config(
         "kl_penalty_in='loss' .*gradient is zero in expectation.*kl_estimator='k3'", kl_penalty_in="loss"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from ppo_plus import PPOConfig, RewardConfig
+from ppo_plus.config.checks import above, at_least, at_most, below, field_checks, one_of
 from ppo_plus.config.critic_fields import CriticFields
+from ppo_plus.config.trl_fields import TRLFields
 
 OWN = [
     field
-    for config in (PPOConfig, CriticFields, RewardConfig)
+    for config in (PPOConfig, CriticFields, TRLFields, RewardConfig)
     for field in dataclasses.fields(config)
     if field.name in config.__annotations__
 ]
@@ -84,7 +88,72 @@ def test_every_field_has_a_sentence_of_help(field):
     text = field.metadata["help"]
     assert text[0].isupper() or text[0] in "'" or text.startswith("bf16")
     assert text.endswith(".")
-    assert len(text) < 120
+    assert len(text.partition(" Allowed: ")[0]) < 120
+
+
+NO_RANGE = {"reward_weights": "a reward may be subtracted"}
+
+
+@pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
+def test_every_field_has_a_check_of_its_kind_and_every_number_a_range(kind):
+    checks = field_checks(kind)
+    own = {field.name for field in dataclasses.fields(kind) if field in OWN}
+    assert own <= set(checks)
+    numeric = {name for name, (of_kind, *_) in checks.items() if "number" in of_kind.expected}
+    assert {name for name in numeric if len(checks[name]) == 1} == set(NO_RANGE) & set(checks)
+
+
+@pytest.mark.parametrize("name", field_checks(PPOConfig))
+def test_a_value_of_another_kind_is_refused_and_none_only_where_the_annotation_has_none(name):
+    with pytest.raises(ValueError, match=rf"^PPOConfig: {name} must be .*; got \(3\+4j\)\.$"):
+        config(**{name: 3 + 4j})
+    if type(None) in get_args(get_type_hints(PPOConfig)[name]):
+        config(**{name: None})
+    else:
+        with pytest.raises(ValueError, match=rf"^PPOConfig: {name} must be .*; got None\.$"):
+            config(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("check", "expected", "inside", "outside"),
+    [
+        (above(0), "above 0", [1e-9, 5], [0, -1]),
+        (at_least(1), "at least 1", [1, 2], [0.99]),
+        (above(0) & at_most(1), "above 0 and at most 1", [0.5, 1], [0, 1.01]),
+        (at_least(0) & below(1), "at least 0 and below 1", [0, 0.99], [-0.01, 1]),
+        (one_of("a", None), "one of 'a', None", ["a", None], ["b"]),
+        (below(0).or_none(), "below 0, or None", [-1, None], [0]),
+    ],
+)
+def test_checks_by_hand(check, expected, inside, outside):
+    assert check.expected == expected
+    assert [check.accepts(value) for value in inside + outside] == [True] * len(inside) + [False] * len(outside)
+
+
+def test_a_range_is_in_the_help_and_holds_in_a_subclass_that_redefines_its_field():
+    assert "above 0 and below 1" in " ".join(HfArgumentParser(PPOConfig).format_help().split())
+
+    class Subclass(PPOConfig):
+        pass
+
+    @dataclasses.dataclass
+    class Redefined(Subclass):
+        cliprange: float = 0.3
+
+    assert Redefined("out", use_cpu=True, report_to="none").cliprange == 0.3
+    with pytest.raises(ValueError, match="Redefined: cliprange must be above 0 and below 1; got 1.5"):
+        Redefined("out", use_cpu=True, report_to="none", cliprange=1.5)
+
+
+def test_integers_of_numpy_become_int():
+    given = {"stop_token_id": np.int64(3), "num_mini_batches": np.int32(4), "max_steps": np.int64(5),
+             "per_device_train_batch_size": np.uint8(2), "top_k": np.int64(7)}  # fmt: skip
+    made = config(**given)
+    assert made.to_json_string() == config(**{name: int(value) for name, value in given.items()}).to_json_string()
+    assert config(stop_token_id=[np.int64(3), 5]).extra_stop_ids == [3, 5]
+    for wrong in (np.float64(3), np.bool_(True), "3"):
+        with pytest.raises(ValueError, match="num_mini_batches must be a whole number"):
+            config(num_mini_batches=wrong)
 
 
 def test_no_field_of_trainer_is_redefined_by_accident():

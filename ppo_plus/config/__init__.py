@@ -1,7 +1,8 @@
 """Configuration of `PPOTrainer`; `reward_config`, which imports TRL, holds that of `RewardTrainer`."""
 
+from .checks import is_number
 from .ppo_config import PPOConfig
-from .shared import check_no_sharding, copy_arguments, is_number
+from .shared import check_no_sharding, copy_arguments
 from .trl_fields import TRLFields
 
 __all__ = ["PPOConfig", "TRLFields", "check_no_sharding", "copy_arguments", "is_number"]

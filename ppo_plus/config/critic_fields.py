@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .shared import _check, _field, _is_dict, _is_int, is_number
+from .checks import PROBABILITY, _field, above, at_least, below
 
 
 @dataclass(repr=False)
@@ -23,13 +22,15 @@ class CriticFields:
     prefix_reward_baseline: bool | None = _field(
         None, "Regress values on the reward adapter's prefix scores; None: for critic='shared' and 'detached'."
     )
-    value_head_learning_rate: float = _field(1e-4, "Learning rate of the value head.")
+    value_head_learning_rate: float = _field(1e-4, "Learning rate of the value head.", at_least(0))
     critic_backbone_learning_rate: float = _field(
-        2e-5, "Learning rate of the critic's adapter (critic='adapter') or model (critic='separate')."
+        2e-5, "Learning rate of the critic's adapter (critic='adapter') or model (critic='separate').", at_least(0)
     )
-    critic_warmup_steps: int = _field(0, "Number of initial optimizer steps that train only the critic.")
+    critic_warmup_steps: int = _field(0, "Number of initial optimizer steps that train only the critic.", at_least(0))
     critic_warmup_explained_variance: float | None = _field(
-        None, "End the warm-up, with Monte Carlo targets, early: at the first rollout explained better than this."
+        None,
+        "End the warm-up, with Monte Carlo targets, at the first rollout explained better than this.",
+        at_least(0) & below(1),
     )
     critic_checkpoint: str | None = _field(
         None, "Folder of an earlier run or checkpoint whose critic this run starts with."
@@ -38,15 +39,15 @@ class CriticFields:
         None, "Fields of peft_config that differ for critic='adapter', such as target_modules and r."
     )
     num_critic_updates: int = _field(
-        1, "Updates of a critic with a backbone of its own per actor update, on the same minibatch."
+        1, "Updates of a critic with a backbone of its own per actor update, on the same minibatch.", at_least(1)
     )
 
     # Lambdas and gate
     lam_value: float | None = _field(
-        None, "GAE lambda of the value targets, 1 for Monte Carlo; None means that of the advantages."
+        None, "GAE lambda of the value targets, 1 for Monte Carlo; None means that of the advantages.", PROBABILITY
     )
     length_adaptive_alpha: float | None = _field(
-        None, "Lambda of advantages is 1 - 1/(alpha * tokens of the response) instead of lam; None means lam."
+        None, "Lambda of advantages is 1 - 1/(alpha * tokens of the response) instead of lam; None means lam.", above(0)
     )
     critic_gate: bool = _field(
         False, "Use the batch mean instead of values in rollouts whose explained variance is not above 0 (EVPO)."
@@ -63,41 +64,11 @@ class CriticFields:
         return self.prefix_reward_baseline
 
     def _check_critic(self) -> None:
-        choices: dict[str, tuple] = {
-            "critic": ("shared", "detached", "adapter", "separate"),
-            "value_head": ("linear", "mlp"),
-            "value_head_activation": ("silu", "gelu"),
-            "prefix_reward_baseline": (True, False, None),
-            "critic_gate": (True, False),
-            "advantage_baseline": ("none", "rloo"),
-        }
-        for name, allowed in choices.items():
-            _check(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
-        for name in ("value_head_learning_rate", "critic_backbone_learning_rate"):
-            rate = getattr(self, name)
-            _check(is_number(rate), self, name, "a number (YAML reads 3e-5 as text: write 3.0e-5)")
-            _check(rate >= 0, self, name, "0 or more")
-        steps = self.critic_warmup_steps
-        _check(_is_int(steps) and steps >= 0, self, "critic_warmup_steps", "a whole number, 0 (none) or more")
-        self._check_critic_training()
-        lam, alpha = self.lam_value, self.length_adaptive_alpha
-        _check(lam is None or (is_number(lam) and 0 <= lam <= 1), self, "lam_value", "between 0 and 1, or None")
-        _check(alpha is None or (is_number(alpha) and alpha > 0), self, "length_adaptive_alpha", "above 0, or None")
-
-    def _check_critic_training(self) -> None:
-        bound, updates, folder = self.critic_warmup_explained_variance, self.num_critic_updates, self.critic_checkpoint
-        _check(
-            bound is None or (is_number(bound) and 0 <= bound < 1), self, "critic_warmup_explained_variance",
-            "at least 0 and below 1, or None",
-        )  # fmt: skip
-        if bound is not None and self.critic_warmup_steps == 0:
+        if self.critic_warmup_explained_variance is not None and self.critic_warmup_steps == 0:
             raise ValueError(
                 "PPOConfig: critic_warmup_explained_variance ends a warm-up early, and critic_warmup_steps=0 makes "
                 "none: set critic_warmup_steps to the most steps that it may take."
             )
-        _check(folder is None or isinstance(folder, str | os.PathLike), self, "critic_checkpoint", "text or None")
-        _check(_is_int(updates) and updates >= 1, self, "num_critic_updates", "a whole number, 1 or more")
-        _check(_is_dict(self.critic_peft_config), self, "critic_peft_config", "a dict, one as JSON text, or None")
         if self.critic_peft_config and self.critic != "adapter":
             raise ValueError(
                 f"PPOConfig: critic_peft_config has no effect with critic={self.critic!r}, which has no adapter of its "

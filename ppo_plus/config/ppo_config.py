@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
 
 from ..algo.kl import KL_ESTIMATORS
+from .checks import PROBABILITY, Check, _field, above, at_least, at_most, below, check_fields, one_of, refuse_unless
 from .critic_fields import CriticFields
 from .shared import (
-    _check,
     _check_length,
-    _field,
-    _is_dict,
-    _is_int,
     _RedactSecrets,
     _resolve_direction,
     _resolve_precision,
     _schedule_follows_metric,
     check_no_sharding,
-    is_number,
 )
 from .trl_fields import TRLFields, ignore_derived_fields
 
@@ -29,6 +25,9 @@ if TYPE_CHECKING:
     TokenIds = int | list[int] | None
 else:
     TokenIds = list[int] | None  # HfArgumentParser reads one type for each argument of the command line
+
+
+NOT_GREEDY = Check("above 0 (PPO does not support greedy decoding)", lambda temperature: temperature > 0)
 
 
 @ignore_derived_fields
@@ -42,70 +41,82 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     """
 
     # Length of training
-    total_episodes: int | None = _field(None, "Responses to train on, over all processes; overrides num_train_epochs.")
-    num_ppo_epochs: int = _field(2, "PPO epochs: passes over each rollout.")
-    num_mini_batches: int = _field(2, "Optimizer steps per PPO epoch.")
+    total_episodes: int | None = _field(
+        None, "Responses to train on, all processes; overrides num_train_epochs.", at_least(1)
+    )
+    num_ppo_epochs: int = _field(2, "PPO epochs: passes over each rollout.", at_least(1))
+    num_mini_batches: int = _field(2, "Optimizer steps per PPO epoch.", at_least(1))
     num_generations: int = _field(
-        1, "Responses per prompt in a rollout, all in one minibatch; an evaluation samples one."
+        1, "Responses per prompt in a rollout, all in one minibatch; an evaluation samples one.", at_least(1)
     )
     local_rollout_forward_batch_size: int = _field(
-        64, "Responses per forward pass in reward scoring and evaluation; log-probabilities use micro-batches."
+        64, "Responses per pass of reward scoring and evaluation; log-probabilities use micro-batches.", at_least(1)
     )
     generation_batch_size: int | None = _field(
-        None, "Responses decoded in parallel per process; None means local_rollout_forward_batch_size."
+        None, "Responses decoded in parallel per process; None means local_rollout_forward_batch_size.", at_least(1)
     )
 
     # Sampling
-    response_length: int = _field(53, "Maximum response length, in tokens.")
+    response_length: int = _field(53, "Maximum response length, in tokens.", at_least(1))
     max_prompt_length: int | None = _field(
-        None, "Maximum prompt length, in tokens; longer prompts keep their BOS and last tokens. None means no limit."
+        None, "Maximum prompt length, tokens; longer ones keep BOS and last tokens. None means no limit.", at_least(1)
     )
-    temperature: float = _field(0.7, "Sampling temperature; logits are divided by it for log-probabilities too.")
-    top_p: float = _field(1.0, "Nucleus sampling; below 1, the sampling distribution differs from the scored one.")
-    top_k: int = _field(0, "Sample from the k most likely tokens; 0 disables it.")
-    min_p: float = _field(0.0, "Exclude tokens less likely than min_p times the most likely token; 0 disables it.")
+    temperature: float = _field(
+        0.7, "Sampling temperature; logits are divided by it for log-probabilities too.", NOT_GREEDY
+    )
+    top_p: float = _field(
+        1.0, "Nucleus sampling; below 1, the sampling distribution differs from the scored one.", above(0) & at_most(1)
+    )
+    top_k: int = _field(0, "Sample from the k most likely tokens; 0 disables it.", at_least(0))
+    min_p: float = _field(
+        0.0, "Exclude tokens less likely than min_p times the most likely token; 0 disables it.", at_least(0) & below(1)
+    )
     stop_token: Literal["eos"] | None = _field(None, "'eos': responses end at the tokenizer's EOS, as by default.")
     stop_token_id: TokenIds = _field(
         None, "A token id, or a list of token ids, that ends a response in addition to the EOS ids."
     )
     max_tool_calling_iterations: int | None = _field(
-        None, "Maximum number of times that a response calls tools; None means as long as it fits into response_length."
+        None, "Maximum times that a response calls tools; None means as often as fit into response_length.", at_least(0)
     )
     missing_eos_penalty: float | None = _field(
-        1.0, "Reward units subtracted from the score of a response without a stop token; None disables it."
+        1.0, "Reward units subtracted from the score of a response without a stop token; None disables it.", at_least(0)
     )
     train_on_eos: bool = _field(True, "Include the stop token in the losses, as an action of the policy.")
 
     # Reward
     reward_weights: list[float] | None = _field(None, "Weight of each reward function; None means 1 for each.")
     reward_pessimism: float | None = _field(
-        None, "Beta of -beta * log mean exp(-reward / beta) over rewards, reward units; None sums them."
+        None, "Beta of -beta * log mean exp(-reward / beta) over rewards, reward units; None sums them.", above(0)
     )
     whiten_rewards: bool = _field(False, "Scale the shaped rewards of a rollout to variance 1, keeping their mean.")
-    kl_coef: float = _field(0.05, "Initial coefficient of the KL penalty, reward units per nat.")
-    kl_estimator: str = _field("k1", f"Per-token KL estimator, one of {', '.join(KL_ESTIMATORS)}.")
+    kl_coef: float = _field(0.05, "Initial coefficient of the KL penalty, reward units per nat.", at_least(0))
+    kl_estimator: str = _field("k1", "Per-token KL estimator.", one_of(*KL_ESTIMATORS))
     kl_penalty_in: Literal["reward", "loss"] = _field(
         "reward", "Apply the KL penalty in the reward or as a term of the loss."
     )
-    gamma: float = _field(1.0, "Discount per token.")
-    lam: float = _field(0.95, "GAE lambda.")
+    gamma: float = _field(1.0, "Discount per token.", PROBABILITY)
+    lam: float = _field(0.95, "GAE lambda.", PROBABILITY)
 
     # Objective
     objective: Literal["clip", "kl_penalty", "unclipped", "masked"] = _field(
         "clip", "PPO2's clipped ratio, PPO1's KL penalty, no bound, or SAO's mask on ratios to the sampler."
     )
-    cliprange: float = _field(0.2, "Range of the probability ratio, below 1 and (by default) above 1.")
-    cliprange_high: float | None = _field(None, "Clip range above 1; None means cliprange.")
+    cliprange: float = _field(0.2, "Range of the ratio, below 1 and (by default) above 1.", above(0) & below(1))
+    cliprange_high: float | None = _field(None, "Clip range above 1; None means cliprange.", above(0))
     importance_sampling_cap: float | None = _field(
-        2.0, "Cap of the importance weights that correct numerical differences of decoding; None disables them."
+        2.0,
+        "Cap of importance weights, which correct numerical differences of decoding; None disables it.",
+        at_least(1),
     )
     dual_clip: float | None = _field(
-        None, "Bound on the loss of negative advantages, as a multiple of the advantage, above 1; None disables it."
+        None, "Bound on the loss of negative advantages, as a multiple of the advantage; None disables it.", above(1)
     )
-    old_policy_kl_coef: float = _field(1.0, "Weight of KL(old || new) in objective='kl_penalty', per nat.")
-    entropy_coef: float = _field(0.0, "Weight of the entropy bonus, per nat.")
-    cliprange_value: float | None = _field(0.2, "Clip range of the value, reward units; None disables it.")
-    vf_coef: float | None = _field(None, "Weight of the value loss; None means 0.1 for critic='shared', else 1.")
+    old_policy_kl_coef: float = _field(1.0, "Weight of KL(old || new) in objective='kl_penalty', per nat.", at_least(0))
+    entropy_coef: float = _field(0.0, "Weight of the entropy bonus, per nat.", at_least(0))
+    cliprange_value: float | None = _field(0.2, "Clip range of the value, reward units; None disables it.", above(0))
+    vf_coef: float | None = _field(
+        None, "Weight of the value loss; None means 0.1 for critic='shared', else 1.", at_least(0)
+    )
 
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _field(
@@ -129,22 +140,22 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         "raise", "If a reward function fails or returns invalid values: 'raise', or 'skip' it for that rollout."
     )
     reward_timeout: float | None = _field(
-        None, "Maximum seconds per rollout for a reward function; None means no limit."
+        None, "Maximum seconds per rollout for a reward function; None means no limit.", above(0)
     )
     tool_timeout: float | None = _field(
-        None, "Maximum seconds per call of a tool, after which its answer is an error; None means no limit."
+        None, "Maximum seconds per call of a tool, after which its answer is an error; None means no limit.", above(0)
     )
     on_save_error: Literal["raise", "skip"] = _field(
         "raise", "If a checkpoint cannot be written (disk full): 'raise', or 'skip' it and continue training."
     )
     max_skipped_steps: int = _field(
-        5, "Consecutive steps with NaN or infinite gradients after which training stops with an error."
+        5, "Consecutive steps with NaN or infinite gradients after which training stops with an error.", at_least(1)
     )
 
     # Logging and reports
-    num_sample_generations: int = _field(10, "Number of sample tables printed during training; 0 disables them.")
+    num_sample_generations: int = _field(10, "Sample tables printed during training; 0 disables them.", at_least(0))
     log_completions: bool = _field(False, "Print a sample table after every rollout.")
-    num_completions_to_print: int = _field(5, "Responses per sample table.")
+    num_completions_to_print: int = _field(5, "Responses per sample table.", at_least(1))
     html_report: bool = _field(
         True, "Write report.html to output_dir: curves, answers to fixed prompts, tokens of rollouts."
     )
@@ -159,12 +170,12 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     )
 
     # Defaults that differ from TrainingArguments
-    learning_rate: float = _field(1e-5, "Learning rate of the actor.")
-    adam_epsilon: float = _field(1e-5, "Epsilon of Adam.")
+    learning_rate: float = _field(1e-5, "Learning rate of the actor.", at_least(0))
+    adam_epsilon: float = _field(1e-5, "Epsilon of Adam.", at_least(0))
     bf16: bool | None = _field(
         None, "bf16 autocast; None enables it on GPUs with native bf16, and fp16 on older tensor cores (V100, T4)."
     )
-    logging_steps: float | None = _field(None, "Optimizer steps between logs; None means once per rollout.")
+    logging_steps: float | None = _field(None, "Optimizer steps between logs; None means once per rollout.", above(0))
     logging_nan_inf_filter: bool = _field(False, "Exclude NaN and infinite losses from the logged mean.")
     remove_unused_columns: bool = _field(False, "Must be False: reward functions receive every dataset column.")
     restore_callback_states_from_checkpoint: bool = _field(
@@ -181,9 +192,8 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     def __post_init__(self) -> None:
         check_no_sharding(self)
         _resolve_precision(self)
-        self._check_sizes()
-        self._check_numbers()
-        self._check_choices()
+        batch = {name: at_least(1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+        check_fields(self, PPOConfig, **batch)
         self._check_critic()
         self._check_combinations()
         self._check_trainer_options()
@@ -191,8 +201,6 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
         self._apply_trl_fields()
-        for name in ("model_init_kwargs", "chat_template_kwargs"):
-            _check(_is_dict(getattr(self, name)), self, name, "a dict, one as JSON text, or None")
         self._resolve_best_metric()
         if self.full_determinism:  # cuBLAS may read the variable only once, before Trainer sets it
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
@@ -250,87 +258,6 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         """Weight of the value loss, with the default of `critic` if `vf_coef` is None."""
         return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)
 
-    def _check_sizes(self) -> None:
-        at_least_one = (
-            "num_ppo_epochs", "num_mini_batches", "num_generations", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "response_length", "local_rollout_forward_batch_size",
-            "num_completions_to_print", "max_skipped_steps",
-        )  # fmt: skip
-        for name in at_least_one:
-            _check(_is_int(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a whole number, 1 or more")
-        for name in ("total_episodes", "generation_batch_size", "max_prompt_length", "dataset_num_proc"):
-            value = getattr(self, name)
-            _check(value is None or (_is_int(value) and value >= 1), self, name, "a whole number of 1 or more, or None")
-        stop = self.stop_token_id
-        _check(
-            stop is None or _is_token_id(stop) or (isinstance(stop, list | tuple) and all(map(_is_token_id, stop))),
-            self, "stop_token_id",
-            "a token id, a list of them, or None (tokenizer.convert_tokens_to_ids(text) returns the id of a token)",
-        )  # fmt: skip
-        _check(_is_int(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number, 0 (off) or more")
-        value = self.max_tool_calling_iterations
-        expected = "a whole number of 0 or more, or None"
-        _check(value is None or (_is_int(value) and value >= 0), self, "max_tool_calling_iterations", expected)
-        value = self.num_sample_generations
-        _check(_is_int(value) and value >= 0, self, "num_sample_generations", "a whole number, 0 (never) or more")
-
-    def _check_numbers(self) -> None:
-        not_negative = ("kl_coef", "entropy_coef", "old_policy_kl_coef", "learning_rate", "adam_epsilon")
-        for name in (*not_negative, "temperature", "top_p", "min_p", "gamma", "lam", "cliprange"):
-            _check(is_number(getattr(self, name)), self, name, "a number (YAML reads 3e-5 as text: write 3.0e-5)")
-        for name in (
-            "cliprange_high", "cliprange_value", "vf_coef", "dual_clip", "missing_eos_penalty",
-            "importance_sampling_cap",
-        ):  # fmt: skip
-            _check(getattr(self, name) is None or is_number(getattr(self, name)), self, name, "a number or None")
-        for name in ("reward_timeout", "tool_timeout", "logging_steps"):
-            value = getattr(self, name)
-            _check(value is None or (is_number(value) and value > 0), self, name, "a number above 0, or None")
-        beta, weights = self.reward_pessimism, self.reward_weights
-        _check(beta is None or (is_number(beta) and beta > 0), self, "reward_pessimism", "above 0, or None")
-        numbers = isinstance(weights, list | tuple) and all(map(is_number, weights))
-        _check(weights is None or numbers, self, "reward_weights", "a list of numbers, or None")
-        shares = beta is None or weights is None or (min(weights, default=0) >= 0 and sum(weights) > 0)
-        _check(shares, self, "reward_weights", "0 or more, and one above 0, with reward_pessimism: they are shares")
-        for name in not_negative:
-            _check(getattr(self, name) >= 0, self, name, "0 or more")
-        _check(self.temperature > 0, self, "temperature", "above 0 (PPO does not support greedy decoding)")
-        _check(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
-        _check(0 <= self.min_p < 1, self, "min_p", "at least 0 and below 1")
-        _check(0 <= self.gamma <= 1, self, "gamma", "between 0 and 1")
-        _check(0 <= self.lam <= 1, self, "lam", "between 0 and 1")
-        _check(0 < self.cliprange < 1, self, "cliprange", "between 0 and 1")
-        for name in ("cliprange_high", "cliprange_value"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, self, name, "above 0, or None")
-        _check(self.vf_coef is None or self.vf_coef >= 0, self, "vf_coef", "0 or more, or None")
-        _check(self.dual_clip is None or self.dual_clip > 1, self, "dual_clip", "above 1, or None")
-        cap = self.importance_sampling_cap
-        _check(cap is None or cap >= 1, self, "importance_sampling_cap", "1 or more, or None")
-        penalty = self.missing_eos_penalty
-        _check(penalty is None or penalty >= 0, self, "missing_eos_penalty", "0 or more, or None: it is subtracted")
-
-    def _check_choices(self) -> None:
-        choices: dict[str, tuple] = {
-            "kl_estimator": KL_ESTIMATORS,
-            "kl_penalty_in": ("reward", "loss"),
-            "objective": ("clip", "kl_penalty", "unclipped", "masked"),
-            "stop_token": ("eos", None),
-            "on_reward_error": ("raise", "skip"),
-            "on_save_error": ("raise", "skip"),
-        }
-        switches = (
-            "train_on_eos", "skip_special_tokens", "whiten_rewards", "disable_dropout", "cache_frozen_layers",
-            "use_ppo_plus_kernels", "shuffle_dataset", "log_completions", "html_report", "report_rewards",
-            "push_report", "eval_win_rate", "bf16", "logging_nan_inf_filter",
-            "restore_callback_states_from_checkpoint", "ds3_gather_for_generation",
-        )  # fmt: skip
-        choices |= dict.fromkeys(switches, (True, False))
-        for name, allowed in choices.items():
-            _check(getattr(self, name) in allowed, self, name, f"one of {', '.join(map(repr, allowed))}")
-        for name in ("sft_model_path", "reward_model_path", "exp_name", "model_adapter_name", "ref_adapter_name"):
-            _check(isinstance(getattr(self, name), str | os.PathLike | None), self, name, "text or None")
-
     def _check_combinations(self) -> None:
         rows, answers = self.per_device_train_batch_size, self.num_generations
         if rows % answers and (answers % rows or rows * self.gradient_accumulation_steps % answers):
@@ -354,6 +281,11 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
                 "prompt's other responses, in place of prefix scores. Set num_generations to 2 or more, and "
                 "prefix_reward_baseline to None or False."
             )
+        weights = self.reward_weights
+        if self.reward_pessimism is not None and weights is not None:
+            shares = min(weights, default=0) >= 0 and sum(weights) > 0
+            expected = "at least 0, and one above 0, with reward_pessimism: they are shares"
+            refuse_unless(shares, self, "reward_weights", expected)
         high_has_effect = self.objective == "masked" or self.cliprange_high is None
         if self.objective != "clip" and not (self.dual_clip is None and high_has_effect):
             name = "cliprange_high" if self.dual_clip is None else "dual_clip"
@@ -363,7 +295,7 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         if not self.tracks_best_metric:
             return
         self.metric_for_best_model = self.metric_for_best_model or "eval_reward"
-        _check(
+        refuse_unless(
             not self.metric_for_best_model.endswith("loss"), self, "metric_for_best_model",
             "an evaluation metric ('eval_reward', the default, or 'eval_kl'); evaluations compute no loss",
         )  # fmt: skip
@@ -394,7 +326,3 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         for name, reason in refused.items():
             if getattr(self, name, None):
                 raise ValueError(f"PPOConfig: {name}={getattr(self, name)!r} is not supported: {reason}. Remove it.")
-
-
-def _is_token_id(value: object) -> bool:
-    return _is_int(value) and cast(int, value) >= 0

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from trl import RewardConfig as TRLRewardConfig
 
+from .checks import _field, check_fields
 from .shared import (
     _check_length,
-    _field,
     _RedactSecrets,
     _resolve_direction,
     _resolve_precision,
@@ -29,6 +29,7 @@ class RewardConfig(_RedactSecrets, TRLRewardConfig):
     def __post_init__(self) -> None:
         check_no_sharding(self)
         _resolve_precision(self)
+        check_fields(self, RewardConfig)
         _check_length(self)
         super().__post_init__()
         _resolve_direction(self)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 import warnings
-from dataclasses import field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+
+from .checks import as_int, is_int, is_number
 
 if TYPE_CHECKING:
     from .ppo_config import PPOConfig
@@ -86,37 +85,11 @@ def check_no_sharding(config: Any) -> None:
             )
 
 
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _check(condition: bool, config: Any, name: str, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"PPOConfig: {name} must be {expected}; got {getattr(config, name)!r}.")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_dict(value: object) -> bool:
-    if isinstance(value, str):  # Trainer parses it
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return False
-    return value is None or isinstance(value, dict)
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is a finite int or float and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_length(config: Any) -> None:
     """Refuse `max_steps` and `num_train_epochs` that train nothing or that Trainer would misread."""
+    config.max_steps = as_int(config.max_steps)
     name, steps, epochs = type(config).__name__, config.max_steps, config.num_train_epochs
-    if not _is_int(steps) or steps == 0:
+    if not is_int(steps) or steps == 0:
         raise ValueError(f"{name}: max_steps must be 1 or more, or -1 (num_train_epochs decides); got {steps!r}.")
     decides = steps < 0 and getattr(config, "total_episodes", None) is None
     if not is_number(epochs) or (decides and epochs <= 0):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from .checks import _field, at_least
 
 Config = TypeVar("Config", bound=type)
 
@@ -21,29 +23,22 @@ DERIVED_SIZE_FIELDS = (
 class TRLFields:
     """Fields of TRL 1.12's `PPOConfig`, kept so that its scripts run unchanged."""
 
-    sft_model_path: str = field(
-        default="EleutherAI/pythia-160m",
-        metadata={"help": "Path of the policy and the reference; read by scripts, not by the trainer."},
+    sft_model_path: str | None = _field(
+        "EleutherAI/pythia-160m", "Path of the policy and the reference; read by scripts, not by the trainer."
     )
-    reward_model_path: str = field(
-        default="EleutherAI/pythia-160m",
-        metadata={"help": "Path of the reward model; read by scripts, not by the trainer."},
+    reward_model_path: str | None = _field(
+        "EleutherAI/pythia-160m", "Path of the reward model; read by scripts, not by the trainer."
     )
-    dataset_num_proc: int | None = field(
-        default=None,
-        metadata={"help": "Number of processes for tokenization; read by scripts, not by the trainer."},
+    dataset_num_proc: int | None = _field(
+        None, "Number of processes for tokenization; read by scripts, not by the trainer.", at_least(1)
     )
-    exp_name: str | None = field(
-        default=None, metadata={"help": "Name of the run in reports; run_name takes precedence."}
+    exp_name: str | None = _field(None, "Name of the run in reports; run_name takes precedence.")
+    model_adapter_name: str | None = _field(None, "Name of the PeftModel adapter to train; None means 'default'.")
+    ref_adapter_name: str | None = _field(
+        None, "Name of the PeftModel adapter used as reference; None means a frozen copy."
     )
-    model_adapter_name: str | None = field(
-        default=None, metadata={"help": "Name of the PeftModel adapter to train; None means 'default'."}
-    )
-    ref_adapter_name: str | None = field(
-        default=None, metadata={"help": "Name of the PeftModel adapter used as reference; None means a frozen copy."}
-    )
-    ds3_gather_for_generation: bool = field(
-        default=True, metadata={"help": "Has no effect, because weights are not sharded; False emits a warning."}
+    ds3_gather_for_generation: bool = _field(
+        True, "Has no effect, because weights are not sharded; False emits a warning."
     )
 
     @property
