@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,56 @@ def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(her
     )
     assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
     assert any(not torch.equal(before[n], expected[n]) for n in before)
+
+
+# --- GSM8K, and the presets on it ---
+
+
+RIGHT = """
+def right(completions, solution, **kwargs):
+    assert all("{100" in s for s in solution)
+    return [float(any(v in c[0]["content"] for v in "aeiou")) for c in completions]
+"""
+
+
+@pytest.fixture
+def questions(here):
+    """Sums in GSM8K's form, and a reward that needs no math-verify: whether a vowel occurs."""
+    (here / "my_rewards.py").write_text(RIGHT)
+    (here / "questions").mkdir()
+    for split in ("train", "test"):
+        rows = [{"question": f"how many are {a} and 3?", "answer": f"a sum.\n#### 1,00{a + 3}"} for a in range(6)] * 2
+        Dataset.from_list(rows).to_json(here / "questions" / f"{split}.jsonl")
+    return here
+
+
+GSM8K = [*PPO, "--model_name_or_path", "base", "--dataset_name", "data", "--max_prompt_length", "100",
+         "--num_mini_batches", "1", "--output_dir", "run", "--questions", "questions"]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["gsm8k", "sao", "vapo"])
+def test_gsm8k_and_its_presets(questions, recipe, monkeypatch, capsys):
+    more = ["--num_generations", "2"] if recipe == "vapo" else []
+    words = ["--config", RECIPES / recipe / "ppo.yaml", *GSM8K, *more, "--reward_funcs", "my_rewards:right"]
+    monkeypatch.setattr(sys, "argv", ["gsm8k.py", *map(str, words)])
+    runpy.run_path(str(RECIPES / "gsm8k" / "gsm8k.py"), run_name="__main__")
+    check_ppo(questions / "run")
+    row = json.loads((questions / "data" / "train.jsonl").read_text().splitlines()[1])
+    assert row["prompt"][0]["content"].startswith("how many are 1 and 3? ") and row["solution"] == "\\boxed{1004}"
+    result = json.loads((questions / "run" / "result.json").read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    state = json.loads((questions / "run" / "trainer_state.json").read_text())
+    assert result["at_step"][0] == 0 and result["at_step"][-1] == state["max_steps"]
+    assert all(0 <= accuracy <= 1 for accuracy in result["accuracy"]) and result["seconds_per_step"] > 0
+    critic = {name.split(".")[-3] for name in load_file(questions / "run" / "critic" / "adapter_model.safetensors")}
+    assert ("q_proj" in critic) == (recipe != "sao") and "gate_proj" in critic
+
+
+def test_gsm8k_is_scored_by_math_verify():
+    pytest.importorskip("math_verify", reason="pip install math-verify==0.9.0")
+    from ppo_plus.cli.data import load_reward
+
+    answers = ["So it is \\boxed{1004}.", "So it is \\boxed{1005}.", "1004", ""]
+    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+    reward = load_reward("trl.rewards:accuracy_reward")
+    assert reward(completions, solution=["\\boxed{1004}"] * 4) == [1.0, 0.0, 0.0, 0.0]
