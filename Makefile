@@ -30,7 +30,7 @@ FETCH := import sys; sys.path.insert(0, "recipes/demo"); import demo_assets as d
 
 # What a change in a library below has broken so far, and a short run of the recipe on the real model.
 VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modeling architectures resume quantized \
-                    reward_trainer rewards recipe)
+                    reward_trainer rewards recipe cli)
 VERSIONS_TORCH ?=
 
 .PHONY: demo test test-all gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean

@@ -18,7 +18,15 @@ import yaml
 from trl import TrlParser
 
 # A comment between blank line and field starts a section; transformers and TRL write them too.
+_OF_OTHERS = re.compile(
+    "(Configuration class for|Parameters that control) the "
+)  # how transformers and TRL begin titles
 _SECTION_OR_FIELD = re.compile(r"\n\n    # (?:--- )?([A-Z][\w ,&]+?)(?: ---)?(?=\n)|^    (\w+):", re.MULTILINE)
+
+
+def _title(text: str) -> str:
+    short = _OF_OTHERS.sub("", text)
+    return short if short == text else short.capitalize()
 
 
 def group_fields(config: type) -> dict[str, list[str]]:
@@ -36,10 +44,10 @@ def group_fields(config: type) -> dict[str, list[str]]:
     titles: dict[str, str] = {}
     order: dict[str, None] = {}
     for cls in reversed([cls for cls in config.__mro__ if dataclasses.is_dataclass(cls)]):
-        title = (inspect.getdoc(cls) or cls.__name__).splitlines()[0].rstrip(".")
+        title = _title((inspect.getdoc(cls) or cls.__name__).splitlines()[0].rstrip("."))
         names = []
         for section, name in _SECTION_OR_FIELD.findall(inspect.getsource(cls)):
-            title = section or title
+            title = _title(section) or title
             if name in fields and name not in titles:
                 titles[name] = title
                 names.append(name)

@@ -22,6 +22,8 @@ class RewardConfig(_RedactSecrets, TRLRewardConfig):
 
     # TRL enables activation_checkpointing under its deprecated name; None leaves it off.
     gradient_checkpointing: bool | None = _field(None, "Deprecated name of activation_checkpointing.")
+
+    # Kernels
     use_ppo_plus_kernels: bool = _field(
         True, "Replace forwards of LoRA, norms and score head by faster or more exact ones."
     )
