@@ -362,9 +362,9 @@ def test_the_table_ends_in_the_sizes():
 @pytest.mark.parametrize(
     ("change", "vram", "message"),
     [
-        ({"prompt_length": 0}, 8, "prompt_length must be 1 or more; got 0"),
+        ({"prompt_length": 0}, 8, "prompt_length must be at least 1; got 0"),
         ({"num_mini_batches": 3}, 8, "rollout_batch_size=64 is not a multiple of num_mini_batches=3"),
-        ({"quantization": "fp4"}, 8, "quantization must be one of nf4, int8, bf16, fp32; got 'fp4'"),
+        ({"quantization": "fp4"}, 8, "quantization must be one of 'nf4', 'int8', 'bf16', 'fp32'; got 'fp4'"),
         ({"response_length": 300}, 8, "324 tokens are more than this model's context of 256"),
         ({"critic": "separate"}, 8, "critic='separate' needs a model for the critic"),
         ({}, 0.25, "vram=0.25 GiB must be more than a CUDA context takes"),

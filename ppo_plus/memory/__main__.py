@@ -25,10 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     for field in dataclasses.fields(PlannerConfig):
         name, choices = "--" + field.name.replace("_", "-"), get_args(_HINTS[field.name])
         if field.type == "bool":
-            parser.add_argument(name, action="store_true")
+            parser.add_argument(name, action="store_true", help=field.metadata["help"])
         else:
+            shown = f"{field.metadata['help']} (default: %(default)s)"
             kind = str if choices else int
-            parser.add_argument(name, type=kind, choices=choices or None, default=field.default, help="%(default)s")
+            parser.add_argument(name, type=kind, choices=choices or None, default=field.default, help=shown)
     options = vars(parser.parse_args(arguments))
     names, vram, as_json = (options.pop("model"), options.pop("value_model")), options.pop("vram"), options.pop("json")
     try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
+from ..config.checks import _field, at_least, check_fields
 from ..models.actor_critic import Critic
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "kv_cache", "activations", "logits")
@@ -17,44 +18,29 @@ Parts = dict[str, int]
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """Configuration of a run to plan.
+    """Configuration of a run to plan; all except "fp32" run under bf16 autocast, as PPOConfig where it can."""
 
-    Attributes:
-        prompt_length: tokens of the longest prompt.
-        response_length: tokens of the longest response.
-        rollout_batch_size: responses per rollout.
-        num_mini_batches: optimizer steps per pass over a rollout.
-        quantization: of the base's linear layers; "bf16" and "fp32" are none. Embeddings, norms and the output head
-            are bf16, with "fp32" fp32; all except "fp32" run under bf16 autocast, as PPOConfig if it can.
-        lora_r: rank of the LoRA adapter on all linear layers; adapters are fp32.
-        critic: as in PPOConfig; "separate" is a second model, trained in full, in fp32.
-        reward: "adapter" loads a reward adapter of the same rank onto the base, "none" has no weights.
-        activation_checkpointing: recompute activations in the backward pass.
-    """
-
-    prompt_length: int = 256
-    response_length: int = 512
-    rollout_batch_size: int = 64
-    num_mini_batches: int = 2
-    quantization: Quantization = "nf4"
-    lora_r: int = 16
-    critic: Critic = "shared"
-    reward: Literal["adapter", "none"] = "adapter"
-    activation_checkpointing: bool = False
+    prompt_length: int = _field(256, "Tokens of the longest prompt.", at_least(1))
+    response_length: int = _field(512, "Tokens of the longest response.", at_least(1))
+    rollout_batch_size: int = _field(64, "Responses per rollout.", at_least(1))
+    num_mini_batches: int = _field(2, "Optimizer steps per pass over a rollout.", at_least(1))
+    quantization: Quantization = _field(
+        "nf4", "Of the base's linear layers; bf16 and fp32 are none. Other layers are bf16, with fp32 fp32."
+    )
+    lora_r: int = _field(16, "Rank of the LoRA adapter on all linear layers; adapters are fp32.", at_least(1))
+    critic: Critic = _field("shared", "As in PPOConfig; separate is a second model, trained in full, in fp32.")
+    reward: Literal["adapter", "none"] = _field(
+        "adapter", "A reward adapter of the same rank on the base, or a reward without weights."
+    )
+    activation_checkpointing: bool = _field(False, "Recompute activations in the backward pass.")
 
     def __post_init__(self) -> None:
-        for name in ("prompt_length", "response_length", "rollout_batch_size", "num_mini_batches", "lora_r"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
+        check_fields(self, PlannerConfig)
         if self.rollout_batch_size % self.num_mini_batches:
             raise ValueError(
                 f"rollout_batch_size={self.rollout_batch_size} is not a multiple of num_mini_batches="
                 f"{self.num_mini_batches}, so minibatches would differ in size."
             )
-        choices = {"quantization": get_args(Quantization), "critic": get_args(Critic), "reward": ("adapter", "none")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
 
     @property
     def dtype(self) -> torch.dtype:
