@@ -70,7 +70,7 @@ class Script:
         asked = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
         return self.tokenizer(self.turns[asked][text.count("<|im_start|>assistant\n") - 1])["input_ids"]
 
-    def generate(self, prefixes, uniforms) -> GenerateOutput:
+    def generate(self, prefixes, uniforms, turn_caches=None) -> GenerateOutput:
         tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
         for row, prefix in enumerate(prefixes):
             ids = self.next_turn(prefix)[: int((~uniforms[row].isnan()).sum())]
@@ -215,7 +215,7 @@ def test_tokens_are_never_tokenized_again(tmp_path):
     loop = TurnLoop(pool, prepared, args, [2], (None, len(tokenizer)))
     turns = iter([written, tokenizer("3" + END)["input_ids"]])
 
-    def generate(prefixes, uniforms):
+    def generate(prefixes, uniforms, turn_caches=None):
         ids = torch.tensor([next(turns)])
         return GenerateOutput(ids, torch.zeros(ids.shape))
 
@@ -480,6 +480,28 @@ def test_rewards_per_turn_reach_their_turns(tmp_path):
         first_turn = int(rollout.observation_mask[row].int().argmax())
         assert returns[:first_turn].tolist() == pytest.approx([2.0] * first_turn, abs=1e-5)
         assert returns[first_turn:].tolist() == pytest.approx([1.0] * (len(returns) - first_turn), abs=1e-5)
+
+
+def test_a_kept_cache_gives_what_a_second_reading_gives(tmp_path, monkeypatch):
+    """The same tokens and log-probabilities; later turns feed the call's last token and the tool's answer alone."""
+    found, fed = [], []
+    for keeps in (True, False):
+        trainer = tool_trainer(tmp_path / str(keeps), config={"max_steps": 1})
+        if not keeps:
+            monkeypatch.setattr("ppo_plus.models.generation.keep_row", lambda *_: None)
+        kept, run, widths = Keep.of(trainer), trainer.model.runner.run, []
+        monkeypatch.setattr(
+            trainer.model.runner, "run", lambda model, ids, *a, run=run, widths=widths, **k: (
+                widths.append(ids.shape[1]) if k.get("use_cache") else None, run(model, ids, *a, **k))[1]
+        )  # fmt: skip
+        trainer.train()
+        found.append(kept.samples[0])
+        fed.append([width for width in widths if width > 1])
+    assert torch.equal(found[0].input_ids, found[1].input_ids)
+    torch.testing.assert_close(found[0].sampled_logprobs, found[1].sampled_logprobs, rtol=1e-4, atol=1e-4)
+    suffix = len(tool_tokenizer()(suffix_of("7"))["input_ids"])
+    assert max(fed[0][1:]) == 1 + suffix < min(fed[1])
+    assert found[0].observation_mask.any(1).all()
 
 
 class Asks:

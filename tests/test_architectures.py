@@ -13,9 +13,11 @@ from conftest import lora, make_model, make_trainer
 from peft import PeftModel
 
 from ppo_plus import ActorCritic, ValueHead
+from ppo_plus.data.padding import left_pad
 from ppo_plus.data.seeding import sampling_uniforms
 from ppo_plus.models.backbone import cache_of
 from ppo_plus.models.generation import select_rows
+from ppo_plus.models.turn_cache import tokens_after
 from ppo_plus.rollout.buffer import response_mask
 
 SIZES = {k: v for k, v in conftest.SIZES.items() if k != "tie_word_embeddings"} | {"initializer_range": 0.3}
@@ -211,6 +213,32 @@ def test_a_padded_batch_has_the_logprobs_of_the_plain_model(family):
         assert (scored[row, :length] - expected).abs().max() < 1e-5
         assert (generation.logprobs[row, :length] - expected).abs().max() < 2e-5
     assert scored[real].std() > 0.05  # the oracle could see a difference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_has_the_logprobs_of_the_plain_model(family):
+    """After answers of unequal length of a tool, in another order; some models keep a cache and others read again."""
+    plain = build(family)
+    model, (ids, mask) = actor_critic(plain), left_padded()
+    options = {"stop_ids": STOPS, "pad_token_id": 0, "temperature": TEMPERATURE}
+    caches = [None] * len(ids)
+    first = model.sample(ids, mask, sampling_uniforms(0, len(ids), LENGTH), turn_caches=caches, **options)
+    real = response_mask(first.tokens, STOPS)
+    rows = [row for row in (2, 0, 3, 1) if first.tokens[row, int(real[row].sum()) - 1] in STOPS]
+    sequences = [PROMPTS[row] + first.tokens[row][real[row]].tolist() + [21, 22, 23, 24][: row + 1] for row in rows]
+    kept = [caches[row] for row in rows]
+    new_tokens = tokens_after(kept, sequences)
+    assert len(rows) > 1
+    if family in ("Llama", "Qwen3", "GPT-2", "GPT-NeoX"):
+        assert [len(new) for new in new_tokens] == [1 + row + 1 for row in rows]
+    if family in ("Mistral", "Gemma 2", "Mamba"):
+        assert new_tokens == sequences
+    ids, mask = left_pad(new_tokens, 3)
+    second = model.sample(ids, mask, sampling_uniforms(1, len(rows), LENGTH), turn_caches=kept, **options)
+    for row, sequence in enumerate(sequences):
+        tokens = second.tokens[row][response_mask(second.tokens, STOPS)[row]].tolist()
+        expected = plain_logprobs(plain, sequence, tokens)
+        assert (second.logprobs[row, : len(tokens)] - expected).abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from ..algo.logprobs import token_logprobs
 from ..kernels.lora import autocast_dtype, cached_lora_weights
 from ..utils.devices import float64_device
-from .backbone import cache_of
+from .backbone import backbone_interface, cache_of
 from .logprobs import logits_function, sample
+from .turn_cache import TurnCache, join_rows, keep_row
 
 if TYPE_CHECKING:
     from .actor_critic import ActorCritic
@@ -42,6 +43,7 @@ def sample_responses(
     temperature: float = 1.0,
     logits_processor: Callable[[Tensor], Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
+    turn_caches: list[TurnCache | None] | None = None,
 ) -> GenerateOutput:
     """Sample responses from the distribution that `forward` scores.
 
@@ -62,6 +64,8 @@ def sample_responses(
         temperature: divides the logits.
         logits_processor: maps logits at the temperature, `(B, V)`, to the logits sampled from (top-k and the like).
         on_step: called at each decode step with the number of unfinished rows.
+        turn_caches: cache of each row; if no entry is None, `input_ids` are the tokens after them. On return, the
+            caches of all tokens but the last; None for models that cannot keep them.
     """
 
     def choose(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +77,7 @@ def sample_responses(
     eager = torch.compiler.set_stance("force_eager") if model.runner.compiled else contextlib.nullcontext()
     with cached_lora_weights(model.policy), eager, _disable_redundant_autocast(model.active_model):
         prompts = input_ids, attention_mask, prompt_of_row
-        return _decode(model, prompts, uniforms, stop_ids, pad_token_id, choose, on_step)
+        return _decode(model, prompts, uniforms, stop_ids, pad_token_id, choose, on_step, turn_caches)
 
 
 def _disable_redundant_autocast(model: PreTrainedModel) -> AbstractContextManager:
@@ -86,7 +90,7 @@ def _disable_redundant_autocast(model: PreTrainedModel) -> AbstractContextManage
 def _decode(
     model: ActorCritic, prompts: tuple[Tensor, Tensor, Tensor | None], uniforms: Tensor, stop_ids: Sequence[int],
     pad_token_id: int, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    on_step: Callable[[int], None] | None,
+    on_step: Callable[[int], None] | None, turn_caches: list[TurnCache | None] | None,
 ) -> GenerateOutput:  # fmt: skip
     step_ids, mask, prompt_of_row = prompts
     (rows, length), device, cache = uniforms.shape, step_ids.device, None
@@ -95,6 +99,11 @@ def _decode(
     stop, active_rows = torch.tensor(list(stop_ids), device=device), torch.arange(rows, device=device)
     may_continue = torch.nn.functional.pad(~uniforms[:, 1:].isnan(), (0, 1), value=True).to(device)
     head, uniforms = logits_function(model.active_model), uniforms.to(float64_device(device))
+    takes_positions = backbone_interface(model.active_model).takes_positions
+    kept = [row for row in turn_caches or () if row is not None]
+    if kept and len(kept) == rows:
+        cache, kept_mask = join_rows(kept)
+        mask = torch.cat([kept_mask, mask], 1)
     for t in range(length):
         if on_step is not None:
             on_step(len(active_rows))
@@ -108,6 +117,9 @@ def _decode(
         tokens[active_rows, t], logprobs[active_rows, t] = token, tokens_logprobs
         unfinished = ~torch.isin(token, stop) & may_continue[active_rows, t]
         num_unfinished = int(unfinished.sum())  # a host sync, so once per step
+        if turn_caches is not None and takes_positions and num_unfinished < len(active_rows):
+            for row in (~unfinished).nonzero()[:, 0].tolist():
+                turn_caches[int(active_rows[row])] = keep_row(cache, row, mask[row])
         if num_unfinished == 0:
             break
         if num_unfinished < len(active_rows):

@@ -24,6 +24,7 @@ from ..data.seeding import derive_seed, isolated_rng, sampling_uniforms
 from ..kernels.batch_backoff import PATIENCE, BatchSize
 from ..models.actor_critic import ActorCritic
 from ..models.generation import GenerateOutput
+from ..models.turn_cache import TurnCache, tokens_after
 from ..rewards import CheapAnswers, Completions, RewardSet
 from ..rewards.cheap_answers import PROMPTS, mean_by_kind
 from .buffer import LeftPaddedLayout, Rollout, index_rows, response_mask
@@ -190,7 +191,11 @@ class RolloutCollector:
     def _single_turn(self, rows: Sequence[Row], output: GenerateOutput) -> Responses:
         return Responses.from_single_turn(rows, output, self.stop_ids, train_on_eos=self.args.train_on_eos)
 
-    def _generate(self, prompts: Sequence[list[int]], uniforms: Tensor, num_generations: int = 1) -> GenerateOutput:
+    def _generate(
+        self, prompts: Sequence[list[int]], uniforms: Tensor, num_generations: int = 1,
+        turn_caches: list[TurnCache | None] | None = None,
+    ) -> GenerateOutput:  # fmt: skip
+        """Sample a turn; `turn_caches` are those of the turns before by row, and are replaced by those after it."""
         (rows, length), padding = uniforms.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
@@ -206,13 +211,18 @@ class RolloutCollector:
                 chunk // num_generations, return_inverse=True, return_counts=True
             )
             firsts = chunk[counts.cumsum(0) - counts]
-            input_ids, attention_mask = left_pad([prompts[int(i)] for i in firsts], padding)
+            caches = None if turn_caches is None else [turn_caches[i] for i in chunk.tolist()]
+            new_tokens = tokens_after(caches, [prompts[i] for i in firsts.tolist()])
+            input_ids, attention_mask = left_pad(new_tokens, padding)
             out = self.model.sample(
                 input_ids.to(device), attention_mask.to(device), uniforms[chunk],
                 None if num_generations == 1 else prompt_of_row.to(device), stop_ids=self.stop_ids,
                 pad_token_id=padding, temperature=self.args.temperature, logits_processor=self.logits_processor,
-                on_step=progress.decode_step_callback(len(chunk)),
+                on_step=progress.decode_step_callback(len(chunk)), turn_caches=caches,
             )  # fmt: skip
+            if turn_caches is not None and caches is not None:
+                for i, cache in zip(chunk.tolist(), caches, strict=True):
+                    turn_caches[i] = cache
             tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
             progress.add(len(chunk), int(sampled(chunk).sum()))
 

@@ -25,13 +25,15 @@ from ..data.padding import pad_id
 from ..data.prompts import Row, check_ids, encode_prompt, truncate_prompt
 from ..data.tool_templates import tool_suffix_ids
 from ..models.generation import GenerateOutput
+from ..models.turn_cache import TurnCache
 from ..rewards.functions import CallTimeout, call_with_timeout, event_loop, poll, without_autocast
 from ..utils.interrupt import interruptible, raise_if_interrupted
 from .environments import EnvironmentPool, Tools, is_text
 from .responses import Responses, Segments
 
-# Samples one turn: prompts as token ids and uniforms `(N, R)` float64, NaN where a row may not sample any more.
-Generate = Callable[[Sequence[list[int]], Tensor], GenerateOutput]
+# Samples one turn: prompts as token ids, and uniforms `(N, R)` float64, NaN where a row may not sample any more; with
+# `turn_caches`, the caches of the rows' earlier turns, which it replaces.
+Generate = Callable[..., GenerateOutput]
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Episode:
         messages: its messages: the policy's, and those of tools.
         num_calls: tool calls.
         num_failures: tool calls that were answered by an error.
+        cache: keys and values of all tokens but those after its last turn; None where they are not kept.
     """
 
     row: Row
@@ -55,6 +58,7 @@ class Episode:
     messages: list[dict[str, Any]] = field(default_factory=list)
     num_calls: int = 0
     num_failures: int = 0
+    cache: TurnCache | None = None
 
 
 class TurnLoop:
@@ -132,12 +136,14 @@ class TurnLoop:
         remaining = torch.full((len(active), length - min(used)), torch.nan, dtype=uniforms.dtype)
         for row, (i, start) in enumerate(zip(active, used, strict=True)):
             remaining[row, : length - start] = uniforms[i, start:]
-        output = generate(prefixes, remaining)
+        caches = [episodes[i].cache for i in active]
+        output = generate(prefixes, remaining, turn_caches=caches)
         for row, (i, start) in enumerate(zip(active, used, strict=True)):
             ids = output.tokens[row, : length - start].tolist()
             stops = [t + 1 for t, token in enumerate(ids) if token in self.stop_ids]
             ids = ids[: stops[0]] if stops else ids
             episode = episodes[i]
+            episode.cache = caches[row]
             episode.response.add_turn(ids, output.logprobs[row, : len(ids)].tolist())
             episode.messages.append(self._parse(ids, prefixes[row], episode.schemas))
 
