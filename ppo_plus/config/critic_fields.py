@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 from .checks import PROBABILITY, _field, above, at_least, below
 
+Critic = Literal["shared", "detached", "adapter", "separate"]
+
 
 @dataclass(repr=False)
 class CriticFields:
     """The critic of a run, and how much advantages and value targets rely on it."""
 
     # Critic
-    critic: Literal["shared", "detached", "adapter", "separate"] = _field(
+    critic: Critic = _field(
         "shared",
         "Backbone of the value head: the actor, the actor without gradient, a second adapter, or value_model.",
     )

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ..config.checks import _field, at_least, check_fields
-from ..models.actor_critic import Critic
+from ..config.critic_fields import Critic
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "kv_cache", "activations", "logits")
 Quantization = Literal["nf4", "int8", "bf16", "fp32"]

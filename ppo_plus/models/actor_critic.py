@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..config.critic_fields import Critic
 from ..kernels.fp32_heads import apply_head
 from ..kernels.frozen_layers import FrozenPrefix
 from ..kernels.packing import NoPacking, Packing, SeqLens, make_packing
@@ -47,7 +48,6 @@ from .saving import load_actor_critic, save_actor_critic
 from .score_heads import pool_last_token
 from .value_head import ValueHead
 
-Critic = Literal["shared", "detached", "adapter", "separate"]
 ROLES = ("actor", "reference", "critic")  # and the names of reward adapters
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import PPOConfig
+from ..config.critic_fields import Critic
 from ..data.seeding import derive_seed, isolated_rng
-from .actor_critic import Critic
 from .adapter_files import resolve_adapter_path
 from .adapter_loading import load_reward_adapter
 from .adapters import CRITIC_ADAPTER, preserve_requires_grad, set_adapter_trainable, train_adapter

@@ -48,7 +48,7 @@ class RolloutFunction:
         if missing:
             raise ValueError(f"rollout_func must return {missing}; its dict has the keys {list(output)}.")
         columns = {name: self._column(name, value, len(rows)) for name, value in output.items()}
-        self._check_names(rows[0], columns)
+        self._check_names(columns)
         segments = [self._segments(row, columns) for row in range(len(rows))]
         extra = [name for name in columns if name not in (*REQUIRED, "env_mask")]
         answered = [
@@ -71,9 +71,8 @@ class RolloutFunction:
         return list(value)
 
     @staticmethod
-    def _check_names(row: Row, columns: Mapping[str, list]) -> None:
-        taken = [name for name in columns if name in (*REWARD_ARGUMENTS, "prompt", "input_ids")]
-        taken = [name for name in taken if name not in REQUIRED]
+    def _check_names(columns: Mapping[str, list]) -> None:
+        taken = sorted({*REWARD_ARGUMENTS, "prompt", "input_ids"} & {*columns} - {*REQUIRED})
         if taken:
             raise ValueError(f"rollout_func: the key {taken[0]!r} is an argument of reward functions; rename it.")
 
