@@ -255,3 +255,27 @@ def test_gsm8k_is_scored_by_math_verify():
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
     reward = load_reward("trl.rewards:accuracy_reward")
     assert reward(completions, solution=["\\boxed{1004}"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_tools_recipe_warms_up_and_trains(here, monkeypatch, capsys):
+    from agents import tool_tokenizer
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    tokenizer = tool_tokenizer(qwen2_5_chat_template, response_template=None)
+    tokenizer.save_pretrained(here / "tool_base")
+    make_model(max_position_embeddings=2048, vocab_size=len(tokenizer)).save_pretrained(here / "tool_base")
+    monkeypatch.syspath_prepend(str(RECIPES / "tools"))
+    words = ["--base", "tool_base", "--warm_up_steps", 1, *PPO, "--response_length", 8, "--num_mini_batches", 1]
+    monkeypatch.setattr(sys, "argv", ["calculator.py", *map(str, words)])
+    runpy.run_path(str(RECIPES / "tools" / "calculator.py"), run_name="__main__")
+    check_ppo(here / "out" / "tools")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Held-out reward")
+
+
+def test_the_calculator_calculates_and_its_reward_reads_the_last_message():
+    module = runpy.run_path(str(RECIPES / "tools" / "calculator.py"))
+    assert module["calculate"]("12 * 3 - 40") == -4
+    with pytest.raises(Exception, match="Call"):
+        module["calculate"]("print(1)")
+    say = [[{"role": "assistant", "content": text}] for text in ("It is 7", "It is 70", "")]
+    assert module["right_answer"](say, answer=[7, 7, 7]) == [1.0, 0.0, 0.0]

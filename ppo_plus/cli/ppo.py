@@ -23,6 +23,9 @@ class PromptArguments(DataArguments):
     reward_funcs: list[str] = field(
         metadata={"help": "Reward adapters or sequence classifiers (folder or name), or functions as module:function."}
     )
+    tools: list[str] = field(
+        default_factory=list, metadata={"help": "Functions that the model may call, as module:function."}
+    )
     kl_target: float | None = field(
         default=None, metadata={"help": "Target KL to the reference, nats per response; None keeps kl_coef fixed."}
     )
@@ -81,6 +84,7 @@ def train(prog: str, data: PromptArguments, model: ModelConfig, args: PPOConfig)
             eval_dataset=held_out,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
+            tools=[load_reward(name) for name in data.tools] or None,
             callbacks=[] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, **data.adaptive_kl)],
         )
         check_free_space(trainer)
