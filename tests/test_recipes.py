@@ -41,6 +41,7 @@ def run(command, *arguments):
 def here(tmp_path, monkeypatch):
     """A working directory with a base model, prompts and pairs under the names that hubs use."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # each test has its own file of this name
     make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     make_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "base")
     chats = [[{"role": "user", "content": f"tell me of {s}"}] for s in SUBJECTS]
