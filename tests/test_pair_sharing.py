@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from transformers import (
     MistralConfig,
     MistralForSequenceClassification,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import long_pairs
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.models.classifier import register_sequence_classifier
@@ -139,3 +144,13 @@ def test_a_reward_model_learns_the_same_from_fewer_tokens(base, tmp_path, monkey
     tolerance = 1e-5 if dtype == "fp32" else 2e-2
     assert losses == pytest.approx(expected_losses, abs=tolerance)
     assert dtype == "bf16" or (weights - expected).abs().max() < 1e-5
+
+
+def test_figures_of_the_benchmark():
+    runs = {
+        side: [{"seconds_per_pair": s, "accuracy": s / 10} for s in seconds]
+        for side, seconds in {"shared": (1.0, 3.0, 2.0), "separate": (4.0, 3.0, 9.0), "trl": (6.0, 5.0, 7.0)}.items()
+    }
+    found = long_pairs.summarize(runs)
+    assert (found["over_separate"], found["over_trl"]) == (2.0, 3.0)
+    assert found["shared"] == {"seconds_per_pair": 2.0, "accuracy": [0.1, 0.3, 0.2]}

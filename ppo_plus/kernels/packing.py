@@ -274,7 +274,8 @@ def packed_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> P
     masks: list[Tensor | None] = []
     functions: list[Callable[..., tuple[Tensor, None]]] = []
     for part in buckets.parts:
-        eager = prefer_eager(device, dtype, part.queries, part.mask.shape[1])
+        # A mask makes `sdpa` slow on CPUs, so rows with more keys than queries are compared by their queries alone.
+        eager = prefer_eager(device, dtype, part.queries, part.queries)
         options = part.mask_options(kwargs["mask_function"], kwargs.get("allow_is_causal_skip", False))
         masks.append((eager_mask if eager else sdpa_mask)(**{**kwargs, **options, "dtype": dtype, "device": device}))
         functions.append(eager_gqa_attention if eager else sdpa_attention_forward)
