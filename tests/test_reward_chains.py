@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def saved(folder):
 
 
 def measured(trainer, *datasets):
-    """Mean, deviation and accuracy of rewards, one text at a time."""
+    """Mean, deviation, accuracy and calibration error of rewards, one text at a time."""
     scores = []
     for row in (row for dataset in datasets for row in dataset):
         for name in ("chosen", "rejected"):
@@ -48,7 +49,12 @@ def measured(trainer, *datasets):
                 scores.append(trainer.model.eval()(input_ids=ids).logits.item())
     both = torch.tensor(scores)
     chosen, rejected = both.view(-1, 2).T
+    bins = {}  # by tenth of [0.5, 1]: whether a pair is right, less how probable that was
+    for margin in (chosen - rejected).tolist():
+        probability = 1 / (1 + math.exp(-abs(margin)))
+        bins.setdefault(int((probability - 0.5) * 20), []).append((margin > 0) - probability)
     return {
+        "calibration_error": pytest.approx(sum(abs(sum(gaps)) for gaps in bins.values()) / len(chosen), abs=1e-5),
         "reward_mean": pytest.approx(both.mean().item(), abs=1e-5),
         "reward_std": pytest.approx(both.std(unbiased=False).item(), abs=1e-5),
         "accuracy": pytest.approx((chosen > rejected).float().mean().item()),
