@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 import re
+import signal
 import time
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import start_event_loop_in_daemon
 
 from ppo_plus import PPOConfig, PPOTrainer
+from ppo_plus.callbacks.completions import messages_to_text
 from ppo_plus.data.tool_templates import prepare_tool_tokenizer, tool_suffix_ids
 from ppo_plus.models.generation import GenerateOutput
 from ppo_plus.rollout.environments import EnvironmentPool
@@ -555,6 +557,55 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     start = weights_of(tool_trainer(tmp_path / "start", **arguments))
     assert any(not torch.equal(start[name], found[name]) for name in found)  # the control
+
+
+class SignalInTool:
+    """A tool that sends SIGTERM at one of its calls."""
+
+    def __init__(self, at: int) -> None:
+        self.calls, self.at = 0, at
+
+    def tool(self):
+        def add(a: int, b: int) -> int:
+            """Add two numbers.
+
+            Args:
+                a: The first number.
+                b: The second number.
+            """
+            self.calls += 1
+            if self.calls == self.at:
+                signal.raise_signal(signal.SIGTERM)
+            return a + b
+
+        return add
+
+
+def test_a_run_killed_inside_a_turn_resumes_to_the_same_bits(tmp_path):
+    """The signal comes in a tool call of the second rollout, which the resumed run repeats."""
+    config = {"max_steps": 4, "num_ppo_epochs": 1, "num_mini_batches": 2, "save_strategy": "steps", "save_steps": 100}
+    whole = tool_trainer(tmp_path / "whole", config=config)
+    whole.train()
+    interrupted = tool_trainer(tmp_path / "cut", config=config, tools=[SignalInTool(at=8 + 3).tool()])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # the process goes on
+    try:
+        interrupted.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert interrupted.state.global_step == 2
+    resumed = tool_trainer(tmp_path / "cut", config=config)
+    resumed.train(resume_from_checkpoint=True)
+    expected, found = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(not torch.equal(weights_of(interrupted)[name], found[name]) for name in found)  # the control
+
+
+def test_tool_calls_are_lines_of_the_tables():
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "name": "add", "content": "3"}
+    ]  # fmt: skip
+    assert messages_to_text(messages) == "assistant: \nassistant calls add: {'a': 1}\ntool: 3"
 
 
 # rollout_func

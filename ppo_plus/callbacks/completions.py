@@ -64,8 +64,15 @@ def sample_table(samples: Experience, rows: int) -> dict[str, list[Any]]:
 
 
 def messages_to_text(prompt: Any) -> str:
-    """Format a prompt or completion as text; each message of a conversation becomes a line."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    """Format a prompt or completion as text; each message and each tool call of a conversation becomes a line."""
+    if isinstance(prompt, str):
+        return prompt
+    lines = []
+    for message in prompt:
+        lines.append(f"{message['role']}: {message['content']}")
+        calls = (call.get("function", call) for call in message.get("tool_calls") or ())
+        lines += [f"{message['role']} calls {call.get('name')}: {call.get('arguments')}" for call in calls]
+    return "\n".join(lines)
 
 
 def escape_terminal(text: str) -> str:
