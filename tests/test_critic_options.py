@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from test_functional import ragged, real_tokens, slow_gae, slow_moments
 from ppo_plus import PPOCallback, algo
 from ppo_plus.callbacks.training_health import TrainingHealthCallback
 from ppo_plus.rollout.advantages import estimate_advantages
+from ppo_plus.training.checkpoint import write_manifest
 
 
 class Rollouts(PPOCallback):
@@ -360,6 +362,24 @@ def test_pretraining_ends_when_the_critic_explains_enough(tmp_path):
         for row, length in enumerate(lengths):  # the score is paid at the last token, and nothing before it
             monte_carlo = torch.full((length,), rollout.sequence_scores[row].item())
             assert torch.allclose(targets[row, :length], monte_carlo, atol=1e-5) == (index <= first) or length == 1
+
+
+def test_a_resumed_run_knows_that_pretraining_has_ended(tmp_path):
+    config = {**PRETRAINING, "max_steps": 28, "save_strategy": "steps", "save_steps": 1}
+    whole, kept = train(tmp_path / "whole", **config)
+    first = 4 * next(i for i, (_, _, m) in enumerate(kept) if m["critic/explained_variance_mc"] > 0.05)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{first + 1}"  # inside the rollout that ended it
+    ends = []
+    for started in (True, False):
+        state = json.loads((checkpoint / "ppo_state_0.json").read_text())
+        assert state["actor_started"]
+        if not started:
+            (checkpoint / "ppo_state_0.json").write_text(json.dumps({**state, "actor_started": False}))
+            write_manifest(checkpoint)
+        trainer = make_trainer(tmp_path / f"{started}", config={**config, "save_strategy": "no"})
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        ends.append(weights(trainer))
+    assert torch.equal(ends[0], weights(whole)) and not torch.equal(ends[1], weights(whole))
 
 
 def test_without_a_bound_the_warm_up_takes_all_its_steps(tmp_path):

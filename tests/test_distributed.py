@@ -99,7 +99,11 @@ def alone(folder, seed, stream=False, **config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"num_generations": 4}], ids=["", "several answers"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"num_generations": 4}, {"critic": "adapter", "num_critic_updates": 2, "critic_backbone_learning_rate": 1e-3}],
+    ids=["", "several answers", "a critic that is updated twice"],
+)
 def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(tmp_path, config):
     """Sampling, minibatches, whitening, statistics and gradients: 6 steps, in the second rollout already."""
     two = launch(tmp_path / "two", config={"gradient_accumulation_steps": 2, **config})

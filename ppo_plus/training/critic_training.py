@@ -97,7 +97,9 @@ class CriticTraining:
         trainer.accelerator.gradient_state._set_sync_gradients(True)  # else accelerate would ignore the step
         trainer.accelerator.unscale_gradients()
         norm = nn.utils.clip_grad_norm_(critic, trainer.args.max_grad_norm or float("inf"))
-        if torch.isfinite(norm):  # the step that follows counts the others, see NonfiniteGradientGuard
+        # A scaler skips a step that is not finite itself, and expects the call; the step that follows is counted, see
+        # NonfiniteGradientGuard.
+        if trainer.accelerator.scaler is not None or torch.isfinite(norm):
             trainer.optimizer.step()
 
 
