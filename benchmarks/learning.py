@@ -61,7 +61,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "separate": {"value_model": True},
     "proportional": {"adaptive_kl": {"target": 2.0, "horizon": 64}},
     "band": {"adaptive_kl": {"band": [1.0, 2.0]}},
-    "pi": {"adaptive_kl": {"target": 2.0, "gains": [1.0, 0.2]}},
     "k3": {"kl_estimator": "k3"},
     "in_loss": {"kl_estimator": "k3", "kl_penalty_in": "loss"},
     "normalized": {"reward_normalization": True},
