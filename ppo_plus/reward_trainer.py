@@ -38,7 +38,7 @@ from .models.adapter_checks import check_no_adapter, check_preserves_base
 from .models.adapter_files import HEADS, REWARD_FILE
 from .models.adapters import keep_model_card, train_adapter
 from .models.base_weights import encode_samples, local_folder, sample_model, weight_files
-from .models.classifier import register_sequence_classifier
+from .models.classifier import depends_on_padding, register_sequence_classifier
 from .models.loading import (
     clone_mmapped_tensors,
     config_to_train,
@@ -51,10 +51,11 @@ from .models.loading import (
 from .models.pair_sharing import PairSharing
 from .models.precision import check_trained_dtype, hold_trained_in_fp32
 from .models.saving import without_generation_parameters
-from .models.weight_checks import check_device_map, check_model_weights
+from .models.weight_checks import check_device_map, check_model_weights, explain_offloading
 from .rewards.adapters import template_hash
 from .training.hub import HubMixin, save_training_args_json
 from .training.reward_card import RewardModelCard
+from .training.validation import check_quantized_device, warn_of_long_warmup
 
 ADAPTER_HINT = (
     "Pass the name of its base to train a new reward adapter; to start from the adapter's weights, merge them into the "
@@ -99,6 +100,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
                 set_frozen_dtype(args)
             check_named_model(model, args, is_fully_trained=peft_config is None)
         check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
+        check_quantized_device(args, model, kwargs.get("quantization_config"))
         if runs_in_fp16(args) and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_fp16(kwargs["quantization_config"])
         if (tokenizer := kwargs.get("processing_class")) is not None:
@@ -110,7 +112,8 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         if isinstance(model, PeftModel):
             train_adapter(model)
             check_head_is_trained(model)
-        super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        with explain_offloading():  # TRL's default device_map is "auto", which offloads what the GPU cannot hold
+            super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
@@ -123,6 +126,14 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             hold_trained_in_fp32(self.model)  # TRL casts adapters of a quantized model to bf16
         keep_model_card(self.model)
         self._configure_forward()
+        if depends_on_padding(self.model, cast(int, self.processing_class.pad_token_id)):
+            warnings.warn(
+                f"The scores of {type(self.accelerator.unwrap_model(self.model)).__name__} depend on the padding of "
+                "their batch, so training learns from the lengths of the pairs in a batch too. Set "
+                "per_device_train_batch_size=1 and raise gradient_accumulation_steps, or choose a model whose "
+                "attention mask covers padding.",
+                stacklevel=2,
+            )
 
     def _configure_forward(self) -> None:
         """Replace the forwards of adapters, norms and score head with faster ones, or with Liger's, after loading."""
@@ -136,6 +147,11 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         if self.args.use_liger_kernel:
             apply_liger([self.model], self.args)
         self._pair_sharing = PairSharing(self.model) if enabled and not self.args.torch_compile else None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create Trainer's schedule, and warn if its warm-up lasts longer than training."""
+        warn_of_long_warmup(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does, and discard the calibration of the previous weights."""

@@ -228,6 +228,8 @@ def test_rendered_text_gets_one_bos(seen_by_classifier):
         ("$A", "<bos><bos>why", [1, 1, 26, 11, 28]),  # as written
         ("<bos> $A", "<bos><bos>why", [1, 1, 26, 11, 28]),
         ("<bos> $A", "why", [1, 26, 11, 28]),
+        ("<bos> $A", "\n<bos>why", [36, 1, 26, 11, 28]),  # as the template renders it
+        ("<bos> $A", "\nwhy", [1, 36, 26, 11, 28]),
     ],
 )
 def test_only_a_bos_that_was_added_is_dropped(processor, text, expected):

@@ -272,7 +272,7 @@ def reward_model(folder, cpu, base, adapter):
         peft_config=LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["score"], target_modules="all-linear"),
     )  # fmt: skip
     trainer.train()
-    return trainer.state.log_history
+    return [*trainer.state.log_history, trainer.calibrate()]
 
 
 # --- caches, masks and positions of every kind ---
@@ -303,7 +303,10 @@ def without_float64(case):
     return run
 
 
-CASES = (default, sampling, all_rewards, callbacks, adapter_as_reward, evaluation_and_reports, resumed, steps_skipped)
+CASES = (
+    default, sampling, all_rewards, callbacks, adapter_as_reward, evaluation_and_reports, resumed, steps_skipped,
+    reward_model,
+)  # fmt: skip
 GROUPS["no float64"] = {case.__name__: without_float64(case) for case in CASES}
 
 

@@ -65,6 +65,44 @@ def test_a_warm_up_of_the_whole_run_is_named(tmp_path, length, steps):
         make_trainer(tmp_path, config={**length, "critic_warmup_steps": steps - 1})
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 8}, {"warmup_steps": 1000}, {"warmup_steps": 9, "max_steps": 5}])
+def test_a_learning_rate_that_rises_to_the_end_is_named(tmp_path, warmup):
+    steps = warmup.get("max_steps", 8)
+    reached = f"{(steps - 1) / warmup['warmup_steps']:.1%}"
+    with pytest.warns(UserWarning, match=f"warmup_steps={warmup['warmup_steps']} covers all {steps} .* {reached} of"):
+        make_trainer(tmp_path, config=warmup)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_trainer(tmp_path, config={"warmup_steps": 7})
+        make_trainer(tmp_path, config={"warmup_steps": 0.5})
+        make_trainer(tmp_path, config={**warmup, "lr_scheduler_type": "constant"})  # has none
+
+
+def test_a_win_rate_that_is_not_measured_chooses_no_checkpoint(tmp_path):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 500}
+    with pytest.raises(ValueError, match="metric_for_best_model must be .* eval_win_rate=True"):
+        make_config(tmp_path, **best, metric_for_best_model="eval_win_rate")
+    assert make_config(tmp_path, **best, metric_for_best_model="win_rate", eval_win_rate=True).greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length'"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance'"),
+        ({"learning_rate": "3e-5"}, "learning_rate must be .* got '3e-5'"),
+        ({"learning_rate": NAN}, "learning_rate must be .* got nan"),
+        ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient must be .* got -0.1"),
+    ],
+)
+def test_an_argument_that_the_pairwise_loss_cannot_use_is_refused(tmp_path, options, named):
+    with pytest.raises(ValueError, match=f"RewardConfig: {named}"):
+        RewardConfig(str(tmp_path), use_cpu=True, **options)
+    RewardConfig(str(tmp_path), use_cpu=True, train_sampling_strategy="sequential", center_rewards_coefficient=0.01)
+
+
 def test_a_win_rate_without_prompts_is_named(tmp_path):
     with pytest.warns(UserWarning, match="eval_win_rate=True .* eval_dataset"):
         trainer = make_trainer(tmp_path, config={"eval_win_rate": True})

@@ -10,6 +10,7 @@ import torch
 from conftest import CHAT_TEMPLATE, lora, make_model, make_tokenizer, make_trainer
 from datasets import Dataset, IterableDataset
 from tokenizers import processors
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.data.preferences import tokenize_pairs
@@ -197,6 +198,19 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(make):
         assert len(read(rows[::4], make=make, max_length=9)) == 2  # control
 
 
+@BOTH
+def test_an_answer_that_ends_with_the_user_is_named_once(make):
+    good = {"prompt": [USER], "chosen": says("so"), "rejected": says("no")}
+    rows = [good, {**good, "rejected": says("no", "why")}, {**good, "chosen": says("so", "why")}]
+    with pytest.warns(UserWarning) as caught:
+        found = read(rows, make=make)
+    assert [str(w.message).partition(" ends with")[0] for w in caught] == ["train_dataset[1]: rejected"]
+    assert found[1][1] == WHOLE[1] + ASKED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read([good], make=make)  # control
+
+
 # In the trainer
 
 
@@ -291,3 +305,22 @@ def test_a_token_of_the_configuration_without_an_embedding_is_named(folder, fiel
         reward_trainer(
             folder, [{"chosen": "so", "rejected": "no"}], processing_class=tokenizer, config={field: "<|im_end|>"}
         )
+
+
+@pytest.mark.parametrize(("kind", "sees_padding"), [("fnet", True), ("xlnet", True), ("bert", False)])
+def test_a_model_whose_scores_depend_on_padding_is_named(tmp_path, kind, sees_padding):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
+    if kind == "xlnet":
+        sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=len(make_tokenizer()), num_labels=1, pad_token_id=0, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    rows = Dataset.from_dict({"chosen": ["so"], "rejected": ["no"]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RewardTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
+    assert any("depend on the padding" in str(w.message) for w in caught) is sees_padding

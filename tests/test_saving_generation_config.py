@@ -53,6 +53,19 @@ def test_checkpoints_and_the_last_model_are_written(tmp_path, mistake):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_a_model_without_a_generation_config_is_saved(tmp_path):
+    model = make_model()
+    model.generation_config = None
+    with pytest.raises(AttributeError, match="save_pretrained"):  # control: what transformers does
+        model.save_pretrained(tmp_path / "control")
+    config = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path / "out", model=model, peft_config=None, config=config)
+    trainer.train()
+    assert model.generation_config is None
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_a_base_whose_own_file_has_the_mistake_is_trained_resumed_and_trained_again(tmp_path):
     base = tmp_path / "base"
     make_model().save_pretrained(base)

@@ -63,6 +63,21 @@ def test_a_model_that_was_loaded_with_offloading_is_refused(tmp_path, base):
         make_trainer(tmp_path, ref_model=model)
 
 
+def test_offloading_that_is_decided_at_loading_is_named(tmp_path, base):
+    """As `device_map="auto"` decides where the device is too small: here all of it goes to the disk."""
+    kwargs = {"device_map": "auto", "max_memory": {"cpu": 30_000}, "offload_folder": str(tmp_path / "offload")}
+    with pytest.raises(ValueError, match="^model: .*offload"):
+        make_trainer(tmp_path, model=str(base), config={"model_init_kwargs": kwargs})
+    pairs = Dataset.from_dict({"chosen": ["good"] * 4, "rejected": ["bad"] * 4})
+    args = RewardConfig(str(tmp_path), use_cpu=True, report_to="none", model_init_kwargs=kwargs)
+    with pytest.raises(ValueError, match="^model: .*offload"):
+        RewardTrainer(str(base), args, train_dataset=pairs, processing_class=make_tokenizer(), peft_config=lora())
+    device_map = placed(**{"model.layers.1": "disk"})
+    model = AutoModelForCausalLM.from_pretrained(base, device_map=device_map, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match="^model: .*offload"):
+        make_trainer(tmp_path, model=get_peft_model(model, lora()), peft_config=None)
+
+
 def test_a_map_without_offloading_trains(tmp_path, base):
     """Negative control."""
     config = {"model_init_kwargs": {"device_map": placed()}, "max_steps": 1}
@@ -131,6 +146,15 @@ def test_a_quantized_base_is_refused_on_an_apple_gpu(base):
     check_quantized_device(mps, str(base), None)
     placed_by_hand = SimpleNamespace(device=mps.device, model_init_kwargs={"device_map": {"": "mps"}})
     check_quantized_device(placed_by_hand, str(base), nf4)
+
+
+def test_a_quantized_reward_model_is_refused_on_an_apple_gpu(tmp_path, base, monkeypatch):
+    args = RewardConfig(str(tmp_path), report_to="none", use_cpu=True)
+    nf4, pairs = BitsAndBytesConfig(load_in_4bit=True), Dataset.from_dict({"chosen": ["good"], "rejected": ["bad"]})
+    with monkeypatch.context() as apple:
+        apple.setattr(RewardConfig, "device", torch.device("mps"))
+        with pytest.raises(ValueError, match="quantized, training is on 'mps'.* use_cpu=True in RewardConfig"):
+            RewardTrainer(str(base), args, train_dataset=pairs, peft_config=lora(), quantization_config=nf4)
 
 
 def test_large_and_packed_weights_are_not_taken_for_infinite():

@@ -153,9 +153,9 @@ def pairwise_calibration_error(margins: Tensor, bins: int = 10) -> float:
     """
     if not len(margins):
         return math.nan
-    margins = margins.double()
+    margins = margins.cpu().double()  # Apple's GPUs have no float64
     confidence = margins.abs().sigmoid()
     correct = (margins > 0).double() + 0.5 * (margins == 0)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index.cpu(), (correct - confidence).cpu())
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence)
     return (gaps.abs().sum() / len(margins)).item()

@@ -282,6 +282,7 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
                 "prefix_reward_baseline to None or False."
             )
         weights = self.reward_weights
+        refuse_unless(not weights or any(weights), self, "reward_weights", "above or below 0 for one of the rewards")
         if self.reward_pessimism is not None and weights is not None:
             shares = min(weights, default=0) >= 0 and sum(weights) > 0
             expected = "at least 0, and one above 0, with reward_pessimism: they are shares"
@@ -298,6 +299,10 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         refuse_unless(
             not self.metric_for_best_model.endswith("loss"), self, "metric_for_best_model",
             "an evaluation metric ('eval_reward', the default, or 'eval_kl'); evaluations compute no loss",
+        )  # fmt: skip
+        refuse_unless(
+            self.eval_win_rate or self.metric_for_best_model.removeprefix("eval_") != "win_rate", self,
+            "metric_for_best_model", "measured: set eval_win_rate=True, or choose 'eval_reward'",
         )  # fmt: skip
         if self.greater_is_better is None:  # Trainer maximizes every metric that is not a loss
             self.greater_is_better = self.metric_for_best_model.rpartition("_")[2] != "kl"

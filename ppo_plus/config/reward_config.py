@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from trl import RewardConfig as TRLRewardConfig
 
-from .checks import _field, check_fields
+from .checks import _field, check_fields, refuse_unless
 from .shared import (
     _check_length,
     _RedactSecrets,
     _resolve_direction,
     _resolve_precision,
     check_no_sharding,
+    is_number,
 )
 
 
@@ -33,5 +34,23 @@ class RewardConfig(_RedactSecrets, TRLRewardConfig):
         _resolve_precision(self)
         check_fields(self, RewardConfig)
         _check_length(self)
+        self._check_options()
         super().__post_init__()
         _resolve_direction(self)
+
+    def _check_options(self) -> None:
+        """Refuse values that would fail after the models are loaded, or that the pairwise loss does not use."""
+        for name in ("learning_rate", "center_rewards_coefficient"):
+            value = getattr(self, name)
+            expected = "a number, at least 0 (YAML reads 3e-5 as text: write 3.0e-5)"
+            refuse_unless(value is None or (is_number(value) and value >= 0), self, name, expected)
+        refused = {
+            "label_smoothing_factor": "the pairwise loss has no labels",
+            "fp16_full_eval": "evaluation uses the precision of training",
+            "bf16_full_eval": "evaluation uses the precision of training",
+        }
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            refused["train_sampling_strategy"] = "a pair has two lengths"
+        for name, reason in refused.items():
+            if getattr(self, name):
+                raise ValueError(f"RewardConfig: {name}={getattr(self, name)!r} is not supported: {reason}. Remove it.")

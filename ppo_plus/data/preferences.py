@@ -105,6 +105,12 @@ def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, w
     for column, answer in answers.items():
         messages = _join_conversation(prompt, answer, f"{where}: {column}")
         ids[f"{column}_ids"] = tokenize_chat(messages, tokenizer, kwargs, f"{where}: {column}")
+        if messages[-1]["role"] == "user":
+            warn(
+                "user",
+                f"{where}: {column} ends with a message of the user, but a reward model scores answers. Remove that "
+                "message, or ignore this warning if it is the answer.",
+            )
         fix = f"dataset.map(lambda row: {{'{column}': row['{column}'][0]['content']}})"
         warn_of_rendered_content(messages, f"{where}: {column}", tokenizer, fix, warn)
     return ids

@@ -286,8 +286,10 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def starts_twice(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer added a special token (BOS, CLS) that the text already begins with."""
-    if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in tokenizer.all_special_ids:
+    """Return whether the tokenizer added a special token (BOS, CLS) that the text begins with, after any whitespace."""
+    if len(ids) < 2 or ids[0] not in tokenizer.all_special_ids:
+        return False
+    if ids[0] != ids[1] and not text.lstrip().startswith(cast(str, tokenizer.convert_ids_to_tokens(ids[0]))):
         return False
     as_written = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[: len(as_written)] != as_written and ids[1 : len(as_written) + 1] == as_written

@@ -54,6 +54,29 @@ def set_padding(model: nn.Module, pad_token_id: int) -> Iterator[None]:
         config.pad_token_id = before
 
 
+@torch.no_grad()
+def depends_on_padding(model: nn.Module, pad_token_id: int) -> bool:
+    """Return whether padding changes the score of a text, as in XLNet, CANINE and FNet.
+
+    Args:
+        model: sequence classifier with one label.
+        pad_token_id: token with which its texts are padded on the right.
+    """
+    config, weight = cast(Any, model).config.get_text_config(), next(model.parameters())
+    eos = getattr(config, "eos_token_id", None)
+    end = eos if isinstance(eos, int) and eos >= 0 else 1  # BART pools its score at EOS
+    ids = [*(i for i in range(min(12, getattr(config, "vocab_size", 12))) if i not in (pad_token_id, end)), end]
+    rows = torch.tensor([ids + [pad_token_id] * len(ids)], device=weight.device)
+    training = model.training
+    model.eval()
+    mask = torch.arange(rows.shape[1], device=weight.device)[None] < len(ids)
+    padded = model(input_ids=rows, attention_mask=mask.long()).logits.float()
+    alone = model(input_ids=rows[:, : len(ids)], attention_mask=mask[:, : len(ids)].long()).logits.float()
+    model.train(training)
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.05
+    return bool(((padded - alone).abs() > tolerance * alone.abs().clamp(min=1.0)).any())
+
+
 def register_sequence_classifier(config: PreTrainedConfig) -> None:
     """Register a model family without a classifier in transformers at `AutoModelForSequenceClassification`.
 

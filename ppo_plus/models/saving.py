@@ -75,10 +75,11 @@ def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:
     """Write a model and its generation config without validation.
 
     transformers refuses to save a model with an invalid generation config, such as a `temperature` without
-    `do_sample`, even if the base was published with it. The trained weights must not be lost for that.
+    `do_sample`, even if the base was published with it; or without any (None). The trained weights must not be lost
+    for that.
     """
     config = getattr(model, "generation_config", None)
-    if isinstance(model, PeftModel) or not isinstance(config, GenerationConfig):
+    if isinstance(model, PeftModel) or not isinstance(config, GenerationConfig | None):
         with without_generation_parameters(model.config):
             model.save_pretrained(str(directory))
         return
@@ -88,7 +89,7 @@ def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:
             model.save_pretrained(str(directory))
     finally:
         model.generation_config = config
-    if (file := directory / GENERATION_CONFIG_NAME).is_file():
+    if config is not None and (file := directory / GENERATION_CONFIG_NAME).is_file():
         config.to_json_file(file, keys_to_pop=["compile_config"])
 
 

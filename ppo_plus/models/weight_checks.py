@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -43,6 +44,17 @@ def check_model_weights(model: nn.Module, name: str) -> None:
             f"{name}: the weight {parameter} has NaN or infinite numbers. The file is damaged, or was cast to a "
             "precision that its numbers exceed (fp16): load another checkpoint."
         )
+
+
+@contextlib.contextmanager
+def explain_offloading() -> Iterator[None]:
+    """Context manager: replace the errors of PEFT and accelerate at offloaded weights, which they cannot read."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if "meta tensor" not in str(error) and "meta device" not in str(error):
+            raise
+        raise ValueError(f"model: its device_map offloads parts of it. {INSTEAD}") from error
 
 
 def offloaded_parts(device_map: Mapping[str, Any]) -> list[str]:

@@ -136,9 +136,7 @@ def check_templates(
                     trial.texts(tokenizer, chat_template_kwargs)
                 except ValueError as error:
                     raise ValueError(
-                        f"{name}[{index}]: the reward model {reward_name(func)!r} cannot process it. {error} Set "
-                        "chat_template on its tokenizer and pass the tokenizer in reward_processing_classes, or change "
-                        "the row."
+                        f"{name}[{index}]: the reward model {reward_name(func)!r} cannot process it. {error}"
                     ) from error
 
 

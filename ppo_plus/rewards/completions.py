@@ -16,6 +16,11 @@ from ..data.chat_templates import fit_content, is_conversational, merge_template
 FLOAT32_MAX = torch.finfo(torch.float32).max  # reward units: bound on the size of one score
 
 
+TEMPLATE_FIX = (
+    "Set chat_template on the tokenizer and pass the tokenizer in reward_processing_classes, or remove such rows."
+)
+
+
 @dataclass
 class Completions:
     """N prompts with their completions, and the other columns of the dataset.
@@ -68,7 +73,7 @@ class Completions:
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer {tokenizer.name_or_path!r} has no chat template, but the prompt is a conversation, "
-                f"{shorten(self.prompts[row])}."
+                f"{shorten(self.prompts[row])}. {TEMPLATE_FIX}"
             )
         row_columns: dict[str, Any] = {
             name: self.columns[name][row] for name in ("tools", "chat_template_kwargs") if name in self.columns
@@ -80,7 +85,7 @@ class Completions:
         except Exception as error:  # a template may raise any exception
             raise ValueError(
                 f"The chat template of the tokenizer {tokenizer.name_or_path!r} cannot render {shorten(messages)}: "
-                f"{error}."
+                f"{error}. {TEMPLATE_FIX}"
             ) from error
 
     def _conversation(self, row: int) -> list:
@@ -163,8 +168,8 @@ def validate_scores(scores: Any, batch: Completions, name: str) -> list[Score]:
         numbers = [_finite(v) for v in (value if per_token else [0.0 if value is None else value])]
         if None in numbers:
             raise ValueError(
-                f"The reward function {name!r} returned {value!r} for prompt {batch.prompts[row]!r} with completion "
-                f"{batch.completions[row]!r}; return a finite number, or None if the reward does not apply."
+                f"The reward function {name!r} returned {shorten(value)} for prompt {batch.prompts[row]!r} with "
+                f"completion {batch.completions[row]!r}; return a finite number, or None if the reward does not apply."
             )
         finite = cast(list[float], numbers)
         result.append(None if value is None else finite if per_token else finite[0])
@@ -187,6 +192,6 @@ def turns_to_tokens(value: Mapping[str, Any], batch: Completions, row: int, name
 def _finite(value: Any) -> float | None:
     try:
         number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # a whole number beyond float
         return None
     return number if abs(number) <= FLOAT32_MAX else None  # also None for NaN

@@ -177,6 +177,8 @@ class RewardSet:
             return reward.result(started[reward.name], batch) if isinstance(reward, FunctionReward) else reward(batch)
         except Exception as error:
             if self.on_error == "raise":
+                if not isinstance(reward, FunctionReward):  # a function's error names it already
+                    error.add_note(f"Raised by the reward model {reward.name!r}, called with {len(batch)} completions.")
                 raise
             warnings.warn(
                 f"The reward {reward.name!r} is skipped in this rollout: {type(error).__name__}: {error}", stacklevel=3

@@ -30,6 +30,7 @@ from ..models.loading import (
     runs_in_fp16,
     warn_of_bf16,
 )
+from ..models.weight_checks import explain_offloading
 from ..report import RunReportCallback, fixed_prompts
 from ..rewards.checks import check_templates
 from .agents import AgentSetup
@@ -112,7 +113,7 @@ def load_policy_from_args(model: Any, args: PPOConfig, quantization_config: Any,
         # 4-bit layers return their compute dtype, and bf16 must not be mixed with fp16.
         "frozen_dtype": torch.float16 if fp16 else "auto",
     }
-    with isolated_rng(derive_seed(args.seed, "adapter")):
+    with isolated_rng(derive_seed(args.seed, "adapter")), explain_offloading():
         policy = load_policy(rename_adapters(model, args.model_adapter_name, args.ref_adapter_name), **options)
     if fp16:
         warn_of_bf16(policy)

@@ -12,7 +12,7 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig, TaskType
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..callbacks.base import PPOCallback
 from ..config import PPOConfig, check_no_sharding
@@ -184,7 +184,7 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
 
 
-def check_quantized_device(args: PPOConfig, model: Any, quantization_config: Any) -> None:
+def check_quantized_device(args: Any, model: Any, quantization_config: Any) -> None:
     """Refuse a quantized base on an Apple GPU, because transformers leaves it on the CPU."""
     init_kwargs = cast(dict, args.model_init_kwargs or {})
     if args.device.type != "mps" or "device_map" in init_kwargs:
@@ -197,7 +197,7 @@ def check_quantized_device(args: PPOConfig, model: Any, quantization_config: Any
     if left_on_cpu:
         raise ValueError(
             "The model is quantized, training is on 'mps', and transformers leaves quantized weights on the CPU there: "
-            "load it in bf16 without quantization_config, or set use_cpu=True in PPOConfig."
+            f"load it in bf16 without quantization_config, or set use_cpu=True in {type(args).__name__}."
         )
 
 
@@ -306,11 +306,24 @@ def check_effects(args: PPOConfig, train_dataset: Dataset | IterableDataset, eva
             "the critic is trained and the policy stays unchanged. Lower it, or train longer.",
             stacklevel=4,
         )
+    warn_of_long_warmup(args, steps)
     if args.eval_win_rate and not evaluates:
         warnings.warn(
             "eval_win_rate=True is measured in evaluations, and this run has no prompts for one: pass eval_dataset, or "
             "call evaluate(prompts).",
             stacklevel=4,
+        )
+
+
+def warn_of_long_warmup(args: TrainingArguments, steps: int) -> None:
+    """Warn if the learning rate still rises when training ends, after `steps` optimizer steps."""
+    warmup = args.get_warmup_steps(steps)
+    if warmup >= steps and args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau", "greedy"):
+        warnings.warn(
+            f"warmup_steps={args.warmup_steps} covers all {steps} optimizer steps of training, so the learning rate "
+            f"reaches at most {(steps - 1) / warmup:.1%} of learning_rate={args.learning_rate}. Lower warmup_steps (a "
+            "number below 1 is a share of training), or train longer.",
+            stacklevel=5,
         )
 
 
