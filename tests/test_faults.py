@@ -598,6 +598,17 @@ def test_an_overflow_that_the_loss_scaler_skips_does_not_stop_the_run(tmp_path, 
     assert not equal(weights(trainer), before) and all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+def test_a_further_critic_update_that_overflows_lowers_the_loss_scale_too(tmp_path, monkeypatch):
+    """2**48 to 2**8 are five overflows, of critic updates alone and of steps."""
+    trainer = make_trainer(tmp_path, config={"critic": "adapter", "num_critic_updates": 2, "max_steps": 6})
+    scaling_losses(trainer, monkeypatch, 2.0**48)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**8 and not equal(weights(trainer), before)
+    skipped = [row["step"] for row in trainer.state.log_history if "ppo/skipped_steps" in row]
+    assert len(skipped) < 5 and all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 def test_gradients_that_no_loss_scale_makes_finite_stop_the_run(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, config={"max_steps": 8, "max_skipped_steps": 2})
     scaling_losses(trainer, monkeypatch, 2.0**16)

@@ -17,6 +17,8 @@ from ..models.adapters import CRITIC_ADAPTER
 from ..models.saving import VALUE_MODEL, load_critic
 from ..models.value_head import VALUE_HEAD_FILE
 from ..rollout.buffer import Rollout
+from ..utils.files import read_json_object
+from .hub import ARGUMENTS_FILE
 from .metrics import Meter
 
 if TYPE_CHECKING:
@@ -119,4 +121,12 @@ def check_critic_training(args: PPOConfig, critic: str) -> None:
         raise ValueError(
             f"critic_checkpoint={args.critic_checkpoint!r} has no {' and no '.join(missing)}. Pass a checkpoint, or "
             f"the folder of save_model, of a run with critic={critic!r}."
+        )
+    file = folder / ARGUMENTS_FILE
+    baseline = read_json_object(file).get("advantage_baseline", "none") if file.exists() else args.advantage_baseline
+    if baseline != args.advantage_baseline:
+        raise ValueError(
+            f"critic_checkpoint={args.critic_checkpoint!r} is of a run with advantage_baseline={baseline!r}, and this "
+            f"one has {args.advantage_baseline!r}: its values would be wrong by the mean return. Set "
+            f"advantage_baseline={baseline!r}, or take another critic."
         )
