@@ -165,6 +165,29 @@ def test_the_baseline_does_not_depend_on_the_response_itself():
     assert ((found - other).abs() > 1e-4).nonzero().flatten().tolist() == [3, 4]
 
 
+def answers_with_mask(env_mask):
+    """A `rollout_func` that gives a group of four responses one, two, three and four letters e."""
+
+    def rollout_func(prompts, trainer):
+        ids = trainer.processing_class(prompts)["input_ids"]
+        e, a = trainer.processing_class.convert_tokens_to_ids(["e", "a"])
+        answers = [[e] * (1 + i % 4) + [a] * (3 - i % 4) + [2] for i in range(len(prompts))]
+        logprobs = [[None] * len(answer) for answer in answers]
+        masks = [env_mask] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": answers, "logprobs": logprobs, "env_mask": masks}
+
+    return rollout_func
+
+
+@pytest.mark.parametrize("env_mask", [[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]])
+def test_a_response_that_begins_with_an_observation_has_the_same_baseline(env_mask, tmp_path):
+    """The others of the first have 2, 3 and 4 letters, so a mean of 3; those of the last have a mean of 2."""
+    config = {"advantage_baseline": "rloo", "kl_coef": 0.0, "max_steps": 1}
+    _, seen = trained(tmp_path, config=config, rollout_func=answers_with_mask(env_mask))
+    rollout, expected = seen.rollouts[0], torch.tensor([3, 8 / 3, 7 / 3, 2] * 2)[:, None] * torch.tensor(env_mask)
+    close(rollout.value_baselines, expected)
+
+
 def test_without_a_critic_advantages_are_those_of_rloo(tmp_path):
     """The oracle is a slow loop; whitening is undone by comparing up to scale and shift."""
     config = {"advantage_baseline": "rloo", "lam": 1.0, "vf_coef": 0.0, "max_steps": 1, "importance_sampling_cap": None}

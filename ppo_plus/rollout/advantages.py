@@ -36,7 +36,9 @@ def build_rollout(
     if baseline is not None and samples.prefix_scores is not None:
         value_baselines = baseline.fit_predict(samples.prefix_scores, mc_returns, mask, reduce)
     if args.advantage_baseline == "rloo":
-        value_baselines = algo.leave_one_out_mean(mc_returns[:, 0], args.num_generations, mask.any(1))[:, None] * mask
+        first = mask.long().argmax(1, keepdim=True)  # a response may begin with an observation
+        firsts = mc_returns.gather(1, first)[:, 0]
+        value_baselines = algo.leave_one_out_mean(firsts, args.num_generations, mask.any(1))[:, None] * mask
     values = values + value_baselines
     advantages, returns = estimate_advantages(rewards, values, mask, args)
     explained = algo.explained_variance(values, mc_returns, mask, reduce=reduce)

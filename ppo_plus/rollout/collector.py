@@ -137,7 +137,8 @@ class RolloutCollector:
                 ref_logprobs, _, _ = self._forward(batch, frozen_states, actor=False)
             timer.record("logprobs")
         sampled_logprobs = torch.where(responses.logprobs.isnan(), logprobs, responses.logprobs)
-        logprobs = sampled_logprobs if masked else logprobs
+        if masked:  # a part of them may be from the forward pass, which tells nothing about all tokens
+            logprobs, entropy = sampled_logprobs, None
         token_rewards = scores.per_token
         if responses.observation_mask is not None:
             token_rewards = algo.move_to_actions(token_rewards, responses.action_mask)
