@@ -402,6 +402,24 @@ def test_a_run_starts_with_the_critic_of_another(tmp_path, critic):
     assert torch.equal(parts(loaded)[0], parts(fresh)[0])
 
 
+def test_a_critic_of_another_scaling_or_baseline_is_refused(tmp_path):
+    """Its weights would be the same, and its values others."""
+    config = {"critic": "adapter", "critic_peft_config": MLP, "max_steps": 1}
+    trainer, _ = train(tmp_path, **config, save_strategy="steps", save_steps=1)
+    folder = str(tmp_path / "checkpoint-1")
+    for scaling in ({"lora_alpha": 64}, {"use_rslora": True}):
+        other = {**config, "critic_peft_config": {**MLP, **scaling}}
+        with pytest.raises(ValueError, match=f"{next(iter(scaling))}=.* critic_peft_config"):
+            make_trainer(tmp_path / "other", config={**other, "critic_checkpoint": folder})
+        with pytest.raises(ValueError, match=f"{next(iter(scaling))}=.* critic_peft_config"):
+            make_trainer(tmp_path / "other", config=other).train(resume_from_checkpoint=folder)
+    rloo = {**config, "num_generations": 2, "advantage_baseline": "rloo", "critic_checkpoint": folder}
+    with pytest.raises(ValueError, match="critic_checkpoint=.*advantage_baseline='none'"):
+        make_trainer(tmp_path / "other", config=rloo)
+    same = make_trainer(tmp_path / "other", config={**config, "critic_checkpoint": folder})
+    assert torch.equal(parts(same)[1], parts(trainer)[1])
+
+
 # --- refused values ---
 
 
@@ -423,7 +441,14 @@ def test_a_wrong_value_is_refused_by_name(tmp_path, name, value):
      ({"objective": "masked", "dual_clip": 3.0}, "dual_clip .*objective='masked'"),
      ({"reward_pessimism": 1.0, "reward_weights": [1.0, -1.0]}, "reward_weights"),
      ({"critic": "adapter", "critic_checkpoint": "nowhere"}, "critic_checkpoint='nowhere' .*value_head.*critic"),
-     ({"critic": "adapter", "critic_peft_config": {"rank": 2}}, "critic_peft_config .*'rank'")],
+     ({"critic": "adapter", "critic_peft_config": {"rank": 2}}, "critic_peft_config .*'rank'"),
+     ({"critic": "adapter", "critic_peft_config": {"save_pretrained": 2}}, "critic_peft_config .*'save_pretrained'"),
+     ({"critic": "adapter", "critic_peft_config": {"layers_to_transform": [0]}}, "critic_peft_config.*target_modules"),
+     ({"critic": "adapter", "num_critic_updates": 2, "vf_coef": 0.0}, "num_critic_updates=2 .*vf_coef=0"),
+     ({"critic_warmup_steps": 2, "vf_coef": 0.0}, "critic_warmup_steps=2 .*vf_coef=0"),
+     ({"reward_pessimism": 1.0}, "reward_pessimism=1.0 .*there is one"),
+     ({"max_tool_calling_iterations": 2}, "max_tool_calling_iterations=2 .*without tools"),
+     ({"tool_timeout": 2.0}, "tool_timeout=2.0 .*without tools")],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(tmp_path, config, named):
     with pytest.raises(ValueError, match=named):

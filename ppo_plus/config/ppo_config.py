@@ -274,6 +274,12 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
                 "PPOConfig: kl_penalty_in='loss' has no effect with kl_estimator='k1', whose gradient is zero in "
                 "expectation. Set kl_estimator='k3' (or 'k2', 'abs'), or kl_penalty_in='reward'."
             )
+        if self.vf_coef == 0 and (self.critic_warmup_steps or self.num_critic_updates > 1):
+            name = "critic_warmup_steps" if self.critic_warmup_steps else "num_critic_updates"
+            raise ValueError(
+                f"PPOConfig: {name}={getattr(self, name)} trains the critic, and vf_coef=0.0 leaves it untrained: set "
+                f"vf_coef above 0 or to None, or remove {name}."
+            )
         if self.advantage_baseline == "rloo" and (answers == 1 or self.prefix_reward_baseline):
             conflict = f"num_generations={answers}" if answers == 1 else "prefix_reward_baseline=True"
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -114,16 +115,16 @@ def critic_peft_config(actors: PeftConfig, fields: dict[str, Any]) -> PeftConfig
     """Return the actor's configuration with some fields replaced.
 
     Raises:
-        ValueError: the actor's kind of adapter has no such field.
+        ValueError: the actor's kind of adapter has no such field, or refuses its value.
     """
-    config = copy.deepcopy(actors)
-    for name, value in fields.items():
-        if not hasattr(config, name):
-            kind = type(config).__name__
-            raise ValueError(f"critic_peft_config has {name!r}, which is no field of {kind}. Remove it.")
-        names_modules = name in ("target_modules", "exclude_modules") and isinstance(value, list)
-        setattr(config, name, set(value) if names_modules else value)  # as the configuration itself makes a set
-    return config
+    known = {each.name for each in dataclasses.fields(actors) if each.init}
+    if unknown := sorted(fields.keys() - known):
+        kind = type(actors).__name__
+        raise ValueError(f"critic_peft_config has {unknown[0]!r}, which is no field of {kind}. Remove it.")
+    try:
+        return dataclasses.replace(copy.deepcopy(actors), **fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"critic_peft_config={fields}, with the other fields of peft_config: {error}") from error
 
 
 def score_head(model: PreTrainedModel | PeftModel | None) -> nn.Linear | None:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -109,10 +109,24 @@ def without_generation_parameters(config: Any) -> Iterator[None]:
         vars(config).update(hidden)
 
 
+def check_same_scaling(model: PeftModel, adapter: str, directory: Path) -> None:
+    """Refuse an adapter whose weights would be scaled by another factor than in its training."""
+    saved, current = PeftConfig.from_pretrained(str(directory)), model.peft_config[adapter]
+    for name in ("lora_alpha", "use_rslora", "alpha_pattern"):
+        trained, set_value = getattr(saved, name, None), getattr(current, name, None)
+        if trained != set_value:
+            field = "critic_peft_config or peft_config" if adapter == CRITIC_ADAPTER else "peft_config"
+            raise ValueError(
+                f"The adapter in {directory} was trained with {name}={trained}, and here it is {set_value}, so its "
+                f"weights would be scaled otherwise. Set {name}={trained} in {field}."
+            )
+
+
 def load_model(model: PreTrainedModel | PeftModel, directory: Path, adapter: str = "default") -> None:
     """Load weights into a model: those of its adapter if it has one, else all."""
     if isinstance(model, PeftModel):
         load_adapter(model, adapter, adapter_weights(directory), directory, "Use the same base and peft_config.")
+        check_same_scaling(model, adapter, directory)
         return
     with reraise_as_corrupt_file(directory):
         saved, info = cast(Any, type(model)).from_pretrained(

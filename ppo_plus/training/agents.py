@@ -103,6 +103,10 @@ class AgentSetup:
                 f"eval_win_rate=True lets the reference answer too, which {name} does not: set it to False."
             )
         pool = self.environments
+        if self.rollout_func is None and not (pool and pool.has_tools):
+            for option in ("max_tool_calling_iterations", "tool_timeout"):
+                if (value := getattr(args, option)) is not None:
+                    raise ValueError(f"{option}={value} has no effect without tools: pass tools, or remove it.")
         if pool is None:
             return datasets
         self.tokenizer = prepare_tool_tokenizer(tokenizer) if pool.has_tools else None

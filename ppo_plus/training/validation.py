@@ -267,6 +267,11 @@ def check_rewards(
     columns = {name: column_names(dataset) for name, dataset in datasets.items()}
     funcs, _ = normalize_rewards(reward_funcs, tokenizers)
     check_weights(args.reward_weights, len(funcs))
+    if args.reward_pessimism is not None and len(funcs) == 1:
+        raise ValueError(
+            f"reward_pessimism={args.reward_pessimism} lowers the reward by the disagreement of several reward "
+            "functions, and there is one: pass more of them, or remove it."
+        )
     if args.prefix_reward_baseline and not any(map(resolve_adapter_path, funcs)):
         raise ValueError(
             "prefix_reward_baseline=True reads the scores of a reward adapter on the actor's backbone, and no reward "
