@@ -283,3 +283,11 @@ def test_what_to_paste_into_a_report_names_versions_and_devices():
     shown = describe()
     assert all(f"- {name}: " in shown and limit.newest_tested in shown for name, limit in SUPPORTED_VERSIONS.items())
     assert "CPU cores" in shown and "- Python: 3." in shown
+
+
+@pytest.mark.parametrize("option", [{"kl_horizon": 100}, {"kl_gains": [1.0, 0.2]}], ids=str)
+def test_options_of_a_controller_need_its_target(option):
+    given = {"dataset_name": "some/prompts", "reward_funcs": "rewards:letters", "tools": "tools:add"}
+    with pytest.raises(ValueError, match=f"--{next(iter(option))} .*--kl_target"):
+        ppo.PromptArguments(**given, **option)
+    assert ppo.PromptArguments(**given, **option, kl_target=6.0).tools == ["tools:add"]  # one name, not its letters

@@ -47,6 +47,11 @@ class PromptArguments(DataArguments):
         super().__post_init__()
         if isinstance(self.reward_funcs, str):  # a single value in a YAML file
             self.reward_funcs = [self.reward_funcs]
+        if isinstance(self.tools, str):
+            self.tools = [self.tools]
+        for name in ("kl_horizon", "kl_gains"):
+            if self.kl_target is None and getattr(self, name) is not None:
+                raise ValueError(f"--{name} has no effect without --kl_target, which adapts kl_coef: set it too.")
 
 
 ARGUMENTS = (PromptArguments, ModelConfig, PPOConfig)
