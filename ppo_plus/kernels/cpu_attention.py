@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 SDPA, EAGER_GQA, PACKED = "sdpa", "ppo_plus_plain", "ppo_plus_packed"
+EAGER, PACKED_EAGER = "eager", "ppo_plus_packed_eager"
 SHORT_SEQUENCE = 128  # tokens
 
 

@@ -17,6 +17,7 @@ Notation: B rows, L tokens of a row with its padding, T real tokens in all.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from .cpu_attention import PACKED, eager_gqa_attention, prefer_eager
+from .cpu_attention import PACKED, PACKED_EAGER, eager_gqa_attention, prefer_eager
 
 MAX_UNPACKED_PADDING = 0.05  # share of a pass; with less padding, packing takes as long as it saves
 MIN_LENGTH_RATIO = 0.5  # shortest row of a bucket, relative to its longest
@@ -270,15 +271,30 @@ def packed_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> P
     packing = _current.get()
     if isinstance(packing, NoPacking):
         return sdpa_mask(dtype=dtype, device=device, **kwargs)
+    return _mask_of_buckets(packing, dtype, device, kwargs)
+
+
+def packed_eager_mask(**kwargs: Any) -> PackedMask | Tensor | None:
+    """Build the mask of a packed pass over a model with `eager` attention; of other passes as `eager` does."""
+    packing = _current.get()
+    if isinstance(packing, NoPacking):
+        return eager_mask(**kwargs)
+    return _mask_of_buckets(packing, kwargs.pop("dtype"), kwargs.pop("device"), kwargs, own_attention)
+
+
+def _mask_of_buckets(
+    packing: Packing, dtype: torch.dtype, device: torch.device, kwargs: dict[str, Any],
+    attention: Callable[..., tuple[Tensor, Any]] | None = None,
+) -> PackedMask:  # fmt: skip
     buckets = packing.attention_buckets(device)
     masks: list[Tensor | None] = []
     functions: list[Callable[..., tuple[Tensor, None]]] = []
     for part in buckets.parts:
         # A mask makes `sdpa` slow on CPUs, so rows with more keys than queries are compared by their queries alone.
-        eager = prefer_eager(device, dtype, part.queries, part.queries)
+        eager = attention is not None or prefer_eager(device, dtype, part.queries, part.queries)
         options = part.mask_options(kwargs["mask_function"], kwargs.get("allow_is_causal_skip", False))
         masks.append((eager_mask if eager else sdpa_mask)(**{**kwargs, **options, "dtype": dtype, "device": device}))
-        functions.append(eager_gqa_attention if eager else sdpa_attention_forward)
+        functions.append(attention or (eager_gqa_attention if eager else sdpa_attention_forward))
     return PackedMask(buckets, masks, functions)
 
 
@@ -298,8 +314,24 @@ def packed_attention(
     return buckets.merge(attn_outputs), None
 
 
+def own_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Call the `eager` attention of a layer's own family, with its soft caps and attention sinks."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def packed_eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Compute attention of packed rows as `packed_attention` does, by the layer's own function; of others as that."""
+    if not isinstance(attention_mask, PackedMask):
+        return own_attention(module, query, key, value, attention_mask, **kwargs)
+    return packed_attention(module, query, key, value, attention_mask, **kwargs)
+
+
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
+AttentionInterface.register(PACKED_EAGER, packed_eager_attention)
+AttentionMaskInterface.register(PACKED_EAGER, packed_eager_mask)
 
 
 # (total tokens, response tokens) of each row of a pass, as Python ints so that no host sync is needed.

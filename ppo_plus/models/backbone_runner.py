@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from ..kernels.cpu_attention import SDPA, select_attention
+from ..kernels.cpu_attention import EAGER, PACKED_EAGER, SDPA, select_attention
 from ..kernels.frozen_layers import FrozenPrefix, relative_error
 from ..kernels.packing import (
     MAX_UNPACKED_PADDING,
@@ -91,6 +91,8 @@ class BackboneRunner:
         self.compiled, self._models = False, models
         self.sharing_models: list[PreTrainedModel] = []
         sdpa = (m for m in models if m.config.get_text_config()._attn_implementation == SDPA)
+        eager = (m for m in models if m.config.get_text_config()._attn_implementation == EAGER)
+        self._eager_models = list(eager) if use_kernels else []
         self.sdpa_models, self._use_kernels = list(sdpa) if use_kernels else [], use_kernels
         self._probe()
 
@@ -107,12 +109,14 @@ class BackboneRunner:
 
     def packing(self, model: PreTrainedModel, batch: TokenBatch) -> Packing | NoPacking:
         """Choose the packing of a pass."""
-        if self.compiled or model not in self.packable_models:
+        if self.compiled:
             return NO_PACKING
         if model in self.sharing_models:
             shared = make_shared_packing(batch.attention_mask, batch.lengths, batch.prefixes, MIN_SHARED_TOKENS)
             if shared is not NO_PACKING:
                 return shared
+        if model not in self.packable_models:
+            return NO_PACKING
         return make_packing(batch.attention_mask, batch.lengths, MAX_UNPACKED_PADDING)
 
     def last_hidden(
@@ -133,6 +137,9 @@ class BackboneRunner:
         backbone, interface = model.base_model, backbone_interface(model)
         if model in self.sdpa_models:
             select_attention(backbone, input_ids.shape[1], attention_mask.shape[1], packing is not NO_PACKING)
+        elif model in self._eager_models:
+            text_config = backbone.config.get_text_config()
+            text_config._attn_implementation = EAGER if packing is NO_PACKING else PACKED_EAGER
         kwargs: dict[str, Any] = {"use_cache": use_cache}
         if interface.takes_positions:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -163,7 +170,7 @@ class BackboneRunner:
         """Read a prompt once for all rows that have it, if a model computes the same then; warn if not."""
         if num_generations == 1:
             return
-        self.sharing_models = [] if self.compiled else [m for m in self.packable_models if self.can_share(m)]
+        self.sharing_models = [] if self.compiled else self.find_sharing_models()
         if others := sorted({type(m).__name__ for m in self._models if m not in self.sharing_models}):
             reason = "its layers are compiled" if self.compiled else "its hidden states would differ"
             reason = reason if self._use_kernels else "kernels are turned off"
@@ -173,6 +180,10 @@ class BackboneRunner:
                 stacklevel=4,
             )
 
+    def find_sharing_models(self) -> list[PreTrainedModel]:
+        """Return the models for which a trial with shared prompts gives the hidden states of repeated ones."""
+        return [m for m in (*self.packable_models, *self._eager_models) if self._can_share(m)]
+
     def _is_packable(self, model: PreTrainedModel) -> bool:
         """Return whether a packed pass over this model gives the hidden states of a padded one."""
         ids = torch.tensor([[1, 1, 1, 2, 3, 1], [3, 2, 1, 3, 1, 2], [2, 1, 3, 3, 1, 1]])
@@ -181,7 +192,7 @@ class BackboneRunner:
         # 4-bit kernels sum in another order for fewer rows; errors other than rounding are as large as the states.
         return packed is not None and not relative_error(packed, padded, mask.to(model.device), half_tolerance=0.2)
 
-    def can_share(self, model: PreTrainedModel) -> bool:
+    def _can_share(self, model: PreTrainedModel) -> bool:
         """Return whether rows that share a prompt get the hidden states that they get with a prompt each.
 
         The trial has two responses to a prompt of 5 tokens, three to one of 3 and one to one of 4, and narrow windows.

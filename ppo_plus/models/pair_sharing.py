@@ -44,7 +44,7 @@ class PairSharing:
         self.supported = False
         if not is_encoder(self._classifier.config):
             self._runner = _ClassifierRunner([self._classifier], use_kernels=True)
-            self.supported = any(self._runner.can_share(m) for m in self._runner.packable_models)
+            self.supported = bool(self._runner.find_sharing_models())
 
     @contextlib.contextmanager
     def apply(self) -> Iterator[None]:
