@@ -227,9 +227,9 @@ def test_a_dataset_of_token_ids_is_scored_in_one_look(tmp_path, base, reward_ada
     dataset = Dataset.from_dict({"input_ids": [[9, 2, 5, 9], [8, 6], [1, 4, 4], [10]] * 4})
     looks, inner = [], ActorCritic.prefix_rewards
 
-    def counted(model, name, head, input_ids, attention_mask, lengths):
+    def counted(model, name, head, input_ids, attention_mask, lengths, prefixes):
         looks.append(unpad(input_ids, attention_mask))
-        return inner(model, name, head, input_ids, attention_mask, lengths)
+        return inner(model, name, head, input_ids, attention_mask, lengths, prefixes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ActorCritic, "prefix_rewards", counted)

@@ -205,7 +205,7 @@ def test_states_are_in_the_checkpoint_and_a_resumed_run_goes_on_from_them(tmp_pa
     run(tmp_path, watch, *stateful(), rollouts=3, reward_funcs=two_heights, config=SAVING)
     file = tmp_path / "checkpoint-2" / "trainer_state.json"
     saved = json.loads(file.read_text())["stateful_callbacks"]
-    assert saved["AdaptiveKLCallback"]["args"] == {"target": 6.0, "horizon": 80, "band": None}
+    assert saved["AdaptiveKLCallback"]["args"] == {"target": 6.0, "horizon": 80, "band": None, "gains": None}
     assert saved["AdaptiveKLCallback"]["attributes"]["kl_coef"] == pytest.approx(0.04949, **EXACT)
     assert saved["RewardNormalizationCallback"]["attributes"] == pytest.approx({"mean": 4.0, "var": 4.75}, abs=1e-6)
 
