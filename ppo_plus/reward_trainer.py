@@ -178,8 +178,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         Raises:
             ValueError: the dataset has no pairs.
         """
-        chosen, rejected = [], []
-        training = self.model.training
+        scored, training = [], self.model.training
         self.model.eval()
         for loader in self._calibration_loaders(dataset):
             for batch in loader:
@@ -187,17 +186,15 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
                 batch.pop("margin", None)
                 with self.accelerator.autocast():
                     scores = self.model(**batch, use_cache=False).logits.squeeze(-1).float()
-                gathered = cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T
-                chosen.append(gathered[0])
-                rejected.append(gathered[1])
+                scored.append(cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T)
         self.model.train(training)
-        if not chosen:
+        if not scored:
             raise ValueError(
                 f"There is no pair to calibrate on: the dataset is empty, or max_length={self.args.max_length} or "
                 "dataloader_drop_last drops all pairs. Pass more pairs, or raise max_length."
             )
-        chosen_scores, rejected_scores = torch.cat(chosen), torch.cat(rejected)
-        all_scores = torch.cat([chosen_scores, rejected_scores])
+        all_scores = torch.cat(scored, 1)
+        chosen_scores, rejected_scores = all_scores
         differs = chosen_scores != rejected_scores
         self._calibration = {
             "accuracy": (chosen_scores > rejected_scores)[differs].float().mean().item(),

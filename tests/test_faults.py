@@ -591,6 +591,7 @@ def test_an_overflow_that_the_loss_scaler_skips_does_not_stop_the_run(tmp_path, 
     before = weights(trainer)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Step .* has gradients that are not finite")
+        warnings.filterwarnings("error", ".* adapters get no gradient")  # of the first rollout, all skipped
         trainer.train()
     skipped = [row["step"] - 1 for row in trainer.state.log_history if "ppo/skipped_steps" in row]
     assert len(skipped) > 2 and skipped == list(range(len(skipped))) and len(skipped) < 12

@@ -63,7 +63,16 @@ class TrainingHealthCallback(PPOCallback):
             f"Entropy is {entropy:.3f} nats per token: sampling is almost deterministic. Raise kl_coef or "
             "entropy_coef, or lower the learning rate.",
         )
-        explained = metrics.get("critic/explained_variance_mc", 0.0)
+        self._check_critic(args, state, metrics.get("critic/explained_variance_mc", 0.0))
+        texts = {messages_to_text(text) for text in samples.completions.completions}
+        self._warn_once(
+            "one answer",
+            len(texts) == 1 and len(rollout) > 1,
+            f"All {len(rollout)} prompts of a rollout got the same answer: the policy has collapsed. Check the reward "
+            "function, and raise kl_coef.",
+        )
+
+    def _check_critic(self, args: Any, state: Any, explained: float) -> None:
         useless = explained < 0 and state.global_step > args.critic_warmup_steps  # before, nothing depends on values
         self._useless_values = self._useless_values + 1 if useless else 0
         self._warn_once(
@@ -73,13 +82,6 @@ class TrainingHealthCallback(PPOCallback):
             f"variance {explained:.2f}), so its values raise the variance of advantages instead of lowering it (EVPO, "
             "arXiv 2604.19485). Set critic_gate=True, train the critic longer before the actor (critic_warmup_steps), "
             "or set lam=1, which uses values as a baseline only.",
-        )
-        texts = {messages_to_text(text) for text in samples.completions.completions}
-        self._warn_once(
-            "one answer",
-            len(texts) == 1 and len(rollout) > 1,
-            f"All {len(rollout)} prompts of a rollout got the same answer: the policy has collapsed. Check the reward "
-            "function, and raise kl_coef.",
         )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -91,7 +93,10 @@ class TrainingHealthCallback(PPOCallback):
         if self._actor_steps >= args.steps_per_rollout or state.global_step < args.critic_warmup_steps:
             return
         trained = dict(getattr(model, "policy", nn.Module()).named_parameters())
-        idle = {name for name, p in trained.items() if ".lora_" in name and p.requires_grad and p.grad is None}
+        adapted = {name: p for name, p in trained.items() if ".lora_" in name and p.requires_grad}
+        idle = {name for name, parameter in adapted.items() if parameter.grad is None}
+        if len(idle) == len(adapted):  # a step that is skipped: fp16 begins with a few, whose loss scale is too high
+            return
         self._without_gradient = idle if self._without_gradient is None else self._without_gradient & idle
         self._actor_steps += 1
         modules = [name.partition(".lora_")[0].removeprefix("base_model.model.") for name in self._without_gradient]
