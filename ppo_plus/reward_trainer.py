@@ -114,11 +114,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             check_head_is_trained(model)
         with explain_offloading():  # TRL's default device_map is "auto", which offloads what the GPU cannot hold
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
-                "train an adapter, or call model.requires_grad_(True) to train the whole."
-            )
+        self._check_trainable()
         check_model_weights(self.model, "model")
         # Sampled before the first forward pass, in which bitsandbytes may reorder 4-bit weights.
         self._base_weights = encode_samples(sample_model(self.model)) if isinstance(self.model, PeftModel) else None
@@ -126,13 +122,23 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             hold_trained_in_fp32(self.model)  # TRL casts adapters of a quantized model to bf16
         keep_model_card(self.model)
         self._configure_forward()
+        self._warn_of_padding()
+
+    def _check_trainable(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "All weights of the model are frozen, so nothing would be learned: pass peft_config=LoraConfig(...) to "
+                "train an adapter, or call model.requires_grad_(True) to train the whole."
+            )
+
+    def _warn_of_padding(self) -> None:
         if depends_on_padding(self.model, cast(int, self.processing_class.pad_token_id)):
             warnings.warn(
                 f"The scores of {type(self.accelerator.unwrap_model(self.model)).__name__} depend on the padding of "
                 "their batch, so training learns from the lengths of the pairs in a batch too. Set "
                 "per_device_train_batch_size=1 and raise gradient_accumulation_steps, or choose a model whose "
                 "attention mask covers padding.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _configure_forward(self) -> None:

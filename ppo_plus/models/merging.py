@@ -82,8 +82,7 @@ def merge_adapter(
     Raises:
         ValueError: there is no such adapter, its base is quantized or another one, or `directory` has files.
     """
-    directory = Path(directory)
-    folder = resolve_adapter_path(adapter)
+    directory, folder = Path(directory), resolve_adapter_path(adapter)
     if folder is None:
         raise ValueError(f"adapter={str(adapter)!r} has no {WEIGHTS_FILE}: pass the folder or name of an adapter.")
     if directory.exists() and any(directory.iterdir()):
