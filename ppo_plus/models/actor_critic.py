@@ -81,15 +81,10 @@ class ActorCritic(nn.Module):
     accepts_loss_kwargs = False
 
     def __init__(
-        self,
-        policy: PreTrainedModel | PeftModel,
-        value_head: ValueHead,
-        *,
-        critic: Critic = "shared",
-        value_model: PreTrainedModel | PeftModel | None = None,
-        ref_model: PreTrainedModel | None = None,
+        self, policy: PreTrainedModel | PeftModel, value_head: ValueHead, *, critic: Critic = "shared",
+        value_model: PreTrainedModel | PeftModel | None = None, ref_model: PreTrainedModel | None = None,
         use_kernels: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.value_head, self.critic, self.value_model = policy, value_head, critic, value_model
         # In a list so that the reference is no submodule: it is neither trained, saved, nor wrapped by DDP.
@@ -269,19 +264,11 @@ class ActorCritic(nn.Module):
         return use_adapter(self.policy, adapters.get(role, role))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        response_length: int,
-        temperature: float = 1.0,
-        with_logprobs: bool = True,
-        with_values: bool = True,
-        with_entropy: bool = False,
-        frozen_hidden_states: Tensor | None = None,
-        response_mask: Tensor | None = None,
-        seq_lens: SeqLens | None = None,
-        prefixes: Prefixes | None = None,
-    ) -> ActorCriticOutput:
+        self, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float = 1.0,
+        with_logprobs: bool = True, with_values: bool = True, with_entropy: bool = False,
+        frozen_hidden_states: Tensor | None = None, response_mask: Tensor | None = None,
+        seq_lens: SeqLens | None = None, prefixes: Prefixes | None = None,
+    ) -> ActorCriticOutput:  # fmt: skip
         """Compute log-probabilities, values and entropies of the response tokens.
 
         One pass computes all, or two if the critic has its own adapter or model.

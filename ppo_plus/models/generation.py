@@ -32,19 +32,12 @@ class GenerateOutput:
 
 
 def sample_responses(
-    model: ActorCritic,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    uniforms: Tensor,
-    prompt_of_row: Tensor | None = None,
-    *,
-    stop_ids: Sequence[int],
-    pad_token_id: int,
-    temperature: float = 1.0,
-    logits_processor: Callable[[Tensor], Tensor] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    model: ActorCritic, input_ids: Tensor, attention_mask: Tensor, uniforms: Tensor,
+    prompt_of_row: Tensor | None = None, *,
+    stop_ids: Sequence[int], pad_token_id: int, temperature: float = 1.0,
+    logits_processor: Callable[[Tensor], Tensor] | None = None, on_step: Callable[[int], None] | None = None,
     turn_caches: list[TurnCache | None] | None = None,
-) -> GenerateOutput:
+) -> GenerateOutput:  # fmt: skip
     """Sample responses from the distribution that `forward` scores.
 
     No `GenerationConfig` is used: it would fill unset fields from the model's own (`top_k=50`, a repetition
