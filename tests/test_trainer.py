@@ -563,6 +563,10 @@ ELSEWHERE = {
     "cache_frozen_layers": "test_frozen_layers.py",
     "prefix_reward_baseline": "test_baseline.py",
     **dict.fromkeys(("lam_value", "length_adaptive_alpha", "critic_gate"), "test_critic_options.py"),
+    **dict.fromkeys(
+        ("critic_checkpoint", "critic_peft_config", "critic_warmup_explained_variance"), "test_critic_options.py"
+    ),
+    **dict.fromkeys(("num_critic_updates", "reward_pessimism"), "test_critic_options.py"),
     "importance_sampling_cap": "test_what_decoding_computed_otherwise_is_weighed",
     "local_rollout_forward_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "generation_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
