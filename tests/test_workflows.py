@@ -126,9 +126,9 @@ def test_options_of_an_adapter_are_no_adapter(tmp_path, base):
 def test_a_folder_with_checkpoints_alone_is_no_model(tmp_path):
     for step in (4, 12):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
-    with pytest.raises(ValueError, match="run holds checkpoints and no model.*newest is .*checkpoint-12"):
+    with pytest.raises(ValueError, match="run has checkpoints and no model.*newest is .*checkpoint-12"):
         make_trainer(tmp_path, reward_funcs=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="run holds checkpoints and no model"):
+    with pytest.raises(ValueError, match="run has checkpoints and no model"):
         make_trainer(tmp_path, model=tmp_path / "run")
 
 

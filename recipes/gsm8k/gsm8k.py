@@ -64,7 +64,7 @@ def setting(name: str, arguments: list[str]) -> str:
             return arguments[index + 1]
         if word.startswith(f"--{name}="):
             return word.partition("=")[2]
-    return yaml.safe_load(Path(setting("config", arguments)).read_text())[name]
+    return yaml.safe_load(Path(setting("config", arguments)).read_text(encoding="utf-8"))[name]
 
 
 def main() -> None:
@@ -76,8 +76,8 @@ def main() -> None:
     prepare(args.questions, Path(setting("dataset_name", arguments)))
     run("ppo", arguments)
     folder = Path(setting("output_dir", arguments))
-    result = summarize(json.loads((folder / "trainer_state.json").read_text()))
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    result = summarize(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")))
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(json.dumps(result))
 
 

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a model on the Hub, or a folder")
     parser.add_argument("--warm_up_steps", type=int, default=60)
     args, arguments = parser.parse_known_args()
-    config = yaml.safe_load(Path(args.config).read_text())
+    config = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
     start, data = Path(config["model_name_or_path"]), Path(config["dataset_name"])
     for split, count, seed in (("train", 4096, 0), ("test", 64, 1)):
         if not data.is_dir() or not (data / f"{split}.jsonl").is_file():
