@@ -178,7 +178,7 @@ def test_the_hub_takes_each_card(runs, monkeypatch):
     ("name", "on_hub", "shown"),
     [
         ("org/model", "org/model", "org/model"), ("gpt2", "gpt2", "gpt2"), ("", None, ""),
-        ("/root/.cache/huggingface/hub/models--org--a.b-1/snapshots/0f3c", "org/a.b-1", "org/a.b-1"),
+        ("/home/me/.cache/huggingface/hub/models--org--a.b-1/snapshots/0f3c", "org/a.b-1", "org/a.b-1"),
         ("/data/org/model", None, "model"), ("./model", None, "model"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ models as the Hub does, and folders by their last part.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import warnings
 from collections.abc import Mapping, Sized
@@ -38,7 +39,7 @@ TRAINER_SETTINGS = (
 )  # fmt: skip
 
 
-class ModelCard:
+class ModelCard(abc.ABC):
     """The card of a run, in Markdown with a header in YAML; subclasses add the sections of their method.
 
     Args:
@@ -108,17 +109,17 @@ class ModelCard:
             *table(rows | self._parts()), "",
         ]  # fmt: skip
 
+    @abc.abstractmethod
     def _parts(self) -> dict[str, str]:
         """Return the rows of the summary that belong to the method."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _evaluation(self) -> list[str]:
         """Return the section on held-out data; empty if nothing was evaluated."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _use(self) -> list[str]:
         """Return the section on how to load what was saved."""
-        raise NotImplementedError
 
     def _curves(self) -> list[str]:
         lines = curves_table(self.history, self.curves)
