@@ -81,7 +81,7 @@ class DataArguments:
         kind = FORMAT_BY_SUFFIX[Path(self.dataset_name).suffix]
         try:
             return load_dataset(kind, data_files=self.dataset_name, split="train")
-        except DatasetsError as error:
+        except (DatasetsError, ValueError) as error:  # datasets 4 raises what the parser does
             raise ValueError(f"The file {self.dataset_name} is no valid {kind}: {error.__cause__ or error}.") from error
 
 
