@@ -265,6 +265,10 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             # Log-probabilities outside the mask belong to no token; an infinite ratio would survive the mask below.
             logprobs = torch.where(mask, output.logprobs, inputs["logprobs"])
             actor_loss = self._policy_loss(logprobs, inputs)
+            if args.positive_example_nll_weight:
+                weights = inputs["nll_weights"]
+                actor_loss = actor_loss - weights * logprobs
+                self._progress.meter.add_token_means(mask & (weights > 0), {"ppo/positive_nll": -logprobs})
             if args.entropy_coef:
                 actor_loss = actor_loss - args.entropy_coef * output.entropy
             if args.kl_penalty_in == "loss":

@@ -182,6 +182,7 @@ FLAGS = {
     "critic": ("detached", "detached"),
     "lam_value": ("1", 1.0),
     "length_adaptive_alpha": ("0.05", 0.05),
+    "positive_example_nll_weight": ("0.1", 0.1),
     "critic_gate": ("true", True),
     "advantage_baseline": ("rloo", "rloo"),
     "value_head": ("mlp", "mlp"),

@@ -14,6 +14,7 @@ from ppo_plus import PPOCallback, algo
 from ppo_plus.callbacks.training_health import TrainingHealthCallback
 from ppo_plus.rollout.advantages import estimate_advantages
 from ppo_plus.training.checkpoint import write_manifest
+from ppo_plus.training.losses import positive_example_weights
 
 
 class Rollouts(PPOCallback):
@@ -81,6 +82,71 @@ def test_monte_carlo_targets_do_not_depend_on_values(tmp_path):
 def test_a_run_with_another_lambda_ends_elsewhere(tmp_path, option):
     plain, with_it = (weights(train(tmp_path, **config)[0]) for config in ({}, option))
     assert (plain - with_it).abs().max() > 1e-4
+
+
+# --- the likelihood of correct responses ---
+
+
+def test_weights_of_correct_responses_by_hand():
+    """Two tokens of five belong to the one response above 0, so each weighs 0.1 * 5 / 2."""
+    scores, mask = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0]]).bool()
+    close(positive_example_weights(scores, mask, 0.1, lambda x: x), [[0.25], [0.0], [0.0]])
+    close(positive_example_weights(scores, mask, 0.1, lambda x: 2 * x), [[0.25], [0.0], [0.0]])  # another rank, alike
+    alone = lambda x: x + torch.tensor([5, 0])  # noqa: E731 (another rank without a correct response)
+    close(positive_example_weights(scores, mask, 0.1, alone), [[0.5], [0.0], [0.0]])
+    close(positive_example_weights(scores - 1, mask, 0.1, lambda x: x), [[0.0], [0.0], [0.0]])  # none is correct
+
+
+def nll_gradient(tmp_path, weight, **config):
+    """Return the rollout and the first step's gradient of a run that scores half of its responses above 0."""
+    rewards = iter([1.0, -1.0] * 99)
+    trainer = make_trainer(
+        tmp_path, reward_funcs=lambda completions, **_: [next(rewards) for _ in completions],
+        config={"positive_example_nll_weight": weight, "missing_eos_penalty": None, "max_grad_norm": 0.0,
+                "max_steps": 1, "vf_coef": 0.0, "num_mini_batches": 1, "num_ppo_epochs": 1, **config},
+    )  # fmt: skip
+    kept, gradients = [], []
+    trainer.add_callback(Steps(lambda: gradients.append(actor_gradient(trainer)), lambda rollout: kept.append(rollout)))
+    trainer.train()
+    return trainer, kept[0], gradients[0]
+
+
+class Steps(PPOCallback):
+    def __init__(self, before_step, after_rollout):
+        self.before_step, self.after_rollout = before_step, after_rollout
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.before_step()
+
+    def on_rollout_end(self, args, state, control, rollout, **kwargs):
+        self.after_rollout(rollout)
+
+
+def actor_gradient(trainer):
+    return torch.cat([p.grad.flatten() for p in trainer.model.actor_parameters()]).clone()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_the_likelihood_term_is_one_mean_over_the_minibatch(tmp_path, rows):
+    """The gradient exceeds that without the term by mu times that of the mean, however rows are split."""
+    split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+    trainer, rollout, with_term = nll_gradient(tmp_path, 0.3, **split)
+    _, same, without = nll_gradient(tmp_path, 0.0, **split)
+    assert torch.equal(rollout.input_ids, same.input_ids)  # two runs of one policy
+    nll, expected = nll_of(make_trainer(tmp_path, config=split), rollout, rollout.sequence_scores > 0)
+    close(with_term - without, 0.3 * expected, atol=1e-6)
+    assert trainer.state.log_history[0]["ppo/positive_nll"] == pytest.approx(nll, rel=1e-5)
+    other_nll, other = nll_of(make_trainer(tmp_path, config=split), rollout, rollout.sequence_scores < 0)
+    assert abs(other_nll - nll) > 1e-3 and (other - expected).abs().max() > 1e-3  # the control: not just any responses
+
+
+def nll_of(trainer, rollout, rows):
+    """Return the mean negative log-likelihood of the tokens of these responses, and its gradient."""
+    inputs = rollout.micro_batch(rows.nonzero()[:, 0])
+    mask = inputs["action_mask"]
+    output = trainer.model(inputs["input_ids"], inputs["attention_mask"], mask.shape[1], trainer.args.temperature)
+    nll = -output.logprobs[mask].mean()
+    return nll.item(), torch.cat([g.flatten() for g in torch.autograd.grad(nll, trainer.model.actor_parameters())])
 
 
 # --- the gate on the critic ---
@@ -427,7 +493,8 @@ def test_a_critic_of_another_scaling_or_baseline_is_refused(tmp_path):
     ("name", "value"),
     [("lam_value", 1.2), ("lam_value", "1"), ("length_adaptive_alpha", 0.0), ("length_adaptive_alpha", True),
      ("critic_gate", "yes"), ("num_critic_updates", 0), ("critic_warmup_explained_variance", 1.5),
-     ("critic_peft_config", 3), ("critic_checkpoint", 3), ("reward_pessimism", 0.0), ("objective", "sao")],
+     ("critic_peft_config", 3), ("critic_checkpoint", 3), ("reward_pessimism", 0.0), ("objective", "sao"),
+     ("positive_example_nll_weight", -0.1)],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value!r}"):

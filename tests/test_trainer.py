@@ -566,7 +566,9 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("critic_checkpoint", "critic_peft_config", "critic_warmup_explained_variance"), "test_critic_options.py"
     ),
-    **dict.fromkeys(("num_critic_updates", "reward_pessimism"), "test_critic_options.py"),
+    **dict.fromkeys(
+        ("num_critic_updates", "reward_pessimism", "positive_example_nll_weight"), "test_critic_options.py"
+    ),
     "importance_sampling_cap": "test_what_decoding_computed_otherwise_is_weighed",
     "local_rollout_forward_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",
     "generation_batch_size": "test_batch_sizes_without_gradients_change_memory_and_not_numbers",

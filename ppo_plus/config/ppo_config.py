@@ -112,6 +112,9 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         None, "Bound on the loss of negative advantages, as a multiple of the advantage; None disables it.", above(1)
     )
     old_policy_kl_coef: float = _field(1.0, "Weight of KL(old || new) in objective='kl_penalty', per nat.", at_least(0))
+    positive_example_nll_weight: float = _field(
+        0.0, "Weight of the negative log-likelihood of responses with a score above 0 (VAPO).", at_least(0)
+    )
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus, per nat.", at_least(0))
     cliprange_value: float | None = _field(0.2, "Clip range of the value, reward units; None disables it.", above(0))
     vf_coef: float | None = _field(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from .. import algo
@@ -22,6 +23,7 @@ from ..rollout.buffer import Rollout
 from ..rollout.experience import Experience
 from ..rollout.phases import PhaseTimer
 from ..utils.interrupt import raise_if_interrupted
+from .losses import positive_example_weights
 from .metrics import Meter, reward_context
 
 if TYPE_CHECKING:
@@ -109,8 +111,15 @@ class RolloutPhase:
         ppo_epoch, minibatch = divmod(step, args.num_mini_batches)
         self.minibatch_rows = rows = self._minibatches(len(rollout), rollout_index, ppo_epoch)[minibatch]
         parts = self._micro_batch_rows(rows, rollout.lengths())
-        tokens = self._trainer.collectives.sum(rollout.action_mask[rows].sum()).clamp(min=1)
-        return [rollout.micro_batch(indices, args.num_generations) for indices in parts], tokens
+        reduce, mask = self._trainer.collectives.sum, rollout.action_mask[rows]
+        tokens = reduce(mask.sum()).clamp(min=1)
+        micro_batches = [rollout.micro_batch(indices, args.num_generations) for indices in parts]
+        if weight := args.positive_example_nll_weight:
+            weights = torch.zeros(len(rollout), 1)
+            weights[rows] = positive_example_weights(rollout.sequence_scores[rows], mask, weight, reduce)
+            for inputs, indices in zip(micro_batches, parts, strict=True):
+                inputs["nll_weights"] = weights[indices]
+        return micro_batches, tokens
 
     def scoring_micro_batches(self, rollout_index: int, lengths: Tensor) -> list[Tensor]:
         """Return the row indices of the micro-batches of the first PPO epoch."""
