@@ -7,8 +7,10 @@ import dataclasses
 import inspect
 import re
 import signal
+import threading
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -72,7 +74,7 @@ class Script:
         asked = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
         return self.tokenizer(self.turns[asked][text.count("<|im_start|>assistant\n") - 1])["input_ids"]
 
-    def generate(self, prefixes, uniforms, turn_caches=None) -> GenerateOutput:
+    def generate(self, prefixes, uniforms, turn_caches=None, on_row_end=None) -> GenerateOutput:
         tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
         for row, prefix in enumerate(prefixes):
             ids = self.next_turn(prefix)[: int((~uniforms[row].isnan()).sum())]
@@ -80,7 +82,9 @@ class Script:
         return GenerateOutput(tokens, torch.full(uniforms.shape, -0.5))
 
 
-def run_loop(tmp_path, turns, tools=TOOLS, response_length=R, context=None, factory=None, rows=None, **config):
+def run_loop(
+    tmp_path, turns, tools=TOOLS, response_length=R, context=None, factory=None, rows=None, script=Script, **config
+):  # fmt: skip
     """Our loop on scripted turns."""
     tokenizer = prepare_tool_tokenizer(tool_tokenizer())
     args = make_config(tmp_path, response_length=response_length, **config)
@@ -94,7 +98,7 @@ def run_loop(tmp_path, turns, tools=TOOLS, response_length=R, context=None, fact
         )["input_ids"]
     loop = TurnLoop(pool, tokenizer, args, [tokenizer.eos_token_id], (context, len(tokenizer)))
     uniforms = torch.zeros(len(rows), response_length, dtype=torch.float64)
-    return loop(rows, uniforms, Script(tokenizer, turns).generate)
+    return loop(rows, uniforms, script(tokenizer, turns).generate)
 
 
 def run_trl(turns, tools=TOOLS, response_length=R, context=10_000, iterations=10**9):
@@ -217,7 +221,7 @@ def test_tokens_are_never_tokenized_again(tmp_path):
     loop = TurnLoop(pool, prepared, args, [2], (None, len(tokenizer)))
     turns = iter([written, tokenizer("3" + END)["input_ids"]])
 
-    def generate(prefixes, uniforms, turn_caches=None):
+    def generate(prefixes, uniforms, turn_caches=None, on_row_end=None):
         ids = torch.tensor([next(turns)])
         return GenerateOutput(ids, torch.zeros(ids.shape))
 
@@ -303,6 +307,92 @@ def test_async_tools_of_all_responses_run_side_by_side(tmp_path):
     found = run_loop(tmp_path, turns, tools=[meet])
     assert max(most) == 4
     assert [m[1]["content"] for m in found.messages] == ["0", "1", "2", "3"]
+
+
+class Uneven(Script):
+    """The first response of a turn ends, and the others only after the event `go_on`, or `patience` in seconds."""
+
+    go_on, patience = threading.Event(), 60.0
+    waited: ClassVar[list[bool]] = []  # whether the event came in time, by turn; empty where nobody asked for ends
+    first_text: str | None = None  # what the first response seems to be when it ends, if a lower batch size changes it
+
+    def generate(self, prefixes, uniforms, turn_caches=None, on_row_end=None):
+        output = super().generate(prefixes, uniforms)
+        if on_row_end is not None:
+            ids = self.next_turn(prefixes[0])
+            if self.first_text is not None:
+                ids = self.tokenizer(self.first_text)["input_ids"]
+            on_row_end(0, torch.tensor(ids))
+            self.waited.append(self.go_on.wait(self.patience))
+        return output
+
+
+@pytest.fixture
+def uneven():
+    Uneven.go_on.clear()
+    Uneven.waited.clear()
+    return Uneven
+
+
+async def note(a: int, b: int) -> int:
+    """Let the other responses go on.
+
+    Args:
+        a: A number.
+        b: A number.
+    """
+    Uneven.go_on.set()
+    return a
+
+
+def test_async_tools_run_while_other_responses_are_decoded(tmp_path, uneven):
+    turns = {str(i): [call(i, 0, "note"), "noted" + END] for i in range(2)}
+    found = run_loop(tmp_path, turns, tools=[note], script=uneven)
+    assert uneven.waited == [True, True]
+    assert [m[1]["content"] for m in found.messages] == ["0", "1"]
+    assert found.tool_counts.tolist() == [[1, 0]] * 2  # each was called once
+
+
+def test_a_turn_that_calls_a_sync_tool_too_is_waited_for(tmp_path, uneven, monkeypatch):
+    """The control: the async tool may rely on what the sync one did."""
+    monkeypatch.setattr(uneven, "patience", 0.1)
+    turns = {str(i): [call(i, 0)[: -len(END)] + call(i, 0, "note"), "noted" + END] for i in range(2)}
+    found = run_loop(tmp_path, turns, tools=[add, note], script=uneven)
+    assert uneven.waited == [False, True]
+    assert found.tool_counts.tolist() == [[2, 0]] * 2
+    found = run_loop(tmp_path, {str(i): [call(i, 0), "sum" + END] for i in range(2)}, tools=[add], script=uneven)
+    assert len(uneven.waited) == 2 and found.messages[1][1]["content"] == "1"  # without async tools nobody asks
+
+
+def test_a_turn_after_the_last_call_starts_no_tool(tmp_path, uneven):
+    turns = {str(i): [call(i, 0, "note")] for i in range(2)}
+    found = run_loop(tmp_path, turns, tools=[note], script=uneven, max_tool_calling_iterations=0)
+    assert not uneven.waited and not uneven.go_on.is_set() and found.tool_counts.tolist() == [[0, 0]] * 2
+
+
+def test_a_call_that_a_lower_batch_size_changed_is_made_again(tmp_path, uneven, monkeypatch):
+    monkeypatch.setattr(uneven, "first_text", call(7, 0, "note"))
+    found = run_loop(tmp_path, {"0": [call(3, 0, "note"), "noted" + END]}, tools=[note], script=uneven)
+    assert found.messages[0][1]["content"] == "3" and found.tool_counts.tolist() == [[1, 0]]
+
+
+def test_ends_of_responses_are_reported_as_they_happen(tmp_path):
+    model, events = make_trainer(tmp_path).model, []
+    ids = torch.tensor([[5, 6, 7]]).expand(6, -1)
+    uniforms = torch.rand(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    uniforms[2, 4:] = torch.nan
+    stops = list(range(0, len(make_tokenizer()), 7))
+    output = model.sample(
+        ids, torch.ones_like(ids), uniforms, stop_ids=stops, pad_token_id=1,
+        on_step=events.append, on_row_end=lambda row, tokens: events.append((row, tokens.tolist())),
+    )  # fmt: skip
+    ended = dict(event for event in events if isinstance(event, tuple))
+    steps = {row: sum(isinstance(e, int) for e in events[: events.index((row, ids))]) for row, ids in ended.items()}
+    assert ended and {row: len(ids) for row, ids in ended.items()} == steps
+    for row, tokens in ended.items():
+        assert output.tokens[row].tolist() == tokens + [1] * (output.tokens.shape[1] - len(tokens))
+        assert tokens[-1] in stops or (row == 2 and len(tokens) == 4)
+    assert len(set(steps.values())) > 1  # the control: they did not all end together
 
 
 # Environments

@@ -36,7 +36,7 @@ def sample_responses(
     prompt_of_row: Tensor | None = None, *,
     stop_ids: Sequence[int], pad_token_id: int, temperature: float = 1.0,
     logits_processor: Callable[[Tensor], Tensor] | None = None, on_step: Callable[[int], None] | None = None,
-    turn_caches: list[TurnCache | None] | None = None,
+    turn_caches: list[TurnCache | None] | None = None, on_row_end: Callable[[int, Tensor], None] | None = None,
 ) -> GenerateOutput:  # fmt: skip
     """Sample responses from the distribution that `forward` scores.
 
@@ -59,6 +59,7 @@ def sample_responses(
         on_step: called at each decode step with the number of unfinished rows.
         turn_caches: cache of each row; if no entry is None, `input_ids` are the tokens after them. On return, the
             caches of all tokens but the last; None for models that cannot keep them.
+        on_row_end: called with the index and the tokens of a response when it ends, while others continue.
     """
 
     def choose(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ def sample_responses(
     eager = torch.compiler.set_stance("force_eager") if model.runner.compiled else contextlib.nullcontext()
     with cached_lora_weights(model.policy), eager, _disable_redundant_autocast(model.active_model):
         prompts = input_ids, attention_mask, prompt_of_row
-        return _decode(model, prompts, uniforms, stop_ids, pad_token_id, choose, on_step, turn_caches)
+        return _decode(model, prompts, uniforms, stop_ids, pad_token_id, choose, on_step, turn_caches, on_row_end)
 
 
 def _disable_redundant_autocast(model: PreTrainedModel) -> AbstractContextManager:
@@ -84,6 +85,7 @@ def _decode(
     model: ActorCritic, prompts: tuple[Tensor, Tensor, Tensor | None], uniforms: Tensor, stop_ids: Sequence[int],
     pad_token_id: int, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     on_step: Callable[[int], None] | None, turn_caches: list[TurnCache | None] | None,
+    on_row_end: Callable[[int, Tensor], None] | None,
 ) -> GenerateOutput:  # fmt: skip
     step_ids, mask, prompt_of_row = prompts
     (rows, length), device, cache = uniforms.shape, step_ids.device, None
@@ -110,9 +112,13 @@ def _decode(
         tokens[active_rows, t], logprobs[active_rows, t] = token, tokens_logprobs
         unfinished = ~torch.isin(token, stop) & may_continue[active_rows, t]
         num_unfinished = int(unfinished.sum())  # a host sync, so once per step
-        if turn_caches is not None and takes_positions and num_unfinished < len(active_rows):
+        if num_unfinished < len(active_rows) and (turn_caches is not None or on_row_end is not None):
             for row in (~unfinished).nonzero()[:, 0].tolist():
-                turn_caches[int(active_rows[row])] = keep_row(cache, row, mask[row])
+                index = int(active_rows[row])
+                if turn_caches is not None and takes_positions:
+                    turn_caches[index] = keep_row(cache, row, mask[row])
+                if on_row_end is not None:
+                    on_row_end(index, tokens[index, : t + 1])
         if num_unfinished == 0:
             break
         if num_unfinished < len(active_rows):

@@ -194,9 +194,12 @@ class RolloutCollector:
 
     def _generate(
         self, prompts: Sequence[list[int]], uniforms: Tensor, num_generations: int = 1,
-        turn_caches: list[TurnCache | None] | None = None,
+        turn_caches: list[TurnCache | None] | None = None, on_row_end: Callable[[int, Tensor], None] | None = None,
     ) -> GenerateOutput:  # fmt: skip
-        """Sample a turn; `turn_caches` are those of the turns before by row, and are replaced by those after it."""
+        """Sample a turn; `turn_caches` are those of the turns before by row, and are replaced by those after it.
+
+        `on_row_end` gets the index and the tokens of each row when it ends, again if the batch size is lowered.
+        """
         (rows, length), padding = uniforms.shape, pad_id(self.tokenizer)
         tokens = torch.full((rows, length), padding, dtype=torch.int64)
         logprobs = torch.zeros(rows, length)
@@ -212,7 +215,8 @@ class RolloutCollector:
                 chunk // num_generations, return_inverse=True, return_counts=True
             )
             firsts = chunk[counts.cumsum(0) - counts]
-            caches = None if turn_caches is None else [turn_caches[i] for i in chunk.tolist()]
+            indices = chunk.tolist()
+            caches = None if turn_caches is None else [turn_caches[i] for i in indices]
             new_tokens = tokens_after(caches, [prompts[i] for i in firsts.tolist()])
             input_ids, attention_mask = left_pad(new_tokens, padding)
             out = self.model.sample(
@@ -220,9 +224,10 @@ class RolloutCollector:
                 None if num_generations == 1 else prompt_of_row.to(device), stop_ids=self.stop_ids,
                 pad_token_id=padding, temperature=self.args.temperature, logits_processor=self.logits_processor,
                 on_step=progress.decode_step_callback(len(chunk)), turn_caches=caches,
+                on_row_end=on_row_end and (lambda row, ids: on_row_end(indices[row], ids)),
             )  # fmt: skip
             if turn_caches is not None and caches is not None:
-                for i, cache in zip(chunk.tolist(), caches, strict=True):
+                for i, cache in zip(indices, caches, strict=True):
                     turn_caches[i] = cache
             tokens[chunk], logprobs[chunk] = out.tokens.cpu(), out.logprobs.cpu()
             progress.add(len(chunk), int(sampled(chunk).sum()))

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,8 +32,18 @@ from .environments import EnvironmentPool, Tools, is_text
 from .responses import Responses, Segments
 
 # Samples one turn: prompts as token ids, and uniforms `(N, R)` float64, NaN where a row may not sample any more; with
-# `turn_caches`, the caches of the rows' earlier turns, which it replaces.
+# `turn_caches`, the caches of the rows' earlier turns, which it replaces, and `on_row_end`, which it may call with the
+# index and the tokens of a row that ends before others.
 Generate = Callable[..., GenerateOutput]
+
+
+@dataclass
+class Turn:
+    """One turn of the policy: tokens, message, and the tool calls that were started: name, and result or future."""
+
+    ids: list[int]
+    message: dict[str, Any]
+    started: list[tuple[str, Any]] | None = None
 
 
 @dataclass
@@ -49,6 +59,7 @@ class Episode:
         num_calls: tool calls.
         num_failures: tool calls that were answered by an error.
         cache: keys and values of all tokens but those after its last turn; None where they are not kept.
+        turn: the last turn.
     """
 
     row: Row
@@ -59,6 +70,19 @@ class Episode:
     num_calls: int = 0
     num_failures: int = 0
     cache: TurnCache | None = None
+    turn: Turn | None = None
+
+    def start(self, turn: Turn, start: Callable[[Tools, Mapping[str, Any]], tuple[str, Any]]) -> None:
+        """Start the tool calls of a turn."""
+        self.turn, turn.started = turn, []
+        for call in turn.message["tool_calls"]:
+            turn.started.append(start(self.tools, call))
+
+    def cancel(self) -> None:
+        """Cancel the async tools that run."""
+        for _, result in (self.turn and self.turn.started) or ():
+            if isinstance(result, Future):
+                result.cancel()
 
 
 class TurnLoop:
@@ -86,11 +110,27 @@ class TurnLoop:
         pool = self.environments
         environments = pool.take(rows) if pool.factories else None
         episodes = [self._begin(row, environments and environments[i]) for i, row in enumerate(rows)]
-        limit, iteration, active = self.args.max_tool_calling_iterations, 0, list(range(len(rows)))
+        try:
+            self._take_turns(episodes, uniforms, generate)
+        except BaseException:  # a signal among them
+            for episode in episodes:
+                episode.cancel()
+            raise
+        counts = torch.tensor([[e.num_calls, e.num_failures] for e in episodes]) if pool.has_tools else None
+        return Responses.from_segments(
+            [e.row for e in episodes], [e.response for e in episodes], self.stop_ids, pad_id(self.tokenizer),
+            train_on_eos=self.args.train_on_eos, messages=[e.messages for e in episodes], environments=environments,
+            tool_counts=counts,
+        )  # fmt: skip
+
+    def _take_turns(self, episodes: Sequence[Episode], uniforms: Tensor, generate: Generate) -> None:
+        """Sample turns and run their tool calls until no response continues."""
+        limit, iteration, active = self.args.max_tool_calling_iterations, 0, list(range(len(episodes)))
         while active:
-            self._take_turn(episodes, active, uniforms, generate)
+            is_last = limit is not None and iteration >= limit
+            self._take_turn(episodes, active, uniforms, generate, may_call=not is_last)
             calling = [i for i in active if episodes[i].messages[-1].get("tool_calls")]
-            if limit is not None and iteration >= limit:
+            if is_last:
                 break
             iteration += 1
             answers = self._answer([episodes[i] for i in calling])
@@ -101,12 +141,6 @@ class TurnLoop:
                 i for i, goes_on in zip(calling, continues, strict=True)
                 if goes_on and len(episodes[i].response.ids) < full
             ]  # fmt: skip
-        counts = torch.tensor([[e.num_calls, e.num_failures] for e in episodes]) if pool.has_tools else None
-        return Responses.from_segments(
-            [e.row for e in episodes], [e.response for e in episodes], self.stop_ids, pad_id(self.tokenizer),
-            train_on_eos=self.args.train_on_eos, messages=[e.messages for e in episodes], environments=environments,
-            tool_counts=counts,
-        )  # fmt: skip
 
     def _begin(self, row: Row, environment: Any) -> Episode:
         schemas = self.environments.schemas[self.environments.name_of(row)]
@@ -127,9 +161,10 @@ class TurnLoop:
         return Episode({**row, "prompt": prompt, "input_ids": ids}, schemas, tools)
 
     def _take_turn(
-        self, episodes: Sequence[Episode], active: Sequence[int], uniforms: Tensor, generate: Generate
-    ) -> None:
-        """Sample one turn of the active responses, and parse it."""
+        self, episodes: Sequence[Episode], active: Sequence[int], uniforms: Tensor, generate: Generate, *,
+        may_call: bool,
+    ) -> None:  # fmt: skip
+        """Sample one turn of the active responses, and parse it; async tools of rows that end early start early."""
         prefixes = [episodes[i].row["input_ids"] + episodes[i].response.ids for i in active]
         used = [len(episodes[i].response.ids) for i in active]
         length = uniforms.shape[1]
@@ -137,7 +172,15 @@ class TurnLoop:
         for row, (i, start) in enumerate(zip(active, used, strict=True)):
             remaining[row, : length - start] = uniforms[i, start:]
         caches = [episodes[i].cache for i in active]
-        output = generate(prefixes, remaining, turn_caches=caches)
+
+        def on_row_end(row: int, tokens: Tensor) -> None:
+            self._start_async(episodes[active[row]], tokens.tolist(), prefixes[row])
+
+        for i in active:
+            episodes[i].turn = None
+        tools = [tool for i in active for tool in episodes[i].tools.values()] if may_call else []
+        starts_early = any(map(inspect.iscoroutinefunction, tools))
+        output = generate(prefixes, remaining, turn_caches=caches, on_row_end=on_row_end if starts_early else None)
         for row, (i, start) in enumerate(zip(active, used, strict=True)):
             ids = output.tokens[row, : length - start].tolist()
             stops = [t + 1 for t, token in enumerate(ids) if token in self.stop_ids]
@@ -145,7 +188,22 @@ class TurnLoop:
             episode = episodes[i]
             episode.cache = caches[row]
             episode.response.add_turn(ids, output.logprobs[row, : len(ids)].tolist())
-            episode.messages.append(self._parse(ids, prefixes[row], episode.schemas))
+            if episode.turn is None or episode.turn.ids != ids:
+                episode.cancel()
+                episode.turn = Turn(ids, self._parse(ids, prefixes[row], episode.schemas))
+            episode.messages.append(episode.turn.message)
+
+    def _start_async(self, episode: Episode, ids: list[int], prefix: list[int]) -> None:
+        """Start the tools that a turn calls if all are async.
+
+        An async tool may rely on a sync one that is called before it.
+        """
+        turn = Turn(ids, self._parse(ids, prefix, episode.schemas))
+        calls = turn.message.get("tool_calls") or ()
+        tools = [episode.tools.get(call["function"]["name"]) for call in calls if call["type"] == "function"]
+        if calls and len(tools) == len(calls) and all(map(inspect.iscoroutinefunction, tools)):
+            episode.cancel()
+            episode.start(turn, self._start)
 
     def _parse(self, ids: list[int], prefix: list[int], schemas: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.environments.has_tools:
@@ -154,11 +212,13 @@ class TurnLoop:
 
     def _answer(self, episodes: Sequence[Episode]) -> list[list[dict[str, Any]]]:
         """Run the tool calls of the last turn of each response; async tools of all responses run side by side."""
-        started = [
-            [self._start(episode.tools, call) for call in episode.messages[-1]["tool_calls"]] for episode in episodes
-        ]
+        for episode in episodes:
+            turn = cast(Turn, episode.turn)
+            if turn.started is None:
+                episode.start(turn, self._start)
         answers = []
-        for episode, results in zip(episodes, started, strict=True):
+        for episode in episodes:
+            results = cast(list, cast(Turn, episode.turn).started)
             # As in TRL, the answers of async tools come after those of sync tools.
             in_order = sorted(results, key=lambda result: isinstance(result[1], Future))
             finished = [(name, self._await(result)) for name, result in in_order]
@@ -204,9 +264,6 @@ class TurnLoop:
             return self._timeout_error()
         except Exception as error:
             return error
-        except BaseException:  # a signal
-            result.cancel()
-            raise
 
     def _timeout_error(self) -> TimeoutError:
         return TimeoutError(f"The tool did not answer within {self.args.tool_timeout} seconds.")
