@@ -191,6 +191,13 @@ def test_what_is_no_checkpoint_is_told_apart(saved, tmp_path):
         trainer.train(resume_from_checkpoint="True")
     with pytest.raises(ValueError, match=r"holds checkpoints and is none. Pass the newest whole one, .*checkpoint-6"):
         trainer.train(resume_from_checkpoint=str(saved[0]))
+    trainer.save_model(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"model'.*trainer_state.json.* pass it as `model`"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "model"))
+    unfinished = copied(saved, tmp_path, 5)
+    (unfinished / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="saving was interrupted"):  # the control: a checkpoint, and not a whole one
+        trainer.train(resume_from_checkpoint=str(unfinished))
 
 
 @pytest.mark.parametrize(

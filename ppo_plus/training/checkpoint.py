@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..algo.prefix_reward_baseline import RewardBaseline
@@ -215,6 +216,11 @@ def check_checkpoint(directory: str) -> None:
         raise ValueError(
             f"resume_from_checkpoint={directory!r} holds checkpoints and is none. Pass the newest whole one, {newest}, "
             "or True with this output_dir."
+        )
+    if not (Path(directory) / MANIFEST).exists() and not (Path(directory) / TRAINER_STATE_NAME).exists():
+        raise ValueError(
+            f"resume_from_checkpoint={directory!r} is no checkpoint of a run: it has no {TRAINER_STATE_NAME}. A saved "
+            "adapter or model is where a new run starts: pass it as `model`."
         )
     if error := integrity_error(directory):
         raise ValueError(f"{directory} cannot be resumed: {error}. Use the checkpoint before it.")
