@@ -13,6 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +57,7 @@ from .rewards.adapters import template_hash
 from .training.hub import HubMixin, save_training_args_json
 from .training.reward_card import RewardModelCard
 from .training.validation import check_quantized_device, warn_of_long_warmup
+from .utils.contexts import evaluation_mode
 
 ADAPTER_HINT = (
     "Pass the name of its base to train a new reward adapter; to start from the adapter's weights, merge them into the "
@@ -184,16 +186,14 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
         Raises:
             ValueError: the dataset has no pairs.
         """
-        scored, training = [], self.model.training
-        self.model.eval()
-        for loader in self._calibration_loaders(dataset):
-            for batch in loader:
+        scored = []
+        with evaluation_mode(self.model):
+            for batch in chain.from_iterable(self._calibration_loaders(dataset)):
                 batch = self._prepare_inputs(batch)
                 batch.pop("margin", None)
                 with self.accelerator.autocast():
                     scores = self.model(**batch, use_cache=False).logits.squeeze(-1).float()
                 scored.append(cast(Tensor, self.accelerator.gather_for_metrics(scores.view(2, -1).T)).T)
-        self.model.train(training)
         if not scored:
             raise ValueError(
                 f"There is no pair to calibrate on: the dataset is empty, or max_length={self.args.max_length} or "

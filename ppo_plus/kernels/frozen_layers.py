@@ -31,7 +31,7 @@ CALL_ATTRIBUTES = ("forward", "_compiled_call_impl")
 
 def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
     """Return the layers of a decoder in the order in which they run; empty if they cannot be identified."""
-    count = cast(Any, backbone).config.get_text_config().num_hidden_layers
+    count = getattr(cast(Any, backbone).config.get_text_config(), "num_hidden_layers", None)
     stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     return list(stacks[0]) if stacks else []
 

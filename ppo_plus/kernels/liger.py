@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_liger_kernel_available
 
+from ..utils.contexts import evaluation_mode
+
 DEVICES = ("cuda", "xpu", "npu")  # for which Liger has kernels; ROCm calls itself cuda
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 MAX_RELATIVE_ERROR = 0.05  # of the largest hidden state; bf16 rounds each operation to 2^-8
@@ -82,12 +84,9 @@ def apply_liger(models: Iterable[nn.Module], args: Any) -> None:
 @torch.no_grad()
 def probe_states(model: PreTrainedModel) -> Tensor:
     """Return last hidden states of a few tokens, `(1, 6, H)` float32."""
-    training = model.training
-    model.eval()
     ids = torch.arange(1, 7, device=model.device)[None]
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-    model.train(training)
-    return states
+    with evaluation_mode(model):
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
 
 class LigerMixin:

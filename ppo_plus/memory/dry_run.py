@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,13 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from ..algo.logprobs import token_logprobs
+from ..kernels.frozen_layers import decoder_layers
 from ..kernels.lora import cached_lora_weights
 from ..models import logprobs as logits
 from ..models.actor_critic import ActorCritic
@@ -27,6 +23,7 @@ from ..models.backbone import backbone_interface, cache_of, unwrap_peft
 from ..models.classifier import register_sequence_classifier
 from ..models.critic import CriticSpec
 from ..models.loading import build_actor_critic, language_model_class
+from ..utils.contexts import set_attributes
 from .prediction import PARTS, MemoryEstimator, Parts, PlannerConfig
 from .quantized import quantize
 from .tracker import MemoryTracker
@@ -65,7 +62,7 @@ class DryRun(MemoryEstimator):
     def segment_peaks(self, phase: str, rows: int) -> list[Parts]:
         """See `MemoryEstimator`; the number of segments does not depend on the number of layers."""
         self.actor.train(phase == "learn")
-        gradients = contextlib.nullcontext() if phase == "learn" else torch.no_grad()
+        gradients = nullcontext() if phase == "learn" else torch.no_grad()
         with self._fake, self.tracker, gradients, gpu_logit_chunking():
             self.tracker.reset_peak()
             return getattr(self, f"_{phase}")(rows)
@@ -126,16 +123,10 @@ class DryRun(MemoryEstimator):
         return peaks
 
 
-@contextlib.contextmanager
-def gpu_logit_chunking() -> Iterator[None]:
+def gpu_logit_chunking() -> AbstractContextManager:
     """Context manager: chunk logits as on a GPU, although fake tensors are on the CPU, whose chunks are smaller."""
-    on_cpu = logits.CHUNK_ELEMENTS, logits.SLICE_ELEMENTS
-    logits.CHUNK_ELEMENTS = logits.chunk_elements(torch.device("cuda"), frozen_head=True)
-    logits.SLICE_ELEMENTS = logits.GPU_SLICE_ELEMENTS
-    try:
-        yield
-    finally:
-        logits.CHUNK_ELEMENTS, logits.SLICE_ELEMENTS = on_cpu
+    chunk = logits.chunk_elements(torch.device("cuda"), frozen_head=True)
+    return set_attributes(logits, CHUNK_ELEMENTS=chunk, SLICE_ELEMENTS=logits.GPU_SLICE_ELEMENTS)
 
 
 def _actor_critic(config: PretrainedConfig, setup: PlannerConfig, value_config: PretrainedConfig | None) -> ActorCritic:
@@ -208,10 +199,8 @@ def _replace_with_fake_tensors(actor: ActorCritic, tracker: MemoryTracker) -> No
 
 def _start_segments_at_layers(model: PreTrainedModel, tracker: MemoryTracker) -> None:
     """Start a segment before the first and after the last layer, forward and backward."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = (module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
-    layers = next((module for module in lists if len(module) == count), None)
-    if layers is None:
+    layers = decoder_layers(model.base_model)
+    if not layers:
         return
 
     def start_segment(*_: Any) -> None:

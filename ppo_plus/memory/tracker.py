@@ -6,10 +6,10 @@ fake tensor fails under it.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..utils.contexts import set_attributes
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -61,14 +63,9 @@ class MemoryTracker(TorchDispatchMode):
         category, size = self._tracked.pop(key)
         self.current[category] -= size
 
-    @contextlib.contextmanager
-    def category(self, name: str) -> Iterator[None]:
+    def category(self, name: str) -> AbstractContextManager:
         """Context manager: storages that are created inside are in this category."""
-        before, self._category = self._category, name
-        try:
-            yield
-        finally:
-            self._category = before
+        return set_attributes(self, _category=name)
 
     def reset_peak(self) -> None:
         """Set the peak to the current bytes, and forget the peaks of earlier segments."""

@@ -30,6 +30,7 @@ from ..kernels.frozen_layers import FrozenPrefix
 from ..kernels.packing import NoPacking, Packing, SeqLens, make_packing
 from ..kernels.shared_prompts import Prefixes
 from ..kernels.switch import kernels_enabled, replace_forwards
+from ..utils.contexts import evaluation_mode, set_attributes
 from .adapter_loading import load_reward_adapter
 from .adapters import (
     CRITIC_ADAPTER,
@@ -165,12 +166,8 @@ class ActorCritic(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate by the policy's own `transformers` method, without dropout; rollouts come from `sample`."""
-        training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             return self.policy.generate(*args, **kwargs)
-        finally:
-            self.train(training)
 
     def move_auxiliary_modules(self, device: torch.device) -> None:
         """Move modules that `Trainer` does not move: value head, reference and value model of a placed policy."""
@@ -236,12 +233,8 @@ class ActorCritic(nn.Module):
             name: "actor"; "reference" (adapter off, its frozen copy `ref`, or `ref_model`); "critic" (the adapter or
                 model whose hidden states the value head reads); or a reward adapter by its name.
         """
-        before, self._role = self._role, name
-        try:
-            with self._activate_adapter(name):
-                yield
-        finally:
-            self._role = before
+        with set_attributes(self, _role=name), self._activate_adapter(name):
+            yield
 
     @property
     def active_model(self) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from ..utils.contexts import evaluation_mode, set_attributes
 from .logprobs import logits_function
 
 # Newest first, because older names may give a deprecation warning.
@@ -69,13 +70,8 @@ _interfaces: WeakKeyDictionary[torch.nn.Module, BackboneInterface] = WeakKeyDict
 def backbone_interface(model: PreTrainedModel) -> BackboneInterface:
     """Return how the backbone of a model is called; the first call probes it."""
     if model not in _interfaces:
-        training = model.training
-        model.eval()
-        try:
-            with narrow_windows(model):
-                _interfaces[model] = replace(_probe(model), device=model.device)
-        finally:
-            model.train(training)
+        with evaluation_mode(model), narrow_windows(model):
+            _interfaces[model] = replace(_probe(model), device=model.device)
     return _interfaces[model]
 
 
@@ -94,17 +90,12 @@ def narrow_windows(model: PreTrainedModel, width: int = TRIAL_WINDOW) -> Iterato
     Masks and caches read the window from the configuration, some kernels from the attention module.
     """
     configs = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)]
-    before: list[tuple[Any, int]] = []
-    for holder in {id(h): h for h in (model.config.get_text_config(), *configs, *model.modules())}.values():
-        window = getattr(holder, "sliding_window", None)
-        if isinstance(window, int) and not isinstance(window, bool) and window > width:
-            before.append((holder, window))
-            holder.sliding_window = width
-    try:
+    with contextlib.ExitStack() as stack:
+        for holder in {id(h): h for h in (model.config.get_text_config(), *configs, *model.modules())}.values():
+            window = getattr(holder, "sliding_window", None)
+            if isinstance(window, int) and not isinstance(window, bool) and window > width:
+                stack.enter_context(set_attributes(holder, sliding_window=width))
         yield
-    finally:
-        for holder, window in before:
-            holder.sliding_window = window
 
 
 def cache_of(outputs: Any) -> Cache | None:
@@ -275,13 +266,11 @@ def check_head(model: PreTrainedModel) -> None:
     check_decoding(model)
     if model.device.type == "meta":  # nothing to compare
         return
-    name, training = type(model).__name__, model.training
-    model.eval()
-    ids = torch.arange(1, 4, device=model.device)[None]
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    outputs = model.base_model(input_ids=ids, use_cache=True)
-    logits = logits_function(model)(outputs.last_hidden_state).float()
-    model.train(training)
+    name, ids = type(model).__name__, torch.arange(1, 4, device=model.device)[None]
+    with evaluation_mode(model):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        outputs = model.base_model(input_ids=ids, use_cache=True)
+        logits = logits_function(model)(outputs.last_hidden_state).float()
     if not expected.isfinite().all():
         raise ValueError(
             f"The logits of {name} are NaN or infinite in {model.dtype}, although its weights are finite: load it in "

@@ -24,6 +24,7 @@ from ..kernels.packing import (
     packing_context,
 )
 from ..kernels.shared_prompts import MIN_SHARED_TOKENS, Prefixes, make_shared_packing
+from ..utils.contexts import evaluation_mode
 from .backbone import (
     backbone_interface,
     check_head,
@@ -156,15 +157,12 @@ class BackboneRunner:
 
     def frozen_prefix(self, model: PreTrainedModel, count: int) -> FrozenPrefix | None:
         """Split a backbone above its lowest layers; None, with a warning, if that would change its hidden states."""
-        training = model.training
-        model.eval()
         try:
-            return FrozenPrefix(model.base_model, count, partial(self.last_hidden, model))
+            with evaluation_mode(model):
+                return FrozenPrefix(model.base_model, count, partial(self.last_hidden, model))
         except ValueError as error:
             warnings.warn(f"All layers of {type(model).__name__} run in every pass: {error}.", stacklevel=3)
             return None
-        finally:
-            model.train(training)
 
     def enable_shared_prompts(self, num_generations: int) -> None:
         """Read a prompt once for all rows that have it, if a model computes the same then; warn if not."""
@@ -222,13 +220,11 @@ class BackboneRunner:
         """Return last hidden states `(B, L, H)` of a packed and a padded pass, or None twice on failure."""
         if model.device.type == "meta":
             return None, None
-        ids, mask, training = ids.to(model.device), mask.to(model.device), model.training
-        model.eval()
+        ids, mask = ids.to(model.device), mask.to(model.device)
         try:
-            packing = pack(mask)
-            packed = packing.unpack(self.last_hidden(model, ids, mask, packing))
-            return packed, self.last_hidden(model, ids, mask)  # padded last, because it restores the model's attention
+            with evaluation_mode(model):
+                packing = pack(mask)
+                packed = packing.unpack(self.last_hidden(model, ids, mask, packing))
+                return packed, self.last_hidden(model, ids, mask)  # padded last: it restores the model's attention
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
             return None, None
-        finally:
-            model.train(training)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ..utils.contexts import evaluation_mode, set_attributes
 from .backbone import CACHE_NAMES, is_recurrent
 from .base_weights import local_folder, read_weight
 from .score_heads import OTHER_HEAD_KEY, make_score_head, read_v_head
@@ -39,19 +40,10 @@ def is_encoder(config: PreTrainedConfig | str | None) -> bool:
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-@contextlib.contextmanager
-def set_padding(model: nn.Module, pad_token_id: int) -> Iterator[None]:
+def set_padding(model: nn.Module, pad_token_id: int) -> AbstractContextManager:
     """Context manager: set a classifier's padding token; its score is that of the last other token."""
     config = getattr(model, "config", None)
-    if config is None:
-        yield
-        return
-    config, before = config.get_text_config(), config.get_text_config().pad_token_id
-    config.pad_token_id = pad_token_id
-    try:
-        yield
-    finally:
-        config.pad_token_id = before
+    return nullcontext() if config is None else set_attributes(config.get_text_config(), pad_token_id=pad_token_id)
 
 
 @torch.no_grad()
@@ -67,12 +59,10 @@ def depends_on_padding(model: nn.Module, pad_token_id: int) -> bool:
     end = eos if isinstance(eos, int) and eos >= 0 else 1  # BART pools its score at EOS
     ids = [*(i for i in range(min(12, getattr(config, "vocab_size", 12))) if i not in (pad_token_id, end)), end]
     rows = torch.tensor([ids + [pad_token_id] * len(ids)], device=weight.device)
-    training = model.training
-    model.eval()
     mask = torch.arange(rows.shape[1], device=weight.device)[None] < len(ids)
-    padded = model(input_ids=rows, attention_mask=mask.long()).logits.float()
-    alone = model(input_ids=rows[:, : len(ids)], attention_mask=mask[:, : len(ids)].long()).logits.float()
-    model.train(training)
+    with evaluation_mode(model):
+        padded = model(input_ids=rows, attention_mask=mask.long()).logits.float()
+        alone = model(input_ids=rows[:, : len(ids)], attention_mask=mask[:, : len(ids)].long()).logits.float()
     tolerance = 1e-3 if weight.dtype == torch.float32 else 0.05
     return bool(((padded - alone).abs() > tolerance * alone.abs().clamp(min=1.0)).any())
 

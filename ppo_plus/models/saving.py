@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..algo.prefix_reward_baseline import REWARD_LINE, saved_reward_line
+from ..utils.contexts import set_attributes
 from ..utils.files import reraise_as_corrupt_file
 from .adapter_files import adapter_weights
 from .adapter_loading import explain_state_dict_mismatch, load_adapter
@@ -83,12 +84,8 @@ def save_model(model: PreTrainedModel | PeftModel, directory: Path) -> None:
         with without_generation_parameters(model.config):
             model.save_pretrained(str(directory))
         return
-    try:
-        model.generation_config = GenerationConfig()
-        with without_generation_parameters(model.config):
-            model.save_pretrained(str(directory))
-    finally:
-        model.generation_config = config
+    with set_attributes(model, generation_config=GenerationConfig()), without_generation_parameters(model.config):
+        model.save_pretrained(str(directory))
     if config is not None and (file := directory / GENERATION_CONFIG_NAME).is_file():
         config.to_json_file(file, keys_to_pop=["compile_config"])
 

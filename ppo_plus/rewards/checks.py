@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBa
 from ..data.chat_templates import is_conversational
 from ..models.adapter_files import load_reward_metadata, resolve_adapter_path
 from ..models.classifier import is_encoder, load_reward_tokenizer
+from ..utils.contexts import evaluation_mode
 from .build import normalize_rewards, reward_name
 from .completions import Completions
 
@@ -41,18 +42,14 @@ def check_reward_module(model: nn.Module) -> None:
         return
     eos = getattr(config, "eos_token_id", None)  # BART pools its score at EOS
     ids = torch.tensor([[0, 1, eos if isinstance(eos, int) and eos >= 0 else 1]], device=weight.device)
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except Exception as error:
         raise ValueError(
             f"The reward model {name!r} ({type(model).__name__}) failed on three tokens, called with input_ids and "
             f"attention_mask: {type(error).__name__}: {error}. {REWARD_MODEL_HINT}"
         ) from error
-    finally:
-        model.train(training)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape != (1, 1):
         returned = f"a {type(output).__name__} without logits"

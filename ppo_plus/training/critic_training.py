@@ -17,6 +17,7 @@ from ..models.adapters import CRITIC_ADAPTER
 from ..models.saving import VALUE_MODEL, load_critic
 from ..models.value_head import VALUE_HEAD_FILE
 from ..rollout.buffer import Rollout
+from ..utils.contexts import set_attributes
 from ..utils.files import read_json_object
 from .hub import ARGUMENTS_FILE
 from .metrics import Meter
@@ -85,12 +86,11 @@ class CriticTraining:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Train the critic only, without metrics, inside the block; no gradient is left after it."""
-        trainer, progress = self._trainer, self._trainer._progress
-        meter, progress.meter, self._updates_alone = progress.meter, Meter(), True
+        trainer = self._trainer
         try:
-            yield
+            with set_attributes(trainer._progress, meter=Meter()), set_attributes(self, _updates_alone=True):
+                yield
         finally:
-            progress.meter, self._updates_alone = meter, False
             trainer._accumulator.start_step()
             trainer.model.zero_grad(set_to_none=True)
 

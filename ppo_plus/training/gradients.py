@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.seeding import isolated_rng
 from ..kernels.batch_backoff import PATIENCE, BatchSize
 from ..rollout.buffer import Rollout
+from ..utils.contexts import set_attributes
 from .checkpoint import find_last_valid_checkpoint
 from .metrics import Meter
 
@@ -62,13 +63,9 @@ class GradientAccumulator:
     def _restart(self, model: nn.Module, tokens: Tensor | int, size: int) -> None:
         """Repeat the micro-batches before the one that ran out of memory, without counting their metrics again."""
         model.zero_grad(set_to_none=True)
-        progress = self._trainer._progress
-        meter, progress.meter = progress.meter, Meter()
-        try:
+        with set_attributes(self._trainer._progress, meter=Meter()):
             for inputs in self._accumulated:
                 self._run(model, inputs, tokens, size)
-        finally:
-            progress.meter = meter
 
 
 class NonfiniteGradientGuard:
@@ -106,13 +103,12 @@ class NonfiniteGradientGuard:
 
     def _has_finite_gradient(self, rollout: Rollout, row: int) -> bool:
         """Compute the gradient of one row without changing gradients, metrics or generators."""
-        trainer, progress = self._trainer, self._trainer._progress
+        trainer = self._trainer
         inputs = trainer._prepare_inputs(rollout.micro_batch(torch.tensor([row])))
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        meter, progress.meter = progress.meter, Meter()
-        with isolated_rng(0), trainer.compute_loss_context_manager():
+        unmetered = set_attributes(trainer._progress, meter=Meter())
+        with isolated_rng(0), trainer.compute_loss_context_manager(), unmetered:
             gradients = torch.autograd.grad(trainer.compute_loss(trainer.model, inputs), parameters, allow_unused=True)
-        progress.meter = meter
         return all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
 
 

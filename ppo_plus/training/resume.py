@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..models.adapters import lora_scalings
+from ..utils.contexts import set_attributes
 from ..utils.devices import generator_state, set_generator_state
 from ..utils.interrupt import Interrupted
 from .checkpoint import (
@@ -87,20 +88,17 @@ class Checkpointer:
         trainer.accelerator.wait_for_everyone()
         best = state.best_model_checkpoint
         # Trainer would push this checkpoint, and delete the one before, before the manifest is written.
-        limit, push = args.save_total_limit, args.push_to_hub
-        args.save_total_limit, args.push_to_hub = None, False
-        finish = partial(write_manifest, directory) if args.should_save else lambda: None
-        try:  # every rank has as many steps
+        with set_attributes(args, save_total_limit=None, push_to_hub=False):
+            # Every rank has as many steps.
+            finish = partial(write_manifest, directory) if args.should_save else lambda: None
             written = write_atomically(directory, [write, finish], args.on_save_error, trainer.collectives.any)
-        finally:
-            args.save_total_limit, args.push_to_hub = limit, push
         if not written:
             state.best_model_checkpoint = best
             return
-        if push:
+        if args.push_to_hub:
             trainer._push_from_checkpoint(str(directory))  # on every rank: it has a barrier
         if args.should_save:
-            rotate(directory, state.global_step, limit, state.best_model_checkpoint)
+            rotate(directory, state.global_step, args.save_total_limit, state.best_model_checkpoint)
 
     def save_state(self, output_dir: str) -> None:
         """Write the state of PPO into a checkpoint."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,6 +32,7 @@ from ..models.loading import (
 from ..models.weight_checks import explain_offloading
 from ..report import RunReportCallback, fixed_prompts
 from ..rewards.checks import check_templates
+from ..utils.contexts import set_attributes
 from .agents import AgentSetup
 from .validation import check_effects, check_enough_prompts, check_stop_token
 
@@ -128,11 +128,6 @@ def with_embedded_padding(tokenizer: PreTrainedTokenizerBase, num_embeddings: in
     return tokenizer
 
 
-@contextlib.contextmanager
-def override_max_steps(args: PPOConfig) -> Iterator[None]:
-    """Temporarily set `max_steps` from `total_episodes`; restored on exit so that the args can be reused."""
-    max_steps, args.max_steps = args.max_steps, args.requested_max_steps
-    try:
-        yield
-    finally:
-        args.max_steps = max_steps
+def override_max_steps(args: PPOConfig) -> AbstractContextManager:
+    """Context manager: set `max_steps` from `total_episodes`; restored on exit so that the args can be reused."""
+    return set_attributes(args, max_steps=args.requested_max_steps)

@@ -1,1 +1,1 @@
-"""Helpers for files, devices, versions and interrupts; imports no other module of the package."""
+"""Helpers for files, devices, versions, interrupts and restored attributes; imports no other module of the package."""
