@@ -1,4 +1,4 @@
-"""Datasets, rewards and model arguments by the names that a command line or a YAML file gives."""
+"""What both training commands share: datasets and functions by name, and a trainer made from arguments."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig
 
+from ..config.checks import _field, at_least, check_fields
+from .arguments import errors_in_one_line
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer
@@ -26,16 +29,13 @@ class DataArguments:
     """Data and evaluation."""
 
     dataset_name: str = field(metadata={"help": "A dataset on the Hub, or a json, jsonl, csv or parquet file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    eval_rows: int = field(
-        default=0, metadata={"help": "Rows to evaluate on, from the test split or else the last training rows."}
-    )
+    dataset_config: str | None = _field(None, "Configuration of the dataset.")
+    dataset_train_split: str = _field("train", "Split to train on.")
+    dataset_test_split: str | None = _field(None, "Split to evaluate on.")
+    eval_rows: int = _field(0, "Rows to evaluate on, from the test split or else the last training rows.", at_least(0))
 
     def __post_init__(self) -> None:
-        if type(self.eval_rows) is not int or self.eval_rows < 0:
-            raise ValueError(f"--eval_rows must be a whole number, 0 or more; got {self.eval_rows!r}.")
+        check_fields(self, type(self))
         if not self._is_file:
             return
         if not Path(self.dataset_name).is_file():
@@ -47,6 +47,10 @@ class DataArguments:
                 f"{self.dataset_name} is a file and has no split {self.dataset_test_split!r}: use --eval_rows to hold "
                 "out rows."
             )
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Return further arguments of the trainer."""
+        return {}
 
     @property
     def _is_file(self) -> bool:
@@ -112,11 +116,7 @@ def init_kwargs(model: ModelConfig, model_init_kwargs: Any) -> dict[str, Any]:
     """
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is required: a model on the Hub, or a folder.")
-    flags = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-    }
+    flags = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
     return {name: value for name, value in flags.items() if value is not None} | (model_init_kwargs or {})
 
 
@@ -138,6 +138,28 @@ def check_free_space(trainer: Trainer) -> None:
             f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free. Choose another --output_dir",
             trainer.args.output_dir,
         )
+
+
+def create_and_train(kind: type, prog: str, data: DataArguments, model: ModelConfig, args: Any) -> Any:
+    """Create a trainer of this kind and train; an error before training is one line.
+
+    Returns:
+        the trainer; its `eval_dataset` is None without held-out rows.
+    """
+    from trl import get_peft_config, get_quantization_config  # late: they import what training needs
+
+    with errors_in_one_line(prog, args.output_dir):
+        train_rows, held_out = data.load()
+        args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
+        trainer = kind(
+            model.model_name_or_path, args=args, train_dataset=train_rows, eval_dataset=held_out,
+            quantization_config=get_quantization_config(model), peft_config=get_peft_config(model),
+            **data.trainer_arguments(),
+        )  # fmt: skip
+        check_free_space(trainer)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    return trainer
 
 
 def finish(trainer: Trainer, dataset_name: str) -> None:

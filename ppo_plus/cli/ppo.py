@@ -11,9 +11,10 @@ from typing import Any
 
 from trl import ModelConfig
 
+from ..callbacks.kl import AdaptiveKLCallback
 from ..config import PPOConfig
-from .arguments import errors_in_one_line
-from .data import DataArguments, check_free_space, finish, init_kwargs, load_reward
+from ..config.checks import _field
+from .data import DataArguments, create_and_train, finish, load_reward
 
 
 @dataclass(kw_only=True)
@@ -26,22 +27,13 @@ class PromptArguments(DataArguments):
     tools: list[str] = field(
         default_factory=list, metadata={"help": "Functions that the model may call, as module:function."}
     )
-    kl_target: float | None = field(
-        default=None, metadata={"help": "Target KL to the reference, nats per response; None keeps kl_coef fixed."}
+    kl_target: float | None = _field(None, "Target KL to the reference, nats per response; None keeps kl_coef fixed.")
+    kl_horizon: int | None = _field(
+        None, "Episodes over which the KL coefficient adapts; None means a tenth of all episodes."
     )
-    kl_horizon: int | None = field(
-        default=None,
-        metadata={"help": "Episodes over which the KL coefficient adapts; None means a tenth of all episodes."},
+    kl_gains: list[float] | None = _field(
+        None, "Proportional and integral gain per rollout, such as 1.0 0.2, in place of kl_horizon."
     )
-    kl_gains: list[float] | None = field(
-        default=None,
-        metadata={"help": "Proportional and integral gain per rollout, such as 1.0 0.2, in place of kl_horizon."},
-    )
-
-    @property
-    def adaptive_kl(self) -> dict[str, Any]:
-        """Arguments of `AdaptiveKLCallback` besides the target."""
-        return {"horizon": self.kl_horizon, "gains": self.kl_gains}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +44,15 @@ class PromptArguments(DataArguments):
         for name in ("kl_horizon", "kl_gains"):
             if self.kl_target is None and getattr(self, name) is not None:
                 raise ValueError(f"--{name} has no effect without --kl_target, which adapts kl_coef: set it too.")
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Return rewards, tools and the controller of the KL coefficient."""
+        options = {"horizon": self.kl_horizon, "gains": self.kl_gains}
+        return {
+            "reward_funcs": [load_reward(name) for name in self.reward_funcs],
+            "tools": [load_reward(name) for name in self.tools] or None,
+            "callbacks": [] if self.kl_target is None else [AdaptiveKLCallback(self.kl_target, **options)],
+        }
 
 
 ARGUMENTS = (PromptArguments, ModelConfig, PPOConfig)
@@ -66,39 +67,15 @@ def _summary(log_history: list[dict[str, float]]) -> str:
 
 
 def train(prog: str, data: PromptArguments, model: ModelConfig, args: PPOConfig) -> None:
-    """Train, save and evaluate; print the held-out reward of the first and the last evaluation.
+    """Train, save and evaluate; print the held-out reward of the first and the last evaluation."""
+    from .. import PPOTrainer  # late: --help and refused arguments need no trainer
 
-    Args:
-        prog: the command, for its errors.
-        data: prompts and rewards.
-        model: base, LoRA and quantization.
-        args: hyperparameters.
-    """
-    from trl import get_peft_config, get_quantization_config
-
-    from .. import AdaptiveKLCallback, PPOTrainer  # late: --help and refused arguments need no trainer
-
-    with errors_in_one_line(prog, args.output_dir):
-        train_rows, held_out = data.load()
-        args.model_init_kwargs = init_kwargs(model, args.model_init_kwargs)
-        trainer = PPOTrainer(
-            model.model_name_or_path,
-            reward_funcs=[load_reward(name) for name in data.reward_funcs],
-            args=args,
-            train_dataset=train_rows,
-            eval_dataset=held_out,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-            tools=[load_reward(name) for name in data.tools] or None,
-            callbacks=[] if data.kl_target is None else [AdaptiveKLCallback(data.kl_target, **data.adaptive_kl)],
-        )
-        check_free_space(trainer)
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    trainer = create_and_train(PPOTrainer, prog, data, model, args)
     trainer.save_model()
-    if held_out is not None and args.eval_strategy == "no":  # otherwise Trainer has run the last evaluation
+    evaluates = trainer.eval_dataset is not None
+    if evaluates and args.eval_strategy == "no":  # otherwise Trainer has run the last evaluation
         trainer.evaluate()
     trainer.save_state()
-    if held_out is not None and trainer.is_world_process_zero():
+    if evaluates and trainer.is_world_process_zero():
         print(_summary(trainer.state.log_history))
     finish(trainer, data.dataset_name)

@@ -141,7 +141,22 @@ class ModelCard(abc.ABC):
 
     # Parts of sections
 
+    def _loading(self, auto: str, source: str, base_options: str = "") -> list[str]:
+        """Return the code that loads the model by a class of transformers, and its tokenizer."""
+        imports, calls = [], [f'model = {auto}.from_pretrained("{source}")']
+        if self.adapter is not None:
+            imports = ["from peft import PeftModel"]
+            calls = [
+                f'base = {auto}.from_pretrained("{display_name(self.base)}"{base_options})',
+                f'model = PeftModel.from_pretrained(base, "{source}")',
+            ]
+        imports += [f"from transformers import {auto}, AutoTokenizer, pipeline", ""]
+        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{source}")'
+        return ["## Use", "", *self._unsaved(), "```python", *imports, *calls, tokenizer]
+
     def _merging(self, source: str) -> list[str]:
+        if self.adapter is None:
+            return []
         merged = f"{Path(source).name}-merged"
         lines = [
             "Without PEFT, from weights in bf16 (the base must not be quantized):", "",

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ..models.adapter_files import display_name
 from ..models.adapters import REFERENCE_ADAPTER
 from ..models.loading import language_model_class
 from ..models.merging import pipeline_example
@@ -68,18 +67,11 @@ class PPOModelCard(ModelCard):
 
     def _use(self) -> list[str]:
         auto, source = language_model_class(self.model.language_model.config).__name__, self._source()
-        lines, call = ["## Use", "", *self._unsaved(), "```python"], f'model = {auto}.from_pretrained("{source}")'
-        imports = f"from transformers import {auto}, AutoTokenizer, pipeline"
-        if self.adapter is not None:
-            lines += ["from peft import PeftModel"]
-            call = f'base = {auto}.from_pretrained("{display_name(self.base)}")\n'
-            call += f'model = PeftModel.from_pretrained(base, "{source}")'
-        lines += [
-            imports, "", call, f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
-            'pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)',
+        return [
+            *self._loading(auto, source), 'pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)',
             *pipeline_example(self.trainer.processing_class, is_classifier=False), "```", "",
+            *self._merging(source), *self._critic(source),
         ]  # fmt: skip
-        return [*lines, *(self._merging(source) if self.adapter is not None else []), *self._critic(source)]
 
     def _critic(self, source: str) -> list[str]:
         lines = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ..models.adapter_files import display_name
 from ..models.merging import pipeline_example
 from .model_card import ModelCard, table
 
@@ -62,17 +61,10 @@ class RewardModelCard(ModelCard):
 
     def _use(self) -> list[str]:
         source, auto = self._source(), "AutoModelForSequenceClassification"
-        lines, call = ["## Use", "", *self._unsaved(), "```python"], f'model = {auto}.from_pretrained("{source}")'
-        if self.adapter is not None:
-            lines += ["from peft import PeftModel"]
-            call = f'base = {auto}.from_pretrained("{display_name(self.base)}", num_labels=1)\n'
-            call += f'model = PeftModel.from_pretrained(base, "{source}")'
         pad_token_id = self.config.get_text_config().pad_token_id
-        lines += [
-            f"from transformers import {auto}, AutoTokenizer, pipeline", "", call,
+        return [
+            *self._loading(auto, source, ", num_labels=1"),
             f"model.config.pad_token_id = {pad_token_id}  # the score is read at the last token that is not padding",
-            f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
             'pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, function_to_apply="none")',
-            *pipeline_example(self.trainer.processing_class, is_classifier=True), "```", "",
+            *pipeline_example(self.trainer.processing_class, is_classifier=True), "```", "", *self._merging(source),
         ]  # fmt: skip
-        return lines + (self._merging(source) if self.adapter is not None else [])
