@@ -317,12 +317,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
 
 
 def check_template_tokens(args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template with tokens that TRL would add to the base, since an actor's base lacks them.
-
-    Args:
-        args: arguments with `chat_template_path`, a folder or a template file.
-        tokenizer: tokenizer of the base.
-    """
+    """Refuse a `chat_template_path` with tokens that TRL would add to the base, since an actor's base lacks them."""
     path = args.chat_template_path
     if path is None or path.endswith((".jinja", ".j2")):
         return

@@ -14,6 +14,7 @@ from .critic_fields import CriticFields
 from .shared import (
     _check_length,
     _RedactSecrets,
+    _refuse_options,
     _resolve_direction,
     _resolve_precision,
     _schedule_follows_metric,
@@ -326,8 +327,6 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
             "remove_unused_columns": "reward functions receive every column of the dataset; remove columns with "
             "dataset.remove_columns",
             "group_by_length": "micro-batches are already sorted by length",
-            "fp16_full_eval": "evaluation uses the precision of training",
-            "bf16_full_eval": "evaluation uses the precision of training",
             "optim_target_modules": "GaLore and APOLLO would receive the parameter groups of actor and critic, in "
             "which they project no gradient",
         }
@@ -337,6 +336,4 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
             refused["optim"] = (
                 "it updates weights in the backward pass, so gradients cannot be accumulated, clipped or skipped"
             )
-        for name, reason in refused.items():
-            if getattr(self, name, None):
-                raise ValueError(f"PPOConfig: {name}={getattr(self, name)!r} is not supported: {reason}. Remove it.")
+        _refuse_options(self, refused)

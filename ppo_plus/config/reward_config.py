@@ -10,6 +10,7 @@ from .checks import _field, check_fields, refuse_unless
 from .shared import (
     _check_length,
     _RedactSecrets,
+    _refuse_options,
     _resolve_direction,
     _resolve_precision,
     check_no_sharding,
@@ -44,13 +45,7 @@ class RewardConfig(_RedactSecrets, TRLRewardConfig):
             value = getattr(self, name)
             expected = "a number, at least 0 (YAML reads 3e-5 as text: write 3.0e-5)"
             refuse_unless(value is None or (is_number(value) and value >= 0), self, name, expected)
-        refused = {
-            "label_smoothing_factor": "the pairwise loss has no labels",
-            "fp16_full_eval": "evaluation uses the precision of training",
-            "bf16_full_eval": "evaluation uses the precision of training",
-        }
+        refused = {"label_smoothing_factor": "the pairwise loss has no labels"}
         if self.train_sampling_strategy not in ("random", "sequential"):
             refused["train_sampling_strategy"] = "a pair has two lengths"
-        for name, reason in refused.items():
-            if getattr(self, name):
-                raise ValueError(f"RewardConfig: {name}={getattr(self, name)!r} is not supported: {reason}. Remove it.")
+        _refuse_options(self, refused)

@@ -85,6 +85,15 @@ def check_no_sharding(config: Any) -> None:
             )
 
 
+def _refuse_options(config: TrainingArguments, refused: dict[str, str]) -> None:
+    """Refuse options that are set although training ignores or contradicts them, by name with the reason."""
+    in_training = "evaluation uses the precision of training"
+    for name, reason in (refused | {"fp16_full_eval": in_training, "bf16_full_eval": in_training}).items():
+        if getattr(config, name, None):
+            kind, value = type(config).__name__, getattr(config, name)
+            raise ValueError(f"{kind}: {name}={value!r} is not supported: {reason}. Remove it.")
+
+
 def _check_length(config: Any) -> None:
     """Refuse `max_steps` and `num_train_epochs` that train nothing or that Trainer would misread."""
     config.max_steps = as_int(config.max_steps)

@@ -181,10 +181,6 @@ def find_rendered_content(messages: Sequence[Mapping[str, Any]], tokenizer: PreT
     """Return the start of a conversation with which a message's content begins; "" for none.
 
     Such a content was rendered by the template before, which would add BOS and roles a second time.
-
-    Args:
-        messages: the messages of a prompt or an answer.
-        tokenizer: tokenizer with the chat template.
     """
     start = _conversation_start(tokenizer, json.dumps(tokenizer.chat_template))
     contents = (message.get("content") or "" for message in messages)
@@ -211,12 +207,8 @@ def find_generation_opening(
 
     It is the text of the generation prompt after the header that the template writes before an assistant's message. If
     a template rewrites the start of an answer (DeepSeek-V3.1 closes the tag there), it is the last tag of the
-    generation prompt. If the template also closes the tag, there is nothing for the answer to continue.
-
-    Args:
-        messages: the prompt, as passed to the chat template; the last message is not the assistant's.
-        tokenizer: tokenizer of the policy.
-        kwargs: arguments of the chat template.
+    generation prompt. If the template also closes the tag, there is nothing for the answer to continue. The last of
+    the messages must not be the assistant's.
     """
     prompt_text = render_chat(messages, tokenizer, {**kwargs, "add_generation_prompt": True})
     full_text = render_chat([*messages, {"role": "assistant", "content": PROBE}], tokenizer, kwargs)

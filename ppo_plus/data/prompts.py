@@ -258,13 +258,9 @@ def encode_prompt(
 def tokenize_chat(
     messages: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], where: str
 ) -> list[int]:
-    """Render messages with the chat template and return their token ids; errors name the row.
+    """Render messages, without the keys that Arrow adds, with the chat template and return their token ids.
 
-    Args:
-        messages: messages without the keys that Arrow adds.
-        tokenizer: tokenizer with the chat template.
-        kwargs: arguments of the template.
-        where: name of the row in errors.
+    Errors name the row by `where`; `kwargs` are arguments of the template.
     """
     check_messages(messages, where)
     if tokenizer.chat_template is None:

@@ -23,9 +23,7 @@ UNSUPPORTED_OPTIONS = {
 def check_no_adapter(model: Any, fix: str) -> None:
     """Refuse an adapter's name, and a model that transformers loaded with an adapter: PEFT would replace it.
 
-    Args:
-        model: a name or a model.
-        fix: a sentence with the value to pass instead.
+    `fix` is a sentence with the value to pass instead.
     """
     if resolve_adapter_path(model) is not None:
         reason = f"model={str(model)!r} is an adapter"

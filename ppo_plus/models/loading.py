@@ -327,15 +327,7 @@ def build_actor_critic(
     disable_dropout: bool = True,
     use_kernels: bool = True,
 ) -> ActorCritic:
-    """Build an actor-critic; without adapter and `ref_model`, the reference is a frozen copy of the policy.
-
-    Args:
-        policy: from `load_policy`.
-        critic: from `resolve_critic`.
-        ref_model: a separate reference.
-        disable_dropout: zero the base model's dropout.
-        use_kernels: as of `ActorCritic`.
-    """
+    """Build an actor-critic; without adapter and `ref_model`, the reference is a frozen copy of the policy."""
     for name, model in (("model", policy), ("ref_model", ref_model), ("value_model", critic.model)):
         if model is not None:
             check_model_weights(model, name)

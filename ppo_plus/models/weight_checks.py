@@ -17,23 +17,14 @@ INSTEAD = (
 
 
 def check_device_map(device_map: Any) -> None:
-    """Refuse a device map that offloads parts of a model, before they are loaded.
-
-    Args:
-        device_map: of `from_pretrained`: a dict of devices by module; other values are resolved at loading.
-    """
+    """Refuse a dict of devices by module that offloads parts of a model; other values are resolved at loading."""
     parts = offloaded_parts(device_map) if isinstance(device_map, Mapping) else []
     if parts:
         raise ValueError(f"model_init_kwargs: device_map offloads {', '.join(parts[:3])}. {INSTEAD}")
 
 
 def check_model_weights(model: nn.Module, name: str) -> None:
-    """Refuse a model with weights that are offloaded, NaN or infinite, and name them.
-
-    Args:
-        model: the loaded model.
-        name: the argument that the user passed it as.
-    """
+    """Refuse a loaded model with weights that are offloaded, NaN or infinite; errors name the user's argument."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     device_map = getattr(base, "hf_device_map", None) or {}
     parts = offloaded_parts(device_map)

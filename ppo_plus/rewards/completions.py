@@ -105,12 +105,7 @@ class Completions:
 
 
 def join_messages(prompt: list, completion: list) -> list:
-    """Join the messages of prompt and completion; merge an assistant's message that the completion continues.
-
-    Args:
-        prompt: messages.
-        completion: a list of messages, the first of which is the assistant's.
-    """
+    """Join the messages of prompt and completion; merge an assistant's message that the completion continues."""
     last, (answer, *others) = prompt[-1], completion
     if last["role"] != "assistant":
         return prompt + completion
