@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 
@@ -25,6 +26,9 @@ from transformers import (
 from ppo_plus import PPOConfig, PPOTrainer
 
 torch.set_num_threads(1)
+# accelerate collects garbage at the begin and the end of a training. With all objects of these libraries in memory that
+# takes as long as the eight steps of a tiny model; frozen ones are passed over.
+gc.freeze()
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?'\n<|>_:"
 CHAT_TEMPLATE = (
@@ -153,6 +157,11 @@ class PeakMemory(TorchDispatchMode):
                     weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
         self.peak = max(self.peak, sum(self.live.values()))
         return result
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what the test files have imported since
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from .losses import (
     unclipped_policy_loss,
 )
 from .pessimism import pessimistic_mean
-from .statistics import Average, Reduce, ema, explained_variance, masked_mean, masked_moments, masked_var, whiten
+from .statistics import Average, Reduce, ema, explained_variance, masked_moments, whiten
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -64,10 +64,8 @@ __all__ = [
     "length_adaptive_lam",
     "log_kl_error",
     "logprobs_and_entropy",
-    "masked_mean",
     "masked_moments",
     "masked_policy_loss",
-    "masked_var",
     "move_to_actions",
     "pairwise_loss",
     "pessimistic_mean",

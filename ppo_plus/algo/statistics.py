@@ -23,23 +23,6 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask.bool(), 0.0)
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Compute the mean over positions where `mask` is 1; 0, not NaN, if there is none.
-
-    Args:
-        values: any quantity, `(B, R)`.
-        mask: 1 for the positions that count, same shape as `values`.
-        dim: the dimension to average over; all of them when None.
-
-    Returns:
-        The mean, float32, in the unit of `values`: a scalar, or `values` without `dim`.
-    """
-    total, count = _masked(values, mask), mask.bool()
-    if dim is None:
-        return total.sum() / count.sum().clamp(min=1)
-    return total.sum(dim) / count.sum(dim).clamp(min=1)
-
-
 def masked_moments(values: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
     """Compute mean and variance over the masked positions of all processes (corrected two-pass: Chan et al. 1983).
 
@@ -63,19 +46,6 @@ def masked_moments(values: Tensor, mask: Tensor, *, reduce: Reduce | None = None
     # Correct the rounding error of the mean: without this, equal values get a variance slightly above 0, and
     # dividing by it amplifies noise.
     return mean + residual, (squares - residual.square()).clamp(min=0)
-
-
-def masked_var(values: Tensor, mask: Tensor) -> Tensor:
-    """Compute the biased variance over the positions where `mask` is 1, on this process.
-
-    Args:
-        values: any quantity, `(B, R)`.
-        mask: 1 for the positions that count, same shape as `values`.
-
-    Returns:
-        The variance, a float32 scalar, in the squared unit of `values`; 0 for one position or none.
-    """
-    return masked_moments(values, mask)[1]
 
 
 def whiten(
