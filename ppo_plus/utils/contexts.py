@@ -11,15 +11,15 @@ from torch import nn
 
 @contextlib.contextmanager
 def set_attributes(target: Any, **values: Any) -> Iterator[None]:
-    """Context manager: set attributes of an object or a module."""
-    before = {name: getattr(target, name) for name in values}
+    """Context manager: set attributes of an object or a module; those that it lacked are deleted after the block."""
+    before = {name: getattr(target, name) for name in values if hasattr(target, name)}
     try:
         for name, value in values.items():
             setattr(target, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(target, name, value)
+        for name in values:
+            setattr(target, name, before[name]) if name in before else delattr(target, name)
 
 
 @contextlib.contextmanager
