@@ -47,11 +47,13 @@ class PromptArguments(DataArguments):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Return rewards, tools and the controller of the KL coefficient."""
-        options = {"horizon": self.kl_horizon, "gains": self.kl_gains}
+        controller = None
+        if self.kl_target is not None:
+            controller = AdaptiveKLCallback(self.kl_target, horizon=self.kl_horizon, gains=self.kl_gains)
         return {
             "reward_funcs": [load_reward(name) for name in self.reward_funcs],
             "tools": [load_reward(name) for name in self.tools] or None,
-            "callbacks": [] if self.kl_target is None else [AdaptiveKLCallback(self.kl_target, **options)],
+            "callbacks": [] if controller is None else [controller],
         }
 
 
