@@ -1,4 +1,4 @@
-"""What both training commands share: datasets and functions by name, and a trainer made from arguments."""
+"""Datasets and functions by name, and a trainer made from arguments, for both training commands."""
 
 from __future__ import annotations
 
