@@ -28,6 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer as TRLRewardTrainer
 
 from .algo.statistics import pairwise_calibration_error
+from .callbacks.progress import RewardProgressCallback, install_progress_bar
 from .config import check_no_sharding, copy_arguments
 from .config.reward_config import RewardConfig
 from .data.preferences import tokenize_pairs
@@ -116,6 +117,7 @@ class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
             check_head_is_trained(model)
         with explain_offloading():  # TRL's default device_map is "auto", which offloads what the GPU cannot hold
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        install_progress_bar(self, RewardProgressCallback)
         self._check_trainable()
         check_model_weights(self.model, "model")
         # Sampled before the first forward pass, in which bitsandbytes may reorder 4-bit weights.

@@ -126,6 +126,7 @@ def test_flags_override_the_file_and_other_arguments_are_the_launchers(here):
     assert (args.learning_rate, args.lam, args.output_dir) == (1e-3, 0.25, "new/out")
     assert (prompts.reward_funcs, model.model_name_or_path) == (["cli_rewards:one"], "base")
     assert rest == ["--num_processes", "3", "--main_process_port", "0"]
+    assert FieldParser(ppo.ARGUMENTS, "test").parse(["--config=run.yaml", *words[2:]])[0][2].lam == 0.25
 
 
 def test_profiles_are_files_that_accelerate_reads():

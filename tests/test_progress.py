@@ -13,10 +13,12 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import make_prompts, make_trainer
+from conftest import lora, make_prompts, make_tokenizer, make_trainer
+from huggingface_hub.utils import are_progress_bars_disabled
 
-from ppo_plus import PPOCallback, PPOProgressCallback
+from ppo_plus import PPOCallback, PPOProgressCallback, RewardConfig, RewardTrainer
 from ppo_plus.callbacks import progress
+from ppo_plus.callbacks.progress import disable_bars_in_logs
 from ppo_plus.kernels.batch_backoff import BatchSize
 from ppo_plus.rollout.phases import ProgressReporter
 
@@ -29,6 +31,7 @@ def no_bars_of_datasets():
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
 
 
 class Terminal(io.StringIO):
@@ -76,6 +79,53 @@ def test_a_log_gets_one_plain_line_per_phase(tmp_path, capsys):
         for rollout in range(2)
         for phase in PHASES
     ]
+
+
+def train_reward_model(base, folder, **config):
+    """Four steps on eight pairs, and an evaluation of two batches after the second and the fourth."""
+    pairs = datasets.Dataset.from_dict({"chosen": ["e" * i for i in range(1, 9)], "rejected": ["abc"] * 8})
+    args = RewardConfig(
+        output_dir=str(folder), per_device_train_batch_size=2, per_device_eval_batch_size=4, max_steps=4, eval_steps=2,
+        eval_strategy="steps", save_strategy="no", report_to="none", use_cpu=True, bf16=False, **config,
+    )  # fmt: skip
+    data = {"train_dataset": pairs, "eval_dataset": pairs, "processing_class": make_tokenizer()}
+    trainer = RewardTrainer(str(base), args, peft_config=lora(task_type="SEQ_CLS"), **data)
+    trainer.train()
+    return trainer
+
+
+def test_a_log_of_a_reward_model_gets_one_plain_line_per_phase(base, tmp_path, capsys):
+    disable_bars_in_logs()  # of loading weights
+    trainer = train_reward_model(base, tmp_path)
+    out, err = capsys.readouterr()
+    assert "\r" not in out + err and "it/s" not in out + err
+    found = [re.fullmatch(r"(\w+) (\d+/\d+), \d+\.\d s", line) for line in out.splitlines()]
+    assert [m.groups() for m in found if m] == [("evaluating", "2/2")] * 2 + [("training", "4/4")]
+    trainer.evaluate()
+    assert re.fullmatch(r"evaluating 2/2, \d+\.\d s\n", capsys.readouterr().out)
+
+
+def test_a_terminal_gets_trainers_bars_of_a_reward_model(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    train_reward_model(base, tmp_path)
+    assert not re.search("^(evaluating|training) ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"100%\|.*4/4", sys.stderr.getvalue()) and re.search(r"100%\|.*2/2", sys.stderr.getvalue())
+
+
+def test_bars_of_a_reward_model_can_be_switched_off(base, tmp_path, capsys):
+    disable_bars_in_logs()
+    trainer = train_reward_model(base, tmp_path, disable_tqdm=True)
+    assert all(line.startswith("{") for line in capsys.readouterr().out.splitlines())
+    assert not any(isinstance(c, transformers.ProgressCallback) for c in trainer.callback_handler.callbacks)
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_bars_of_other_libraries_are_switched_off_in_a_log_alone(monkeypatch, stream):
+    datasets.enable_progress_bars()
+    monkeypatch.setattr(sys, "stderr", stream())
+    disable_bars_in_logs()
+    shown = [transformers.utils.logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()]
+    assert shown == [stream is Terminal] * 2 and are_progress_bars_disabled() == (stream is not Terminal)
 
 
 def test_a_terminal_gets_one_bar_that_names_the_phase(tmp_path, capsys, monkeypatch):

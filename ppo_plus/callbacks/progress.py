@@ -1,16 +1,20 @@
 """Trainer's progress bar with the current PPO phase as prefix: `generating 12/64, 210 tokens/s`.
 
 On a terminal there is one bar. If the output is not a terminal (logs, pipes), one line is written per finished phase
-instead. A notebook keeps Trainer's table.
+instead, also of a reward model. A notebook keeps Trainer's table.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
+import datasets
+import transformers
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from ..config import PPOConfig
 from .base import PPOCallback
@@ -78,7 +82,56 @@ class PPOProgressCallback(ProgressCallback, PPOCallback):
             self._last_refresh = now
 
 
-def install_progress_bar(trainer: Trainer) -> None:
-    """Replace Trainer's `ProgressCallback`, if installed, with `PPOProgressCallback`."""
+class RewardProgressCallback(ProgressCallback):
+    """Trainer's bars of training and evaluation; without a terminal one line at the end of each."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar of training."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
+        self.current_step, self._train_start = state.global_step, time.perf_counter()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Open the bar of an evaluation at its first batch, and advance it."""
+        if state.is_world_process_zero and has_length(eval_dataloader) and self.prediction_bar is None:
+            leave = self.training_bar is None
+            self.prediction_bar = tqdm(total=len(eval_dataloader), leave=leave, dynamic_ncols=True, disable=None)
+            self._prediction_start = time.perf_counter()
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the bar of the evaluation."""
+        if (bar := self.prediction_bar) is not None:
+            self._write_end(bar, f"evaluating {bar.total}/{bar.total}", self._prediction_start)
+        super().on_evaluate(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar of training."""
+        if (bar := self.training_bar) is not None:
+            self._write_end(bar, f"training {state.global_step}/{state.max_steps}", self._train_start)
+        super().on_train_end(args, state, control, **kwargs)
+
+    @staticmethod
+    def _write_end(bar: Any, text: str, start: float) -> None:
+        if bar.disable:
+            bar.write(f"{text}, {time.perf_counter() - start:.1f} s")
+
+
+def install_progress_bar(trainer: Trainer, callback_class: type[ProgressCallback]) -> None:
+    """Replace Trainer's `ProgressCallback`, if installed, with one that a log can be read without."""
     callbacks = trainer.callback_handler.callbacks
-    callbacks[:] = [PPOProgressCallback() if type(c) is ProgressCallback else c for c in callbacks]
+    callbacks[:] = [callback_class() if type(c) is ProgressCallback else c for c in callbacks]
+
+
+def disable_bars_in_logs() -> None:
+    """Switch off the bars of transformers, huggingface_hub and datasets if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # huggingface_hub's too
+        datasets.disable_progress_bars()

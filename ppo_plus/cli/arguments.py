@@ -118,6 +118,9 @@ class FieldParser(TrlParser):
             ValueError: an argument is a field of no configuration; or a configuration refuses its values.
             OSError: the YAML file cannot be read.
         """
+        # TRL's parser accepts `--config FILE` alone.
+        pairs = (word.split("=", 1) if word.startswith("--config=") else [word] for word in arguments)
+        arguments = [part for pair in pairs for part in pair]
         if arguments and arguments[-1] == "--config":
             raise ValueError("--config needs a file.")
         self._check_names(arguments)

@@ -25,6 +25,9 @@ def run(name: str, arguments: list[str], launched: bool = False) -> None:
         if launch_arguments and not launched and "LOCAL_RANK" not in os.environ:
             return _launch(name, arguments, launch_arguments)
         configs, _ = FieldParser(module.ARGUMENTS, prog).parse(arguments)
+    from ..callbacks.progress import disable_bars_in_logs  # late: --help needs no trainer
+
+    disable_bars_in_logs()
     module.train(prog, *configs)
 
 

@@ -97,9 +97,11 @@ def report(arguments: tuple[str, ...]) -> None:
 @click.option("--trust_remote_code", is_flag=True, help="Run the code of a base that is not in transformers.")
 def merge(adapter: str, directory: str, **options: Any) -> None:
     """Merge ADAPTER into its base: a folder of plain weights, for other libraries."""
+    from ..callbacks.progress import disable_bars_in_logs
     from ..models.merging import describe_left_out, merge_adapter
     from .arguments import errors_in_one_line
 
+    disable_bars_in_logs()
     with errors_in_one_line("ppo-plus merge", directory):
         merged = merge_adapter(adapter, directory, **options)
     click.echo(f"{merged.architecture}: {merged.directory}")

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks.completions import CompletionsTableCallback
-from ..callbacks.progress import install_progress_bar
+from ..callbacks.progress import PPOProgressCallback, install_progress_bar
 from ..callbacks.training_health import TrainingHealthCallback
 from ..config import PPOConfig
 from ..data.padding import pad_id
@@ -80,7 +80,7 @@ def add_default_callbacks(trainer: PPOTrainer) -> None:
     args = trainer.args
     for callback in (trainer._shutdown, trainer._deferred_control, TrainingHealthCallback()):
         trainer.add_callback(callback)
-    install_progress_bar(trainer)
+    install_progress_bar(trainer, PPOProgressCallback)
     if args.num_sample_generations or args.log_completions:
         trainer.add_callback(CompletionsTableCallback(lambda: trainer.callback_handler.callbacks))
     if args.html_report:
