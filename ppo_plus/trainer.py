@@ -40,6 +40,7 @@ from .data.tokenizers import stop_token_ids
 from .kernels.batch_backoff import annotate_oom
 from .kernels.liger import LigerMixin, apply_liger
 from .models.actor_critic import ActorCritic, ActorCriticOutput
+from .models.sharding import ShardedBase, wrap_in_ddp
 from .rewards import build_rewards
 from .rollout.collector import RolloutCollector
 from .rollout.experience import Experience
@@ -164,6 +165,8 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         self._build_collector(reward_funcs, reward_tokenizers)
         self._build_collaborators()
         add_default_callbacks(self)
+        if args.fsdp:  # last, because weights are probed and compared while they are whole
+            self.collector.gathered = ShardedBase(self.model, args.device.type).gathered
 
     def _configure_forward(self) -> None:
         args, model = self.args, self.model
@@ -232,6 +235,10 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         return micro_batches, tokens.to(device)
 
     # Learning
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        wrapped = super()._wrap_model(model, training, dataloader)
+        return wrap_in_ddp(wrapped, self.accelerator) if self.args.fsdp and training and wrapped is model else wrapped
 
     def _prepare_input(self, data: Any) -> Any:
         # A copy from pageable memory would wait for all work of the GPU.

@@ -44,7 +44,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ppo_plus import PPOCallback, PPOConfig
+from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
 from ppo_plus.algo.kl import kl_estimate
 from ppo_plus.data.prompts import encode_prompt
 from ppo_plus.training.checkpoint import write_manifest
@@ -270,7 +270,7 @@ def with_sharding(tmp_path, _):
     args = make_config(tmp_path)
     with pytest.MonkeyPatch.context() as patch:  # as an Accelerator with a plugin does, made after the configuration
         patch.setenv("ACCELERATE_USE_FSDP", "true")
-        make_trainer(tmp_path, model=NO_WEIGHTS, args=args)
+        PPOTrainer(NO_WEIGHTS, count_e, args, make_prompts(), processing_class=make_tokenizer(), peft_config=lora())
 
 
 def stream_of(rows):
@@ -385,9 +385,9 @@ CASES = {
     "NEFTune": config("neftune_noise_alpha=5 is not supported", neftune_noise_alpha=5),
     "remove_unused_columns": config("remove_unused_columns=True is not supported", remove_unused_columns=True),
     "ignore_data_skip": config("ignore_data_skip=True is not supported", ignore_data_skip=True),
-    "FSDP": config("fsdp=.* FSDP, which is not supported: .*Use DDP", fsdp=True),
-    "DeepSpeed": config("deepspeed=.* DeepSpeed, .*Use DDP", deepspeed={"zero_optimization": {}}),
-    "sharding that comes later": Case(with_sharding, "ACCELERATE_USE_FSDP .* FSDP, which is not supported", early=True),
+    "FSDP of one process": before_weights("fsdp=True .* over processes, and there is one", args={"fsdp": True}),
+    "DeepSpeed": config("deepspeed=.* DeepSpeed, .*--accelerate_config fsdp2", deepspeed={"zero_optimization": {}}),
+    "sharding that comes later": Case(with_sharding, "made an Accelerator that shards all weights", early=True),
     "two GPUs in one process": Case(on_two_gpus, "DataParallel: use accelerate launch, or show", early=True),
     "evaluation without prompts": before_weights(
         "eval_strategy='steps'.*eval_dataset", args={"eval_strategy": "steps"}

@@ -136,7 +136,7 @@ def test_profiles_are_files_that_accelerate_reads():
         words = launch.resolve_profile(["--num_machines", "1", "--accelerate_config", name])
         assert words[0] == "--config_file" and words[2:] == ["--num_machines", "1"]
         config = load_config_from_file(words[1])
-        assert config.distributed_type == {"multi_gpu": "MULTI_GPU", "single_gpu": "NO"}[name]
+        assert config.distributed_type == {"fsdp2": "FSDP", "multi_gpu": "MULTI_GPU", "single_gpu": "NO"}[name]
         assert config.mixed_precision == "no"  # PPOConfig decides
     with pytest.raises(ValueError, match="'nothing'"):
         launch.resolve_profile(["--accelerate_config", "nothing"])

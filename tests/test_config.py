@@ -290,13 +290,21 @@ def test_reward_config_does_not_warn_about_names_that_are_deprecated(recwarn):
     assert not [w for w in recwarn if "deprecated" in str(w.message)]
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-@pytest.mark.parametrize("make", [PPOConfig, RewardConfig])
-def test_what_would_split_the_weights_is_refused_however_it_is_asked_for(make, kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "kind", "fix"),
+    [
+        *((RewardConfig, kind, "Use DDP") for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")),
+        *(
+            (PPOConfig, kind, "--accelerate_config fsdp2")
+            for kind in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+        ),
+    ],
+)
+def test_what_would_split_the_weights_is_refused_however_it_is_asked_for(make, kind, fix, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "false")  # as `accelerate launch` may leave it
     make(output_dir="out", use_cpu=True, report_to="none", fsdp="", deepspeed=None)
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{kind} in the environment .* Use DDP"):
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{kind} in the environment .*{fix}"):
         make(output_dir="out", use_cpu=True, report_to="none")
 
 

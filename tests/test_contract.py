@@ -22,6 +22,7 @@ from ppo_plus import PPOTrainer
 
 SIGNATURES = {
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    "_wrap_model": ["model", "training", "dataloader"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "set_initial_training_values": ["args", "dataloader"],

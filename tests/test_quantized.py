@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ppo_plus import RewardConfig, RewardTrainer
 from ppo_plus.kernels.switch import replace_forwards
+from ppo_plus.models.base_weights import encode_samples, sample_model
 from ppo_plus.models.loading import load_policy
+from ppo_plus.models.weight_checks import is_packed
+from ppo_plus.training.checkpoint import weights_digest
 
 
 def nf4():
@@ -62,6 +65,20 @@ def reward_adapter(base, quantization, tmp_path_factory):
     assert not torch.equal(trainer.model.get_base_model().score.modules_to_save["default"].weight, before)
     trainer.save_model()
     return folder
+
+
+def test_the_bytes_of_four_bits_are_no_weights_in_any_dtype_of_their_storage(base, tmp_path):
+    """Read as bf16, one in 256 pairs of bytes is NaN, and a sample of them is that of no base."""
+    by_storage = []
+    for storage in (torch.uint8, torch.bfloat16):
+        config = nf4()
+        config.bnb_4bit_quant_storage = storage
+        model = make_trainer(tmp_path, model=str(base), quantization_config=config).model.language_model
+        weight = model.model.layers[0].mlp.up_proj.base_layer.weight
+        assert weight.dtype == storage and is_packed(weight)
+        assert not is_packed(model.model.norm.weight)  # negative control
+        by_storage.append((weights_digest([model]), encode_samples(sample_model(model))))
+    assert by_storage[0] == by_storage[1]
 
 
 def frozen(trainer):

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ..algo.kl import KL_ESTIMATORS
 from .checks import PROBABILITY, Check, _field, above, at_least, at_most, below, check_fields, one_of, refuse_unless
 from .critic_fields import CriticFields
+from .sharding import check_no_sharding, resolve_fsdp
 from .shared import (
     _check_length,
     _RedactSecrets,
@@ -18,7 +19,6 @@ from .shared import (
     _resolve_direction,
     _resolve_precision,
     _schedule_follows_metric,
-    check_no_sharding,
 )
 from .trl_fields import TRLFields, ignore_derived_fields
 
@@ -194,7 +194,8 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
-        check_no_sharding(self)
+        check_no_sharding(self, allow_fsdp=True)
+        resolve_fsdp(self)
         _resolve_precision(self)
         batch = {name: at_least(1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
         check_fields(self, PPOConfig, **batch)
@@ -261,6 +262,10 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
     def resolved_vf_coef(self) -> float:
         """Weight of the value loss, with the default of `critic` if `vf_coef` is None."""
         return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)
+
+    def _process_fsdp_args(self) -> None:
+        # Without a plugin, accelerate uses DDP for the trained weights; `models/sharding.py` shards the frozen ones.
+        return None
 
     def _check_combinations(self) -> None:
         rows, answers = self.per_device_train_batch_size, self.num_generations

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from trl import RewardConfig as TRLRewardConfig
 
 from .checks import _field, check_fields, refuse_unless
+from .sharding import check_no_sharding
 from .shared import (
     _check_length,
     _RedactSecrets,
     _refuse_options,
     _resolve_direction,
     _resolve_precision,
-    check_no_sharding,
     is_number,
 )
 

@@ -1,4 +1,4 @@
-"""Checks and defaults shared by both configurations: secrets, sharding, precision, length of training."""
+"""Checks and defaults shared by both configurations: secrets, precision, length of training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from .checks import as_int, is_int, is_number
@@ -57,32 +56,6 @@ def copy_arguments(args: Any) -> Any:
     vars(copied).update({name: copy.copy(v) if isinstance(v, dict | list) else v for name, v in vars(args).items()})
     copied.accelerator_config = copy.deepcopy(args.accelerator_config)
     return copied
-
-
-def check_no_sharding(config: Any) -> None:
-    """Refuse sharding of the model over processes, whether requested by the configuration or by `accelerate launch`.
-
-    Called when a configuration is created and again by the trainers: scripts may create an `Accelerator` in between,
-    which changes the environment.
-
-    Raises:
-        ValueError: FSDP, DeepSpeed, Megatron-LM, or tensor or context parallelism is requested.
-    """
-    kinds = (
-        ("fsdp", "ACCELERATE_USE_FSDP", "FSDP"),
-        ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
-        (None, "ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-    )
-    for name, variable, kind in kinds:
-        in_config = name is not None and getattr(config, name, None)
-        if in_config or parse_flag_from_env(variable):
-            where = f"{type(config).__name__}({name}=...)" if in_config else f"{variable} in the environment"
-            raise ValueError(
-                f"{where} requests {kind}, which is not supported: it shards the weights, and rollouts, the reference "
-                "and checkpoints need unsharded weights. Use DDP: remove it, and start with `accelerate launch "
-                "--multi_gpu`. If the model does not fit on one GPU, load it in 4 bits with a LoRA adapter."
-            )
 
 
 def _refuse_options(config: TrainingArguments, refused: dict[str, str]) -> None:

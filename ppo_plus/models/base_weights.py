@@ -44,7 +44,7 @@ def sample_model(model: nn.Module) -> WeightSamples:
             full = f"{path}.{name}"
             if parameter.is_meta or not parameter.dim() or adapters & set(full.split(".")):
                 continue
-            if parameter.dtype in PRECISE:
+            if parameter.dtype in PRECISE and getattr(parameter, "quant_state", None) is None:
                 weights[full] = lambda parameter=parameter: parameter  # type: ignore[misc]
             elif kind := _quantization(parameter, module):
                 weights[f"{full}:{kind}"] = lambda module=module: _dequantize(module.weight, module)  # type: ignore[misc]

@@ -58,12 +58,20 @@ def offloaded_parts(device_map: Mapping[str, Any]) -> list[str]:
     return [f"{module or 'the model'} to {place}" for module, place in device_map.items() if str(place) in away]
 
 
+def is_packed(parameter: nn.Parameter) -> bool:
+    """Return whether the elements of a parameter are bytes that encode others: 4 or 8 bits, or a tensor subclass.
+
+    bitsandbytes stores 4-bit weights in any dtype (`bnb_4bit_quant_storage`).
+    """
+    kinds = ("quant_state", "__tensor_flatten__")
+    return not parameter.is_floating_point() or any(getattr(parameter, kind, None) is not None for kind in kinds)
+
+
 @torch.no_grad()
 def first_not_finite(model: nn.Module) -> str | None:
     """Return the name of the first parameter with NaN or infinite numbers; packed weights are skipped."""
     for name, parameter in model.named_parameters():
-        packed = not parameter.is_floating_point() or hasattr(parameter, "__tensor_flatten__")
-        if packed or parameter.device.type == "meta":
+        if is_packed(parameter) or parameter.device.type == "meta":
             continue
         # A sum needs no tensor of that size, and is infinite or NaN if a number is, or if it exceeds fp32.
         if not parameter.sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():

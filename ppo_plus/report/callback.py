@@ -40,18 +40,19 @@ class RunReportCallback(PPOCallback):
     """Write `report.html` to the output folder: curves, answers to fixed prompts, tokens of rollouts.
 
     The page is written at each evaluation, at each checkpoint and at the end; at a log only if writing has taken at
-    most 2% of the time. Rank 0 generates the answers and writes the page while the other ranks wait. If the page cannot
+    most 2% of the time. Rank 0 generates the answers and writes the page; the other ranks wait. If the page cannot
     be written, training continues with one warning, and writing is tried again.
 
     Args:
-        answer: generates answers to prompts (`PPOTrainer._generate_on_main_process`) without changing training state.
+        answer: generates answers to prompts without changing training state; called on all ranks, it returns None on
+            all but rank 0.
         prompts: the fixed prompts, a few rows of a tokenized dataset.
         interrupted: returns whether a signal is ending the run, in which case the last answers are skipped.
     """
 
     def __init__(
         self,
-        answer: Callable[[Dataset], Experience],
+        answer: Callable[[Dataset], Experience | None],
         prompts: Dataset,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -90,8 +91,8 @@ class RunReportCallback(PPOCallback):
         self, args: PPOConfig, state: TrainerState, control: Any, settings: RolloutSettings, **kwargs: Any
     ) -> None:
         """Answer the fixed prompts before `NUM_SNAPSHOTS` rollouts; a signal may interrupt it."""
-        if self.run is not None and is_logging_rollout(args, state, NUM_SNAPSHOTS):
-            self.run["answers"].append(completions_snapshot(self.answer(self.prompts), state.global_step))
+        if is_logging_rollout(args, state, NUM_SNAPSHOTS):
+            self._answer(state)
 
     def on_rollout_end(
         self, args: PPOConfig, state: TrainerState, control: Any, rollout: Rollout, samples: Experience,
@@ -135,10 +136,15 @@ class RunReportCallback(PPOCallback):
 
     def on_train_end(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Answer the fixed prompts a last time and write the page."""
-        if self.run is not None and not self.interrupted():
+        if not self.interrupted():
             with contextlib.suppress(Interrupted):  # training is complete: an interrupt skips only these answers
-                self.run["answers"].append(completions_snapshot(self.answer(self.prompts), state.global_step))
+                self._answer(state)
         self._write(args, state)
+
+    def _answer(self, state: TrainerState) -> None:
+        samples = self.answer(self.prompts)
+        if self.run is not None and samples is not None:
+            self.run["answers"].append(completions_snapshot(samples, state.global_step))
 
     def _write(self, args: PPOConfig, state: TrainerState) -> None:
         if self.run is None:  # not rank 0, or evaluation without training

@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..algo.prefix_reward_baseline import RewardBaseline
+from ..models.weight_checks import is_packed
 from ..rollout.buffer import Rollout
 from ..utils.files import read_json_object
 from .metrics import Meter
@@ -128,8 +129,7 @@ def weights_digest(models: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for model in models:
         for name, parameter in model.named_parameters():
-            packed = not parameter.is_floating_point() or hasattr(parameter, "__tensor_flatten__")
-            if not parameter.requires_grad and not packed and "lora_" not in name:
+            if not parameter.requires_grad and not is_packed(parameter) and "lora_" not in name:
                 digest.update(parameter.detach().flatten()[:32].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 

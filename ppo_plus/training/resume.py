@@ -43,6 +43,7 @@ class Checkpointer:
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self._trainer = trainer
+        self._base_digest = weights_digest(trainer.model.frozen_models)  # now, because it reads whole weights
 
     def start(self, resume_from_checkpoint: str | Path | bool | None) -> str | None:
         """Return the checkpoint to resume from; reset the state of PPO if there is none."""
@@ -166,7 +167,7 @@ class Checkpointer:
             "num_processes": trainer.accelerator.num_processes,
             "num_prompts": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else None,
             "adapter_scaling": lora_scalings(trainer.model.policy),
-            "base_weights": weights_digest(trainer.model.frozen_models),
+            "base_weights": self._base_digest,
         }
 
 

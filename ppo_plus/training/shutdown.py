@@ -52,7 +52,8 @@ class GracefulShutdownCallback(TrainerCallback):
     @property
     def interrupted(self) -> bool:
         """Whether a signal ends the run."""
-        return self.local_signal is not None or self.agreed_signal is not None
+        # Ranks act together, so one that alone has received a signal continues until all know of it.
+        return (self.local_signal if self.collectives is None else self.agreed_signal) is not None
 
     def allow(self) -> AbstractContextManager:
         """Let a signal end the block; several ranks finish it, since the others would wait forever in a collective."""

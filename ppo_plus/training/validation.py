@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig, TaskType
 from torch import nn
@@ -16,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..callbacks.base import PPOCallback
 from ..config import PPOConfig, check_no_sharding
+from ..config.sharding import FSDP_VARIABLE
 from ..data.prompts import column_names
 from ..kernels.liger import check_liger, check_liger_model
 from ..models.adapter_checks import check_no_adapter, check_preserves_base, check_reward_adapter, check_trained_tokens
@@ -43,7 +46,8 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     """Refuse arguments of the wrong kind, and settings that this machine cannot run."""
     if not isinstance(args, PPOConfig):
         raise TypeError(f"args must be a ppo_plus.PPOConfig; got {type(args).__name__}.")
-    check_no_sharding(args)
+    check_no_sharding(args, allow_fsdp=True)
+    check_fsdp(args)
     if (reward_funcs is None) == (reward_model is None):
         both = "both" if reward_funcs is not None else "neither"
         raise ValueError(f"Pass reward_funcs or its other name reward_model; got {both}.")
@@ -63,6 +67,21 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     check_liger(args)
     check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
     check_output_dir(cast(str, args.output_dir))
+
+
+def check_fsdp(args: PPOConfig) -> None:
+    """Refuse to shard over one process, and under an `Accelerator` that would shard trained weights too."""
+    if args.fsdp and args.world_size == 1:
+        raise ValueError(
+            "fsdp=True shards the base over processes, and there is one: start several with `ppo-plus ppo "
+            "--accelerate_config fsdp2 --num_processes N` or `accelerate launch`, or remove it."
+        )
+    shards_all = AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP
+    if shards_all or parse_flag_from_env(FSDP_VARIABLE):
+        raise ValueError(
+            "The script made an Accelerator that shards all weights (FSDP), and PPOTrainer shards the frozen ones "
+            "alone: make PPOConfig before it, or no Accelerator."
+        )
 
 
 def check_options(args: PPOConfig, optimizers: tuple, callbacks: Any, data_collator: Any) -> None:
@@ -180,6 +199,11 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
         check_preserves_base(config, "critic_peft_config")
     own_model = value_model is not None and resolve_adapter_path(value_model) is None
     check_critic_training(args, "separate" if own_model else args.critic)
+    if args.fsdp and actors is None:
+        raise ValueError(
+            "fsdp=True shards the frozen base of an adapter, and here the whole model is trained: pass peft_config, or "
+            "remove fsdp and train whole copies by DDP (`accelerate launch --multi_gpu`)."
+        )
     if args.critic == "adapter" and actors is None:
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
 

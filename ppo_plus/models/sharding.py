@@ -1,0 +1,106 @@
+"""Shard the frozen base of an actor-critic over ranks by FSDP2; trained weights stay whole on every rank under DDP.
+
+A base is never trained, so it needs no gradient, optimizer state or checkpoint: sharding it divides the largest part
+of the memory, and everything that PPO does with trained weights is what it does on one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..kernels.frozen_layers import decoder_layers
+from .actor_critic import ActorCritic
+
+# Nothing changes the outputs in place, of which it warns.
+warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPActorCritic\) returned a view tensor")
+
+# Methods of `ActorCritic` besides `forward` that run its backbone.
+FORWARD_METHODS = ("sample", "frozen_hidden_states", "prefix_rewards", "generate")
+
+
+class ShardedBase:
+    """The frozen weights of an actor-critic's language model, each rank holding its share of every layer.
+
+    Each decoder layer is a unit that is gathered for a pass and freed after it; embeddings, last norm and head are
+    another. A separate critic or reference stays whole on every rank.
+
+    Args:
+        model: the actor-critic, with all its adapters.
+        device_type: device type of the ranks.
+    """
+
+    def __init__(self, model: ActorCritic, device_type: str) -> None:
+        mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+        kept = {p for p in model.parameters() if p.requires_grad}
+        kept |= set(() if model.value_model is None else model.value_model.parameters())
+        layers = decoder_layers(model.language_model.base_model)
+        int8_layers = _take_int8_states(model)
+        self._units = [
+            cast(FSDPModule, fully_shard(module, mesh=mesh, ignored_params=kept, reshard_after_forward=True))
+            for module in (*layers, model)
+        ]
+        for name in FORWARD_METHODS:
+            register_fsdp_forward_method(model, name)
+        vars(model)["generate"] = self._while_gathered(model.generate)
+        # DDP neither broadcasts nor averages the sharded weights.
+        sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
+        self._inside = False
+        with self.gathered():
+            for layer in int8_layers:  # the gathered weight keeps its storage, which is filled again for each pass
+                layer.weight.CB, layer.state.CB = None, layer.weight.data
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Context manager that all ranks enter together: hold whole weights, so that passes communicate nothing.
+
+        Ranks may then run different numbers of passes.
+        """
+        if self._inside:
+            yield
+            return
+        self._inside = True
+        for unit in self._units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            self._inside = False
+            for unit in self._units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+
+    def _while_gathered(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.gathered():
+                return method(*args, **kwargs)
+
+        return call
+
+
+def _take_int8_states(model: nn.Module) -> list[Any]:
+    """Return the 8-bit layers of bitsandbytes, after their scales have moved from the weight, which is replaced."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "init_8bit_state")]
+    for layer in layers:
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+    return layers
+
+
+def wrap_in_ddp(model: nn.Module, accelerator: Any) -> nn.Module:
+    """Wrap a model with sharded weights, as accelerate wraps one without: it refuses `DTensor`s on a GPU."""
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)  # autocast
+    return DistributedDataParallel(prepared, **accelerator.ddp_handler.to_kwargs())
