@@ -166,7 +166,8 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         self._build_collaborators()
         add_default_callbacks(self)
         if args.fsdp:  # last, because weights are probed and compared while they are whole
-            self.collector.gathered = ShardedBase(self.model, args.device.type).gathered
+            base = ShardedBase(self.model, args.device, gather_all=args.ds3_gather_for_generation)
+            self.collector.uneven_passes = base.uneven_passes
 
     def _configure_forward(self) -> None:
         args, model = self.args, self.model

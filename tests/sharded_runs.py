@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ppo_plus import AdaptiveKLCallback
+from ppo_plus.kernels.frozen_layers import decoder_layers
 
 
 def quantized(**options):
@@ -50,6 +51,11 @@ def evaluates(base):
     return {"eval_dataset": make_prompts(7)}
 
 
+def evaluates_scores(base):
+    return {**models_that_score(base), **evaluates(base), "peft_config": lora(layers_to_transform=[3],
+            target_modules=["q_proj", "down_proj"])}  # fmt: skip
+
+
 # Configuration, and further arguments of the trainer from the folder of the base, whose neighbors are adapters.
 RUNS = {
     "shared critic": ({}, None),
@@ -61,6 +67,10 @@ RUNS = {
     "evaluation of uneven prompts, report, samples": (
         {"eval_win_rate": True, "eval_strategy": "steps", "eval_steps": 2, "html_report": True, "stop_token_id": 8,
          "num_sample_generations": 2, "local_rollout_forward_batch_size": 1}, evaluates),
+    "layer by layer": (
+        {"ds3_gather_for_generation": False, "eval_win_rate": True, "eval_strategy": "steps", "eval_steps": 2,
+         "html_report": True, "stop_token_id": 9, "local_rollout_forward_batch_size": 1,
+         "prefix_reward_baseline": True}, evaluates_scores),
     "a reward adapter and a classifier": ({"prefix_reward_baseline": True}, models_that_score),
     "a separate critic": ({}, separate_critic),
     "an adapter that is continued": ({}, continued),
@@ -82,10 +92,23 @@ def trained(trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
-def base_bytes(trainer) -> int:
+def base_bytes(model) -> int:
     """The bytes of frozen weights that this process holds."""
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in trainer.model.parameters() if not p.requires_grad)
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if not p.requires_grad)
     return sum(p.nbytes for p in local)
+
+
+def watch_base_bytes(trainer) -> dict[str, int]:
+    """Record the most bytes of frozen weights that this process holds while a layer runs, in learning and elsewhere."""
+    most = {"learning": 0, "elsewhere": 0}
+
+    def record(*_) -> None:
+        phase = "learning" if torch.is_grad_enabled() else "elsewhere"
+        most[phase] = max(most[phase], base_bytes(trainer.model))
+
+    for layer in decoder_layers(trainer.model.language_model.base_model):
+        layer.register_forward_pre_hook(record)
+    return most
 
 
 def result(trainer, folder: Path) -> dict:
@@ -97,7 +120,9 @@ def result(trainer, folder: Path) -> dict:
         torch.save(weights, folder / "weights.pt")
     history = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
                for row in trainer.state.log_history]  # fmt: skip
-    return {"bytes": base_bytes(trainer), "log": history, "wrapper": type(trainer.model_wrapped).__name__}
+    layer = max(base_bytes(layer) for layer in decoder_layers(trainer.model.language_model.base_model))
+    everything = {"bytes": base_bytes(trainer.model), "layer": layer}
+    return {**everything, "log": history, "wrapper": type(trainer.model_wrapped).__name__}
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -106,8 +131,9 @@ def main(folder: Path, names: list[str]) -> None:
         for fsdp in (True, False):
             out = folder / name / str(fsdp)
             trainer = trainer_of(name, folder / "base", out, fsdp=fsdp, ddp_backend="gloo")
+            most = watch_base_bytes(trainer)
             trainer.train()
-            results[f"{name}/{fsdp}"] = result(trainer, out)
+            results[f"{name}/{fsdp}"] = {**result(trainer, out), **most}
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
 

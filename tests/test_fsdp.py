@@ -25,7 +25,12 @@ from ppo_plus.report.page import read_run
 from ppo_plus.training.validation import check_fsdp
 
 ROOT = Path(__file__).parents[1]
-MODEL = {"hidden_size": 64, "intermediate_size": 128}  # a size whose layers bitsandbytes quantizes
+MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}  # bitsandbytes quantizes such layers
+
+
+TWO_LAYERS = ("shared critic", "a separate critic", "cached lower layers", "tied embeddings, half precision",
+              "answers to a prompt, a critic updated twice, recomputed activations",
+              "evaluation of uneven prompts, report, samples")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,21 @@ def test_a_sharded_base_gives_the_bits_of_whole_copies(base, runs, name):
     assert whole["bytes"] / 2 <= sharded["bytes"] < 0.51 * whole["bytes"]  # odd shapes are padded
     others = [weights(base, other, True) for other in RUNS if other != name]
     assert not any(torch.equal(weights(base, name, True), other) for other in others)  # negative control
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_rank_holds_its_share_and_one_layer(runs, name):
+    """And embeddings, last norm and head, which every pass needs at both of its ends."""
+    sharded, whole = (runs[f"{name}/{fsdp}"] for fsdp in (True, False))
+    layers = 2 if name in TWO_LAYERS else MODEL["num_hidden_layers"]
+    rest = whole["bytes"] - layers * whole["layer"]
+    bound = 1.02 * (whole["bytes"] + rest + whole["layer"]) / 2
+    assert sharded["learning"] <= bound < whole["learning"] == whole["bytes"]
+    if name == "layer by layer":
+        assert sharded["elsewhere"] <= bound
+    else:
+        assert sharded["elsewhere"] == whole["bytes"]  # gathered once
 
 
 @pytest.mark.slow

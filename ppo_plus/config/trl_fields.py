@@ -38,7 +38,7 @@ class TRLFields:
         None, "Name of the PeftModel adapter used as reference; None means a frozen copy."
     )
     ds3_gather_for_generation: bool = _field(
-        True, "Has no effect, because weights are not sharded; False emits a warning."
+        True, "With fsdp: gather the whole base once per rollout; False gathers each layer for each token."
     )
 
     @property
@@ -75,10 +75,10 @@ class TRLFields:
     def _apply_trl_fields(self) -> None:
         if self.exp_name is not None and getattr(self, "run_name", None) is None:
             self.run_name = self.exp_name
-        if not self.ds3_gather_for_generation:
+        if not self.ds3_gather_for_generation and not self.fsdp:  # type: ignore[attr-defined]
             warnings.warn(
-                "PPOConfig: ds3_gather_for_generation=False has no effect: ppo_plus does not shard weights "
-                "(DeepSpeed ZeRO-3), so none are gathered. Remove it.",
+                "PPOConfig: ds3_gather_for_generation=False has no effect without fsdp=True: weights are not sharded, "
+                "so none are gathered. Remove it.",
                 stacklevel=4,
             )
 

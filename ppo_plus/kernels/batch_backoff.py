@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,26 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     accelerate's `should_reduce_batch_size` recognizes neither the driver's error nor cuBLAS's.
     """
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OOM_MESSAGES)
+
+
+_sizes_are_fixed = ContextVar("_sizes_are_fixed", default=False)
+
+
+@contextlib.contextmanager
+def fixed_batch_sizes() -> Iterator[None]:
+    """Context manager: no batch size is reduced, because other ranks wait for the rest of a pass that failed on one."""
+    token = _sizes_are_fixed.set(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            error.add_note(
+                "Ranks that gather weights layer by layer cannot reduce their batch sizes: lower generation_batch_size "
+                "or local_rollout_forward_batch_size."
+            )
+        raise
+    finally:
+        _sizes_are_fixed.reset(token)
 
 
 class BatchSize:
@@ -87,7 +108,7 @@ class BatchSize:
             try:
                 result = attempt(self.rows)
             except RuntimeError as error:
-                if self.rows == 1 or not is_out_of_memory(error):
+                if self.rows == 1 or _sizes_are_fixed.get() or not is_out_of_memory(error):
                     raise
             else:
                 if not shrunk:

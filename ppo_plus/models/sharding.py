@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..kernels.batch_backoff import fixed_batch_sizes
 from ..kernels.frozen_layers import decoder_layers
 from .actor_critic import ActorCritic
 
@@ -37,55 +38,84 @@ class ShardedBase:
 
     Args:
         model: the actor-critic, with all its adapters.
-        device_type: device type of the ranks.
+        device: of this rank.
+        gather_all: whether `uneven_passes` gathers the base once, or layer by layer in every pass.
     """
 
-    def __init__(self, model: ActorCritic, device_type: str) -> None:
-        mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+    def __init__(self, model: ActorCritic, device: torch.device, gather_all: bool = True) -> None:
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         kept = {p for p in model.parameters() if p.requires_grad}
         kept |= set(() if model.value_model is None else model.value_model.parameters())
         layers = decoder_layers(model.language_model.base_model)
         int8_layers = _take_int8_states(model)
-        self._units = [
+        *self._layers, self._rest = (
             cast(FSDPModule, fully_shard(module, mesh=mesh, ignored_params=kept, reshard_after_forward=True))
             for module in (*layers, model)
-        ]
+        )
         for name in FORWARD_METHODS:
             register_fsdp_forward_method(model, name)
-        vars(model)["generate"] = self._while_gathered(model.generate)
+        vars(model)["generate"] = self._with_uneven_passes(model.generate)
         # DDP neither broadcasts nor averages the sharded weights.
         sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
-        self._inside = False
-        with self.gathered():
+        self._device, self._gather_all, self._inside = device, gather_all, False
+        with self._gathered([*self._layers, self._rest]):
             for layer in int8_layers:  # the gathered weight keeps its storage, which is filled again for each pass
                 layer.weight.CB, layer.state.CB = None, layer.weight.data
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Context manager that all ranks enter together: hold whole weights, so that passes communicate nothing.
-
-        Ranks may then run different numbers of passes.
-        """
+    def uneven_passes(self) -> Iterator[None]:
+        """Context manager that all ranks enter together: inside, each rank may run another number of passes."""
         if self._inside:
             yield
             return
         self._inside = True
-        for unit in self._units:
+        try:
+            with self._gathered([*self._layers, self._rest]) if self._gather_all else self._in_step():
+                yield
+        finally:
+            self._inside = False
+
+    @contextlib.contextmanager
+    def _gathered(self, units: Sequence[FSDPModule]) -> Iterator[None]:
+        """Context manager: hold the whole weights of these units, so that passes do not communicate for them."""
+        for unit in units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
         try:
             yield
         finally:
-            self._inside = False
-            for unit in self._units:
+            for unit in units:
                 unit.set_reshard_after_forward(True, recurse=False)
                 unit.reshard()
 
-    def _while_gathered(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Context manager: each pass gathers layer by layer; a rank that has finished gathers along with the others.
+
+        Every pass calls all layers in their order, also those that it skips, so one pass is like another.
+        """
+        first = cast(nn.Module, self._layers[0])
+        announce = first.register_forward_pre_hook(lambda *_: self._any_rank_runs(True), prepend=True)
+        try:
+            with self._gathered([self._rest]), fixed_batch_sizes():
+                yield
+                while self._any_rank_runs(False):
+                    for layer in self._layers:
+                        layer.unshard()
+                        layer.reshard()
+        finally:
+            announce.remove()
+
+    def _any_rank_runs(self, runs: bool) -> Any:
+        running = torch.tensor(float(runs), device=self._device)
+        torch.distributed.all_reduce(running)
+        return None if runs else bool(running)  # a hook must return None
+
+    def _with_uneven_passes(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.gathered():
+            with self.uneven_passes():
                 return method(*args, **kwargs)
 
         return call

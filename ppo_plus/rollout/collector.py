@@ -75,9 +75,8 @@ class RolloutCollector:
         self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
         self.accelerator, self.stop_ids, self.report = accelerator, list(stop_ids), report
         self.responder = responder
-        # Entered by all ranks together before passes of which each rank may need another number; it gathers sharded
-        # weights, if there are any.
-        self.gathered: Callable[[], AbstractContextManager] = contextlib.nullcontext
+        # Entered by all ranks together; inside, each may run another number of passes, also if weights are sharded.
+        self.uneven_passes: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self.logits_processor = build_logits_processor(args)
         self.decoder = CompletionDecoder(tokenizer, args, self.stop_ids)
         micro_batches = args.num_mini_batches * args.gradient_accumulation_steps
@@ -123,7 +122,7 @@ class RolloutCollector:
         """
         timer = PhaseTimer()
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
-        with self.gathered(), self.accelerator.autocast():
+        with self.uneven_passes(), self.accelerator.autocast():
             learning = micro_batch_fn is not None
             responses = self._respond(rows, uniforms, self.args.num_generations if learning else 1)
             timer.record("generate")
@@ -174,7 +173,7 @@ class RolloutCollector:
     def generate_from_reference(self, rows: Sequence[Row], uniforms: Tensor) -> Completions:
         """Generate the reference's responses to rows of a tokenized dataset, with the uniforms of `sample`."""
         self.model.eval()
-        with self.gathered(), self.accelerator.autocast(), self.model.role("reference"):
+        with self.uneven_passes(), self.accelerator.autocast(), self.model.role("reference"):
             return self.decoder.decode(self._respond(rows, uniforms), {})[0]
 
     @torch.no_grad()
@@ -185,7 +184,7 @@ class RolloutCollector:
             rollout.input_ids, rollout.attention_mask, rollout.response_length, micro_batches, rollout.observation_mask,
             self.args.num_generations,
         )  # fmt: skip
-        with self.gathered(), self.accelerator.autocast():
+        with self.uneven_passes(), self.accelerator.autocast():
             return replace(rollout, frozen_hidden_states=self._frozen_states(batch))
 
     def _respond(self, rows: Sequence[Row], uniforms: Tensor, num_generations: int = 1) -> Responses:

@@ -83,12 +83,12 @@ class Evaluator:
         return self._sample(*self._shard_for_rank(prompts), meter)
 
     def generate_on_main_process(self, prompts: Dataset) -> Experience | None:
-        """Sample responses to tokenized prompts on rank 0; None on the others, which gather sharded weights with it.
+        """Sample responses to tokenized prompts on rank 0; None on the others, which take part if weights are sharded.
 
         Reward functions score them only if `report_rewards`.
         """
         score = self._trainer.args.report_rewards or not self._trainer.collector.rewards.calls_functions
-        with self._trainer._shutdown.allow(), self._trainer.collector.gathered():
+        with self._trainer._shutdown.allow(), self._trainer.collector.uneven_passes():
             if not self._trainer.is_world_process_zero():
                 return None
             return self._sample(list(prompts), range(len(prompts)), Meter(), score)
@@ -137,7 +137,7 @@ class Evaluator:
         prompts, rows = self._shard_for_rank(dataset)
         uniforms, seed = collector.derive_uniforms(rows, SEED_KEY)
         context = {"trainer_state": self._trainer.state, "log_metric": _ignore, "log_extra": _ignore}
-        with isolated_rng(seed), collector.gathered():
+        with isolated_rng(seed), collector.uneven_passes():
             if fingerprint not in self.reference_cache:
                 self.reference_cache[fingerprint] = collector.generate_from_reference(prompts, uniforms)
             with collector.accelerator.autocast():
