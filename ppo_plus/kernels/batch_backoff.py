@@ -42,7 +42,7 @@ _sizes_are_fixed = ContextVar("_sizes_are_fixed", default=False)
 
 @contextlib.contextmanager
 def fixed_batch_sizes() -> Iterator[None]:
-    """Context manager: no batch size is reduced, because other ranks wait for the rest of a pass that failed on one."""
+    """Context manager: keep all batch sizes, because other ranks wait for the rest of a pass."""
     token = _sizes_are_fixed.set(True)
     try:
         yield

@@ -83,7 +83,7 @@ class Evaluator:
         return self._sample(*self._shard_for_rank(prompts), meter)
 
     def generate_on_main_process(self, prompts: Dataset) -> Experience | None:
-        """Sample responses to tokenized prompts on rank 0; None on the others, which take part if weights are sharded.
+        """Sample responses to tokenized prompts on rank 0; None on the others, which gather sharded weights too.
 
         Reward functions score them only if `report_rewards`.
         """
