@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[1]
 REQUIRED = ["--model_name_or_path", "base", "--dataset_name", "few.jsonl", "--reward_funcs", "cli_rewards:one",
             "--output_dir", "new/out"]  # fmt: skip
 
+NEEDED = {"ppo": REQUIRED, "reward": ["--model_name_or_path", "base", "--output_dir", "new/out"]}
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -182,21 +184,25 @@ def test_a_first_error_is_one_line_and_writes_nothing(here, capsys, arguments, m
     assert sorted(path for path in here.rglob("*") if "__pycache__" not in path.parts) == before
 
 
-def test_a_dataset_without_the_column_is_one_line(here, base, capsys):
+@pytest.mark.parametrize(("command", "column"), [("ppo", "prompt"), ("reward", "chosen")])
+def test_a_dataset_without_the_column_is_one_line(here, base, capsys, command, column):
     (here / "questions.jsonl").write_text('{"question": "why"}\n')
-    line = error_of(capsys, "ppo", *REQUIRED, "--dataset_name", "questions.jsonl")
-    assert "'prompt'" in line and "question" in line
+    line = error_of(capsys, command, *NEEDED[command], "--dataset_name", "questions.jsonl", "--use_cpu", "True")
+    assert f"'{column}'" in line and "question" in line
     assert not (here / "new").exists()
 
 
+@pytest.mark.parametrize("command", ["ppo", "reward"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_full_disk_is_noticed_before_training(here, base, capsys, monkeypatch, exists):
+def test_a_full_disk_is_noticed_before_training(here, base, capsys, monkeypatch, exists, command):
     """Trainer has created the folder by then; one that was there before stays."""
     if exists:
         (here / "new" / "out").mkdir(parents=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    small = ["--per_device_train_batch_size", "1", "--num_mini_batches", "1", "--use_cpu", "True"]
-    assert "MiB are free" in error_of(capsys, "ppo", *REQUIRED, *small)
+    (here / "pairs.jsonl").write_text('{"chosen": "one", "rejected": "two"}\n')
+    small = ["--per_device_train_batch_size", "1", "--use_cpu", "True"]
+    small += ["--num_mini_batches", "1"] if command == "ppo" else ["--dataset_name", "pairs.jsonl"]
+    assert "MiB are free" in error_of(capsys, command, *NEEDED[command], *small)
     assert (here / "new").exists() == exists
 
 

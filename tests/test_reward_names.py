@@ -58,16 +58,20 @@ def test_an_error_of_the_hub_is_not_taken_for_an_answer(refusing_hub, monkeypatc
         resolve_adapter_path(f"me/{name}")
 
 
-def test_a_gated_model_without_a_token_ends_the_command_with_one_line(refusing_hub, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["ppo", "reward"])
+def test_a_gated_model_without_a_token_ends_the_command_with_one_line(
+    refusing_hub, tmp_path, monkeypatch, capsys, command
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "few.jsonl").write_text('{"prompt": "one"}\n')
+    (tmp_path / "few.jsonl").write_text('{"prompt": "one", "chosen": "two", "rejected": "three"}\n')
     (tmp_path / "gated_rewards.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
-    words = ["--model_name_or_path", "me/gated", "--dataset_name", "few.jsonl", "--reward_funcs", "gated_rewards:one"]
+    words = ["--model_name_or_path", "me/gated", "--dataset_name", "few.jsonl"]
+    words += ["--reward_funcs", "gated_rewards:one"] if command == "ppo" else []
     with pytest.raises(SystemExit) as stop:
-        launch.run("ppo", [*words, "--output_dir", "new/out", "--use_cpu", "True"])
+        launch.run(command, [*words, "--output_dir", "new/out", "--use_cpu", "True"])
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("ppo-plus ppo: error: ") and "'me/gated' is gated" in line
+    assert line.startswith(f"ppo-plus {command}: error: ") and "'me/gated' is gated" in line
     assert not (tmp_path / "new").exists()
 
 
