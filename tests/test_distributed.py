@@ -78,6 +78,9 @@ def test_two_processes_train_save_once_and_resume_to_the_same_bits(tmp_path):
     assert (resumed["sum"], resumed["norm"]) == (whole["sum"], whole["norm"])
     final = {f.name for f in (tmp_path / "whole" / "final").iterdir()}
     assert "adapter_model.safetensors" in final and "model.safetensors" not in final
+    for folder in ("", "checkpoint-3", "final"):
+        card = (tmp_path / "whole" / folder / "README.md").read_text()
+        assert "2 processes" in card and "More Information Needed" not in card and str(tmp_path) not in card
 
 
 MEASURED = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "num_tokens", "ppo/kl_coef",
