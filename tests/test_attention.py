@@ -122,7 +122,7 @@ def test_on_a_cpu_in_half_precision_short_sequences_take_plain_products_and_the_
 def test_only_short_sequences_and_single_queries_do():
     backbone = make_model().to(torch.bfloat16).model
     chosen = []
-    for queries, keys in ((128, 128), (129, 129), (1, 5000), (2, 5000)):
+    for queries, keys in ((384, 384), (385, 385), (1, 5000), (2, 5000)):
         select_attention(backbone, queries, keys)
         chosen.append(backbone.config._attn_implementation)
     assert chosen == [EAGER_GQA, "sdpa", EAGER_GQA, "sdpa"]
