@@ -16,13 +16,16 @@ from test_quantized import nf4
 from transformers import AutoModelForCausalLM
 
 from ppo_plus.data.seeding import sampling_uniforms
+from ppo_plus.kernels import cpu_attention, packing
 from ppo_plus.kernels.packing import NO_PACKING
+from ppo_plus.kernels.prompt_cache import PromptStates, SharedPromptLayer
 from ppo_plus.kernels.shared_prompts import (
     PromptBuckets,
     bucket_prefixes,
     common_prefixes,
     make_shared_packing,
 )
+from ppo_plus.models import backbone_runner
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.training.gradients import index_batch
 
@@ -293,6 +296,42 @@ def test_a_prompt_is_prefilled_once_and_its_cache_copied(family):
     assert once * 2 == max(count.seen)
     assert torch.equal(found.tokens, expected.tokens) and len({tuple(row) for row in found.tokens.tolist()}) >= 4
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def plain_products(monkeypatch):
+    """Plain attention in fp32, too, where numbers can be compared."""
+    for module in (cpu_attention, packing, backbone_runner):
+        monkeypatch.setattr(module, "prefer_eager", lambda *_: True)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Cohere", "GPT-2", "Mistral", "Gemma 3n", "Falcon-H1", "DeepSeek V3"])
+def test_a_cache_holds_a_prompt_once_and_the_tokens_stay(plain_products, monkeypatch, family):
+    actor, caches, real = actor_critic(build(family)), [], backbone_runner.share_prompts
+    actor.runner.enable_shared_prompts(2)
+    monkeypatch.setattr(backbone_runner, "share_prompts", lambda cache, rows: caches.append(cache) or real(cache, rows))
+    prompts = [[5, 6, 7, 8, 9, 10], [8, 9], [15, 16, 17]]
+    ids = torch.tensor([[0] * (6 - len(p)) + p for p in prompts])
+    prompt_of_row, uniforms = torch.tensor([0, 2, 0, 1, 0, 2]), sampling_uniforms(0, 6, 9)
+    options = {"stop_ids": [2, *range(10, 16)], "pad_token_id": 0, "temperature": 0.7}
+    found = actor.sample(ids, (ids != 0).long(), uniforms, prompt_of_row, **options)
+    assert bool(caches) == bool(actor.runner.cache_sharing_models) == (family in ("Llama", "Cohere", "GPT-2"))
+    for layer in caches[0].layers if caches else ():
+        assert isinstance(layer, SharedPromptLayer) and layer.prompts.keys.shape[2] == 6
+        assert len(layer.prompts.keys) < 3 and len(layer.keys) < 6  # rows left, and prompts with them
+    actor.runner.cache_sharing_models = []
+    expected = actor.sample(ids, (ids != 0).long(), uniforms, prompt_of_row, **options)
+    lengths = (found.tokens != 0).sum(1).tolist()
+    assert torch.equal(found.tokens, expected.tokens) and (not caches or len(set(lengths)) > 2)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
+def test_an_attention_that_ignores_the_prompts_does_not_share_them(plain_products, monkeypatch):
+    actor = actor_critic(build("Llama"))
+    merge = PromptStates.merge
+    monkeypatch.setattr(PromptStates, "merge", lambda self, x: torch.zeros_like(merge(self, x)))
+    actor.runner.enable_shared_prompts(2)
+    assert actor.runner.cache_sharing_models == [] and actor.runner.sharing_models
 
 
 # Reward adapters

@@ -12,13 +12,15 @@ GPUs use `sdpa`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from .prompt_cache import ATTRIBUTE, attend_to_prompts
 
 SDPA, EAGER_GQA, PACKED = "sdpa", "ppo_plus_plain", "ppo_plus_packed"
 EAGER, PACKED_EAGER = "eager", "ppo_plus_packed_eager"
@@ -52,6 +54,8 @@ def eager_gqa_attention(
     Returns:
         `(B, Q, heads, D')`, and None for the attention weights, as `sdpa`.
     """
+    if (prompts := getattr(key, ATTRIBUTE, None)) is not None:
+        return attend_to_prompts(query, key, value, cast(Tensor, attention_mask), scaling, prompts), None
     if attention_mask is None or any(kwargs.get(name) is not None for name in ("position_bias", "cache")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     (rows, heads, length, size), key_heads = query.shape, key.shape[1]

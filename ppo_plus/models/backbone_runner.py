@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from ..kernels.cpu_attention import EAGER, PACKED_EAGER, SDPA, select_attention
+from ..kernels.cpu_attention import EAGER, PACKED_EAGER, SDPA, prefer_eager, select_attention
 from ..kernels.frozen_layers import FrozenPrefix, relative_error
 from ..kernels.packing import (
     MAX_UNPACKED_PADDING,
@@ -23,10 +23,12 @@ from ..kernels.packing import (
     make_packing,
     packing_context,
 )
+from ..kernels.prompt_cache import share_prompts
 from ..kernels.shared_prompts import MIN_SHARED_TOKENS, Prefixes, make_shared_packing
 from ..utils.contexts import evaluation_mode
 from .backbone import (
     backbone_interface,
+    cache_of,
     check_head,
     check_padding,
     has_few_bits,
@@ -86,11 +88,13 @@ class BackboneRunner:
         packable_models: those of them that compute the same without padding.
         sharing_models: those of them that compute the same if rows share a prompt; none before
             `enable_shared_prompts`.
+        cache_sharing_models: those of them that compute the same if rows share a prompt's keys and values in decoding.
     """
 
     def __init__(self, models: Sequence[PreTrainedModel], use_kernels: bool) -> None:
         self.compiled, self._models = False, models
         self.sharing_models: list[PreTrainedModel] = []
+        self.cache_sharing_models: list[PreTrainedModel] = []
         sdpa = (m for m in models if m.config.get_text_config()._attn_implementation == SDPA)
         eager = (m for m in models if m.config.get_text_config()._attn_implementation == EAGER)
         self._eager_models = list(eager) if use_kernels else []
@@ -169,6 +173,7 @@ class BackboneRunner:
         if num_generations == 1:
             return
         self.sharing_models = [] if self.compiled else self.find_sharing_models()
+        self.cache_sharing_models = [m for m in self.sdpa_models if self._can_share_cache(m)]
         if others := sorted({type(m).__name__ for m in self._models if m not in self.sharing_models}):
             reason = "its layers are compiled" if self.compiled else "its hidden states would differ"
             reason = reason if self._use_kernels else "kernels are turned off"
@@ -177,6 +182,11 @@ class BackboneRunner:
                 f"and learning, because {reason}. Results are the same; time and memory are those of repeated prompts.",
                 stacklevel=4,
             )
+
+    def share_prompts(self, model: PreTrainedModel, cache: Any, prompt_of_row: Tensor) -> bool:
+        """Let the rows of a cache share their prompts if that is faster; return whether they do."""
+        is_faster = prefer_eager(model.device, model.dtype, 1, 1)  # the fused kernel needs the keys in one tensor
+        return is_faster and model in self.cache_sharing_models and share_prompts(cache, prompt_of_row)
 
     def find_sharing_models(self) -> list[PreTrainedModel]:
         """Return the models for which a trial with shared prompts gives the hidden states of repeated ones."""
@@ -212,6 +222,31 @@ class BackboneRunner:
             hidden_state_error(shared[compared], padded[compared], has_few_bits(model))
             <= backbone_interface(model).rounding
         )
+
+    @torch.no_grad()
+    def _can_share_cache(self, model: PreTrainedModel) -> bool:
+        """Return whether two steps after shared keys and values give the hidden states of those after copied ones."""
+        if not prefer_eager(model.device, model.dtype, 1, 1):
+            return False
+        ids, mask = torch.tensor([[1, 2, 3, 1], [1, 1, 3, 2]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+        rows, new, training = torch.tensor([1, 0, 0]), torch.tensor([[3, 1], [2, 3], [1, 2]]), model.training
+        states: list[Tensor] = []
+        model.eval()
+        try:
+            for shares in (True, False):
+                cache = cast(Cache, cache_of(self.run(model, ids, mask, use_cache=True)))
+                if not (share_prompts(cache, rows) if shares else cache.reorder_cache(rows) is None):
+                    return False
+                for end in (1, 2):
+                    seen = torch.cat([mask[rows], torch.ones(3, end, dtype=torch.int64)], 1)
+                    outputs = self.run(model, new[:, end - 1 : end], seen, use_cache=True, cache=cache)
+                states.append(outputs.last_hidden_state)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
+            return False
+        finally:
+            model.train(training)
+        shared, copied = states
+        return hidden_state_error(shared, copied, has_few_bits(model)) <= backbone_interface(model).rounding
 
     @torch.no_grad()
     def _run_both_ways(
