@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from ..data.padding import left_pad, pad_id, unpad
 from ..data.prompts import Row
 from ..data.seeding import derive_seed, isolated_rng, sampling_uniforms
 from ..kernels.batch_backoff import PATIENCE, BatchSize
-from ..models.actor_critic import ActorCritic
+from ..models.actor_critic import ActorCritic, ActorCriticOutput
 from ..models.generation import GenerateOutput
 from ..models.turn_cache import TurnCache, tokens_after
 from ..rewards import CheapAnswers, Completions, RewardSet
@@ -50,6 +50,32 @@ class ForwardBatch:
     observation_mask: Tensor | None = None  # as in `Rollout`, `(N, R)` bool
     num_generations: int = 1  # consecutive rows with the same prompt
 
+    def starts_with(self, rows: Tensor) -> bool:
+        """Return whether these rows are the first micro-batch as a whole."""
+        return self.micro_batches is not None and torch.equal(rows, self.micro_batches[0])
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """A pass over a rollout's first micro-batch, with its graph: the first step of learning need not repeat it.
+
+    The weights that are learned from are those that scored, so the numbers would be the same to the bit.
+
+    Attributes:
+        rows: row indices of the micro-batch.
+        output: of the actor-critic, with gradients.
+        versions: `weight_versions` at this pass.
+    """
+
+    rows: Tensor
+    output: ActorCriticOutput
+    versions: list[int]
+
+
+def weight_versions(model: ActorCritic) -> list[int]:
+    """Return how often each trained parameter was changed in place."""
+    return [p._version for p in model.parameters() if p.requires_grad]
+
 
 class RolloutCollector:
     """Samples and scores responses with a model, its rewards and a tokenizer.
@@ -64,6 +90,10 @@ class RolloutCollector:
         report: called at every decode step and forward pass with phase, complete responses, responses, and tokens; if
             it raises an exception, the rollout ends.
         responder: generates responses, called with rows, uniforms and `_generate`; None: one turn of the policy.
+
+    Attributes:
+        keeps_first_pass: whether the actor's pass over the first micro-batch keeps its graph, for the first step.
+        first_pass: that pass in the last rollout; None if its graph was not kept.
     """
 
     def __init__(
@@ -77,6 +107,7 @@ class RolloutCollector:
         self.responder = responder
         # Entered by all ranks together; inside, each may run another number of passes, also if weights are sharded.
         self.uneven_passes: Callable[[], AbstractContextManager] = contextlib.nullcontext
+        self.keeps_first_pass, self.first_pass = False, cast(FirstPass | None, None)
         self.logits_processor = build_logits_processor(args)
         self.decoder = CompletionDecoder(tokenizer, args, self.stop_ids)
         micro_batches = args.num_mini_batches * args.gradient_accumulation_steps
@@ -120,7 +151,7 @@ class RolloutCollector:
                 states, because they might exceed memory, and samples one response per row.
             score: whether rewards are called; if not, all scores are NaN.
         """
-        timer = PhaseTimer()
+        timer, self.first_pass = PhaseTimer(), None
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
         with self.uneven_passes(), self.accelerator.autocast():
             learning = micro_batch_fn is not None
@@ -186,6 +217,11 @@ class RolloutCollector:
         )  # fmt: skip
         with self.uneven_passes(), self.accelerator.autocast():
             return replace(rollout, frozen_hidden_states=self._frozen_states(batch))
+
+    def take_first_pass(self) -> FirstPass | None:
+        """Return the pass that kept its graph, once."""
+        first_pass, self.first_pass = self.first_pass, None
+        return first_pass
 
     def _respond(self, rows: Sequence[Row], uniforms: Tensor, num_generations: int = 1) -> Responses:
         if self.responder is not None:
@@ -292,15 +328,20 @@ class RolloutCollector:
 
         def run(ids: Tensor, mask: Tensor, rows: Tensor, layout: LeftPaddedLayout) -> None:
             states = None if frozen_states is None else layout.align_states(frozen_states[rows]).to(ids.device)
-            out = self.model(
-                ids, mask, layout.max_response_len, self.args.temperature, with_logprobs=logprobs, with_values=actor,
-                with_entropy=actor and logprobs, frozen_hidden_states=states,
-                response_mask=layout.response_mask.to(ids.device), seq_lens=layout.seq_lens,
-                prefixes=layout.prefixes(rows, batch.num_generations),
-            )  # fmt: skip
+            keep = actor and logprobs and self.keeps_first_pass and batch.starts_with(rows)
+            self.model.train(keep)  # activation checkpointing is on in training only
+            with torch.set_grad_enabled(keep):
+                out = self.model(
+                    ids, mask, layout.max_response_len, self.args.temperature, with_logprobs=logprobs,
+                    with_values=actor, with_entropy=actor and logprobs, frozen_hidden_states=states,
+                    response_mask=layout.response_mask.to(ids.device), seq_lens=layout.seq_lens,
+                    prefixes=layout.prefixes(rows, batch.num_generations), train_entropy=self.args.entropy_coef > 0,
+                )  # fmt: skip
+            self.model.eval()
+            self.first_pass = FirstPass(rows, out, weight_versions(self.model)) if keep else self.first_pass
             for rollout, aligned in ((scored, out.logprobs), (values, out.values), (entropy, out.entropy)):
                 if aligned is not None:
-                    rollout[rows] = layout.restore_responses(aligned.cpu())
+                    rollout[rows] = layout.restore_responses(aligned.detach().cpu())
 
         self._map_micro_batches(batch, "logprobs" if actor else "reference", run)
         return scored, values, entropy if logprobs else None
