@@ -183,10 +183,12 @@ class BackboneRunner:
                 stacklevel=4,
             )
 
-    def share_prompts(self, model: PreTrainedModel, cache: Any, prompt_of_row: Tensor) -> bool:
-        """Let the rows of a cache share their prompts if that is faster; return whether they do."""
-        is_faster = prefer_eager(model.device, model.dtype, 1, 1)  # the fused kernel needs the keys in one tensor
-        return is_faster and model in self.cache_sharing_models and share_prompts(cache, prompt_of_row)
+    def expand_cache(self, model: PreTrainedModel, cache: Any, prompt_of_row: Tensor, may_share: bool) -> None:
+        """Make rows of responses of a cache of prompts: with shared prompts if that is faster, else with copies."""
+        # The fused kernel needs the keys of a row in one tensor.
+        is_faster = may_share and model in self.cache_sharing_models and prefer_eager(model.device, model.dtype, 1, 1)
+        if not (is_faster and share_prompts(cache, prompt_of_row)):
+            cache.reorder_cache(prompt_of_row)
 
     def find_sharing_models(self) -> list[PreTrainedModel]:
         """Return the models for which a trial with shared prompts gives the hidden states of repeated ones."""

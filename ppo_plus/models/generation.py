@@ -106,8 +106,7 @@ def _decode(
         cache = cache_of(outputs)
         logits = head(outputs.last_hidden_state[:, -1]).float()
         if t == 0 and prompt_of_row is not None:
-            if turn_caches is not None or not model.runner.share_prompts(model.active_model, cache, prompt_of_row):
-                select_rows(cache, prompt_of_row)
+            model.runner.expand_cache(model.active_model, cache, prompt_of_row, may_share=turn_caches is None)
             logits, mask = logits[prompt_of_row], mask[prompt_of_row]
         token, tokens_logprobs = choose(logits, uniforms[active_rows.to(uniforms.device), t])
         tokens[active_rows, t], logprobs[active_rows, t] = token, tokens_logprobs

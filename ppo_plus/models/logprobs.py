@@ -138,15 +138,9 @@ def negative_logit_grads(logprobs: Tensor, targets: Tensor, entropy: Tensor | No
 
 
 def chunked_logprobs(
-    head: Head,
-    hidden: Tensor,
-    targets: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    *,
-    frozen_head: bool = False,
-    train_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+    head: Head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, *,
+    frozen_head: bool = False, train_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute log-probabilities of `targets`, with vocabulary logits for one chunk of tokens at a time.
 
     Neither pass ever holds `(B, R, V)`: with a frozen head, gradients are computed in the forward pass; with a trained
