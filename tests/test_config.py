@@ -14,6 +14,7 @@ from ppo_plus import PPOConfig, RewardConfig
 from ppo_plus.config.checks import above, at_least, at_most, below, field_checks, one_of
 from ppo_plus.config.critic_fields import CriticFields
 from ppo_plus.config.trl_fields import TRLFields
+from ppo_plus.config.vllm_fields import VLLMFields
 
 OWN = [
     field
@@ -158,7 +159,7 @@ def test_integers_of_numpy_become_int():
 
 def test_no_field_of_trainer_is_redefined_by_accident():
     """A new field of ours must not take the name of one of transformers with another meaning."""
-    ours = {*PPOConfig.__annotations__, *CriticFields.__annotations__} & {
+    ours = {*PPOConfig.__annotations__, *CriticFields.__annotations__, *VLLMFields.__annotations__} & {
         f.name for f in dataclasses.fields(TrainingArguments)
     }
     assert ours == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokeniz
 from datasets import Dataset
 from markdown_it import MarkdownIt
 from trl.chat_template_utils import qwen3_chat_template
+from vllm_server import FakeVLLM
 
 from ppo_plus import PPOConfig, RewardConfig, RewardTrainer
 from ppo_plus.cli import recipes
@@ -89,11 +91,23 @@ def in_user_folder(user_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@contextlib.contextmanager
+def served(code: str):
+    """The code with the address of a server in place of that of vLLM, if it uses one."""
+    address = "http://localhost:8000"
+    if address not in code:
+        yield code
+        return
+    with FakeVLLM(make_model(max_position_embeddings=1024), max_model_len=1024) as server:
+        yield code.replace(address, server.url)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_the_blocks_of_a_page_run_one_after_the_other(page, in_user_folder):
     namespace: dict = {"__name__": "__main__"}
     for line, code in blocks(page, "python"):
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)  # errors name the line of the page
+        with served(code) as code:
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)  # errors name the line of the page
         trainer = namespace.get("trainer")
         if ".train()" in code and trainer is not None:
             assert trainer.state.global_step > 0

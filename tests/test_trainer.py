@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
 from ppo_plus.config.critic_fields import CriticFields
 from ppo_plus.config.trl_fields import TRLFields
+from ppo_plus.config.vllm_fields import VLLMFields
 from ppo_plus.models.loading import load_tokenizer
 
 # One step costs least like this: a rollout of 4 short responses, 4 steps each.
@@ -593,12 +594,13 @@ ELSEWHERE = {
     "max_tool_calling_iterations": "test_agents.py",
     "tool_timeout": "test_agents.py",
     "max_skipped_steps": "test_faults.py",
+    **{field.name: "test_vllm.py" for field in dataclasses.fields(VLLMFields)},
     **{field.name: "test_legacy.py" for field in dataclasses.fields(TRLFields)},
 }
 
 
 def test_every_option_has_a_test():
-    classes = (PPOConfig, CriticFields, TRLFields)
+    classes = (PPOConfig, CriticFields, VLLMFields, TRLFields)
     fields = {name for each in classes for name in each.__annotations__ if not name.startswith("_")}
     inherited = {"data_seed", "train_sampling_strategy"}  # which we read ourselves
     assert fields | inherited == OPTIONS.keys() | ELSEWHERE.keys()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..rollout.experience import Experience
 
 MAX_USELESS_VALUES = 5  # rollouts
+MAX_LOGP_DIFFERENCE = 0.1  # nats per token; two implementations of the same bf16 model differ by up to 0.05
 
 
 class TrainingHealthCallback(PPOCallback):
@@ -64,12 +65,28 @@ class TrainingHealthCallback(PPOCallback):
             "entropy_coef, or lower the learning rate.",
         )
         self._check_critic(args, state, metrics.get("critic/explained_variance_mc", 0.0))
+        self._check_sampling(args, metrics.get("sampling/logp_difference", 0.0))
         texts = {messages_to_text(text) for text in samples.completions.completions}
         self._warn_once(
             "one answer",
             len(texts) == 1 and len(rollout) > 1,
             f"All {len(rollout)} prompts of a rollout got the same answer: the policy has collapsed. Check the reward "
             "function, and raise kl_coef.",
+        )
+
+    def _check_sampling(self, args: Any, difference: float) -> None:
+        advice = "Set objective='masked', whose ratios are to the sampler, or load the model in another dtype."
+        if args.use_vllm:
+            advice = (
+                "Start the server with the trainer's model and dtype and without quantization, or set "
+                "objective='masked', whose ratios are to the sampler. top_p, top_k and min_p are part of the distance."
+            )
+        self._warn_once(
+            "sampling",
+            difference > MAX_LOGP_DIFFERENCE,
+            f"Responses are sampled from another distribution than the one that is trained: their log-probabilities "
+            f"differ by {difference:.2f} nats per token (sampling/logp_difference). Importance weights correct a part, "
+            f"up to importance_sampling_cap={args.importance_sampling_cap}. {advice}",
         )
 
     def _check_critic(self, args: Any, state: Any, explained: float) -> None:

@@ -21,6 +21,7 @@ from .shared import (
     _schedule_follows_metric,
 )
 from .trl_fields import TRLFields, ignore_derived_fields
+from .vllm_fields import VLLMFields
 
 if TYPE_CHECKING:
     TokenIds = int | list[int] | None
@@ -33,7 +34,7 @@ NOT_GREEDY = Check("above 0 (PPO does not support greedy decoding)", lambda temp
 
 @ignore_derived_fields
 @dataclass(repr=False)
-class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
+class PPOConfig(CriticFields, VLLMFields, TRLFields, _RedactSecrets, TrainingArguments):
     """Configuration of `PPOTrainer`.
 
     Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
@@ -200,6 +201,7 @@ class PPOConfig(CriticFields, TRLFields, _RedactSecrets, TrainingArguments):
         batch = {name: at_least(1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
         check_fields(self, PPOConfig, **batch)
         self._check_critic()
+        self._check_vllm()
         self._check_combinations()
         self._check_trainer_options()
         _check_length(self)

@@ -15,6 +15,7 @@ from transformers import TrainerState
 
 from ..callbacks.base import PPOCallback, RolloutSettings, is_logging_rollout
 from ..config import PPOConfig
+from ..rollout.vllm_client import EngineError
 from ..utils.interrupt import Interrupted
 from .curves import MAX_POINTS, curves
 from .page import REPORT, read_run, write_page
@@ -92,7 +93,8 @@ class RunReportCallback(PPOCallback):
     ) -> None:
         """Answer the fixed prompts before `NUM_SNAPSHOTS` rollouts; a signal may interrupt it."""
         if is_logging_rollout(args, state, NUM_SNAPSHOTS):
-            self._answer(state)
+            with contextlib.suppress(EngineError):  # the rollout fails next, on all ranks
+                self._answer(state)
 
     def on_rollout_end(
         self, args: PPOConfig, state: TrainerState, control: Any, rollout: Rollout, samples: Experience,
@@ -137,7 +139,7 @@ class RunReportCallback(PPOCallback):
     def on_train_end(self, args: PPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Answer the fixed prompts a last time and write the page."""
         if not self.interrupted():
-            with contextlib.suppress(Interrupted):  # training is complete: an interrupt skips only these answers
+            with contextlib.suppress(Interrupted, EngineError):  # training is complete: only these answers are skipped
                 self._answer(state)
         self._write(args, state)
 

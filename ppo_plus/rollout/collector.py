@@ -7,7 +7,7 @@ evaluation use the same code.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -29,11 +29,14 @@ from ..models.generation import GenerateOutput
 from ..models.turn_cache import TurnCache, tokens_after
 from ..rewards import CheapAnswers, Completions, RewardSet
 from ..rewards.cheap_answers import PROMPTS, mean_by_kind
+from ..utils.contexts import set_attributes
 from .buffer import LeftPaddedLayout, Rollout, index_rows, response_mask
 from .decoding import CompletionDecoder, build_logits_processor
 from .experience import Experience
 from .phases import PhaseTimer, ProgressReporter
 from .responses import Responses, check_same_prompts
+from .turns import Generate
+from .vllm_engine import VLLMEngine
 
 # Maps sequence lengths `(N,)` to lists of row indices, one per micro-batch.
 BatchingFn = Callable[[Tensor], list[Tensor]]
@@ -90,6 +93,7 @@ class RolloutCollector:
         report: called at every decode step and forward pass with phase, complete responses, responses, and tokens; if
             it raises an exception, the rollout ends.
         responder: generates responses, called with rows, uniforms and `_generate`; None: one turn of the policy.
+        engine: generates turns in place of the model.
 
     Attributes:
         keeps_first_pass: whether the actor's pass over the first micro-batch keeps its graph, for the first step.
@@ -100,11 +104,11 @@ class RolloutCollector:
         self, model: ActorCritic, rewards: RewardSet, tokenizer: PreTrainedTokenizerBase, args: PPOConfig,
         accelerator: Accelerator, stop_ids: Sequence[int],
         report: Callable[[str, int, int, int], None] = lambda phase, done, total, tokens: None,
-        responder: Callable[..., Responses] | None = None,
+        responder: Callable[..., Responses] | None = None, engine: VLLMEngine | None = None,
     ) -> None:  # fmt: skip
         self.model, self.rewards, self.tokenizer, self.args = model, rewards, tokenizer, args
         self.accelerator, self.stop_ids, self.report = accelerator, list(stop_ids), report
-        self.responder = responder
+        self.responder, self.engine = responder, engine
         # Entered by all ranks together; inside, each may run another number of passes, also if weights are sharded.
         self.uneven_passes: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self.keeps_first_pass, self.first_pass = False, cast(FirstPass | None, None)
@@ -139,7 +143,7 @@ class RolloutCollector:
     @torch.no_grad()
     def sample(
         self, rows: Sequence[Row], uniforms: Tensor, context: dict[str, Any],
-        micro_batch_fn: BatchingFn | None = None, score: bool = True,
+        micro_batch_fn: BatchingFn | None = None, score: bool = True, on_all_ranks: bool = True,
     ) -> Experience:  # fmt: skip
         """Generate responses, score them, and compute log-probabilities and values with actor, critic and reference.
 
@@ -150,12 +154,16 @@ class RolloutCollector:
             micro_batch_fn: returns the micro-batches of the first PPO epoch; None in evaluation, which keeps no hidden
                 states, because they might exceed memory, and samples one response per row.
             score: whether rewards are called; if not, all scores are NaN.
+            on_all_ranks: False if rank 0 alone calls this.
         """
         timer, self.first_pass = PhaseTimer(), None
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
-        with self.uneven_passes(), self.accelerator.autocast():
+        with contextlib.ExitStack() as passes, self.accelerator.autocast():
             learning = micro_batch_fn is not None
-            responses = self._respond(rows, uniforms, self.args.num_generations if learning else 1)
+            passes.enter_context(self._generating())
+            with self._generator(on_all_ranks) as generate:
+                responses = self._respond(rows, uniforms, generate, self.args.num_generations if learning else 1)
+            passes.enter_context(self.uneven_passes())
             timer.record("generate")
             completions, extra = self.decoder.decode(responses, context)
             self.report("scoring", 0, len(rows), 0)
@@ -204,8 +212,26 @@ class RolloutCollector:
     def generate_from_reference(self, rows: Sequence[Row], uniforms: Tensor) -> Completions:
         """Generate the reference's responses to rows of a tokenized dataset, with the uniforms of `sample`."""
         self.model.eval()
-        with self.uneven_passes(), self.accelerator.autocast(), self.model.role("reference"):
-            return self.decoder.decode(self._respond(rows, uniforms), {})[0]
+        with self._generating(), self.accelerator.autocast(), self.model.role("reference"):
+            with self._generator() as generate:
+                responses = self._respond(rows, uniforms, generate)
+            return self.decoder.decode(responses, {})[0]
+
+    @torch.no_grad()
+    def compare_engine(self, rows: Sequence[Row], uniforms: Tensor, temperatures: Sequence[float]) -> list[float]:
+        """Return the mean distance of the engine's log-probabilities to the model's at each temperature, nats."""
+        engine = cast(VLLMEngine, self.engine)
+        self.model.eval()
+        with engine.serve(self.model):
+            output = engine.generate([row["input_ids"] for row in rows], uniforms, truncate=False)
+        responses = self._single_turn(rows, output)
+        batch = self._forward_batch(responses, None)
+        differences = []
+        for temperature in temperatures:
+            with self.uneven_passes(), self.accelerator.autocast(), set_attributes(self.args, temperature=temperature):
+                logprobs, _, _ = self._forward(batch, None, actor=False)
+            differences.append(float((logprobs - responses.logprobs)[responses.mask].abs().mean()))
+        return differences
 
     @torch.no_grad()
     def recompute_frozen_states(self, rollout: Rollout, micro_batches: list[Tensor]) -> Rollout:
@@ -223,11 +249,26 @@ class RolloutCollector:
         first_pass, self.first_pass = self.first_pass, None
         return first_pass
 
-    def _respond(self, rows: Sequence[Row], uniforms: Tensor, num_generations: int = 1) -> Responses:
+    def _generating(self) -> AbstractContextManager:
+        # An engine needs no weights gathered, and its ranks communicate while they wait for it.
+        return self.uneven_passes() if self.engine is None else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _generator(self, on_all_ranks: bool = True) -> Iterator[Generate]:
+        """Context manager: yield a function that samples turns of the model in its current role."""
+        if self.engine is None or self.model.active_model is not self.model.language_model:  # a separate reference
+            yield self._generate
+            return
+        with self.engine.serve(self.model, on_all_ranks):
+            yield self.engine.generate
+
+    def _respond(
+        self, rows: Sequence[Row], uniforms: Tensor, generate: Generate, num_generations: int = 1
+    ) -> Responses:
         if self.responder is not None:
-            return self.responder(rows, uniforms, self._generate)
+            return self.responder(rows, uniforms, generate)
         prompts = [row["input_ids"] for row in rows]
-        return self._single_turn(rows, self._generate(prompts, uniforms, num_generations))
+        return self._single_turn(rows, generate(prompts, uniforms, num_generations))
 
     def _single_turn(self, rows: Sequence[Row], output: GenerateOutput) -> Responses:
         return Responses.from_single_turn(rows, output, self.stop_ids, train_on_eos=self.args.train_on_eos)

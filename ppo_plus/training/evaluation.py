@@ -91,7 +91,7 @@ class Evaluator:
         with self._trainer._shutdown.allow(), self._trainer.collector.uneven_passes():
             if not self._trainer.is_world_process_zero():
                 return None
-            return self._sample(list(prompts), range(len(prompts)), Meter(), score)
+            return self._sample(list(prompts), range(len(prompts)), Meter(), score=score, on_all_ranks=False)
 
     @contextlib.contextmanager
     def pending(self, on_start: bool) -> Iterator[None]:
@@ -160,9 +160,9 @@ class Evaluator:
         rows = range(trainer.accelerator.process_index, len(dataset), ranks)
         return [dataset[i] for i in rows], rows
 
-    def _sample(self, prompts: list[Row], rows: range, meter: Meter, score: bool = True) -> Experience:
+    def _sample(self, prompts: list[Row], rows: range, meter: Meter, **options: bool) -> Experience:
         context = reward_context(self._trainer.state, meter)
-        return self._trainer.collector.sample_seeded(prompts, rows, SEED_KEY, context, score=score)
+        return self._trainer.collector.sample_seeded(prompts, rows, SEED_KEY, context, **options)
 
 
 def _ignore(name: str, value: Any) -> None:

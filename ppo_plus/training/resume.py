@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..models.adapters import lora_scalings
+from ..rollout.vllm_client import EngineError
 from ..utils.contexts import set_attributes
 from ..utils.devices import generator_state, set_generator_state
 from ..utils.interrupt import Interrupted
@@ -61,7 +62,7 @@ class Checkpointer:
         return checkpoint
 
     def run(self, train: Callable[[], TrainOutput], trial: Any) -> TrainOutput:
-        """Train until the end or a signal; after a signal, save the last step."""
+        """Train until the end, a signal, or a failure of the engine; after these two, save the last step."""
         trainer, shutdown = self._trainer, self._trainer._shutdown
         with shutdown:
             try:
@@ -70,6 +71,12 @@ class Checkpointer:
                 self._save_last_step(trial)
                 trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
                 return TrainOutput(trainer.state.global_step, math.nan, {})
+            except EngineError as error:
+                self._save_last_step(trial)
+                raise EngineError(
+                    f"{error} Training stopped at step {trainer.state.global_step}. Restart the server, and continue "
+                    "with train(resume_from_checkpoint=True)."
+                ) from error
             shutdown.sync_across_ranks()  # no rank leaves before all have saved
             # The signal came after the last step; all ranks agree on it, so they save together.
             if shutdown.agreed_signal is not None and not trainer.args.load_best_model_at_end:

@@ -169,8 +169,13 @@ def check_vocab_size(name: str, config: PreTrainedConfig, tokenizer: PreTrainedT
         )
 
 
-def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: Any, value_model: Any) -> None:
-    """Refuse adapters that train their base, or that were not trained as reward models of this base."""
+def check_adapters(
+    args: PPOConfig, model: Any, peft_config: Any, reward_funcs: Any, value_model: Any
+) -> PeftConfig | None:
+    """Refuse adapters that train their base, or that were not trained as reward models of this base.
+
+    Returns the configuration of the trained adapter; None without one.
+    """
     check_adapter_kind(peft_config)
     actors = resolve_actor_peft_config(model, peft_config)
     if args.use_liger_kernel:
@@ -206,6 +211,7 @@ def check_adapters(args: PPOConfig, model: Any, peft_config: Any, reward_funcs: 
         )
     if args.critic == "adapter" and actors is None:
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
+    return actors
 
 
 def check_quantized_device(args: Any, model: Any, quantization_config: Any) -> None:

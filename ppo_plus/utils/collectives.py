@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from .devices import sum_dtype
+
+T = TypeVar("T")
 
 
 class Collectives:
@@ -25,6 +27,15 @@ class Collectives:
     def is_alone(self) -> bool:
         """Whether there is one rank only."""
         return self.accelerator.num_processes == 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return bool(self.accelerator.is_main_process)
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's object."""
+        return value if self.is_alone else cast(T, broadcast_object_list([value])[0])
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over ranks; the result is on the tensor's own device."""
