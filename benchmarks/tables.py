@@ -133,6 +133,23 @@ def against_grpo(r: dict) -> str:
     return "; ".join(shapes)
 
 
+def engines(r: dict) -> str:
+    speeds = []
+    for name, words in (("equal", "48 tokens each"), ("uneven", "30 short and 2 of 256")):
+        work = r["workloads"][name]
+        ours, batch, vllm = (work[side]["tokens_per_cpu_second"] for side in ("ours", "generate_batch", "vllm"))
+        speeds.append(
+            f"{words}: {ours:.0f} tokens per CPU second, `generate_batch` {batch:.0f}, vLLM {vllm:.0f} "
+            f"(**{work['cpu_ratio']:.2f}×** ours; in wall time {work['ratio']:.2f}×)"
+        )
+    sync = r["sync"]
+    return (
+        f"{'; '.join(speeds)}; the adapter is handed over in {sync['adapter_seconds']:.2f} s "
+        f"({sync['adapter_mb']:.0f} MB), all weights alone take {sync['all_seconds']:.2f} s through a file "
+        f"({sync['all_mb']:.0f} MB)"
+    )
+
+
 # File, what it shows, and its figures in words; in the order of the table.
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("vs_trl_bfloat16", "one update against TRL 1.12's PPO, SmolLM2-135M, bf16", against_trl),
@@ -144,6 +161,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("scaling", "cost as the work grows", scaling),
     ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),
     ("vs_grpo", "one update against TRL 1.16's GRPO, 8 prompts x 4 answers, a critic trained on top", against_grpo),
+    ("engines", "32 responses from our decoding and from a vLLM server, SmolLM2-135M with LoRA", engines),
     ("memory", "peak memory of an update against TRL 1.12's", memory),
     ("reward_model", "a reward model against TRL's RewardTrainer", reward_model),
     ("verifiable", "an exact checker as reward, beside TRL's GRPO and RLOO", verifiable),
