@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .adapter_files import base_samples, resolve_adapter_path, trained_on, weights_file
 from .adapters import is_adapter_parameter
@@ -90,6 +91,17 @@ def check_reward_adapter(directory: Path, hidden_size: int) -> None:
             + (f"; it has {other[0]}, which is no head 'score' on the last token's hidden state" if other else "")
             + ". Train it on the same base, with num_labels=1 and modules_to_save=['score']. A causal adapter is a "
             "reward model if value_head.safetensors in its folder has v_head.summary.weight."
+        )
+
+
+def check_copied_modules(policy: PeftModel, modules: list[str], directory: Path) -> None:
+    """Refuse an adapter that trains whole copies of modules to which another adapter of the model adds LoRA."""
+    names = (name for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer))
+    adapted = sorted({name.rpartition(".")[2] for name in names} & set(modules))
+    if adapted:
+        raise ValueError(
+            f"The adapter in {directory} trains whole copies of {adapted} (modules_to_save), and the actor's adapter "
+            f"adds LoRA to them, which PEFT cannot combine. Set exclude_modules={adapted} in peft_config."
         )
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..utils.files import reraise_as_corrupt_file
-from .adapter_checks import check_base_weights, check_reward_adapter
+from .adapter_checks import check_base_weights, check_copied_modules, check_reward_adapter
 from .adapter_files import HEADS, PEFT_PREFIX, adapter_weights, weights_file
 from .adapters import is_adapter_parameter, preserve_requires_grad, set_adapter_trainable
 from .base_weights import sample_model
@@ -43,7 +43,13 @@ def load_reward_adapter(policy: PeftModel, name: str, directory: Path, *, traine
     weights, config = load_adapter_state_dict(policy, directory), PeftConfig.from_pretrained(str(directory))
     head = pop_score_head(weights, directory)
     check_finite(directory, {**weights, **head.state_dict(prefix="score.")})
-    extra_modules_to_save = [module for module in config.modules_to_save or [] if module not in HEADS]
+    # PEFT adds both names of heads for a classifier; the router of LongCat's experts has one of them, too.
+    extra_modules_to_save = [
+        module
+        for module in config.modules_to_save or []
+        if module not in HEADS or any(f".{module}." in key for key in weights)
+    ]
+    check_copied_modules(policy, extra_modules_to_save, directory)
     config.modules_to_save, config.inference_mode, config.task_type = (
         extra_modules_to_save or None,
         not trained,
@@ -85,9 +91,33 @@ def check_finite(directory: Path, weights: Mapping[str, Tensor]) -> None:
 def load_adapter(policy: PeftModel, name: str, weights: dict[str, Tensor], directory: Path, fix: str) -> None:
     """Load weights into an adapter; refuse missing and unexpected ones, and changed weights of the base."""
     check_base_unchanged(policy, name, weights, directory)
+    if copy_lora_weights(policy, name, weights):
+        return
     with explain_state_dict_mismatch(f"The adapter in {directory}", fix):
         result = set_peft_model_state_dict(policy, weights, adapter_name=name)
     check_keys_match(policy, name, weights, result.unexpected_keys, directory, fix)
+
+
+@torch.no_grad()
+def copy_lora_weights(policy: PeftModel, name: str, weights: Mapping[str, Tensor]) -> bool:
+    """Copy the tensors of a LoRA adapter whose names are those under which PEFT would save them.
+
+    When PEFT (0.21) loads LoRA, it renames tensors as transformers renames those of the base's published checkpoints,
+    although an adapter has the model's names already: it would lose layers of Laguna and Inkling 2 (see
+    findings/peft_renames_adapters_like_checkpoints.sh).
+
+    Returns:
+        False, without a change, where names or shapes differ or the adapter is not LoRA.
+    """
+    if policy.peft_config[name].peft_type != PeftType.LORA:
+        return False
+    saved = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    shapes, shapes_on_disk = ({key: t.shape for key, t in tensors.items()} for tensors in (saved, weights))
+    if not shapes.items() <= shapes_on_disk.items() or weights.keys() - shapes - policy.state_dict().keys():
+        return False
+    for key, tensor in saved.items():
+        tensor.copy_(weights[key])
+    return True
 
 
 def check_keys_match(

@@ -34,6 +34,7 @@ from .adapter_files import HEADS, resolve_adapter_path
 from .adapter_loading import (
     adapter_key_mapping,
     check_keys_match,
+    copy_lora_weights,
     explain_state_dict_mismatch,
     load_adapter_state_dict,
 )
@@ -277,8 +278,10 @@ def load_adapter_onto(base: PreTrainedModel, folder: Path) -> PeftModel:
     if rows > len(cast(Tensor, embeddings.weight)):
         base.resize_token_embeddings(rows, mean_resizing=False)
     fix = "Load it with the base that it was trained on."
-    with explain_state_dict_mismatch(f"The adapter in {folder}", fix):
+    with explain_state_dict_mismatch(f"The adapter in {folder}", fix), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # those that are missing below are refused
         policy = PeftModel.from_pretrained(base, str(folder), is_trainable=True, key_mapping=names)
+    copy_lora_weights(policy, "default", weights)
     lost = {key for key in weights if ".lora_" in key} - get_peft_model_state_dict(policy).keys()
     check_keys_match(policy, "default", weights, lost, folder, fix)
     return policy
