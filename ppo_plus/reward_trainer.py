@@ -55,6 +55,7 @@ from .models.precision import check_trained_dtype, hold_trained_in_fp32
 from .models.saving import without_generation_parameters
 from .models.weight_checks import check_device_map, check_model_weights, explain_offloading
 from .rewards.adapters import template_hash
+from .training.control import ControlMixin
 from .training.hub import HubMixin, save_training_args_json
 from .training.reward_card import RewardModelCard
 from .training.validation import check_quantized_device, warn_of_long_warmup
@@ -67,7 +68,7 @@ ADAPTER_HINT = (
 )
 
 
-class RewardTrainer(LigerMixin, HubMixin, TRLRewardTrainer):
+class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
     """Train a reward model with the pairwise loss; the arguments are those of `trl.RewardTrainer`.
 
     Args:
@@ -369,7 +370,7 @@ def check_named_model(model: str, args: RewardConfig, *, is_fully_trained: bool)
             stacklevel=3,
         )
     if args.use_liger_kernel:
-        check_liger_model(config)
+        check_liger_model(config, args)
     if is_fully_trained:
         dtype = options.get("dtype", options.get("torch_dtype"))
         check_trained_dtype(config.dtype if dtype == "auto" else dtype, args.fp16, args.learning_rate)

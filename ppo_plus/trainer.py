@@ -46,6 +46,7 @@ from .rollout.collector import RolloutCollector, weight_versions
 from .rollout.experience import Experience
 from .training.agents import AgentSetup
 from .training.checkpoint import PPOState
+from .training.control import ControlMixin
 from .training.critic_training import CriticTraining
 from .training.engine import build_engine, check_engine, verify_engine
 from .training.evaluation import Evaluator
@@ -64,7 +65,7 @@ from .training.setup import (
     prepare_tokenizer,
     tokenize_and_validate,
 )
-from .training.shutdown import DeferredControlCallback, GracefulShutdownCallback
+from .training.shutdown import GracefulShutdownCallback
 from .training.validation import (
     check_adapters,
     check_arguments,
@@ -76,10 +77,11 @@ from .training.validation import (
     check_rewards,
     named_datasets,
 )
-from .utils.collectives import Collectives
 
 
-class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks of Trainer for RewardTrainer, too
+class PPOTrainer(
+    LigerMixin, HubMixin, ControlMixin, Trainer
+):  # mixins: they override hooks of Trainer for RewardTrainer, too
     """Proximal policy optimization (Schulman et al. 2017) of a language model against a reward.
 
     Args:
@@ -184,7 +186,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
         model.add_model_tags(self._tag_names)
 
     def _build_collector(self, reward_funcs: Any, reward_tokenizers: list) -> None:
-        self.collectives, self._rollouts = Collectives(self.accelerator), RolloutPhase(self)
+        self._rollouts = RolloutPhase(self)
         args, model, tokenizer = self.args, self.model, self.processing_class
         rewards = build_rewards(
             reward_funcs, reward_tokenizers, model, tokenizer, weights=args.reward_weights,
@@ -201,7 +203,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             apply_liger(model.transformers_models, args)
 
     def _build_collaborators(self) -> None:
-        self._shutdown, self._deferred_control = GracefulShutdownCallback(self.collectives), DeferredControlCallback()
+        self._shutdown = GracefulShutdownCallback(self.collectives)
         self._progress = PPOState(kl_coef=self.args.kl_coef)
         self._evaluator, self._checkpointer = Evaluator(self), Checkpointer(self)
         self._accumulator = GradientAccumulator(self, super().training_step)
@@ -237,6 +239,7 @@ class PPOTrainer(LigerMixin, HubMixin, Trainer):  # mixins: they override hooks 
             self._progress.rollout = self._rollouts.compute_advantages(samples)  # 5
         micro_batches, tokens = self._rollouts.micro_batches(rollout_index, step)  # 6
         self._critic_training.update_alone(micro_batches, tokens.to(device))
+        self._defer_control()
         return micro_batches, tokens.to(device)
 
     # Learning

@@ -159,7 +159,7 @@ class EarlyStoppingOnKLCallback(PPOCallback, ExportableState):
             )
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop training here; during a step Trainer would discard the accumulated gradients."""
+        """Stop training after the step."""
         if self.num_exceeded >= self.patience:
             control.should_training_stop = True
 

@@ -63,6 +63,7 @@ class RolloutPhase:
         self._cheap_answers = self._ask_about_cheap_answers(prompts) if is_due else None
         self._settings = RolloutSettings(kl_coef=trainer.args.kl_coef)
         self.call_event("on_rollout_begin", settings=self._settings)
+        self._check_kl_coef()
         answers, meter = trainer.args.num_generations, trainer._progress.meter
         rows = [prompt for prompt in prompts for _ in range(answers)]
         first = trainer.accelerator.process_index * len(rows)
@@ -104,7 +105,6 @@ class RolloutPhase:
             if not math.isnan(value):  # a mean over no scores is NaN
                 progress.meter.add(name, value)
         progress.kl_coef = kl_coef
-        trainer._deferred_control.capture(trainer.control)
         return rollout
 
     def micro_batches(self, rollout_index: int, step: int) -> tuple[list[dict[str, Any]], Tensor]:
@@ -138,6 +138,15 @@ class RolloutPhase:
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules())
         critic_alone = trainer._critic_training.is_alone or args.num_critic_updates > 1
         return args.disable_dropout and not (distributed or dropout or critic_alone)
+
+    def _check_kl_coef(self) -> None:
+        """Refuse a coefficient that a callback on some ranks alone has changed."""
+        coefs = self._trainer.collectives.all_gather(torch.tensor([self._settings.kl_coef]))
+        if not torch.allclose(coefs, coefs[0], rtol=1e-4, atol=0.0, equal_nan=True):
+            raise ValueError(
+                f"Processes have different KL coefficients, {[float(f'{coef:.4g}') for coef in coefs]}: a callback "
+                "changed settings.kl_coef on some of them only. Install it on every process."
+            )
 
     def _ask_about_cheap_answers(self, prompts: list[Row]) -> CheapAnswers:
         """Score answers that take no work, without changing metrics or generators."""
@@ -195,17 +204,30 @@ class RolloutPhase:
         callbacks = [callback for callback in self._callbacks() if hears_scores(callback)]
         shared = collectives.count_shared([type(callback).__name__ for callback in callbacks])
         gathered = collectives.all_gather(scores)
+        changed = []
         for callback in callbacks:
             kwargs = {"scores": scores, "token_rewards": token_rewards, "gathered_scores": gathered.clone()}
+            before = scores.clone(), token_rewards.clone()
             self.call_event(event, [callback], **kwargs)
             name = type(callback).__name__
             if shared[name]:
                 shared[name] -= 1
                 gathered = collectives.all_gather(scores)
+            elif not all(map(_is_unchanged, before, (scores, token_rewards))):
+                changed.append(name)
+        if changed := collectives.all_gather_names(changed):
+            raise ValueError(
+                f"{', '.join(changed)} changed the scores of some processes only, so processes would learn from "
+                "different rewards: install the callback on every process."
+            )
 
     def _callbacks(self) -> Iterator[PPOCallback]:
         # Looked up each time, because Trainer replaces stateful callbacks when it resumes.
         return (c for c in self._trainer.callback_handler.callbacks if isinstance(c, PPOCallback))
+
+
+def _is_unchanged(before: Tensor, after: Tensor) -> bool:
+    return torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def critic_metrics(rollout: Rollout, args: PPOConfig) -> dict[str, float]:

@@ -78,7 +78,7 @@ def tokenize_and_validate(dataset: Any, name: str, trainer: PPOTrainer) -> Any:
 def add_default_callbacks(trainer: PPOTrainer) -> None:
     """Add the callbacks that every run has, and those that its arguments select."""
     args = trainer.args
-    for callback in (trainer._shutdown, trainer._deferred_control, TrainingHealthCallback()):
+    for callback in (trainer._shutdown, TrainingHealthCallback()):
         trainer.add_callback(callback)
     install_progress_bar(trainer, PPOProgressCallback)
     if args.num_sample_generations or args.log_completions:

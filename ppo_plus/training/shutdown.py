@@ -1,4 +1,4 @@
-"""Graceful shutdown, and control flags that take effect after the next step: both act where a run can resume."""
+"""Graceful shutdown: a signal ends training where it can resume."""
 
 from __future__ import annotations
 
@@ -101,25 +101,3 @@ class GracefulShutdownCallback(TrainerCallback):
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
-
-
-class DeferredControlCallback(TrainerCallback):
-    """Keeps the flags that callbacks set during a rollout (`control.should_save`, ...) until the step after it.
-
-    A rollout precedes `on_step_begin` of its first step, where Trainer resets the flags.
-    """
-
-    FLAGS = ("should_save", "should_evaluate", "should_log")
-
-    def __init__(self) -> None:
-        self._pending: set[str] = set()
-
-    def capture(self, control: TrainerControl) -> None:
-        """Store the flags that are set."""
-        self._pending |= {name for name in self.FLAGS if getattr(control, name)}
-
-    def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Set the stored flags again."""
-        for name in self._pending:
-            setattr(control, name, True)
-        self._pending.clear()

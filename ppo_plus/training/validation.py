@@ -181,7 +181,7 @@ def check_adapters(
     if args.use_liger_kernel:
         named = not isinstance(model, nn.Module)
         init_kwargs = cast(dict, args.model_init_kwargs or {})
-        check_liger_model(load_config(base_name(model), init_kwargs) if named else model.config)
+        check_liger_model(load_config(base_name(model), init_kwargs) if named else model.config, args)
     sources = [*(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]), value_model]
     adapters = [folder for folder in map(resolve_adapter_path, sources) if folder is not None]
     if adapters:
