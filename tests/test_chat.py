@@ -302,11 +302,32 @@ DONE = [ASK, {"role": "assistant", "content": "so it is."}]
         (DONE, r"ends with an assistant's message.*so it is"),
         (json.dumps(DONE), r"written as text.*json\.loads"),
         (str(DONE), r"written as text"),
+        (json.dumps({"messages": DONE}), r"written as text"),
+        (json.dumps(DONE[0]), r"written as text"),
+        (json.dumps([{"from": "human", "value": "why"}]), r"written as text.*'role' and 'content'"),
+        ("<|user|>why<eos><|assistant|>so it is.<eos>\n", r"ends with '<eos>'.*add_generation_prompt=True"),
+        ("<|user|>why<eos><|assistant|>", None),
+        ("<eos>", None),  # unconditional samples
+        (json.dumps({"from": 3, "to": [4]}), None),
         ([ASK], None),
         ("[role] why", None),
         ("[" * 300 + "role", None),
     ],
-    ids=["messages", "JSON", "repr", "open", "text", "brackets"],
+    ids=[
+        "messages",
+        "JSON",
+        "repr",
+        "JSON object",
+        "JSON message",
+        "ShareGPT",
+        "rendered",
+        "rendered and open",
+        "EOS",
+        "other JSON",
+        "open",
+        "text",
+        "brackets",
+    ],
 )
 def test_a_finished_conversation_is_named_once(make, prompt, says):
     rows = make([{"prompt": "why" if isinstance(prompt, str) else [ASK]}] + [{"prompt": prompt}] * 3)
@@ -318,6 +339,15 @@ def test_a_finished_conversation_is_named_once(make, prompt, says):
     if says:
         assert messages[0].startswith("prompts[1] ")
         assert re.search(says, messages[0])
+
+
+def test_token_ids_that_end_with_eos_are_named():
+    tokenizer = make_tokenizer()
+    for ids, says in (([5, 6, tokenizer.eos_token_id], True), ([5, tokenizer.eos_token_id, 6], False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tokenize_prompts(Dataset.from_list([{"input_ids": ids}]), tokenizer)
+        assert any("[0] ends with '<eos>'" in str(w.message) for w in caught) == says
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,12 @@ OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 PAIRS = Dataset.from_dict({"chosen": ["good film"] * 4, "rejected": ["bad film"] * 4})
 
 
+def apply_to_llama(
+    rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None
+):  # fmt: skip
+    """The kernels of Llama, as Liger declares them; others are left out without a word."""
+
+
 @pytest.fixture
 def patched(monkeypatch):
     """What Liger was asked to patch, on a CPU that passes for a GPU with the package."""
@@ -38,7 +44,7 @@ def patched(monkeypatch):
     package = types.ModuleType("liger_kernel.transformers")
     package._apply_liger_kernel_to_instance = patch
     table = types.ModuleType("liger_kernel.transformers.monkey_patch")
-    table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": patch}
+    table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_to_llama}
     for module in (types.ModuleType("liger_kernel"), package, table):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(ppo_plus.kernels.liger, "DEVICES", ("cpu",))
@@ -116,6 +122,16 @@ def test_a_loss_of_ligers_is_refused(tmp_path, patched, no_weights):
     config = {**LIGER, "liger_kernel_config": {"fused_linear_cross_entropy": True}}
     with pytest.raises(ValueError, match="PPOConfig: liger_kernel_config.*fused_linear_cross_entropy"):
         make_trainer(tmp_path, config=config)
+
+
+@pytest.mark.parametrize("kernel", ["rms_norms", "geglu"])  # a typing error, and a kernel of other families
+def test_a_kernel_that_the_family_lacks_is_refused(kernel, tmp_path, base, patched, no_weights):
+    options = {"liger_kernel_config": {"rope": True, kernel: False}}
+    says = f"liger_kernel_config has '{kernel}'.*'llama'.* rms_norm, rope, swiglu"
+    with pytest.raises(ValueError, match=says):
+        make_trainer(tmp_path, model=str(base), config={**LIGER, **options})
+    with pytest.raises(ValueError, match=says):
+        reward_trainer(tmp_path, str(base), **options)
 
 
 def test_a_machine_without_the_package_is_told(tmp_path, base, patched, no_weights, monkeypatch):

@@ -106,6 +106,7 @@ def _encode_row(
         ids = _validate_input_ids(row, tokenizer, where)
         if [tokenizer.bos_token_id] * 2 == ids[:2]:
             warn("BOS", f"{where} begins with two BOS tokens: tokenize rendered text with add_special_tokens=False.")
+        warn_of_final_eos(ids[1:][-1:] == [tokenizer.eos_token_id], where, tokenizer, warn)
     if not ids:
         raise ValueError(
             f"{where} has no tokens: the tokenizer removes every character. Remove such rows with dataset.filter."
@@ -140,8 +141,11 @@ def warn_of_prompt(
             warn(
                 "written",
                 f"{where} is a conversation written as text, so it is tokenized as plain text, without the chat "
-                "template. Parse it first: dataset.map(lambda row: {'prompt': json.loads(row['prompt'])}).",
+                "template. Parse it into a list of messages with 'role' and 'content' first: dataset.map(lambda row: "
+                "{'prompt': json.loads(row['prompt'])}).",
             )
+        text, eos = prompt.strip(), tokenizer.eos_token
+        warn_of_final_eos(eos is not None and text.endswith(eos) and text != eos, where, tokenizer, warn)
         return
     warn_of_rendered_content(
         prompt, where, tokenizer, "dataset.map(lambda row: {'prompt': row['prompt'][0]['content']})", warn
@@ -161,6 +165,20 @@ def warn_of_prompt(
         )
 
 
+def warn_of_final_eos(is_last: bool, where: str, tokenizer: PreTrainedTokenizerBase, warn: WarnOnce) -> None:
+    """Warn of a prompt that ends with the EOS token, as a rendered conversation without a generation prompt does.
+
+    EOS alone is a prompt for unconditional samples of models whose BOS it is (GPT-2).
+    """
+    if is_last:
+        warn(
+            "EOS",
+            f"{where} ends with {tokenizer.eos_token!r}, which ends answers, so each response would begin after the "
+            "end of a text. End a rendered conversation with its generation prompt (apply_chat_template(..., "
+            "add_generation_prompt=True)), without the answer.",
+        )
+
+
 def warn_of_rendered_content(
     messages: Any, where: str, tokenizer: PreTrainedTokenizerBase, fix: str, warn: WarnOnce
 ) -> None:
@@ -174,14 +192,22 @@ def warn_of_rendered_content(
 
 
 def _is_written_conversation(text: str) -> bool:
-    if not text.lstrip().startswith("[") or "role" not in text:
+    if not text.lstrip().startswith(("[", "{")) or not any(key in text for key in ("role", "from")):
         return False
     for parse in (json.loads, ast.literal_eval):  # JSON, or Python's repr as written to CSV files
         try:
-            return is_conversational(parse(text.strip()))
+            return _holds_messages(parse(text.strip()))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
     return False
+
+
+def _holds_messages(value: Any) -> bool:
+    """Return whether a value is a message, messages (also in ShareGPT's keys), or a dict with a list of them."""
+    if isinstance(value, Mapping):
+        is_message = {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
+        return is_message or any(_holds_messages(part) for part in value.values() if isinstance(part, list))
+    return isinstance(value, list) and bool(value) and all(map(_holds_messages, value))
 
 
 def _missing_header(messages: Any, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ off: logits never leave the model, and a reward model has none.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -44,14 +45,20 @@ def check_liger(args: Any) -> None:
         )
 
 
-def check_liger_model(config: PreTrainedConfig) -> None:
-    """Refuse a model family for which Liger has no kernels; Liger itself would only log it."""
+def check_liger_model(config: PreTrainedConfig, args: Any) -> None:
+    """Refuse a model family, or kernels in `liger_kernel_config`, that Liger does not have; it would ignore them."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
             f"use_liger_kernel=True: this version of liger-kernel has no kernels for model_type={config.model_type!r}. "
             "Remove it."
+        )
+    kernels = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[config.model_type]).parameters.keys() - {"model"}
+    if unknown := sorted((args.liger_kernel_config or {}).keys() - kernels):
+        raise ValueError(
+            f"liger_kernel_config has {unknown[0]!r}, which is no kernel of Liger's for {config.model_type!r} and "
+            f"would have no effect. Its kernels are {', '.join(sorted(kernels - LOSSES.keys()))}."
         )
 
 
@@ -69,7 +76,7 @@ def apply_liger(models: Iterable[nn.Module], args: Any) -> None:
 
     for model in models:
         base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-        check_liger_model(base.config)
+        check_liger_model(base.config, args)
         expected = probe_states(base)
         _apply_liger_kernel_to_instance(model=base, **{**(args.liger_kernel_config or {}), **LOSSES})
         error = (probe_states(base) - expected).abs().max() / expected.abs().max()
