@@ -36,7 +36,7 @@ from .data.tokenizers import check_embedded
 from .kernels.fp32_heads import compute_heads_in_fp32
 from .kernels.liger import LigerMixin, apply_liger, check_liger, check_liger_model
 from .kernels.switch import kernels_enabled, replace_forwards
-from .models.adapter_checks import check_no_adapter, check_preserves_base
+from .models.adapter_checks import check_no_adapter, check_preserves_base, warn_of_skipped_layers
 from .models.adapter_files import HEADS, REWARD_FILE
 from .models.adapters import keep_model_card, train_adapter
 from .models.base_weights import encode_samples, local_folder, sample_model, weight_files
@@ -119,6 +119,7 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
         with explain_offloading():  # TRL's default device_map is "auto", which offloads what the GPU cannot hold
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         install_progress_bar(self, RewardProgressCallback)
+        warn_of_skipped_layers(self.model, peft_config)
         self._check_trainable()
         check_model_weights(self.model, "model")
         # Sampled before the first forward pass, in which bitsandbytes may reorder 4-bit weights.

@@ -98,3 +98,28 @@ def test_a_copied_module_that_the_actors_adapter_adapts_is_named(tmp_path):
     reward_adapter("longcat_flash", tmp_path)
     with pytest.raises(ValueError, match=r"exclude_modules=\['classifier'\] in peft_config"):
         actor(tmp_path).load_reward_adapter("reward_0", tmp_path / "reward")
+
+
+SHARED = [f"shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "first"),
+    [
+        ("qwen3_next", SHARED, "model.layers.0.mlp.shared_expert.gate_proj"),
+        ("qwen3_next", r".*shared_expert\.(gate|up|down)_proj", "model.layers.0.mlp.shared_expert.gate_proj"),
+        ("qwen3_next", "all-linear", "model.layers.0.mlp.shared_expert.gate_proj"),
+        ("qwen3_next", ["q_proj"], None),
+        ("qwen3_moe", "all-linear", None),  # all of its layers have routed experts, and no shared one
+        ("qwen2_moe", SHARED, None),  # which PEFT does not take for others
+    ],
+)
+def test_linear_layers_that_are_named_and_left_out_are_warned_of(kind, targets, first):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policy = load_policy(architectures.tiny_model(kind), peft_config=LoraConfig(r=2, target_modules=targets))
+    said = [str(w.message) for w in caught if "get no adapter" in str(w.message)]
+    assert len(said) == (first is not None)
+    assert first is None or f"the first is {first})" in said[0]
+    adapted_names = {name.partition(".lora_A")[0] for name, _ in policy.named_parameters() if ".lora_A" in name}
+    assert first is None or not any("shared_expert." in name for name in adapted_names)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .adapter_files import base_samples, resolve_adapter_path, trained_on, weights_file
 from .adapters import is_adapter_parameter
@@ -102,6 +105,39 @@ def check_copied_modules(policy: PeftModel, modules: list[str], directory: Path)
         raise ValueError(
             f"The adapter in {directory} trains whole copies of {adapted} (modules_to_save), and the actor's adapter "
             f"adds LoRA to them, which PEFT cannot combine. Set exclude_modules={adapted} in peft_config."
+        )
+
+
+def warn_of_skipped_layers(model: Any, peft_config: PeftConfig | None) -> None:
+    """Warn of linear layers that `target_modules` of a new adapter names and PEFT leaves out.
+
+    In families whose experts were modules before transformers 5, PEFT (0.21) takes such names for parts of the routed
+    experts (see findings/peft_targets_of_a_shared_expert_are_routed_ones.sh).
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    if not targets:
+        return
+    base: Any = model.get_base_model()
+    added = {*(getattr(model.peft_config["default"], "target_parameters", None) or ())}
+    if not added - {*(getattr(peft_config, "target_parameters", None) or ())}:
+        return
+    if targets == "all-linear":
+        pattern = ".*"
+    elif isinstance(targets, str):
+        pattern = targets
+    else:
+        pattern = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    head = base.get_output_embeddings()
+    skipped = [
+        name for name, module in base.named_modules()
+        if type(module) is nn.Linear and module is not head and re.fullmatch(pattern, name)
+        and not re.search(r"\.base_layer$|\.lora_|\.modules_to_save\.|\.original_module$", name)
+    ]  # fmt: skip
+    if skipped and not getattr(peft_config, "exclude_modules", None):
+        warnings.warn(
+            f"target_modules names {len(skipped)} linear layers of {type(base).__name__} that get no adapter (the "
+            f"first is {skipped[0]}): PEFT takes their names for parts of the routed experts, which it adapts instead.",
+            stacklevel=3,
         )
 
 

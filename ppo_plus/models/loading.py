@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .actor_critic import ActorCritic
-from .adapter_checks import check_base_is_frozen, check_preserves_base
+from .adapter_checks import check_base_is_frozen, check_preserves_base, warn_of_skipped_layers
 from .adapter_files import HEADS, resolve_adapter_path
 from .adapter_loading import (
     adapter_key_mapping,
@@ -145,7 +145,9 @@ def load_policy(
         return _disable_merge(_add_reference_adapter(model, peft_config))
     check_architecture(model)
     if peft_config is not None:
-        return _disable_merge(get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM)))
+        policy = get_peft_model(model, config_to_train(peft_config, TaskType.CAUSAL_LM))
+        warn_of_skipped_layers(policy, peft_config)
+        return _disable_merge(policy)
     if getattr(model, "is_quantized", False):
         raise ValueError("A quantized model cannot be trained in full: pass peft_config=LoraConfig(...).")
     if not any(parameter.requires_grad for parameter in model.parameters()):
