@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .. import __version__
-from ..utils.versions import SUPPORTED_VERSIONS
-
-
-def _installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+from ..utils.versions import SUPPORTED_VERSIONS, installed_version
 
 
 def _devices() -> list[str]:
@@ -40,6 +32,7 @@ def describe() -> str:
     rows = {"ppo_plus": __version__, "Python": platform.python_version(), "platform": platform.platform()}
     rows |= {f"device {index}": device for index, device in enumerate(_devices())}
     for name, limit in SUPPORTED_VERSIONS.items():
-        rows[name] = f"{_installed(name)} (tested: {limit.oldest} to {limit.newest_tested})"
+        number = installed_version(name) or "not installed"
+        rows[name] = f"{number} (tested: {limit.oldest} to {limit.newest_tested})"
     rows["tested on"] = "CPUs; CUDA is emulated in tests, and `make gpu` runs them on a card"
     return "\n".join(f"- {name}: {value}" for name, value in rows.items())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import runpy
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from ..utils.versions import installed_version
 
 _PACKAGE = Path(__file__).parents[1]
 PROFILES = Path(__file__).parent / "accelerate_configs"
@@ -53,16 +55,9 @@ def copy_files(name: str, target: str) -> list[Path]:
 
 def missing_requirements(extra: str) -> list[str]:
     """Return the requirements of an extra of this package that are not installed."""
-    missing = []
-    for line in requires("ppo-plus") or []:
-        requirement = Requirement(line)
-        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
-            continue
-        try:
-            version(requirement.name)
-        except PackageNotFoundError:
-            missing.append(requirement.name)
-    return missing
+    requirements = [Requirement(line) for line in requires("ppo-plus") or []]
+    needed = [each.name for each in requirements if each.marker and each.marker.evaluate({"extra": extra})]
+    return [name for name in needed if installed_version(name) is None]
 
 
 def run_demo(arguments: list[str]) -> None:

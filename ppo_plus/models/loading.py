@@ -353,28 +353,18 @@ def build_actor_critic(
 def _check_models_apart(
     policy: nn.Module, ref_model: nn.Module | None, value_model: PreTrainedModel | PeftModel | None
 ) -> None:
-    check_no_shared_parameters(
-        policy, ref_model, "ref_model", "the reference would move with the policy: leave ref_model out (the model "
-        "without its adapter, or a frozen copy, is the reference)",
-    )  # fmt: skip
-    check_no_shared_parameters(
-        policy, value_model, "value_model", "actor and critic would overwrite each other: leave value_model out "
+    models = {"model": policy, "ref_model": ref_model, "value_model": value_model}
+    weights = {name: {*map(id, model.parameters())} for name, model in models.items() if model is not None}
+    reasons = {
+        ("model", "ref_model"): "the reference would move with the policy: leave ref_model out (the model without its "
+        "adapter, or a frozen copy, is the reference)",
+        ("model", "value_model"): "actor and critic would overwrite each other: leave value_model out "
         "(critic='detached' reads the actor's hidden states)",
-    )  # fmt: skip
-    if ref_model is not None and value_model is not None:
-        check_no_shared_parameters(
-            value_model, ref_model, "ref_model", "the critic would be frozen with the reference: leave one of them "
-            "out",
-            of="value_model",
-        )  # fmt: skip
-
-
-def check_no_shared_parameters(
-    policy: nn.Module, other: nn.Module | None, name: str, why: str, of: str = "model"
-) -> None:
-    """Refuse a second model that shares weights with a trained one."""
-    if other is not None and not {*map(id, policy.parameters())}.isdisjoint(map(id, other.parameters())):
-        raise ValueError(f"{of} and {name} share their weights, so {why}, or load it a second time.")
+        ("value_model", "ref_model"): "the critic would be frozen with the reference: leave one of them out",
+    }
+    for (first, second), reason in reasons.items():
+        if weights.get(first, set()) & weights.get(second, set()):
+            raise ValueError(f"{first} and {second} share their weights, so {reason}, or load it a second time.")
 
 
 def disable_base_dropout(model: nn.Module) -> None:

@@ -7,14 +7,13 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+from transformers.trainer_utils import PredictionOutput
 
 from ..data.prompts import Row
 from ..data.seeding import isolated_rng
@@ -110,7 +109,7 @@ class Evaluator:
         if not trainer._progress.evaluation_pending:
             return False
         metrics = trainer._evaluate(None, None)
-        checkpoint = Path(trainer._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        checkpoint = trainer._checkpointer.directory()
         if trainer._determine_best_metric(metrics, None) and checkpoint.is_dir():
             trainer.state.best_model_checkpoint = str(checkpoint)
         return True

@@ -7,11 +7,9 @@ models as the Hub does, and folders by their last part.
 from __future__ import annotations
 
 import abc
-import contextlib
 import warnings
 from collections.abc import Mapping, Sized
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config.trl_fields import TRLFields
 from ..models.adapter_files import display_name, hub_name, is_hub_name
 from ..models.merging import CARD_FILE, TEMPLATE_TITLE
+from ..utils.versions import installed_version
 from .card_curves import curves_svg, curves_table
 
 if TYPE_CHECKING:
@@ -130,11 +129,8 @@ class ModelCard(abc.ABC):
         return ["## Hyperparameters", "", *table(rows), ""]
 
     def _versions(self) -> list[str]:
-        versions = {}
-        for library in LIBRARIES:
-            with contextlib.suppress(PackageNotFoundError):
-                versions[library] = version(library)
-        return ["## Versions", "", *(f"- {name} {number}" for name, number in versions.items()), ""]
+        versions = [f"- {name} {number}" for name in LIBRARIES if (number := installed_version(name))]
+        return ["## Versions", "", *versions, ""]
 
     def _citation(self) -> list[str]:
         return ["## Citation", "", "```bibtex", self.citation.strip(), OURS.strip(), "```", ""]

@@ -90,7 +90,7 @@ class Checkpointer:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 cast(dict, state.stateful_callbacks).setdefault(type(callback).__name__, {})
-        directory = self._directory(trial)
+        directory = self.directory(trial)
         if args.should_save:
             shutil.rmtree(directory, ignore_errors=True)  # left by a run that was killed while it wrote
         trainer.accelerator.wait_for_everyone()
@@ -141,13 +141,14 @@ class Checkpointer:
                 _warn_restored_arguments(callback, callbacks[index])
         handler.callbacks = callbacks
 
-    def _directory(self, trial: Any) -> Path:
+    def directory(self, trial: Any = None) -> Path:
+        """Return the folder of this step's checkpoint."""
         trainer = self._trainer
         return Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
 
     def _save_last_step(self, trial: Any) -> None:
         trainer = self._trainer
-        unsaved = integrity_error(self._directory(trial)) is not None
+        unsaved = integrity_error(self.directory(trial)) is not None
         if trainer.state.global_step > trainer._shutdown.start_step and trainer.collectives.any(unsaved):
             trainer._save_checkpoint(trainer.model_wrapped, trial)
 

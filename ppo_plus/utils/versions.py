@@ -37,15 +37,18 @@ SUPPORTED_VERSIONS: Mapping[str, SupportedVersions] = {
 }
 
 
+def installed_version(name: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def installed_versions() -> dict[str, Version]:
     """Return the installed versions of these libraries, without local labels such as `+cpu`."""
-    versions = {}
-    for name in SUPPORTED_VERSIONS:
-        try:
-            versions[name] = Version(Version(version(name)).public)
-        except PackageNotFoundError:  # importing the library raises the error
-            continue
-    return versions
+    versions = {name: installed_version(name) for name in SUPPORTED_VERSIONS}  # importing a missing one raises
+    return {name: Version(Version(number).public) for name, number in versions.items() if number is not None}
 
 
 def check_versions(installed: Mapping[str, Version]) -> None:
