@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ppo_plus import PPOConfig, PPOTrainer
+from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
 
 torch.set_num_threads(1)
 # accelerate collects garbage at the begin and the end of a training. With all objects of these libraries in memory that
@@ -137,6 +137,23 @@ def make_trainer(tmp_path, *, config=None, **overrides) -> PPOTrainer:
         "peft_config": lora(),
     }
     return PPOTrainer(**{**arguments, **overrides})
+
+
+class Recorder(PPOCallback):
+    """Keeps every rollout, its scored responses and its metrics."""
+
+    def __init__(self):
+        self.rollouts, self.samples, self.metrics = [], [], []
+
+    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
+        self.rollouts.append(rollout)
+        self.samples.append(samples)
+        self.metrics.append(metrics)
+
+
+def trained_weights(trainer) -> dict[str, torch.Tensor]:
+    """A copy of all that is trained, by name."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 class PeakMemory(TorchDispatchMode):

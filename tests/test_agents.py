@@ -25,7 +25,7 @@ from agents import (
     right_sum,
     tool_tokenizer,
 )
-from conftest import count_e, make_config, make_prompts, make_tokenizer, make_trainer
+from conftest import Recorder, count_e, make_config, make_prompts, make_tokenizer, make_trainer, trained_weights
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import start_event_loop_in_daemon
@@ -486,28 +486,14 @@ def tool_trainer(tmp_path, config=None, **overrides) -> PPOTrainer:
     return make_trainer(tmp_path, **{**defaults, **overrides})
 
 
-class Keep:
-    """A callback's events, kept."""
-
-    @staticmethod
-    def of(trainer):
-        from ppo_plus import PPOCallback
-
-        class Collected(PPOCallback):
-            rollouts, samples, metrics = [], [], []
-
-            def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-                self.rollouts.append(rollout)
-                self.samples.append(samples)
-                self.metrics.append(metrics)
-
-        trainer.add_callback(found := Collected())
-        return found
+def record(trainer):
+    trainer.add_callback(recorder := Recorder())
+    return recorder
 
 
 def test_training_with_a_tool(tmp_path):
     trainer = tool_trainer(tmp_path)
-    kept = Keep.of(trainer)
+    kept = record(trainer)
     trainer.train()
     rollout, samples, metrics = kept.rollouts[0], kept.samples[0], kept.metrics[0]
     observed = rollout.observation_mask
@@ -531,7 +517,7 @@ def test_training_with_a_tool(tmp_path):
 
 def test_the_log_probabilities_of_actions_are_those_of_one_plain_pass(tmp_path):
     trainer = tool_trainer(tmp_path)
-    kept = Keep.of(trainer)
+    kept = record(trainer)
     trainer.train()
     rollout, model = kept.rollouts[0], make_tool_model().eval()
     for row in range(len(rollout)):
@@ -547,7 +533,7 @@ def test_the_log_probabilities_of_actions_are_those_of_one_plain_pass(tmp_path):
 def test_an_observation_that_differs_changes_no_loss_term_of_its_own(tmp_path):
     """The loss is a sum over actions alone: what stands in the columns of an observation does not matter."""
     trainer = tool_trainer(tmp_path)
-    kept = Keep.of(trainer)
+    kept = record(trainer)
     trainer.train()
     batch = trainer._prepare_inputs(kept.rollouts[0].micro_batch(torch.arange(4)))
     observed = ~batch["response_mask"]
@@ -564,7 +550,7 @@ def test_rewards_per_turn_reach_their_turns(tmp_path):
         return [{"turn": [1.0] * sum(m["role"] == "assistant" for m in c)} for c in completions]
 
     trainer = tool_trainer(tmp_path, reward_funcs=steps, config={"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0})
-    kept = Keep.of(trainer)
+    kept = record(trainer)
     trainer.train()
     rollout = kept.rollouts[0]
     for row in range(len(rollout)):
@@ -581,7 +567,7 @@ def test_a_kept_cache_gives_what_a_second_reading_gives(tmp_path, monkeypatch):
         trainer = tool_trainer(tmp_path / str(keeps), config={"max_steps": 1})
         if not keeps:
             monkeypatch.setattr("ppo_plus.models.generation.keep_row", lambda *_: None)
-        kept, run, widths = Keep.of(trainer), trainer.model.runner.run, []
+        kept, run, widths = record(trainer), trainer.model.runner.run, []
         monkeypatch.setattr(
             trainer.model.runner, "run", lambda model, ids, *a, run=run, widths=widths, **k: (
                 widths.append(ids.shape[1]) if k.get("use_cache") else None, run(model, ids, *a, **k))[1]
@@ -621,17 +607,13 @@ def test_training_without_a_dataset_on_an_environment_that_owns_prompt_and_rewar
         tmp_path, tools=None, train_dataset=None, reward_funcs=None, environment_factory=Asks,
         eval_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": ""}]}] * 2),
     )  # fmt: skip
-    kept = Keep.of(trainer)
+    kept = record(trainer)
     trainer.train()
     assert trainer.collector.rewards.names == ["Asks"]
     prompts = {p[-1]["content"] for p in kept.samples[0].completions.prompts}
     assert prompts == {"2+5"}
     assert kept.samples[0].scores.tolist() == [e.result for e in kept.samples[0].completions.context["environments"]]
     assert "eval_rewards/Asks/mean" in trainer.evaluate()
-
-
-def weights_of(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -643,9 +625,9 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step):
     whole.train()
     resumed = tool_trainer(tmp_path / "whole", **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-    expected, found = weights_of(whole), weights_of(resumed)
+    expected, found = trained_weights(whole), trained_weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    start = weights_of(tool_trainer(tmp_path / "start", **arguments))
+    start = trained_weights(tool_trainer(tmp_path / "start", **arguments))
     assert any(not torch.equal(start[name], found[name]) for name in found)  # the control
 
 
@@ -685,9 +667,9 @@ def test_a_run_killed_inside_a_turn_resumes_to_the_same_bits(tmp_path):
     assert interrupted.state.global_step == 2
     resumed = tool_trainer(tmp_path / "cut", config=config)
     resumed.train(resume_from_checkpoint=True)
-    expected, found = weights_of(whole), weights_of(resumed)
+    expected, found = trained_weights(whole), trained_weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert any(not torch.equal(weights_of(interrupted)[name], found[name]) for name in found)  # the control
+    assert any(not torch.equal(trained_weights(interrupted)[name], found[name]) for name in found)  # the control
 
 
 def test_tool_calls_are_lines_of_the_tables():
@@ -724,7 +706,7 @@ def test_rollout_func_generates_and_its_log_probabilities_weigh(tmp_path):
     trainer = make_trainer(
         tmp_path, rollout_func=answer_xyz, reward_funcs=reward, config={"kl_coef": 0.0, "max_steps": 4}
     )
-    kept = Keep.of(trainer)
+    kept = record(trainer)
     trainer.train()
     rollout, samples = kept.rollouts[0], kept.samples[0]
     assert seen["bonus"] == list(range(8)) and seen["run"] == ["one"] * 8 and len(seen["wanted"]) == 8
@@ -735,7 +717,7 @@ def test_rollout_func_generates_and_its_log_probabilities_weigh(tmp_path):
     # An action that decoding found less likely than the policy does weighs more, at most the cap.
     config["importance_sampling_cap"] = None
     plain = make_trainer(tmp_path / "plain", rollout_func=answer_xyz, reward_funcs=reward, config=config)
-    without = Keep.of(plain)
+    without = record(plain)
     plain.train()
     weights = rollout.advantages / without.rollouts[0].advantages
     expected = (samples.logprobs - samples.sampled_logprobs).exp().clamp(max=2.0)

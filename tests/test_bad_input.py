@@ -17,6 +17,7 @@ import torch
 from conftest import (
     CHAT_TEMPLATE,
     LETTERS,
+    Recorder,
     as_text,
     count_e,
     lora,
@@ -44,7 +45,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ppo_plus import PPOCallback, PPOConfig, PPOTrainer
+from ppo_plus import PPOConfig, PPOTrainer
 from ppo_plus.algo.kl import kl_estimate
 from ppo_plus.data.prompts import encode_prompt
 from ppo_plus.training.checkpoint import write_manifest
@@ -718,19 +719,8 @@ def test_an_undamaged_checkpoint_is_resumed(tmp_path, good_checkpoint):
 # Odd, and allowed: each with the behavior that is promised
 
 
-class Seen(PPOCallback):
-    """Keeps every rollout with its texts."""
-
-    def __init__(self):
-        self.rollouts, self.samples = [], []
-
-    def on_rollout_end(self, args, state, control, rollout, samples, **kwargs):
-        self.rollouts.append(rollout)
-        self.samples.append(samples)
-
-
 def trained(tmp_path, *, config=None, **overrides):
-    seen = Seen()
+    seen = Recorder()
     trainer = make_trainer(tmp_path, config={"max_steps": 4, **(config or {})}, callbacks=[seen], **overrides)
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])

@@ -8,25 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import classifier, make_prompts, make_trainer
+from conftest import Recorder, classifier, make_prompts, make_trainer
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ppo_plus import PPOCallback
 from ppo_plus.algo.prefix_reward_baseline import SHRINKAGE, TIME_CONSTANT, RewardBaseline
 from ppo_plus.data.padding import unpad
 from ppo_plus.models.actor_critic import ActorCritic
 from ppo_plus.rewards import Completions
-
-
-class Recorder(PPOCallback):
-    def __init__(self):
-        self.rollouts, self.samples = [], []
-
-    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-        self.rollouts.append(rollout)
-        self.samples.append(samples)
 
 
 def run(folder, base, reward_adapter, resume=None, **overrides):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model, make_trainer
+from conftest import make_model, make_trainer, trained_weights
 from torch._dynamo.utils import counters
 
 from ppo_plus.kernels import lora
@@ -31,12 +31,8 @@ def trained(tmp_path, *, backend=None, config=None, **overrides):
     return trainer
 
 
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
 def assert_equal_runs(found, expected):
-    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained_weights(found), trained_weights(expected), rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(found.state.log_history, expected.state.log_history, strict=True):
         for name in ("loss", "reward", "kl", "grad_norm"):
             if name in theirs:
@@ -60,7 +56,7 @@ class TestCompiledLayers:
         compiled.save_model(str(tmp_path / "saved"))
         again = make_trainer(tmp_path / "again", config=config)
         again.model.load_weights(tmp_path / "saved")  # under the names of an uncompiled run
-        torch.testing.assert_close(weights(again), weights(compiled), rtol=0, atol=0)
+        torch.testing.assert_close(trained_weights(again), trained_weights(compiled), rtol=0, atol=0)
 
     def test_one_graph_serves_all_layers(self, tmp_path):
         def graphs_of(layers: int) -> int:

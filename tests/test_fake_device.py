@@ -30,20 +30,25 @@ from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardConfig, RewardTraine
 from ppo_plus.callbacks.reward_normalization import RewardNormalizationCallback
 from ppo_plus.data.seeding import isolated_rng
 from ppo_plus.models.actor_critic import ActorCritic
-from ppo_plus.utils.devices import generator_state
+from ppo_plus.utils.devices import generator_state, has_float64
 
 pytestmark = pytest.mark.skipif(
     not hasattr(fake_device.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no backends that are written in Python",
 )
 GROUPS = {}
+WITHOUT_FLOAT64 = set()
 
 
-def group(name):
-    """A case of a group: a function of its folder, of whether it runs on the CPU, and of what `saved_models` wrote."""
+def group(name, float64=True):
+    """A case of a group: a function of its folder, of whether it runs on the CPU, and of what `saved_models` wrote.
+
+    Without `float64`, it also runs on a device that has none, as Apple's GPUs are.
+    """
 
     def add(case):
         GROUPS.setdefault(name, {})[case.__name__] = case
+        WITHOUT_FLOAT64.update(() if float64 else [case.__name__])
         return case
 
     return add
@@ -77,7 +82,7 @@ def trained(folder, cpu, config=None, resume=None, **overrides):
 # --- what is trained, and by what loss ---
 
 
-@group("training")
+@group("training", float64=False)
 def default(folder, cpu, base, adapter):
     return trained(folder, cpu)
 
@@ -94,14 +99,14 @@ def all_losses(folder, cpu, base, adapter):
     return trained(folder, cpu, config)
 
 
-@group("training")
+@group("training", float64=False)
 def all_rewards(folder, cpu, base, adapter):
     config = {"lam": 0.5, "gamma": 0.9, "kl_coef": 0.2, "train_on_eos": False, "whiten_rewards": True,
               "importance_sampling_cap": 2.0, "missing_eos_penalty": 0.5}  # fmt: skip
     return trained(folder, cpu, config, train_dataset=make_prompts(32).to_iterable_dataset())
 
 
-@group("training")
+@group("training", float64=False)
 def sampling(folder, cpu, base, adapter):
     return trained(folder, cpu, {"top_k": 5, "top_p": 0.9, "temperature": 2.0, "stop_token_id": 7})
 
@@ -158,7 +163,7 @@ def some_do_not_know(completions, **kwargs):
     return [None if i % 3 == 0 else float(len(c)) for i, c in enumerate(completions)]
 
 
-@group("training")
+@group("training", float64=False)
 def steps_skipped(folder, cpu, base, adapter):
     """The third gradient is not finite, and the response that it comes from is looked for."""
     trainer = make_trainer(folder, config={"use_cpu": cpu, "max_steps": 6}, reward_funcs=some_do_not_know)
@@ -200,7 +205,7 @@ def models_as_rewards(folder, cpu, base, adapter):
     return trained(folder, cpu, reward_funcs=[classifier(base), str(folder / "scorer")])
 
 
-@group("roles")
+@group("roles", float64=False)
 def adapter_as_reward(folder, cpu, base, adapter):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return trained(folder, cpu, {"stop_token_id": 7}, model=model, reward_funcs=str(adapter))
@@ -217,7 +222,7 @@ class PaysTheFirstToken(PPOCallback):
         scores *= 2
 
 
-@group("roles")
+@group("roles", float64=False)
 def callbacks(folder, cpu, base, adapter):
     given = [RewardNormalizationCallback(), AdaptiveKLCallback(target=1.0, horizon=8), PaysTheFirstToken()]
     return trained(folder, cpu, callbacks=given)
@@ -226,14 +231,14 @@ def callbacks(folder, cpu, base, adapter):
 # --- what Trainer does beside ---
 
 
-@group("Trainer")
+@group("Trainer", float64=False)
 def evaluation_and_reports(folder, cpu, base, adapter):
     config = {"eval_strategy": "steps", "eval_steps": 2, "html_report": True, "num_sample_generations": 2,
               "log_completions": True}  # fmt: skip
     return trained(folder, cpu, config, eval_dataset=make_prompts(8))
 
 
-@group("Trainer")
+@group("Trainer", float64=False)
 def resumed(folder, cpu, base, adapter):
     config = {"save_strategy": "steps", "save_steps": 3}
     whole = trained(folder / "whole", cpu, {**config, "max_steps": 8})
@@ -258,7 +263,7 @@ def full_determinism(folder, cpu, base, adapter):
         torch.use_deterministic_algorithms(False)
 
 
-@group("Trainer")
+@group("Trainer", float64=False)
 def reward_model(folder, cpu, base, adapter):
     rows = {"prompt": ["ab", "cd "] * 4, "chosen": ["good", "fine film"] * 4, "rejected": ["bad", "awful"] * 4}
     config = RewardConfig(
@@ -286,31 +291,10 @@ def family(name):
     return run
 
 
-GROUPS["families"] = {name: family(name) for name in ("OPT", "Gemma 3", "Mamba 2", "Falcon-H1", "LFM 2")}
+GROUPS["roles"] |= {name: family(name) for name in ("OPT", "Gemma 3", "Mamba 2", "Falcon-H1", "LFM 2")}
 
 
-# --- a device without float64, as Apple's GPUs are ---
-
-
-def without_float64(case):
-    def run(folder, cpu, base, adapter):
-        fake_device.FLOAT64 = cpu
-        try:
-            return case(folder, cpu, base, adapter)
-        finally:
-            fake_device.FLOAT64 = True
-
-    return run
-
-
-CASES = (
-    default, sampling, all_rewards, callbacks, adapter_as_reward, evaluation_and_reports, resumed, steps_skipped,
-    reward_model,
-)  # fmt: skip
-GROUPS["no float64"] = {case.__name__: without_float64(case) for case in CASES}
-
-
-@group("no float64")
+@group("Trainer", float64=False)
 def generator_of_the_device(folder, cpu, base, adapter):
     """It is left alone by rollouts and evaluations, and goes on from a checkpoint."""
     generator = torch.fake_device.generator
@@ -332,26 +316,28 @@ def generator_of_the_device(folder, cpu, base, adapter):
 # --- negative control: what was on the wrong device would be found ---
 
 
-@group("control")
+@group("device")
 def reference_left_behind(folder, cpu, base, adapter):
     ppo_plus.models.actor_critic.move_if_movable = lambda model, device: None
     return trained(folder, cpu, peft_config=None)
 
 
 def compared(name, work):
-    """Of each case of a group what it gave on the CPU and on the device, or the error there."""
+    """Of each case of a group what it gave on the CPU and on each kind of device, or the error there."""
     base, adapter = saved_models(work)
     found = {}
     for case, run in GROUPS[name].items():
-        found[case] = here, there = {}, {}
-        for cpu, result in ((True, here), (False, there)):
-            folder = work / case / ("here" if cpu else "there")
+        found[case] = {}
+        for place in ("CPU", "device", *(["no float64"] if case in WITHOUT_FLOAT64 else [])):
+            fake_device.FLOAT64 = place != "no float64"
+            has_float64.cache_clear()
+            found[case][place] = result = {}
             os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-            with contextlib.nullcontext() if cpu else fake_device.fake_device() as device:
-                if not cpu:
+            with contextlib.nullcontext() if place == "CPU" else fake_device.fake_device() as device:
+                if place != "CPU":
                     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
                 try:
-                    result["rows"] = run(folder, cpu, base, adapter)
+                    result["rows"] = run(work / case / place, place == "CPU", base, adapter)
                 except Exception as error:
                     result["error"] = f"{type(error).__name__}: {error}"
     return found
@@ -367,20 +353,18 @@ def figures(rows):
     return [{k: v for k, v in row.items() if is_number(v) and not any(c in k for c in clocks)} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["training", "roles", "Trainer", "families", "no float64"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training", "roles", "Trainer"])
 def test_training_on_an_accelerator_gives_the_numbers_of_the_cpu(name):
     found = process(name)
-    assert {case: there.get("error") for case, (_, there) in found.items()} == dict.fromkeys(GROUPS[name])
-    for case, (here, there) in found.items():
-        ours, wanted = figures(there["rows"]), figures(here["rows"])
+    places = [(case, place) for case, results in found.items() for place in results if place != "CPU"]
+    assert {case for case, _ in places} == {*GROUPS[name]} and any(place == "no float64" for _, place in places)
+    assert {key: found[key[0]][key[1]].get("error") for key in places} == dict.fromkeys(places)
+    for case, place in places:
+        ours, wanted = figures(found[case][place]["rows"]), figures(found[case]["CPU"]["rows"])
         assert len(ours) == len(wanted) > 2, case
         for row, expected in zip(ours, wanted, strict=True):
-            assert row == pytest.approx(expected, rel=5e-5, abs=1e-5, nan_ok=True), case
-
-
-def test_a_model_left_behind_is_found():
-    (here, there) = process("control")["reference_left_behind"]
-    assert "rows" in here and "embedding was given tensors of two devices" in there["error"]
+            assert row == pytest.approx(expected, rel=5e-5, abs=1e-5, nan_ok=True), (case, place)
 
 
 def process(name):
@@ -392,8 +376,9 @@ def process(name):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_device_keeps_its_tensors_apart():
-    assert process("device") == "kept apart"
+def test_the_device_keeps_its_tensors_apart_and_a_model_left_behind_is_found():
+    found = process("device")["reference_left_behind"]
+    assert "rows" in found["CPU"] and "embedding was given tensors of two devices" in found["device"]["error"]
 
 
 def device_keeps_its_tensors_apart():
@@ -437,13 +422,13 @@ def device_keeps_its_tensors_apart():
         assert isinstance(moved.weight, nn.Parameter) and moved.weight.grad.device == device
         assert torch.equal(moved.weight.grad.cpu(), layer.weight.grad)
         assert copy.deepcopy(moved).weight.tolist() == layer.weight.tolist()
-    return "kept apart"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     fake_device.set_up()
     with tempfile.TemporaryDirectory() as temporary:
-        asked = sys.argv[1]
-        result = device_keeps_its_tensors_apart() if asked == "device" else compared(asked, Path(temporary))
+        if sys.argv[1] == "device":
+            device_keeps_its_tensors_apart()
+        result = compared(sys.argv[1], Path(temporary))
     print("\n" + json.dumps(result, default=str))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prompts, make_trainer
+from conftest import make_prompts, make_trainer, trained_weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import ppo_plus.training.gradients as gradients_module
@@ -37,10 +37,6 @@ def saving(folder, **config):
     return make_trainer(folder, config={**defaults, **config})
 
 
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
 def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -50,7 +46,7 @@ def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     trainer = saving(folder)
     trainer.train()
-    return folder, weights(trainer)
+    return folder, trained_weights(trainer)
 
 
 @pytest.fixture
@@ -90,7 +86,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(copy, w
     trainer = saving(copy)
     with pytest.warns(UserWarning, match=f"checkpoint-6 is skipped: .*{words}"):
         trainer.train(resume_from_checkpoint=True)
-    assert equal(weights(trainer), whole_run[1])
+    assert equal(trained_weights(trainer), whole_run[1])
     assert integrity_error(copy / "checkpoint-6") is None  # written again, whole
 
 
@@ -104,7 +100,7 @@ def test_without_any_checkpoint_training_starts_anew(tmp_path, whole_run):
     trainer = saving(tmp_path)
     with pytest.warns(UserWarning, match="training starts from the beginning"):
         trainer.train(resume_from_checkpoint=True)
-    assert equal(weights(trainer), whole_run[1])
+    assert equal(trained_weights(trainer), whole_run[1])
 
 
 def test_the_checkpoint_before_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -156,7 +152,7 @@ def test_a_full_disk_is_passed_over_if_so_chosen(tmp_path, any_file_size, whole_
     with pytest.warns(UserWarning, match="checkpoint-4 could not be written.*Training continues without it") as told:
         trainer.train()
     assert sum("could not be written" in str(w.message) for w in told) == 2
-    assert equal(weights(trainer), whole_run[1])
+    assert equal(trained_weights(trainer), whole_run[1])
     assert steps(tmp_path) == [6] and integrity_error(tmp_path / "checkpoint-6") is None
 
 
@@ -252,7 +248,7 @@ def test_one_interrupt_finishes_the_step_saves_and_then_interrupts(tmp_path, who
 
     resumed = saving(tmp_path, save_strategy="no")
     resumed.train(resume_from_checkpoint=True)
-    assert equal(weights(resumed), whole_run[1])
+    assert equal(trained_weights(resumed), whole_run[1])
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):
@@ -311,7 +307,7 @@ def test_an_interrupt_while_generating_leaves_the_state_before_the_rollout(tmp_p
 
     resumed = make_trainer(tmp_path, config=config)
     resumed.train(resume_from_checkpoint=True)
-    assert equal(weights(resumed), whole_run[1])
+    assert equal(trained_weights(resumed), whole_run[1])
     assert [row["num_tokens"] for row in resumed.state.log_history if "num_tokens" in row] == [
         row["num_tokens"]
         for row in json.loads((whole_run[0] / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
@@ -418,7 +414,7 @@ def test_an_evaluation_that_a_signal_ended_is_made_by_the_resumed_run(tmp_path, 
 
     assert (kept(resumed.state) == kept(whole.state)) == (not spoil)
     if not spoil:
-        assert equal(weights(resumed), weights(whole))
+        assert equal(trained_weights(resumed), trained_weights(whole))
         assert not resumed._progress.evaluation_pending
 
 
@@ -434,7 +430,7 @@ def test_a_signal_in_a_step_does_not_begin_the_evaluation_after_it(tmp_path, mon
     assert batches == [] and steps(tmp_path / "parts") == [3]
     resumed = evaluating(tmp_path / "parts")
     resumed.train(resume_from_checkpoint=True)
-    assert equal(weights(resumed), weights(whole))
+    assert equal(trained_weights(resumed), trained_weights(whole))
     rows = [[row for row in t.state.log_history if "eval_reward" in row] for t in (resumed, whole)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5, 6]
     assert [row["eval_reward"] for row in rows[0]] == [row["eval_reward"] for row in rows[1]]
@@ -463,7 +459,7 @@ def test_the_evaluation_on_start_is_given_up_and_is_not_the_one_that_is_due(tmp_
         and integrity_error(tmp_path / "parts" / "checkpoint-2") is None
     )
     resumed, _ = run(tmp_path / "parts", resume=True)
-    assert equal(weights(resumed), weights(whole))  # its schedule has read what was due
+    assert equal(trained_weights(resumed), trained_weights(whole))  # its schedule has read what was due
 
 
 def test_evaluations_of_ones_own_are_not_given_up(tmp_path, monkeypatch):
@@ -588,7 +584,7 @@ def scaling_losses(trainer, monkeypatch, scale):
 def test_an_overflow_that_the_loss_scaler_skips_does_not_stop_the_run(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, config={"max_steps": 12, "max_skipped_steps": 2})
     scaling_losses(trainer, monkeypatch, 2.0**48)
-    before = weights(trainer)
+    before = trained_weights(trainer)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Step .* has gradients that are not finite")
         warnings.filterwarnings("error", ".* adapters get no gradient")  # of the first rollout, all skipped
@@ -596,16 +592,16 @@ def test_an_overflow_that_the_loss_scaler_skips_does_not_stop_the_run(tmp_path, 
     skipped = [row["step"] - 1 for row in trainer.state.log_history if "ppo/skipped_steps" in row]
     assert len(skipped) > 2 and skipped == list(range(len(skipped))) and len(skipped) < 12
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (48 - 8 * len(skipped))
-    assert not equal(weights(trainer), before) and all(p.isfinite().all() for p in trainer.model.parameters())
+    assert not equal(trained_weights(trainer), before) and all(p.isfinite().all() for p in trainer.model.parameters())
 
 
 def test_a_further_critic_update_that_overflows_lowers_the_loss_scale_too(tmp_path, monkeypatch):
     """2**48 to 2**8 are five overflows, of critic updates alone and of steps."""
     trainer = make_trainer(tmp_path, config={"critic": "adapter", "num_critic_updates": 2, "max_steps": 6})
     scaling_losses(trainer, monkeypatch, 2.0**48)
-    before = weights(trainer)
+    before = trained_weights(trainer)
     trainer.train()
-    assert trainer.accelerator.scaler.get_scale() == 2.0**8 and not equal(weights(trainer), before)
+    assert trainer.accelerator.scaler.get_scale() == 2.0**8 and not equal(trained_weights(trainer), before)
     skipped = [row["step"] for row in trainer.state.log_history if "ppo/skipped_steps" in row]
     assert len(skipped) < 5 and all(p.isfinite().all() for p in trainer.model.parameters())
 
@@ -633,7 +629,7 @@ def test_a_failing_reward_function_is_skipped_if_so_chosen(tmp_path, failing):
     trainer.train()
     with pytest.warns(UserWarning, match="'broken' is skipped in this rollout"):
         other.train()
-    assert equal(weights(trainer), weights(other))
+    assert equal(trained_weights(trainer), trained_weights(other))
     with pytest.raises((TimeoutError, ValueError)):
         make_trainer(tmp_path, config={"max_steps": 1}, reward_funcs=[count_e, broken]).train()
 
@@ -685,7 +681,7 @@ def test_a_reward_function_that_hangs_is_left_out_if_so_chosen(tmp_path, never, 
     both = make_trainer(tmp_path, config={**config, "reward_timeout": 0.5}, reward_funcs=[hanging(kind, never), other])
     with pytest.warns(UserWarning, match=f"'{kind}' is skipped in this rollout: TimeoutError"):
         both.train()
-    assert equal(weights(plain), weights(both))
+    assert equal(trained_weights(plain), trained_weights(both))
 
 
 def test_a_timeout_changes_nothing_for_a_function_that_answers(tmp_path):
@@ -700,7 +696,7 @@ def test_a_timeout_changes_nothing_for_a_function_that_answers(tmp_path):
         config = {"max_steps": 2, "reward_timeout": timeout}
         trainer = make_trainer(tmp_path, config=config, reward_funcs=lottery)
         trainer.train()
-        found.append(weights(trainer))
+        found.append(trained_weights(trainer))
     assert equal(*found)
 
 
@@ -756,7 +752,8 @@ def test_out_of_memory_in_a_rollout_halves_the_chunk_and_changes_nothing_else(tm
         trainer.train()
     assert seen[:4] == tried
     assert all(
-        torch.allclose(a, b, atol=1e-4) for a, b in zip(weights(trainer).values(), weights(plain).values(), strict=True)
+        torch.allclose(a, b, atol=1e-4)
+        for a, b in zip(trained_weights(trainer).values(), trained_weights(plain).values(), strict=True)
     )
 
 
@@ -847,7 +844,7 @@ def small_card(monkeypatch, phase, most_rows):
 def on_a_large_card(tmp_path_factory):
     trainer = make_trainer(tmp_path_factory.mktemp("large"), config={"max_steps": 4, "per_device_train_batch_size": 4})
     trainer.train()
-    return weights(trainer), trainer.state.log_history
+    return trained_weights(trainer), trainer.state.log_history
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -860,7 +857,7 @@ def test_out_of_memory_in_learning_halves_the_micro_batch_and_changes_nothing_el
         trainer.train()
     assert sizes[0] > 2 and max(sizes[1:]) == 2 and sum(sizes[1:]) == 4 * 8  # tried once; then 4 steps of 8 rows
     expected, expected_log = on_a_large_card
-    found = weights(trainer)
+    found = trained_weights(trainer)
     assert max((found[name] - expected[name]).abs().max() for name in expected) < 1e-5
     for row, expected_row in zip(trainer.state.log_history, expected_log, strict=True):
         for name in ("loss", "grad_norm", "critic/grad_norm", "ppo/ratio", "ppo/value_loss", "clip_ratio/policy"):
@@ -875,7 +872,7 @@ def test_a_gradient_left_by_a_pass_that_died_would_be_seen(tmp_path, monkeypatch
     with pytest.warns(UserWarning, match="Out of memory"):
         trainer.train()
     name = "value_head.layers.0.weight"
-    assert (weights(trainer)[name] - on_a_large_card[0][name]).abs().max() > 1e-4
+    assert (trained_weights(trainer)[name] - on_a_large_card[0][name]).abs().max() > 1e-4
 
 
 def test_out_of_memory_in_learning_with_a_single_row_is_an_error(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -51,6 +52,12 @@ def setup(**overrides):
                     "reward": "none", **overrides})  # fmt: skip
 
 
+@functools.cache
+def dry_run(name, **overrides):
+    """What a configuration's phases take; one for all tests, because no phase leaves anything behind."""
+    return DryRun(CONFIGS[name], setup(**overrides))
+
+
 def real_actor(config, checkpointing=False, dtype=torch.float32, base=None, critic="shared"):
     torch.manual_seed(0)
     base = base or AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -93,7 +100,7 @@ def working(phase):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_predicted_activations_are_within_3_percent_of_a_real_pass(name, checkpointing):
-    dry = DryRun(CONFIGS[name], setup(activation_checkpointing=checkpointing))
+    dry = dry_run(name, activation_checkpointing=checkpointing)
     actor = real_actor(CONFIGS[name], checkpointing)
     for phase, rows in (("learn", 2), ("learn", 6), ("score", 4)):
         assert working(getattr(dry, phase)(rows)) == pytest.approx(measured(actor, phase, rows), rel=0.03)
@@ -101,7 +108,7 @@ def test_predicted_activations_are_within_3_percent_of_a_real_pass(name, checkpo
 
 @pytest.mark.parametrize("phase", ["learn", "score"])
 def test_logits_are_planned_as_a_card_works_on_them(monkeypatch, phase):
-    dry, actor = DryRun(CONFIGS["llama"], setup()), real_actor(CONFIGS["llama"])
+    dry, actor = dry_run("llama", activation_checkpointing=False), real_actor(CONFIGS["llama"])
     monkeypatch.setattr(logits_module, "SLICE_ELEMENTS", 2 * actor.num_embeddings)
     sliced = measured(actor, phase, 6)  # on a CPU, two tokens at a time
     predicted = working(getattr(dry, phase)(6))
@@ -114,22 +121,22 @@ def test_logits_are_planned_as_a_card_works_on_them(monkeypatch, phase):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_critic_with_an_adapter_of_its_own_is_a_second_pass(checkpointing):
     actor = real_actor(CONFIGS["llama"], checkpointing, critic="adapter")
-    found = DryRun(CONFIGS["llama"], setup(critic="adapter", activation_checkpointing=checkpointing)).learn(3)
+    found = dry_run("llama", critic="adapter", activation_checkpointing=checkpointing).learn(3)
     assert working(found) == pytest.approx(measured(actor, "learn", 3), rel=0.03)
     assert found.parts["optimizer"] == 2 * bytes_of(actor, frozen=False)
-    one_pass = DryRun(CONFIGS["llama"], setup(activation_checkpointing=checkpointing)).learn(3)
+    one_pass = dry_run("llama", activation_checkpointing=checkpointing).learn(3)
     assert working(found) > 1.1 * working(one_pass)  # checkpoints of both passes are held
 
 
 def test_the_comparison_can_fail():
-    checkpointed = DryRun(CONFIGS["llama"], setup(activation_checkpointing=True)).learn(4)
+    checkpointed = dry_run("llama", activation_checkpointing=True).learn(4)
     assert working(checkpointed) < 0.7 * measured(real_actor(CONFIGS["llama"]), "learn", 4)
-    other = DryRun(CONFIGS["llama"], setup(response_length=2 * RESPONSE)).learn(4)
+    other = dry_run("llama", response_length=2 * RESPONSE).learn(4)
     assert working(other) > 1.2 * measured(real_actor(CONFIGS["llama"]), "learn", 4)
 
 
 def test_bf16_under_autocast_is_predicted_too():
-    dry = DryRun(CONFIGS["llama"], setup(quantization="bf16"))
+    dry = dry_run("llama", quantization="bf16")
     actor = real_actor(CONFIGS["llama"], dtype=torch.bfloat16)
     assert working(dry.learn(4)) == pytest.approx(measured(actor, "learn", 4, autocast=True), rel=0.03)
     assert dry.learn(4).parts["weights"] == pytest.approx(bytes_of(actor, frozen=True), rel=0.001)
@@ -142,7 +149,7 @@ def bytes_of(actor, frozen):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_stands_still_is_counted_as_it_is(name):
-    actor, dry = real_actor(CONFIGS[name]), DryRun(CONFIGS[name], setup())
+    actor, dry = real_actor(CONFIGS[name]), dry_run(name, activation_checkpointing=False)
     parts = dry.learn(1).parts
     trained = bytes_of(actor, frozen=False)
     assert (parts["adapters"], parts["gradients"], parts["optimizer"]) == (trained, trained, 2 * trained)
@@ -302,7 +309,7 @@ def test_the_proposal_fits_and_twice_as_much_would_not(monkeypatch):
     generate, score, learn = found.phases
     assert found.fits and 1 < learn.rows < 8
     assert learn.rows * found.gradient_accumulation_steps * 2 == 16
-    dry = DryRun(CONFIGS["llama"], setup())
+    dry = dry_run("llama", activation_checkpointing=False)
     assert dry.learn(learn.rows).total == learn.total <= found.budget < dry.learn(2 * learn.rows).total
     for phase in (generate, score):
         assert phase.rows == 16 or getattr(dry, phase.name)(2 * phase.rows).total > found.budget
@@ -388,7 +395,8 @@ def test_a_model_that_cannot_run_without_its_weights_is_named(tmp_path, capsys):
 @pytest.mark.parametrize("family", ["Bamba", "Gemma 3, with vision", "Gemma 4", "GPT-2", "Qwen3.5", "SmolVLM"])
 def test_bases_of_other_kinds_are_planned_in_4_bits(family):
     """Their linear layers are of other classes, hold weights the other way round, or are asked for them."""
-    config, sizes = build(family).config, {"prompt_length": 4, "response_length": 4}
+    sizes = {"prompt_length": 4, "response_length": 4, "rollout_batch_size": 1, "num_mini_batches": 1}
+    config = build(family).config
     four, half = (plan(config, setup(quantization=kind, **sizes), 8) for kind in ("nf4", "bf16"))
     assert four.fits and 0 < four.phases[1].parts["weights"] < half.phases[1].parts["weights"]
 

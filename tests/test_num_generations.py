@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import close, make_config, make_prompts, make_trainer
+from conftest import Recorder, close, make_config, make_prompts, make_trainer
 
-from ppo_plus import PPOCallback, algo
+from ppo_plus import algo
 from ppo_plus.data.batching import micro_batch_indices, minibatch_indices
 from ppo_plus.data.seeding import derive_seed, sampling_uniforms
 
 ANSWERS = 4
 
 
-class Rollouts(PPOCallback):
-    """Keeps each rollout and its samples."""
-
-    def __init__(self):
-        self.rollouts, self.samples = [], []
-
-    def on_rollout_end(self, args, state, control, rollout, samples, **kwargs):
-        self.rollouts.append(rollout)
-        self.samples.append(samples)
-
-
 def trained(folder, **options):
-    seen = Rollouts()
+    seen = Recorder()
     config = {"num_generations": ANSWERS, **options.pop("config", {})}
     trainer = make_trainer(folder, config=config, callbacks=[seen], **options)
     trainer.train()

@@ -13,10 +13,10 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import lora, make_prompts, make_tokenizer, make_trainer
+from conftest import Recorder, lora, make_prompts, make_tokenizer, make_trainer
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from ppo_plus import PPOCallback, PPOProgressCallback, RewardConfig, RewardTrainer
+from ppo_plus import PPOProgressCallback, RewardConfig, RewardTrainer
 from ppo_plus.callbacks import progress
 from ppo_plus.callbacks.progress import disable_bars_in_logs
 from ppo_plus.kernels.batch_backoff import BatchSize
@@ -39,18 +39,15 @@ class Terminal(io.StringIO):
         return True
 
 
-class Events(PPOCallback):
+class Events(Recorder):
     """What was reported, beside what the rollout then was."""
 
     def __init__(self):
-        self.reports, self.rollouts, self.samples = [], [], []
+        super().__init__()
+        self.reports = []
 
     def on_rollout_progress(self, args, state, control, phase, done, total, tokens, **kwargs):
         self.reports.append((phase, done, total, tokens))
-
-    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-        self.rollouts.append(rollout)
-        self.samples.append(samples)
 
     def of(self, phase):
         return [(done, total, tokens) for name, done, total, tokens in self.reports if name == phase]

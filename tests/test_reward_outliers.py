@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import LETTERS, as_text, make_prompts, make_trainer
+from conftest import LETTERS, Recorder, as_text, make_prompts, make_trainer
 from datasets import Dataset
 
 from ppo_plus import PPOCallback, RewardNormalizationCallback
@@ -40,22 +40,13 @@ class Spoiled:
         return scores
 
 
-class Watch(PPOCallback):
-    def __init__(self):
-        self.rollouts, self.metrics = [], []
-
-    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-        self.rollouts.append(rollout)
-        self.metrics.append(metrics)
-
-
 @pytest.mark.parametrize(
     ("how", "outlier"),
     [*(("plain", outlier) for outlier in OUTLIERS), ("token", 1e20), ("whitened", 3e38), ("normalized", -3e38),
      ("adapter", 3e38)],
 )  # fmt: skip
 def test_a_run_stays_finite(tmp_path, base, reward_adapter, how, outlier):
-    reward, watch = Spoiled(outlier, per_token=how == "token"), Watch()
+    reward, watch = Spoiled(outlier, per_token=how == "token"), Recorder()
     normalize = [RewardNormalizationCallback(clip=None)] if how == "normalized" else []
     trainer = make_trainer(
         tmp_path, model=str(base), train_dataset=PROMPTS, callbacks=[*normalize, watch],
@@ -132,7 +123,7 @@ def test_what_a_callback_makes_of_scores_is_bounded_too(tmp_path, value):
         def on_rewards_computed(self, args, state, control, scores, **kwargs):
             scores[2] = value
 
-    watch = Watch()
+    watch = Recorder()
     trainer = make_trainer(tmp_path, callbacks=[Spoil(), watch], train_dataset=make_prompts(), config={"max_steps": 4})
     with pytest.warns(UserWarning, match="score of prompt"):
         trainer.train()

@@ -26,6 +26,7 @@ from conftest import (
     make_prompts,
     make_tokenizer,
     make_trainer,
+    trained_weights,
 )
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
@@ -58,10 +59,6 @@ def one_layer(**overrides):
 
 def small_lora():
     return lora(target_modules=["q_proj", "up_proj"])
-
-
-def weights_of(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def log_of(trainer):
@@ -259,12 +256,12 @@ def test_actor_and_value_head_are_two_groups_of_the_optimizer(tmp_path):
 
 def test_an_optimizer_of_ones_own_is_set_once_the_trainer_is_made(tmp_path):
     trainer, _ = recorded(tmp_path, {"max_steps": 4})
-    before = weights_of(trainer)
+    before = trained_weights(trainer)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.optimizer = mine = torch.optim.SGD(trained, lr=0.1)
     trainer.train()
     assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is mine
-    after = weights_of(trainer)
+    after = trained_weights(trainer)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.startswith("value_head") for name in moved) and any("lora_" in name for name in moved)
 
@@ -272,9 +269,9 @@ def test_an_optimizer_of_ones_own_is_set_once_the_trainer_is_made(tmp_path):
 @pytest.mark.parametrize("still", ["learning_rate", "value_head_learning_rate"])
 def test_each_rate_moves_its_own_part(tmp_path, still):
     trainer, _ = recorded(tmp_path, {"max_steps": 4, still: 0.0})
-    before = weights_of(trainer)
+    before = trained_weights(trainer)
     trainer.train()
-    after = weights_of(trainer)
+    after = trained_weights(trainer)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     head = {name for name in before if name.startswith("value_head")}
     assert moved & head == (head if still == "learning_rate" else set())
@@ -288,7 +285,7 @@ def test_a_loud_critic_does_not_shrink_the_actors_step(tmp_path):
         config = {"max_steps": 4, "critic": "detached", "vf_coef": vf_coef, "max_grad_norm": 1.0, "logging_steps": 4}
         trainer, _ = recorded(tmp_path, config)
         trainer.train()
-        ends.append({n: w for n, w in weights_of(trainer).items() if "lora_" in n})
+        ends.append({n: w for n, w in trained_weights(trainer).items() if "lora_" in n})
     assert logged(trainer, "critic/grad_norm")[0] > 1e3
     assert largest_gap(*ends) == 0.0
 
@@ -484,7 +481,7 @@ def outcome(tmp_path, config, data, tokenizer, model):
         peft_config=small_lora(),
     )  # fmt: skip
     trainer.train()
-    return weights_of(trainer), log_of(trainer)
+    return trained_weights(trainer), log_of(trainer)
 
 
 def differs(option, value, *, given=None, data=make_prompts, tokenizer=make_tokenizer, model=one_layer):
@@ -761,13 +758,13 @@ def test_evaluate_can_be_repeated_and_touches_nothing(tmp_path):
 
     trainer, _ = recorded(tmp_path, reward_funcs=[count_e, noisy], eval_dataset=make_prompts(6))
     trainer.train()
-    weights, optimizer = weights_of(trainer), trainer.optimizer.state_dict()["state"]
+    weights, optimizer = trained_weights(trainer), trainer.optimizer.state_dict()["state"]
     moments = {key: value["exp_avg"].clone() for key, value in optimizer.items()}
     state = random_state()
     first = trainer.evaluate()
     assert trainer.evaluate() == first
     assert random_state() == state
-    assert largest_gap(weights, weights_of(trainer)) == 0.0
+    assert largest_gap(weights, trained_weights(trainer)) == 0.0
     assert all(torch.equal(optimizer[key]["exp_avg"], value) for key, value in moments.items())
     assert first["eval_rewards/noisy/mean"] != 0
     assert trainer.evaluate(make_prompts(5))["eval_reward"] != first["eval_reward"]
@@ -831,7 +828,7 @@ def test_the_best_adapter_and_value_head_are_restored(tmp_path, adapter):
     trainer.train()
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-4"
     assert trainer.state.best_metric == max(logged(trainer, "eval_reward")) >= 10
-    best, last, now = recorder.steps[3], recorder.steps[7], weights_of(trainer)
+    best, last, now = recorder.steps[3], recorder.steps[7], trained_weights(trainer)
     assert largest_gap(now, best) == 0.0
     head = {name: w for name, w in last.items() if name.startswith("value_head")}
     assert len(head) == 2 and largest_gap(head, {name: best[name] for name in head}) > 1e-4
@@ -882,12 +879,12 @@ def test_a_model_saved_without_its_optimizer_is_not_resumed(tmp_path):
     assert {"adapter_model.safetensors", "value_head.safetensors", "tokenizer.json"} <= files
     assert not {"optimizer.pt", "ppo_state_0.json", "rollout_0.safetensors"} & files
     fresh, _ = recorded(tmp_path / "b", config)
-    before = weights_of(fresh)
+    before = trained_weights(fresh)
     with pytest.raises(ValueError, match="checkpoint-4.*cannot resume.*save_only_model"):
         fresh.train(resume_from_checkpoint=str(folder))
-    assert largest_gap(before, weights_of(fresh)) == 0.0
+    assert largest_gap(before, trained_weights(fresh)) == 0.0
     fresh.model.load_weights(folder)
-    assert largest_gap(weights_of(fresh), recorder.steps[3]) == 0.0
+    assert largest_gap(trained_weights(fresh), recorder.steps[3]) == 0.0
 
 
 def test_a_checkpoint_between_rollouts_holds_no_rollout(tmp_path):
@@ -975,7 +972,7 @@ def test_async_and_plain_reward_functions_mix(tmp_path):
     for second in (count_e, later):
         trainer, _ = recorded(tmp_path, reward_funcs=[count_e, second], callbacks=[])
         trainer.train()
-        runs.append((weights_of(trainer), logged(trainer, "reward")))
+        runs.append((trained_weights(trainer), logged(trainer, "reward")))
     assert "rewards/later/mean" in trainer.state.log_history[0]
     assert largest_gap(runs[0][0], runs[1][0]) == 0.0 and runs[0][1] == runs[1][1]
 
@@ -1039,10 +1036,10 @@ def test_a_rollout_without_any_reward_leaves_the_weights_finite(tmp_path):
         return [None] * len(prompts)
 
     trainer, recorder = recorded(tmp_path, reward_funcs=silent)
-    before = weights_of(trainer)
+    before = trained_weights(trainer)
     trainer.train()
     assert not any(rollout.action_mask.any() for _, rollout in recorder.rollouts)
-    assert largest_gap(before, weights_of(trainer)) == 0.0
+    assert largest_gap(before, trained_weights(trainer)) == 0.0
 
 
 def test_reward_functions_can_log_and_know_the_state(tmp_path):
@@ -1077,7 +1074,7 @@ def test_a_model_by_name_is_trained_saved_and_loaded(tmp_path, base, adapter):
     trainer.save_model()
     in_memory = make_trainer(tmp_path / "other", config=QUICK, peft_config=lora() if adapter else None)
     in_memory.train()
-    assert largest_gap(weights_of(trainer), weights_of(in_memory)) < 1e-6
+    assert largest_gap(trained_weights(trainer), trained_weights(in_memory)) < 1e-6
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     loaded = kind.from_pretrained(tmp_path).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -1105,9 +1102,9 @@ def test_a_model_by_name_is_loaded_as_told(tmp_path, base):
 
 def test_the_whole_model_is_trained_without_an_adapter(tmp_path):
     trainer, recorder = recorded(tmp_path, peft_config=None)
-    before = weights_of(trainer)
+    before = trained_weights(trainer)
     trainer.train()
-    after = weights_of(trainer)
+    after = trained_weights(trainer)
     start = one_layer().state_dict()
     assert {name for name in before if name.startswith("policy.")} == {f"policy.{name}" for name in start}
     assert all(not torch.equal(before[name], after[name]) for name in before)
@@ -1143,7 +1140,7 @@ def test_an_adapter_is_continued_against_itself(tmp_path, base, by_name):
     first, second = (rollout for _, rollout in recorder.rollouts)
     assert torch.equal(first.logprobs, first.ref_logprobs)
     assert (second.logprobs - second.ref_logprobs).abs().max() > 1e-2
-    assert all(".default." in n or n.startswith("value_head") for n in weights_of(trainer))
+    assert all(".default." in n or n.startswith("value_head") for n in trained_weights(trainer))
     policy = trainer.model.eval().policy
     with torch.no_grad(), trainer.model.role("reference"):
         assert torch.allclose(policy(ids).logits, start, atol=1e-6)
@@ -1214,7 +1211,7 @@ def test_the_tokenizer_of_an_adapter_is_its_own_or_that_of_its_base(tmp_path, ba
 def test_training_can_go_on_with_a_second_call(tmp_path):
     trainer, recorder = recorded(tmp_path)
     trainer.train()
-    first = weights_of(trainer)
+    first = trained_weights(trainer)
     trainer.train()
     assert len(recorder.rollouts) == 4
-    assert largest_gap(first, weights_of(trainer)) > 1e-3
+    assert largest_gap(first, trained_weights(trainer)) > 1e-3

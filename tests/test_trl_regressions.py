@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, lora, make_config, make_model, make_prompts, make_tokenizer, make_trainer
+from conftest import (
+    CHAT_TEMPLATE,
+    Recorder,
+    lora,
+    make_config,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    make_trainer,
+    trained_weights,
+)
 from datasets import Dataset
 from packaging.version import Version
 from safetensors.torch import load_file
@@ -23,22 +33,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 import ppo_plus.models.logprobs as logits
-from ppo_plus import PPOCallback, PPOTrainer
+from ppo_plus import PPOTrainer
 
 EOS = 2
 UNEVEN = {"response_length": 24, "temperature": 2.0}  # some responses end early, some never
 
 
-class Recorder(PPOCallback):
+class StepRecorder(Recorder):
     """Keeps rollouts, and the gradients that each optimizer step was taken with."""
 
     def __init__(self):
-        self.rollouts, self.samples, self.metrics, self.gradients = [], [], [], []
-
-    def on_rollout_end(self, args, state, control, rollout, samples, metrics, **kwargs):
-        self.rollouts.append(rollout)
-        self.samples.append(samples)
-        self.metrics.append(dict(metrics))
+        super().__init__()
+        self.gradients = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         named = model.named_parameters()
@@ -61,15 +67,11 @@ class Raise(TrainerCallback):
 
 
 def train(tmp_path, *, config=None, callbacks=(), **overrides):
-    """Train the tiny model; returns the trainer and what a Recorder saw."""
-    recorder = Recorder()
+    """Train the tiny model; returns the trainer and what a StepRecorder saw."""
+    recorder = StepRecorder()
     trainer = make_trainer(tmp_path, config=config, callbacks=[recorder, *callbacks], **overrides)
     trainer.train()
     return trainer, recorder
-
-
-def weights_of(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def relative_gap(a: dict, b: dict) -> float:
@@ -114,7 +116,7 @@ def plain_distribution(model, prompt: list[int], response: list[int], temperatur
 def test_num_mini_batches_is_the_number_of_steps_per_epoch_under_accumulation(tmp_path, num_mini_batches):
     """TRL: num_mini_batches had no effect on the optimizer steps once gradients were accumulated."""
     sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_mini_batches": num_mini_batches}
-    recorder, served = Recorder(), []
+    recorder, served = StepRecorder(), []
     responses = 2 * num_mini_batches
     trainer = make_trainer(
         tmp_path, config={**sizes, "total_episodes": responses, "max_steps": -1}, callbacks=[recorder]
@@ -146,7 +148,7 @@ def test_statistics_are_not_divided_by_num_mini_batches_nor_averaged_over_paddin
     still = {"learning_rate": 0.0, "value_head_learning_rate": 0.0, "vf_coef": 1.0, **UNEVEN}
     steps = 2 * num_mini_batches
     minibatches = []
-    recorder = Recorder()
+    recorder = StepRecorder()
     trainer = make_trainer(
         tmp_path,
         config={**sizes, **still, "max_steps": steps, "logging_steps": steps},
@@ -189,7 +191,7 @@ def test_statistics_are_not_divided_by_num_mini_batches_nor_averaged_over_paddin
 
 def test_statistics_of_the_rollout_are_those_of_a_loop_over_real_tokens(tmp_path):
     """TRL: entropy and KL were averaged over padding."""
-    recorder = Recorder()
+    recorder = StepRecorder()
     trainer = make_trainer(tmp_path, config={**UNEVEN, "max_steps": 1}, callbacks=[recorder])
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
@@ -219,7 +221,7 @@ def test_statistics_of_the_rollout_are_those_of_a_loop_over_real_tokens(tmp_path
 def micro_batching_gradients(tmp_path, per_device, accumulation, mean_per_micro_batch=False):
     sizes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     config = {**sizes, "num_mini_batches": 1, "max_steps": 1, "max_grad_norm": 0.0, **UNEVEN}
-    recorder = Recorder()
+    recorder = StepRecorder()
     trainer = make_trainer(tmp_path, config=config, callbacks=[recorder])
     if mean_per_micro_batch:
         compute_loss = trainer.compute_loss
@@ -270,14 +272,14 @@ def test_activation_checkpointing_recomputes_and_changes_no_weight(tmp_path, ada
 
         trainer.model.language_model.model.layers[0].input_layernorm.register_forward_hook(count)
         trainer.train()
-        found[on] = weights_of(trainer)
+        found[on] = trained_weights(trainer)
     assert calls[True] == 2 * calls[False] == 2 * 3 * 2  # recomputed once, for 3 steps of 2 micro-batches
     assert relative_gap(found[False], found[True]) < 1e-5
 
 
 def decode_twice(tmp_path, *, checkpointing, leave_in_train_mode=False):
     """Response tokens of the second rollout, and how many tokens the backbone was given at each step of decoding."""
-    recorder, lengths, generating = Recorder(), [], []
+    recorder, lengths, generating = StepRecorder(), [], []
     config = {"activation_checkpointing": checkpointing, "max_steps": 5, "response_length": 6}
     trainer = make_trainer(tmp_path, config=config, callbacks=[recorder])
     if leave_in_train_mode:
@@ -334,7 +336,7 @@ def test_max_grad_norm_above_every_gradient_changes_nothing(tmp_path):
     """TRL: max_grad_norm was ignored. Here it must not act where it need not."""
     free, _ = train(tmp_path, config={"max_steps": 2, "max_grad_norm": 0.0})
     bounded, _ = train(tmp_path, config={"max_steps": 2, "max_grad_norm": 1e6})
-    assert relative_gap(weights_of(free), weights_of(bounded)) == 0.0
+    assert relative_gap(trained_weights(free), trained_weights(bounded)) == 0.0
 
 
 @pytest.mark.parametrize(("max_steps", "rollouts"), [(3, 1), (5, 2)])
@@ -431,7 +433,7 @@ def test_training_resumes(tmp_path):
     resumed = make_trainer(tmp_path / "b", config={"max_steps": 3})
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert resumed.state.global_step == 3
-    assert relative_gap(weights_of(whole), weights_of(resumed)) == 0.0
+    assert relative_gap(trained_weights(whole), trained_weights(resumed)) == 0.0
 
 
 def test_evaluate_reports_the_mean_reward_of_the_answers_it_gave(tmp_path):
@@ -474,7 +476,7 @@ def test_a_seed_fixes_every_bit_and_another_seed_changes_them(tmp_path):
                              train_dataset=make_prompts(), processing_class=make_tokenizer(),
                              peft_config=lora(lora_dropout=0.1))  # fmt: skip
         trainer.train()
-        return weights_of(trainer)
+        return trained_weights(trainer)
 
     first = run(seed=1, global_seed=0)
     assert relative_gap(first, run(seed=1, global_seed=99)) == 0.0
@@ -609,7 +611,7 @@ def test_one_valid_token_in_a_batch_gives_finite_weights(tmp_path, whiten_reward
               "response_length": 1, "whiten_rewards": whiten_rewards, "max_steps": 4}  # fmt: skip
     trainer, recorder = train(tmp_path, config=config)
     assert [int(rollout.action_mask.sum()) for rollout in recorder.rollouts] == [1, 1]
-    assert all(tensor.isfinite().all() for tensor in weights_of(trainer).values())
+    assert all(tensor.isfinite().all() for tensor in trained_weights(trainer).values())
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 4 and np.isfinite(losses).all()
 

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, count_e, lora, make_config, make_model, make_prompts, make_tokenizer, make_trainer
+from conftest import (
+    CHAT_TEMPLATE,
+    count_e,
+    lora,
+    make_config,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    make_trainer,
+    trained_weights,
+)
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import LlamaForSequenceClassification, TrainerCallback
@@ -24,10 +34,6 @@ from ppo_plus.rewards import Completions, FunctionReward
 from ppo_plus.training.setup import load_policy_from_args
 
 SHORT = {"max_steps": 4, "response_length": 5}
-
-
-def trained_weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def largest_gap(a, b):
