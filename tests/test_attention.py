@@ -84,6 +84,33 @@ def test_without_a_mask_it_is_causal():
     torch.testing.assert_close(found, masked, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 4, 5, 8])
+def test_blocks_of_queries_give_causal_attention(monkeypatch, length):
+    monkeypatch.setattr(attention, "CAUSAL_BLOCK", 4)
+    results, widths, real = [], [], attention.eager_gqa_attention
+    monkeypatch.setattr(
+        attention,
+        "eager_gqa_attention",
+        lambda *args, **kwargs: widths.append(args[2].shape[2]) or real(*args, **kwargs),
+    )
+    for function in (attention.causal_gqa_attention, sdpa_attention_forward):
+        tensors, _, _ = pieces(2, queries=length, keys=length, dtype=torch.float32)
+        out, _ = function(Layer(3), *tensors, None, scaling=0.5)
+        out.square().sum().backward()
+        results.append([out.detach(), *(t.grad for t in tensors)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert widths == {1: [1], 4: [4], 5: [4, 5], 8: [4, 8]}[length]
+
+
+def test_the_mean_number_of_keys_decides_on_causal_rows(monkeypatch):
+    """By hand, with blocks of 128 queries: 128, then 256 keys for the second block, and so on."""
+    lengths = (1, 128, 129, 256, 512, 640, 641)
+    assert [attention.mean_causal_keys(n) for n in lengths] == [1, 128, 128, 192, 320, 384, 426]
+    device = torch.device("cpu")
+    chosen = [attention.prefer_eager(device, torch.bfloat16, n, attention.mean_causal_keys(n)) for n in lengths]
+    assert chosen == [True] * 6 + [False]
+
+
 def test_dropout_drops_weights_and_keeps_their_mean():
     (query, key, value), mask, _ = pieces(6)
     torch.manual_seed(0)

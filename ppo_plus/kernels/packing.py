@@ -31,7 +31,14 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from .cpu_attention import PACKED, PACKED_EAGER, eager_gqa_attention, prefer_eager
+from .cpu_attention import (
+    PACKED,
+    PACKED_EAGER,
+    causal_gqa_attention,
+    eager_gqa_attention,
+    mean_causal_keys,
+    prefer_eager,
+)
 
 MAX_UNPACKED_PADDING = 0.05  # share of a pass; with less padding, packing takes as long as it saves
 MIN_LENGTH_RATIO = 0.5  # shortest row of a bucket, relative to its longest
@@ -290,11 +297,15 @@ def _mask_of_buckets(
     masks: list[Tensor | None] = []
     functions: list[Callable[..., tuple[Tensor, None]]] = []
     for part in buckets.parts:
-        # A mask makes `sdpa` slow on CPUs, so rows with more keys than queries are compared by their queries alone.
-        eager = attention is not None or prefer_eager(device, dtype, part.queries, part.queries)
         options = part.mask_options(kwargs["mask_function"], kwargs.get("allow_is_causal_skip", False))
-        masks.append((eager_mask if eager else sdpa_mask)(**{**kwargs, **options, "dtype": dtype, "device": device}))
-        functions.append(attention or (eager_gqa_attention if eager else sdpa_attention_forward))
+        options = {**kwargs, **options, "dtype": dtype, "device": device}
+        causal = attention is None and part.causal and sdpa_mask(**options) is None
+        # A mask makes `sdpa` slow on CPUs, so rows with more keys than queries are compared by their queries alone.
+        keys = mean_causal_keys(part.queries) if causal else part.queries
+        eager = attention is not None or prefer_eager(device, dtype, part.queries, keys)
+        masks.append(None if causal else (eager_mask if eager else sdpa_mask)(**options))
+        plain = causal_gqa_attention if causal else eager_gqa_attention
+        functions.append(attention or (plain if eager else sdpa_attention_forward))
     return PackedMask(buckets, masks, functions)
 
 
