@@ -19,6 +19,7 @@ from .shared import (
     _resolve_direction,
     _resolve_precision,
     _schedule_follows_metric,
+    _start_cpu_process_group,
 )
 from .trl_fields import TRLFields, ignore_derived_fields
 from .vllm_fields import VLLMFields
@@ -213,6 +214,7 @@ class PPOConfig(CriticFields, VLLMFields, TRLFields, _RedactSecrets, TrainingArg
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         if self.train_sampling_strategy == "sequential":
             self.shuffle_dataset = False
+        _start_cpu_process_group(self)
         super().__post_init__()
         _resolve_direction(self)
 

@@ -14,6 +14,7 @@ from .shared import (
     _refuse_options,
     _resolve_direction,
     _resolve_precision,
+    _start_cpu_process_group,
     is_number,
 )
 
@@ -36,6 +37,7 @@ class RewardConfig(_RedactSecrets, TRLRewardConfig):
         check_fields(self, RewardConfig)
         _check_length(self)
         self._check_options()
+        _start_cpu_process_group(self)
         super().__post_init__()
         _resolve_direction(self)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import parse_flag_from_env
+from torch import distributed
 from transformers import TrainingArguments
 
 from .checks import as_int, is_int, is_number
@@ -108,6 +112,13 @@ def _resolve_precision(config: PPOConfig | RewardConfig) -> None:
         )
     if config.bf16 and not torch.accelerator.is_available():
         config.use_cpu = True  # Trainer accepts bf16 on a CPU only with use_cpu
+
+
+def _start_cpu_process_group(config: TrainingArguments) -> None:
+    """Start the process group of a launcher on CPUs with `ddp_timeout`, which transformers sets for GPUs alone."""
+    launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if launched and not distributed.is_initialized() and (config.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")):
+        distributed.init_process_group(config.ddp_backend or "gloo", timeout=timedelta(seconds=config.ddp_timeout))
 
 
 def _schedule_follows_metric(config: TrainingArguments) -> bool:

@@ -48,23 +48,45 @@ class Checkpointer:
 
     def start(self, resume_from_checkpoint: str | Path | bool | None) -> str | None:
         """Return the checkpoint to resume from; reset the state of PPO if there is none."""
-        trainer, output_dir = self._trainer, cast(str, self._trainer.args.output_dir)
-        checkpoint = str(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str | Path) else None
-        if resume_from_checkpoint is True:
-            checkpoint = find_last_valid_checkpoint(output_dir)
-            if checkpoint is None:
-                warnings.warn(f"No valid checkpoint in {output_dir}: training starts from the beginning.", stacklevel=3)
-        elif checkpoint is not None:
-            check_checkpoint(checkpoint)
+        trainer, checkpoint, error = self._trainer, None, None
+        try:
+            checkpoint = self._find(resume_from_checkpoint)
+        except ValueError as failure:  # raised once the other ranks know of it, since they would wait
+            error = failure
+        self._check_same_checkpoint("an error" if error else Path(checkpoint).name if checkpoint else "none", error)
         if checkpoint is None:
             trainer._progress = PPOState(kl_coef=trainer.args.kl_coef, baseline=trainer._progress.baseline)
         self._warn_stale_checkpoints(checkpoint)
         return checkpoint
 
+    def _find(self, resume_from_checkpoint: str | Path | bool | None) -> str | None:
+        output_dir = cast(str, self._trainer.args.output_dir)
+        if resume_from_checkpoint is True:
+            checkpoint = find_last_valid_checkpoint(output_dir)
+            if checkpoint is None:
+                warnings.warn(f"No valid checkpoint in {output_dir}: training starts from the beginning.", stacklevel=4)
+            return checkpoint
+        if isinstance(resume_from_checkpoint, str | Path):
+            check_checkpoint(str(resume_from_checkpoint))
+            return str(resume_from_checkpoint)
+        return None
+
+    def _check_same_checkpoint(self, name: str, error: ValueError | None) -> None:
+        """Refuse ranks that would resume from different checkpoints, of which some would wait for others."""
+        names = self._trainer.collectives.all_gather_objects(name)
+        if error is not None:
+            raise error
+        if len({*names}) > 1:
+            raise ValueError(
+                f"The processes would resume from different checkpoints: {', '.join(names)}, by rank. All nodes must "
+                "see the same output_dir; if each has a disk of its own, train with save_on_each_node=True from the "
+                "start, and delete newer checkpoints that only some nodes have."
+            )
+
     def run(self, train: Callable[[], TrainOutput], trial: Any) -> TrainOutput:
         """Train until the end, a signal, or a failure of the engine; after these two, save the last step."""
         trainer, shutdown = self._trainer, self._trainer._shutdown
-        with shutdown:
+        with shutdown, trainer.collectives.name_lost_ranks(self._advice):
             try:
                 output = train()
             except Interrupted:
@@ -82,6 +104,13 @@ class Checkpointer:
             if shutdown.agreed_signal is not None and not trainer.args.load_best_model_at_end:
                 self._save_last_step(trial)
             return output
+
+    def _advice(self) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            last = find_last_valid_checkpoint(cast(str, self._trainer.args.output_dir))
+        found = "there is no valid checkpoint yet" if last is None else f"the last valid checkpoint is {last}"
+        return f"Start all processes again with resume_from_checkpoint=True; {found}."
 
     def save(self, write: Callable[[], None], trial: Any) -> None:
         """Write a checkpoint atomically with Trainer's `_save_checkpoint`, then push it and delete old ones."""
