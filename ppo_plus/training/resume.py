@@ -109,8 +109,8 @@ class Checkpointer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             last = find_last_valid_checkpoint(cast(str, self._trainer.args.output_dir))
-        found = "there is no valid checkpoint yet" if last is None else f"the last valid checkpoint is {last}"
-        return f"Start all processes again with resume_from_checkpoint=True; {found}."
+        state = "there is no valid checkpoint yet" if last is None else f"the last valid checkpoint is {last}"
+        return f"Start all processes again with resume_from_checkpoint=True; {state}."
 
     def save(self, write: Callable[[], None], trial: Any) -> None:
         """Write a checkpoint atomically with Trainer's `_save_checkpoint`, then push it and delete old ones."""
