@@ -372,6 +372,7 @@ def test_the_table_ends_in_the_sizes():
         ({"prompt_length": 0}, 8, "prompt_length must be at least 1; got 0"),
         ({"num_mini_batches": 3}, 8, "rollout_batch_size=64 is not a multiple of num_mini_batches=3"),
         ({"quantization": "fp4"}, 8, "quantization must be one of 'nf4', 'int8', 'bf16', 'fp32'; got 'fp4'"),
+        ({"gather_layers": True}, 8, "gather_layers=True has no effect with processes=1"),
         ({"response_length": 300}, 8, "324 tokens are more than this model's context of 256"),
         ({"critic": "separate"}, 8, "critic='separate' needs a model for the critic"),
         ({}, 0.25, "vram=0.25 GiB must be more than a CUDA context takes"),
@@ -382,6 +383,33 @@ def test_the_table_ends_in_the_sizes():
 def test_a_wrong_plan_is_refused(change, vram, message):
     with pytest.raises(ValueError, match=message):
         plan(CONFIGS["llama"], setup(**change), vram)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("processes", [2, 8])
+def test_a_sharded_base_takes_its_share_and_what_a_pass_gathers(name, processes):
+    """Embeddings, last norm and head are gathered with every pass; a tied head is one tensor with the embeddings."""
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    base, layer = (4 * sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
+    ends = base - len(model.model.layers) * layer
+    whole = DryRun(CONFIGS[name], setup())
+    for options, score in (({}, base), ({"gather_layers": True}, ends + layer)):
+        sharded = DryRun(CONFIGS[name], setup(processes=processes, **options))
+        for phase, gathered in (("learn", ends + 2 * layer), ("score", score), ("generate", score)):
+            found, expected = (dict(getattr(run, phase)(2).parts) for run in (sharded, whole))
+            weights = found.pop("weights"), expected.pop("weights")
+            assert weights[0] - weights[1] == pytest.approx(base / processes + gathered - base, abs=1)
+            assert found == expected
+
+
+def test_scales_of_quantized_weights_stay_whole():
+    whole, sharded = (DryRun(CONFIGS["llama"], setup(quantization="nf4", processes=n)) for n in (1, 4))
+    model = whole.actor.language_model
+    scales = sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("absmax", "absmax2", "codes")))
+    base = whole.score(1).parts["weights"] - sum(b.nbytes for n, b in model.named_buffers() if "rotary" in n)
+    assert sharded.score(1).parts["weights"] - whole.score(1).parts["weights"] == pytest.approx(
+        (base - scales) / 4, abs=1
+    )
 
 
 def test_a_model_that_cannot_run_without_its_weights_is_named(tmp_path, capsys):

@@ -25,7 +25,7 @@ from ..models.critic import CriticSpec
 from ..models.loading import build_actor_critic, language_model_class
 from ..utils.contexts import set_attributes
 from .prediction import PARTS, MemoryEstimator, Parts, PlannerConfig
-from .quantized import quantize
+from .quantized import QuantizedLinear, quantize
 from .tracker import MemoryTracker
 
 
@@ -65,7 +65,19 @@ class DryRun(MemoryEstimator):
         gradients = nullcontext() if phase == "learn" else torch.no_grad()
         with self._fake, self.tracker, gradients, gpu_logit_chunking():
             self.tracker.reset_peak()
-            return getattr(self, f"_{phase}")(rows)
+            peaks = getattr(self, f"_{phase}")(rows)
+        added = 0 if self.setup.processes == 1 else self._bytes_added_by_sharding(phase)
+        return [{**parts, "weights": parts["weights"] + added} for parts in peaks]
+
+    def _bytes_added_by_sharding(self, phase: str) -> int:
+        """Return the bytes of weights on a rank that holds a share, less those of a whole base."""
+        model = self.actor.language_model
+        base, layers = sharded_bytes(model), [sharded_bytes(layer) for layer in decoder_layers(model.base_model)]
+        share = -(-base // self.setup.processes)
+        if phase != "learn" and not self.setup.gather_layers:
+            return share  # the whole base is gathered, in addition to the share
+        # The backward pass gathers the next layer while it runs one.
+        return share + base - sum(layers) + max(layers, default=0) * (2 if phase == "learn" else 1) - base
 
     def _prefill(self, rows: int) -> list[Parts]:
         return self._peaks(cache_bytes(self._decode_step(*self._tokens(rows, self.setup.prompt_length), None)))
@@ -174,6 +186,13 @@ def count_parameters(actor: ActorCritic) -> dict[str, int]:
             kind = "embeddings" if id(parameter) in embeddings else "linear" if linear else "other"
             counts[kind] += parameter.numel()
     return counts
+
+
+def sharded_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module that FSDP2 shards: frozen parameters and packed weights, but not their scales."""
+    frozen = {id(p): p.nbytes for n, p in module.named_parameters() if not p.requires_grad and "lora_" not in n}
+    packed = (cast(Tensor, m.weight).nbytes for m in module.modules() if isinstance(m, QuantizedLinear))
+    return sum(frozen.values()) + sum(packed)
 
 
 def cache_bytes(cache: Any) -> int:

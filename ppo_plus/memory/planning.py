@@ -135,6 +135,8 @@ def table(plan: Plan) -> str:
     remedies = {
         "critic='shared'": plan.setup.critic == "separate",
         "quantization='nf4'": plan.setup.quantization != "nf4",
+        f"processes={2 * plan.setup.processes}": over.name == "learn" or plan.setup.gather_layers,
+        "gather_layers=True": plan.setup.processes > 1 and over.name != "learn" and not plan.setup.gather_layers,
         "activation_checkpointing=True": over.name == "learn" and not plan.setup.activation_checkpointing,
         "a shorter prompt or response": True,
     }

@@ -33,6 +33,10 @@ class PlannerConfig:
         "adapter", "A reward adapter of the same rank on the base, or a reward without weights."
     )
     activation_checkpointing: bool = _field(False, "Recompute activations in the backward pass.")
+    processes: int = _field(1, "Processes over which the base is sharded, as with fsdp=True.", at_least(1))
+    gather_layers: bool = _field(
+        False, "With several processes: gather layer by layer in rollouts too, as ds3_gather_for_generation=False."
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, PlannerConfig)
@@ -41,6 +45,8 @@ class PlannerConfig:
                 f"rollout_batch_size={self.rollout_batch_size} is not a multiple of num_mini_batches="
                 f"{self.num_mini_batches}, so minibatches would differ in size."
             )
+        if self.gather_layers and self.processes == 1:
+            raise ValueError("gather_layers=True has no effect with processes=1, whose base is whole: remove it.")
 
     @property
     def dtype(self) -> torch.dtype:
