@@ -141,9 +141,11 @@ trainer.compute_loss = spoiled
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
+def test_a_nan_on_one_process_is_skipped_by_both(tmp_path, fsdp):
     """The gradients are those of all processes when they are looked at, so all come to the same decision."""
-    found = launch(tmp_path / "spoiled", steps=4, prepare=NAN_ON_ONE)  # asserts that both hold the same weights
+    # `launch` asserts that both hold the same weights.
+    found = launch(tmp_path / "spoiled", steps=4, prepare=NAN_ON_ONE, config={"fsdp": fsdp})
     assert found["skipped"] == [1.0] and math.isfinite(found["norm"])
 
 
@@ -181,12 +183,13 @@ trainer.add_callback(Raise())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number):
+@pytest.mark.parametrize(("number", "fsdp"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number, fsdp):
     """Each by the signal, and with a checkpoint from which a run goes on to the same bits."""
     folder = tmp_path / "stopped"
     folder.mkdir()
-    text = {"tests": str(Path(__file__).parent), "folder": str(folder), "steps": 6, "resume": None, "config": {}}
+    text = {"tests": str(Path(__file__).parent), "folder": str(folder), "steps": 6, "resume": None}
+    text["config"] = {"fsdp": fsdp, "html_report": True}
     prepare = SIGNAL_TO_ONE.format(step=1, number=int(number))
     (folder / "train.py").write_text(SCRIPT.format(**text, prepare=prepare))
     with socket.socket() as free:
@@ -211,8 +214,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number
     assert [f"{number.name}: finishing this step and saving" in text for text in said] == [False, True]
     assert [f.name for f in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     if number == signal.SIGTERM:
-        whole = launch(tmp_path / "whole")
-        resumed = launch(tmp_path / "resumed", resume=str(folder / "checkpoint-2"))  # a damaged one is refused
+        whole = launch(tmp_path / "whole", config={"fsdp": fsdp})
+        checkpoint = str(folder / "checkpoint-2")  # a damaged one is refused
+        resumed = launch(tmp_path / "resumed", resume=checkpoint, config={"fsdp": fsdp})
         assert (resumed["sum"], resumed["norm"]) == (whole["sum"], whole["norm"])
 
 
