@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from datetime import datetime
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
@@ -195,6 +197,29 @@ def test_template_arguments_that_are_no_dict_or_set_already_are_refused_by_their
     rows = Dataset.from_list([{"prompt": [ASK], "chat_template_kwargs": arguments}])
     with pytest.raises(ValueError, match=rf"^train_dataset\[0\].*chat_template_kwargs.*{named}"):
         tokenize_prompts(rows, make_tokenizer(MOOD_TEMPLATE))
+
+
+@pytest.mark.parametrize("store", ["dataset", "stream", "parquet"])
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"prompt": [ASK, call(a=datetime(2026, 1, 2)), ASK]}, "message 1 has datetime.datetime"),
+        ({"prompt": [ASK, call(a=[{"b": Decimal("1.5")}]), ASK]}, "message 1 has Decimal"),
+        (
+            {"prompt": [ASK], "tools": [{"name": "f", "from": datetime(2026, 1, 2)}]},
+            "tools or .* has datetime.datetime",
+        ),
+        (
+            {"prompt": [ASK], "chat_template_kwargs": {"now": datetime(2026, 1, 2)}},
+            "tools or chat_template_kwargs has datetime",
+        ),
+    ],
+)
+def test_values_that_json_lacks_are_refused_by_their_row(row, place, store, tmp_path):
+    """A template would render them as `<datetime>`, and reward functions would get another value."""
+    rows = STORES[store]([row], tmp_path)
+    with pytest.raises(ValueError, match=rf"^train_dataset\[0\]: {place}"):
+        list(tokenize_prompts(rows, make_tokenizer(CALL_TEMPLATE)))
 
 
 def test_a_column_tools_beside_plain_text_is_only_a_column():

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 from datasets import Features, Json, LargeList, List
 from transformers import PreTrainedTokenizerBase
 
@@ -108,6 +109,7 @@ def merge_template_kwargs(run: Mapping[str, Any] | None, row: Mapping[str, Any],
         tools = parse_tools(row.get("tools"))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    check_json([tools, row_kwargs], f"{where}: tools or chat_template_kwargs")
     merged = {**tools, **(run or {}), **(row_kwargs or {})}
     if fixed := sorted({"tokenize", "return_dict", "return_tensors"} & merged.keys()):
         raise ValueError(f"{where}: chat_template_kwargs has {fixed[0]!r}, which ppo_plus sets itself. Leave it out.")
@@ -139,6 +141,22 @@ def check_messages(messages: Sequence[Mapping[str, Any]], where: str) -> None:
                 )
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{where}: message {index} has a part without text: {shorten(part)}.")
+        check_json(message, f"{where}: message {index}")
+
+
+def check_json(value: Any, where: str) -> None:
+    """Refuse values that JSON lacks, such as dates: transformers (5.24) gives a template the name of their type.
+
+    See findings/transformers_template_renders_a_date_as_its_type.sh.
+    """
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            check_json(part, where)
+    elif not isinstance(value, str | int | float | np.generic | None):
+        raise ValueError(
+            f"{where} has {shorten(value)}, of a type that JSON lacks, so the chat template would render "
+            f"'<{type(value).__name__}>'. Convert it to text first: dataset.map(...)."
+        )
 
 
 def fit_content(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
