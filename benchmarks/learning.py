@@ -100,7 +100,7 @@ def prepare(job: dict) -> dict:
     import torch
     from demo_assets import movie_reviews, prompts, splits
     from peft import PeftModel
-    from rm_then_ppo import filter_by_source, train_reward_model
+    from rm_then_ppo import build_reward_trainer, filter_by_source, train_reward_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     work = Path(job["work"])
@@ -111,7 +111,7 @@ def prepare(job: dict) -> dict:
         for name, split, n in (("train", "ppo_train", demo.num_prompts), ("held_out", "ppo_eval", job["held_out"]))
     }
     (work / "prompts.json").write_text(json.dumps({name: list(texts) for name, texts in found.items()}))
-    folder, info = train_reward_model(demo, job["model"], tokenizer, reviews)
+    folder, info = train_reward_model(build_reward_trainer(demo, job["model"], tokenizer, reviews))
     base = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
     base.config.pad_token_id = base.config.eos_token_id
     merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload().to(getattr(torch, job["dtype"]))

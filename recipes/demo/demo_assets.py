@@ -39,7 +39,7 @@ SPLIT_KEY_LENGTH = 40  # characters that identify a review: reviews with the sam
 MIN_PAIR_TOKENS = 10  # minimum tokens of each text of a preference pair
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """Raised if an asset of the demo is not available; the message names the asset, the reason and the fix."""
 
     def __init__(self, package: str, reason: str):

@@ -30,7 +30,9 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from ppo_plus import AdaptiveKLCallback, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from ppo_plus.callbacks.completions import print_samples
+from ppo_plus.callbacks.progress import disable_bars_in_logs
 from ppo_plus.cli.arguments import FieldParser, errors_in_one_line
+from ppo_plus.cli.data import check_free_space
 from ppo_plus.report import REPORT, plot_curves
 
 FAST_TOP_LAYERS = 10  # a third of SmolLM2's
@@ -108,23 +110,26 @@ def filter_by_source(reviews: Dataset, source: str) -> Dataset:
     return reviews.filter(lambda row: row["source"] == source)
 
 
-def train_reward_model(
-    args: DemoArguments, model: str, tokenizer: Any, reviews: dict[str, Dataset]
-) -> tuple[Path, dict[str, Any]]:
-    """Train a reward adapter on the short reviews; returns its folder and metadata."""
+def build_reward_trainer(args: DemoArguments, model: str, tokenizer: Any, reviews: dict[str, Dataset]) -> RewardTrainer:
+    """Build the trainer of a reward adapter on pairs of short reviews."""
     train, held_out = (filter_by_source(reviews[split], "rotten_tomatoes") for split in ("rm_train", "rm_eval"))
-    folder = Path(args.output_dir) / "reward_model"
-    trainer = RewardTrainer(
+    folder = f"{args.output_dir}/reward_model"
+    return RewardTrainer(
         model,
-        RewardConfig(output_dir=str(folder), seed=args.seed, report_to="none", **(fast_precision() | args.reward)),
+        RewardConfig(output_dir=folder, seed=args.seed, report_to="none", **(fast_precision() | args.reward)),
         peft_config=lora(model, args.top_layers),
         quantization_config=nf4() if args.load_in_4bit else None,
         train_dataset=preference_pairs(train, tokenizer, args.num_pairs, args.pair_tokens, args.seed),
         eval_dataset=preference_pairs(held_out, tokenizer, args.num_eval_pairs, args.pair_tokens, args.seed),
         processing_class=tokenizer,
     )
+
+
+def train_reward_model(trainer: RewardTrainer) -> tuple[Path, dict[str, Any]]:
+    """Train and save a reward adapter; returns its folder and metadata."""
     trainer.train()
     trainer.save_model()
+    folder = Path(trainer.args.output_dir)
     return folder, json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
 
 
@@ -166,47 +171,15 @@ def evaluate_prompts(trainer: PPOTrainer) -> tuple[dict[str, float], list[str], 
     return metrics, samples.completions.prompts, texts
 
 
-def main() -> None:
-    prog = "ppo-plus demo"
-    with errors_in_one_line(prog):
-        (args,), launch_arguments = FieldParser([DemoArguments], prog).parse(sys.argv[1:])
-        if launch_arguments:
-            raise ValueError(f"the demo runs in one process: remove {' '.join(launch_arguments)}.")
-    start_time = time.perf_counter()
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    model = args.model_name_or_path or str(load_smollm2())
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    reviews = splits(movie_reviews(), seed=args.seed)
-
-    reward_model, info = train_reward_model(args, model, tokenizer, reviews)
-    print(f"Reward model: accuracy {info['accuracy']:.3f} on {info['pairs']} held-out pairs")
-    trainer = build_ppo_trainer(args, model, tokenizer, reviews, reward_model)
-    before, prompt_texts, first_answers = evaluate_prompts(trainer)
-    trainer.train()
-    after, _, last_answers = evaluate_prompts(trainer)
-    trainer.save_model()
-
+def write_results(trainer: PPOTrainer, out: Path, result: dict[str, Any], samples: dict[str, list[str]]) -> None:
+    """Write curves, samples and figures into the output folder, and print the figures."""
     plot_curves(trainer.state.log_history, out / "curves.png")
-    print_samples(
-        "The same held-out prompts and seeds, before and after PPO",
-        {"prompt": prompt_texts[:8], "before": first_answers[:8], "after": last_answers[:8]},
-    )
-    result = {
-        "model": Path(model).name,
-        "seed": args.seed,
-        "load_in_4bit": args.load_in_4bit,
-        "reward_model_accuracy": info["accuracy"],
-        "before": before,
-        "after": after,
-        "minutes": (time.perf_counter() - start_time) / 60,
-    }
+    shown = {name: texts[:8] for name, texts in samples.items()}
+    print_samples("The same held-out prompts and seeds, before and after PPO", shown)
     (out / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    samples = [
-        dict(zip(("prompt", "before", "after"), s, strict=True))
-        for s in zip(prompt_texts, first_answers, last_answers, strict=True)
-    ]
-    (out / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
+    rows = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
+    (out / "samples.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    before, after = result["before"], result["after"]
     for name in before:
         print(f"{name:>26}: {before[name]:8.3f} -> {after[name]:8.3f}")
     folder = Path(trainer.args.output_dir)
@@ -215,6 +188,45 @@ def main() -> None:
         f"Held-out reward {before['reward']:.2f} -> {after['reward']:.2f}, KL {after['kl']:.1f} nats, "
         f"VADER {before['vader']:.2f} -> {after['vader']:.2f}, {result['minutes']:.1f} minutes"
     )
+
+
+def main() -> None:
+    prog = "ppo-plus demo"
+    with errors_in_one_line(prog):
+        (args,), launch_arguments = FieldParser([DemoArguments], prog).parse(sys.argv[1:])
+        if launch_arguments:
+            raise ValueError(f"the demo runs in one process: remove {' '.join(launch_arguments)}.")
+    disable_bars_in_logs()
+    start_time, out = time.perf_counter(), Path(args.output_dir)
+    with errors_in_one_line(prog, str(out / "reward_model")):
+        model = args.model_name_or_path or str(load_smollm2())
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        reviews = splits(movie_reviews(), seed=args.seed)
+        reward_trainer = build_reward_trainer(args, model, tokenizer, reviews)
+        check_free_space(reward_trainer)
+
+    reward_model, info = train_reward_model(reward_trainer)
+    del reward_trainer  # PPO loads the base again
+    reward_model_minutes = (time.perf_counter() - start_time) / 60
+    print(f"Reward model: accuracy {info['accuracy']:.3f} on {info['pairs']} held-out pairs")
+    trainer = build_ppo_trainer(args, model, tokenizer, reviews, reward_model)
+    before, prompt_texts, first_answers = evaluate_prompts(trainer)
+    trainer.train()
+    after, _, last_answers = evaluate_prompts(trainer)
+    trainer.save_model()
+
+    result = {
+        "model": Path(model).name,
+        "seed": args.seed,
+        "load_in_4bit": args.load_in_4bit,
+        "reward_model_accuracy": info["accuracy"],
+        "before": before,
+        "after": after,
+        "reward_model_minutes": reward_model_minutes,
+        "minutes": (time.perf_counter() - start_time) / 60,
+        "cpu_minutes": time.process_time() / 60,  # of all threads, imports included
+    }
+    write_results(trainer, out, result, {"prompt": prompt_texts, "before": first_answers, "after": last_answers})
 
 
 if __name__ == "__main__":
