@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import gc
 import io
 import os
 import shutil
@@ -125,6 +126,32 @@ def test_a_disk_error_still_ends_the_writing_of_a_checkpoint(tmp_path, monkeypat
         with pytest.raises(OSError, match="Input/output|No space"):
             write_manifest(tmp_path)
     assert integrity_error(tmp_path) == "saving was interrupted"
+
+
+def mapped(file):
+    """Whether a file is in the memory of this process."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    return any(line.endswith(str(file.resolve())) for line in maps.splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="mapped files are read from /proc")
+@pytest.mark.parametrize("locked", [True, False])
+def test_the_files_of_a_trained_model_are_released_where_they_are_locked(locked, tmp_path, monkeypatch):
+    """On Windows no mapped file is replaced, so the model could not be saved where it comes from."""
+    monkeypatch.setattr("ppo_plus.models.loading.MAPPED_FILES_ARE_LOCKED", locked)
+    policy, reward = tmp_path / "policy", tmp_path / "reward"
+    for folder in (policy, reward):
+        make_model().save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    trainer = make_trainer(tmp_path / "out", model=str(policy), peft_config=None, config={"max_steps": 1})
+    trainer.train()
+    args = RewardConfig(str(tmp_path / "rm"), max_steps=1, use_cpu=True, report_to="none", dataloader_pin_memory=False)
+    pairs = Dataset.from_dict({"chosen": ["good film"] * 4, "rejected": ["bad film"] * 4})
+    rewards = RewardTrainer(str(reward), args, train_dataset=pairs, processing_class=make_tokenizer())
+    gc.collect()
+    found = [mapped(folder / "model.safetensors") for folder in (policy, reward)]
+    assert found == [not locked] * 2  # the control: elsewhere both are mapped
+    assert trainer.model is not None and rewards.model is not None
 
 
 # --- a run under the rules of Windows ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ from .critic import CriticSpec, build_value_head
 from .precision import hold_trained_in_fp32
 from .weight_checks import check_model_weights
 
+MAPPED_FILES_ARE_LOCKED = os.name == "nt"
 # Those arguments of a model's `from_pretrained` that its configuration is loaded with, too.
 HUB_KWARGS = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "gguf_file")
 
@@ -262,8 +264,12 @@ def warn_of_unquantized(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def clone_mmapped_tensors(model: nn.Module) -> None:
-    """Clone tensors that quantization left as views of the memory-mapped file, so that the file can be released."""
-    if getattr(model, "is_quantized", False):
+    """Clone tensors that are views of the memory-mapped file, where the file must be released.
+
+    Quantization leaves some, which keep the whole file. On Windows a mapped file cannot be replaced, so a model could
+    not be saved into the folder that it was loaded from.
+    """
+    if getattr(model, "is_quantized", False) or MAPPED_FILES_ARE_LOCKED:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.is_floating_point():
                 tensor.data = tensor.data.clone()
