@@ -288,6 +288,18 @@ def test_two_processes_share_a_server_and_stop_together_when_it_fails(tmp_path, 
     assert (torch.load(tmp_path / "broken" / "weights.pt") - weights).abs().max() < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gather_all", [True, False], ids=["gathered", "layer by layer"])
+def test_a_sharded_base_hands_over_the_adapter_that_is_whole(tmp_path, fake, gather_all):
+    config = {"use_vllm": True, "vllm_server_base_url": fake.url, "html_report": True}
+    weights, _ = alone(tmp_path / "one", seed=42, **config)
+    fake.requests.clear()
+    sharded = {"gradient_accumulation_steps": 2, "fsdp": True, "ds3_gather_for_generation": gather_all}
+    log = launch(tmp_path / "two", config={**sharded, **config})["log"]
+    assert (torch.load(tmp_path / "two" / "weights.pt") - weights).abs().max() < 1e-4
+    assert max(row["sampling/logp_difference"] for row in log) < 1e-5
+
+
 # The client
 
 
@@ -357,8 +369,9 @@ def test_a_server_that_is_not_there_is_waited_for(tmp_path):
 def test_a_server_that_starts_while_it_is_waited_for_is_used(fake):
     answers = iter([503, 503, 200])
     fake.respond = lambda path, payload: (next(answers), {})
-    VLLMClient(fake.url, 20.0).wait_until_up()
-    assert next(answers, None) is None
+    with pytest.warns(UserWarning, match="vllm_server_timeout=20.0") as warned:
+        VLLMClient(fake.url, 20.0).wait_until_up()
+    assert next(answers, None) is None and len(warned) == 1
 
 
 def test_a_signal_ends_the_wait_for_answers(fake):

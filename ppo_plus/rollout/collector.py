@@ -158,27 +158,33 @@ class RolloutCollector:
         """
         timer, self.first_pass = PhaseTimer(), None
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
-        with contextlib.ExitStack() as passes, self.accelerator.autocast():
-            learning = micro_batch_fn is not None
-            passes.enter_context(self._generating())
-            with self._generator(on_all_ranks) as generate:
-                responses = self._respond(rows, uniforms, generate, self.args.num_generations if learning else 1)
-            passes.enter_context(self.uneven_passes())
+        num_generations = 1 if micro_batch_fn is None else self.args.num_generations
+        with self._generating(), self.accelerator.autocast():
+            responses = self._respond(rows, uniforms, num_generations, on_all_ranks)
             timer.record("generate")
-            completions, extra = self.decoder.decode(responses, context)
-            self.report("scoring", 0, len(rows), 0)
-            scores = self.rewards(completions) if score else self.rewards.leave_unscored(completions)
-            self.report("scoring", len(rows), len(rows), 0)
-            batch = self._forward_batch(responses, micro_batch_fn)
-            prefix_scores = self._prefix_scores(batch) if learning else None
-            timer.record("score")
-            frozen_states = self._frozen_states(batch) if learning else None
-            masked = self.args.objective == "masked"
-            spared = masked and not responses.logprobs[responses.action_mask].isnan().any()
-            logprobs, values, entropy = self._forward(batch, frozen_states, logprobs=not spared)
-            with self.model.role("reference"):
-                ref_logprobs, _, _ = self._forward(batch, frozen_states, actor=False)
-            timer.record("logprobs")
+            with self.uneven_passes():  # without an engine, they are entered already
+                return self._score(responses, context, micro_batch_fn, score, timer)
+
+    def _score(
+        self, responses: Responses, context: dict[str, Any], micro_batch_fn: BatchingFn | None, score: bool,
+        timer: PhaseTimer,
+    ) -> Experience:  # fmt: skip
+        """Score responses by rewards, actor, critic and reference; the arguments are those of `sample`."""
+        learning, num_rows = micro_batch_fn is not None, len(responses.rows)
+        completions, extra = self.decoder.decode(responses, context)
+        self.report("scoring", 0, num_rows, 0)
+        scores = self.rewards(completions) if score else self.rewards.leave_unscored(completions)
+        self.report("scoring", num_rows, num_rows, 0)
+        batch = self._forward_batch(responses, micro_batch_fn)
+        prefix_scores = self._prefix_scores(batch) if learning else None
+        timer.record("score")
+        frozen_states = self._frozen_states(batch) if learning else None
+        masked = self.args.objective == "masked"
+        spared = masked and not responses.logprobs[responses.action_mask].isnan().any()
+        logprobs, values, entropy = self._forward(batch, frozen_states, logprobs=not spared)
+        with self.model.role("reference"):
+            ref_logprobs, _, _ = self._forward(batch, frozen_states, actor=False)
+        timer.record("logprobs")
         sampled_logprobs = torch.where(responses.logprobs.isnan(), logprobs, responses.logprobs)
         if masked:  # a part of them may be from the forward pass, which tells nothing about all tokens
             logprobs, entropy = sampled_logprobs, None
@@ -213,9 +219,7 @@ class RolloutCollector:
         """Generate the reference's responses to rows of a tokenized dataset, with the uniforms of `sample`."""
         self.model.eval()
         with self._generating(), self.accelerator.autocast(), self.model.role("reference"):
-            with self._generator() as generate:
-                responses = self._respond(rows, uniforms, generate)
-            return self.decoder.decode(responses, {})[0]
+            return self.decoder.decode(self._respond(rows, uniforms), {})[0]
 
     @torch.no_grad()
     def compare_engine(self, rows: Sequence[Row], uniforms: Tensor, temperatures: Sequence[float]) -> list[float]:
@@ -254,7 +258,7 @@ class RolloutCollector:
         return self.uneven_passes() if self.engine is None else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _generator(self, on_all_ranks: bool = True) -> Iterator[Generate]:
+    def _generator(self, on_all_ranks: bool) -> Iterator[Generate]:
         """Context manager: yield a function that samples turns of the model in its current role."""
         if self.engine is None or self.model.active_model is not self.model.language_model:  # a separate reference
             yield self._generate
@@ -263,12 +267,13 @@ class RolloutCollector:
             yield self.engine.generate
 
     def _respond(
-        self, rows: Sequence[Row], uniforms: Tensor, generate: Generate, num_generations: int = 1
+        self, rows: Sequence[Row], uniforms: Tensor, num_generations: int = 1, on_all_ranks: bool = True
     ) -> Responses:
-        if self.responder is not None:
-            return self.responder(rows, uniforms, generate)
-        prompts = [row["input_ids"] for row in rows]
-        return self._single_turn(rows, generate(prompts, uniforms, num_generations))
+        with self._generator(on_all_ranks) as generate:
+            if self.responder is not None:
+                return self.responder(rows, uniforms, generate)
+            prompts = [row["input_ids"] for row in rows]
+            return self._single_turn(rows, generate(prompts, uniforms, num_generations))
 
     def _single_turn(self, rows: Sequence[Row], output: GenerateOutput) -> Responses:
         return Responses.from_single_turn(rows, output, self.stop_ids, train_on_eos=self.args.train_on_eos)

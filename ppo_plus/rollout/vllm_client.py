@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -56,14 +57,18 @@ class VLLMClient:
         Raises:
             EngineError: the server did not answer in that time.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline, warned = time.monotonic() + self.timeout, False
         while True:
             try:
                 self.request("GET", "/health")
                 return
-            except EngineError:
+            except EngineError as error:
                 if time.monotonic() + RETRY_SECONDS > deadline:
                     raise
+                if not warned:
+                    text = f"{error} It is waited for up to vllm_server_timeout={self.timeout} seconds."
+                    warnings.warn(text, stacklevel=3)
+                    warned = True
             time.sleep(RETRY_SECONDS)
 
     def request(self, method: str, path: str, payload: dict[str, Any] | None = None) -> Any:

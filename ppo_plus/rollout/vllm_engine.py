@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..config import PPOConfig
 from ..models.actor_critic import ActorCritic
-from ..models.adapters import active_adapter
+from ..models.adapters import active_adapter, is_adapter_parameter
 from ..models.generation import GenerateOutput
 from ..utils.collectives import Collectives
 from .phases import ProgressReporter
@@ -94,8 +94,11 @@ class VLLMEngine:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="vllm-adapter-", dir=output_dir) as folder:
             Path(folder).chmod(0o755)  # the server may run as another user
-            options = {"selected_adapters": [adapter], "save_embedding_layers": False}
-            cast(PeftModel, model.policy).save_pretrained(folder, **options)
+            # Not `state_dict()`: of a sharded base it frees the weights that are gathered, here on rank 0 alone.
+            weights = {n: p.detach() for n, p in model.policy.named_parameters() if is_adapter_parameter(n, adapter)}
+            cast(PeftModel, model.policy).save_pretrained(
+                folder, selected_adapters=[adapter], save_embedding_layers=False, state_dict=weights
+            )
             path = folder if adapter == "default" else f"{folder}/{adapter}"
             try:
                 self.client.request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
