@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from agents import add, make_tool_model, questions, right_sum, tool_tokenizer
+from agents import add, make_tool_model, questions, tool_tokenizer
 from click.testing import CliRunner
 from conftest import CHAT_TEMPLATE, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
@@ -410,8 +410,9 @@ def test_every_metric_that_is_logged_is_in_the_table(tmp_path):
 
 def test_metrics_in_the_table_are_metrics(tmp_path):
     tools = {"model": make_tool_model(trained=False), "processing_class": tool_tokenizer(), "tools": [add]}
-    tools |= {"train_dataset": questions(), "reward_funcs": right_sum}
-    trainer = make_trainer(tmp_path, config={"max_steps": 4, "critic_gate": True}, **tools)
+    tools |= {"train_dataset": questions(), "reward_funcs": lambda completions, **kwargs: [1.0] * len(completions)}
+    options = {"critic_gate": True, "positive_example_nll_weight": 0.1, "missing_eos_penalty": None}
+    trainer = make_trainer(tmp_path, config={"max_steps": 4, **options}, **tools)
     trainer.train()
     logged = {name for logs in trainer.state.log_history for name in logs}
     logged = {re.sub(r"^rewards/[^/]+/", "rewards/<name>/", name) for name in logged} | {"ppo/skipped_steps"}
