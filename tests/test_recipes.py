@@ -173,9 +173,9 @@ def test_the_benchmark_runs_what_another_run_needs_first():
         assert order[-1] == name and order[:-1] == [r for r in [recipes.RUNS[name].reward] if r]
 
 
-def launch_two(folder, command, *arguments):
+def launch_two(folder, command, *arguments, profile="multi_gpu"):
     """Run `ppo-plus` by a profile of `accelerate launch` in two processes that talk through gloo."""
-    command = [sys.executable, "-m", "ppo_plus.cli.main", command, "--accelerate_config", "multi_gpu",
+    command = [sys.executable, "-m", "ppo_plus.cli.main", command, "--accelerate_config", profile,
                "--main_process_port", "0", *map(str, arguments)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -198,10 +198,15 @@ def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(her
     checkpoint = here / "whole" / "checkpoint-3"  # inside the only rollout
     assert {"rollout_0.safetensors", "rollout_1.safetensors"} <= {f.name for f in checkpoint.iterdir()}
     launch_two(here, "ppo", *ppo, "--output_dir", "resumed", "--resume_from_checkpoint", checkpoint)
-    found, expected, before = (
-        load_file(here / folder / "adapter_model.safetensors") for folder in ("resumed", "whole", "whole/checkpoint-3")
+    sharded = ["--output_dir", "sharded", "--resume_from_checkpoint", checkpoint]
+    launch_two(here, "ppo", *ppo, *sharded, profile="fsdp2")
+    found, shards, expected, before = (
+        load_file(here / folder / "adapter_model.safetensors")
+        for folder in ("resumed", "sharded", "whole", "whole/checkpoint-3")
     )
-    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+    for resumed in (found, shards):
+        assert resumed.keys() == expected.keys() and all(torch.equal(resumed[n], expected[n]) for n in resumed)
+    assert json.loads((here / "sharded" / "training_args.json").read_text())["fsdp"] is True
     assert any(not torch.equal(before[n], expected[n]) for n in before)
 
 
