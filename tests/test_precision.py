@@ -85,6 +85,26 @@ def test_bf16_in_software_is_refused_by_the_name_of_the_card(card, tmp_path, kin
 
 
 @KINDS
+@pytest.mark.parametrize(
+    ("option", "minimum", "named"),
+    [
+        ({"torch_compile": True}, (7, 0), r"torch_compile=True requires compute capability 7\.0"),
+        (
+            {"model_init_kwargs": {"attn_implementation": "flash_attention_2"}}, (8, 0),
+            r"attn_implementation='flash_attention_2' requires compute capability 8\.0",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_card_is_too_old_for_is_refused(card, tmp_path, kind, option, minimum, named):
+    card((minimum[0] - 1, 5), "Old card")
+    with pytest.raises(ValueError, match=rf"^{kind.__name__}: {named}, and Old card has"):
+        kind(str(tmp_path), **option)
+    kind(str(tmp_path), **option, use_cpu=True)
+    card(minimum)
+    kind(str(tmp_path), **option)
+
+
+@KINDS
 def test_a_card_does_not_decide_for_a_run_on_the_cpu(card, tmp_path, kind):
     for capability in ((7, 5), (8, 0)):
         card(capability)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .reward_config import RewardConfig
 
 MIN_FP16_CAPABILITY = (7, 0)  # first compute capability with fp16 tensor cores: V100, then T4
+MIN_TRITON_CAPABILITY = (7, 0)  # of the GPUs that Triton, which torch.compile uses, has code for
 
 
 class _RedactSecrets:
@@ -84,12 +85,31 @@ def _check_length(config: Any) -> None:
         )
 
 
+def _check_capability(config: PPOConfig | RewardConfig) -> None:
+    """Refuse options that a CUDA GPU is too old for, which would fail in the first pass."""
+    if not torch.cuda.is_available() or config.use_cpu:
+        return
+    has_flash_attention = "flash_attention_2" in str(config.model_init_kwargs)  # a dict, or JSON
+    needs = {
+        "torch_compile=True": MIN_TRITON_CAPABILITY if config.torch_compile else (0, 0),
+        "attn_implementation='flash_attention_2'": (8, 0) if has_flash_attention else (0, 0),
+    }
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    for option, minimum in needs.items():
+        if capability < minimum:
+            raise ValueError(
+                f"{type(config).__name__}: {option} requires compute capability {minimum[0]}.{minimum[1]}, and {name} "
+                f"has {capability[0]}.{capability[1]}. Remove it."
+            )
+
+
 def _resolve_precision(config: PPOConfig | RewardConfig) -> None:
     """Choose the autocast dtype by GPU: bf16 from Ampere on, fp16 on older GPUs with tensor cores.
 
     Raises:
-        ValueError: bf16 is requested on a CUDA GPU that only emulates it.
+        ValueError: bf16 is requested on a CUDA GPU that only emulates it, or another option that it is too old for.
     """
+    _check_capability(config)
     on_cuda = torch.cuda.is_available() and not config.use_cpu
     native = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.bf16 is None:
