@@ -42,7 +42,7 @@ from .kernels.liger import LigerMixin, apply_liger
 from .models.actor_critic import ActorCritic, ActorCriticOutput
 from .models.sharding import ShardedBase, wrap_in_ddp
 from .rewards import build_rewards
-from .rollout.collector import RolloutCollector, weight_versions
+from .rollout.collector import RolloutCollector
 from .rollout.experience import Experience
 from .training.agents import AgentSetup
 from .training.checkpoint import PPOState
@@ -296,9 +296,7 @@ class PPOTrainer(
         return (loss, output) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> ActorCriticOutput:
-        train_actor, first_pass = not self._critic_training.is_alone, inputs.get("first_pass")
-        if first_pass is not None and train_actor and first_pass.versions == weight_versions(self.model):
-            return first_pass.output
+        train_actor = not self._critic_training.is_alone
         optional = {
             name: inputs.get(name) for name in ("frozen_hidden_states", "response_mask", "seq_lens", "prefixes")
         }

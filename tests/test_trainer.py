@@ -422,9 +422,7 @@ UNEVEN = {
 
 def test_a_rollout_is_scored_in_the_very_passes_that_it_is_first_learned_from(tmp_path):
     options = {"model": make_model(), "peft_config": lora()}
-    trainer, _ = recorded(tmp_path, UNEVEN, **options)
-    trainer._rollouts._can_keep_first_pass = lambda: False  # as if a pass that scores were never learned from
-    seen = passes_of(trainer)
+    seen = passes_of(recorded(tmp_path, UNEVEN, **options)[0])
     for rollout in range(2):
         learned = seen["learned"][4 * rollout : 4 * rollout + 4]
         actor, reference = (seen["scored"][8 * rollout + 4 * i :][:4] for i in range(2))

@@ -260,7 +260,7 @@ class ActorCritic(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float = 1.0,
         with_logprobs: bool = True, with_values: bool = True, with_entropy: bool = False,
         frozen_hidden_states: Tensor | None = None, response_mask: Tensor | None = None,
-        seq_lens: SeqLens | None = None, prefixes: Prefixes | None = None, train_entropy: bool = True,
+        seq_lens: SeqLens | None = None, prefixes: Prefixes | None = None,
     ) -> ActorCriticOutput:  # fmt: skip
         """Compute log-probabilities, values and entropies of the response tokens.
 
@@ -278,7 +278,6 @@ class ActorCritic(nn.Module):
             response_mask: which of the last R positions to compute, `(B, R)` bool; the others are 0. All by default.
             seq_lens: sums of `attention_mask` and `response_mask` per row; with them the pass has no padding.
             prefixes: (prompt, tokens of the prompt) per row; the pass reads the prompt of several rows once.
-            train_entropy: whether entropies have gradients.
         """
         batch = TokenBatch.without_last(input_ids, attention_mask, seq_lens, frozen_hidden_states, prefixes)
         packing = make_packing(response_mask, None if seq_lens is None else [response for _, response in seq_lens])
@@ -289,7 +288,7 @@ class ActorCritic(nn.Module):
                 states = packing.pack(self._response_hidden_states(batch, response_length))
         if with_actor:
             targets = packing.pack(input_ids[:, -response_length:])
-            logprobs, entropy = self._score_tokens(states, targets, temperature, with_entropy, train_entropy)
+            logprobs, entropy = self._score_tokens(states, targets, temperature, with_entropy)
             output.logprobs = packing.unpack(logprobs)
             output.entropy = cast(Tensor, None if entropy is None else packing.unpack(entropy))
         if with_values:
@@ -300,12 +299,10 @@ class ActorCritic(nn.Module):
         return output
 
     def _score_tokens(
-        self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool, train_entropy: bool
+        self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         head, frozen = logits_function(self.active_model), head_is_frozen(self.active_model)
-        return chunked_logprobs(
-            head, states, targets, temperature, with_entropy, frozen_head=frozen, train_entropy=train_entropy
-        )
+        return chunked_logprobs(head, states, targets, temperature, with_entropy, frozen_head=frozen)
 
     def _response_hidden_states(self, batch: TokenBatch, response_length: int) -> Tensor:
         # Logits and values of token t come from the hidden state at position t - 1.

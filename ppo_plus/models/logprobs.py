@@ -54,23 +54,21 @@ class _ChunkedLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float, with_entropy: bool,
-        train_entropy: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             states = hidden.detach().requires_grad_()
             logits = head(states)
         count = 2 if with_entropy else 1
         outputs = [hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(count)]
         # The first overwrites the logits, slice by slice after they are read: autograd does not save a head's output.
-        num_grads = count if train_entropy else 1
-        logit_grads = [logits.detach(), *(torch.empty_like(logits) for _ in range(num_grads - 1))]
+        logit_grads = [logits.detach(), *(torch.empty_like(logits) for _ in range(count - 1))]
         for rows in row_slices(logits):
             logprobs = scaled_log_softmax(logits[rows].detach(), temperature)
             outputs[0][rows] = logprobs.gather(-1, targets[rows, None]).squeeze(-1)
             if with_entropy:
                 outputs[1][rows] = entropy_from_logprobs(logprobs)
-            parts = negative_logit_grads(logprobs, targets[rows], *(output[rows] for output in outputs[1:num_grads]))
+            parts = negative_logit_grads(logprobs, targets[rows], *(output[rows] for output in outputs[1:]))
             for logit_grad, part in zip(logit_grads, parts, strict=True):
                 logit_grad[rows] = part
         gradients = [
@@ -78,14 +76,13 @@ class _ChunkedLogProb(torch.autograd.Function):
             for logit_grad in logit_grads
         ]
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*outputs[num_grads:])
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [saved * grad[:, None].to(saved.dtype) for saved, grad in zip(ctx.saved_tensors, grads, strict=False)]
-        return sum(parts[1:], parts[0]), None, None, None, None, None
+        parts = [saved * grad[:, None].to(saved.dtype) for saved, grad in zip(ctx.saved_tensors, grads, strict=True)]
+        return sum(parts[1:], parts[0]), None, None, None, None
 
 
 def chunk_elements(device: torch.device, frozen_head: bool) -> int:
@@ -139,7 +136,7 @@ def negative_logit_grads(logprobs: Tensor, targets: Tensor, entropy: Tensor | No
 
 def chunked_logprobs(
     head: Head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, *,
-    frozen_head: bool = False, train_entropy: bool = True,
+    frozen_head: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute log-probabilities of `targets`, with vocabulary logits for one chunk of tokens at a time.
 
@@ -153,7 +150,6 @@ def chunked_logprobs(
         temperature: divides the logits.
         with_entropy: also return the entropy, `(B, R)` float32, nats.
         frozen_head: whether all parameters of `head` are frozen.
-        train_entropy: whether the entropy has a gradient; without, a frozen head needs one product fewer.
     """
 
     def score(states: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -167,7 +163,7 @@ def chunked_logprobs(
                 [logprobs_and_entropy(logits[rows], tokens[rows], temperature, with_entropy) for rows in slices]
             )
         if frozen_head:
-            outputs = _ChunkedLogProb.apply(states, tokens, head, temperature, with_entropy, train_entropy)
+            outputs = _ChunkedLogProb.apply(states, tokens, head, temperature, with_entropy)
             return outputs if with_entropy else (*outputs, None)
         return checkpoint(score, states, tokens, with_entropy, use_reentrant=False)
 

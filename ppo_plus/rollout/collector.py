@@ -24,7 +24,7 @@ from ..data.padding import left_pad, pad_id, unpad
 from ..data.prompts import Row
 from ..data.seeding import derive_seed, isolated_rng, sampling_uniforms
 from ..kernels.batch_backoff import PATIENCE, BatchSize
-from ..models.actor_critic import ActorCritic, ActorCriticOutput
+from ..models.actor_critic import ActorCritic
 from ..models.generation import GenerateOutput
 from ..models.turn_cache import TurnCache, tokens_after
 from ..rewards import CheapAnswers, Completions, RewardSet
@@ -53,32 +53,6 @@ class ForwardBatch:
     observation_mask: Tensor | None = None  # as in `Rollout`, `(N, R)` bool
     num_generations: int = 1  # consecutive rows with the same prompt
 
-    def starts_with(self, rows: Tensor) -> bool:
-        """Return whether these rows are the first micro-batch as a whole."""
-        return self.micro_batches is not None and torch.equal(rows, self.micro_batches[0])
-
-
-@dataclass(frozen=True)
-class FirstPass:
-    """A pass over a rollout's first micro-batch, with its graph: the first step of learning need not repeat it.
-
-    The weights that are learned from are those that scored, so the numbers would be the same to the bit.
-
-    Attributes:
-        rows: row indices of the micro-batch.
-        output: of the actor-critic, with gradients.
-        versions: `weight_versions` at this pass.
-    """
-
-    rows: Tensor
-    output: ActorCriticOutput
-    versions: list[int]
-
-
-def weight_versions(model: ActorCritic) -> list[int]:
-    """Return how often each trained parameter was changed in place."""
-    return [p._version for p in model.parameters() if p.requires_grad]
-
 
 class RolloutCollector:
     """Samples and scores responses with a model, its rewards and a tokenizer.
@@ -94,10 +68,6 @@ class RolloutCollector:
             it raises an exception, the rollout ends.
         responder: generates responses, called with rows, uniforms and `_generate`; None: one turn of the policy.
         engine: generates turns in place of the model.
-
-    Attributes:
-        keeps_first_pass: whether the actor's pass over the first micro-batch keeps its graph, for the first step.
-        first_pass: that pass in the last rollout; None if its graph was not kept.
     """
 
     def __init__(
@@ -111,7 +81,6 @@ class RolloutCollector:
         self.responder, self.engine = responder, engine
         # Entered by all ranks together; inside, each may run another number of passes, also if weights are sharded.
         self.uneven_passes: Callable[[], AbstractContextManager] = contextlib.nullcontext
-        self.keeps_first_pass, self.first_pass = False, cast(FirstPass | None, None)
         self.logits_processor = build_logits_processor(args)
         self.decoder = CompletionDecoder(tokenizer, args, self.stop_ids)
         micro_batches = args.num_mini_batches * args.gradient_accumulation_steps
@@ -156,7 +125,7 @@ class RolloutCollector:
             score: whether rewards are called; if not, all scores are NaN.
             on_all_ranks: False if rank 0 alone calls this.
         """
-        timer, self.first_pass = PhaseTimer(), None
+        timer = PhaseTimer()
         self.model.eval()  # in train mode, activation checkpointing would disable the key-value cache
         num_generations = 1 if micro_batch_fn is None else self.args.num_generations
         with self._generating(), self.accelerator.autocast():
@@ -247,11 +216,6 @@ class RolloutCollector:
         )  # fmt: skip
         with self.uneven_passes(), self.accelerator.autocast():
             return replace(rollout, frozen_hidden_states=self._frozen_states(batch))
-
-    def take_first_pass(self) -> FirstPass | None:
-        """Return the pass that kept its graph, once."""
-        first_pass, self.first_pass = self.first_pass, None
-        return first_pass
 
     def _generating(self) -> AbstractContextManager:
         # An engine needs no weights gathered, and its ranks communicate while they wait for it.
@@ -374,20 +338,15 @@ class RolloutCollector:
 
         def run(ids: Tensor, mask: Tensor, rows: Tensor, layout: LeftPaddedLayout) -> None:
             states = None if frozen_states is None else layout.align_states(frozen_states[rows]).to(ids.device)
-            keep = actor and logprobs and self.keeps_first_pass and batch.starts_with(rows)
-            self.model.train(keep)  # activation checkpointing is on in training only
-            with torch.set_grad_enabled(keep):
-                out = self.model(
-                    ids, mask, layout.max_response_len, self.args.temperature, with_logprobs=logprobs,
-                    with_values=actor, with_entropy=actor and logprobs, frozen_hidden_states=states,
-                    response_mask=layout.response_mask.to(ids.device), seq_lens=layout.seq_lens,
-                    prefixes=layout.prefixes(rows, batch.num_generations), train_entropy=self.args.entropy_coef > 0,
-                )  # fmt: skip
-            self.model.eval()
-            self.first_pass = FirstPass(rows, out, weight_versions(self.model)) if keep else self.first_pass
+            out = self.model(
+                ids, mask, layout.max_response_len, self.args.temperature, with_logprobs=logprobs, with_values=actor,
+                with_entropy=actor and logprobs, frozen_hidden_states=states,
+                response_mask=layout.response_mask.to(ids.device), seq_lens=layout.seq_lens,
+                prefixes=layout.prefixes(rows, batch.num_generations),
+            )  # fmt: skip
             for rollout, aligned in ((scored, out.logprobs), (values, out.values), (entropy, out.entropy)):
                 if aligned is not None:
-                    rollout[rows] = layout.restore_responses(aligned.detach().cpu())
+                    rollout[rows] = layout.restore_responses(aligned.cpu())
 
         self._map_micro_batches(batch, "logprobs" if actor else "reference", run)
         return scored, values, entropy if logprobs else None

@@ -56,10 +56,8 @@ class GradientAccumulator:
         return loss
 
     def _run(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | int, size: int) -> Tensor:
-        first_pass = inputs.pop("first_pass", None)  # for one attempt: a backward pass frees its graph
         parts = torch.arange(len(inputs["action_mask"])).split(size)
-        whole = [inputs | {"first_pass": first_pass}]
-        micro_batches = whole if len(parts) == 1 else (index_batch(inputs, rows) for rows in parts)
+        micro_batches = [inputs] if len(parts) == 1 else (index_batch(inputs, rows) for rows in parts)
         return torch.stack([self._micro_step(model, part, tokens) for part in micro_batches]).sum()
 
     def _restart(self, model: nn.Module, tokens: Tensor | int, size: int) -> None:

@@ -9,8 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import algo
 from ..callbacks.base import PPOCallback, RolloutSettings, hears_scores
@@ -69,7 +68,6 @@ class RolloutPhase:
         first = trainer.accelerator.process_index * len(rows)
         seeding = (range(first, first + len(rows)), ("rollout", rollout_index))
         context = reward_context(trainer.state, meter)
-        trainer.collector.keeps_first_pass = self._can_keep_first_pass()
         micro_batch_fn = partial(self.scoring_micro_batches, rollout_index)
         # An interrupted rollout is repeated, so metrics that reward functions logged in it must not count twice.
         with trainer._shutdown.allow(), meter.rollback_on_error():
@@ -121,23 +119,12 @@ class RolloutPhase:
             weights[rows] = positive_example_weights(rollout.sequence_scores[rows], mask, weight, reduce)
             for inputs, indices in zip(micro_batches, parts, strict=True):
                 inputs["nll_weights"] = weights[indices]
-        first_pass = self._trainer.collector.take_first_pass()  # None after the first step
-        if first_pass is not None and torch.equal(first_pass.rows, parts[0]):
-            micro_batches[0]["first_pass"] = first_pass
         return micro_batches, tokens
 
     def scoring_micro_batches(self, rollout_index: int, lengths: Tensor) -> list[Tensor]:
         """Return the row indices of the micro-batches of the first PPO epoch."""
         minibatches = self._minibatches(len(lengths), rollout_index, 0)
         return [part for rows in minibatches for part in self._micro_batch_rows(rows, lengths)]
-
-    def _can_keep_first_pass(self) -> bool:
-        """Return whether the first step would repeat a pass that scores: as a pass in training, with both losses."""
-        trainer, args = self._trainer, self._trainer.args
-        distributed = trainer.accelerator.distributed_type != DistributedType.NO  # gradients need the wrapper's pass
-        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules())
-        critic_alone = trainer._critic_training.is_alone or args.num_critic_updates > 1
-        return args.disable_dropout and not (distributed or dropout or critic_alone)
 
     def _check_kl_coef(self) -> None:
         """Refuse a coefficient that a callback on some ranks alone has changed."""
