@@ -121,7 +121,8 @@ def result(trainer, folder: Path) -> dict:
     history = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
                for row in trainer.state.log_history]  # fmt: skip
     layer = max(base_bytes(layer) for layer in decoder_layers(trainer.model.language_model.base_model))
-    everything = {"bytes": base_bytes(trainer.model), "layer": layer}
+    states = [m.state.CB.untyped_storage().nbytes() for m in trainer.model.modules() if hasattr(m, "init_8bit_state")]
+    everything = {"bytes": base_bytes(trainer.model), "layer": layer, "int8_states": sum(states)}
     return {**everything, "log": history, "wrapper": type(trainer.model_wrapped).__name__}
 
 

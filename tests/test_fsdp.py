@@ -99,6 +99,12 @@ def test_a_rank_holds_its_share_and_one_layer(runs, name):
 
 
 @pytest.mark.slow
+def test_layers_of_eight_bits_keep_no_whole_weights_in_their_states(runs):
+    """bitsandbytes multiplies by a second reference to each weight, which must not outlive the pass."""
+    assert runs["int8/True"]["int8_states"] == 0 < runs["int8/False"]["int8_states"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shared critic", "nf4", "int8"])
 def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(base, runs, name, tmp_path):
     one, other = (trainer_of(name, base, tmp_path / str(seed), gradient_accumulation_steps=4, seed=seed)
