@@ -140,7 +140,7 @@ def engines(r: dict) -> str:
         ours, batch, vllm = (work[side]["tokens_per_cpu_second"] for side in ("ours", "generate_batch", "vllm"))
         speeds.append(
             f"{words}: {ours:.0f} tokens per CPU second, `generate_batch` {batch:.0f}, vLLM {vllm:.0f} "
-            f"(**{work['cpu_ratio']:.2f}×** ours; in wall time {work['ratio']:.2f}×)"
+            f"(**{work['cpu_ratio']:.2f}×** ours)"
         )
     sync = r["sync"]
     return (
