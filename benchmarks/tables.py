@@ -51,6 +51,14 @@ def variable_length(r: dict) -> str:
     return f"**{r['ratio']:.2f}×** as fast ({speeds}); {passes}"
 
 
+def turns(r: dict) -> str:
+    read = r["tokens_read"]
+    return (
+        f"**{r['ratio']:.2f}×** as fast as reading the conversation again in each turn ({read['kept']} tokens of a "
+        f"response pass through the model against {read['read_again']})"
+    )
+
+
 def scaling(r: dict) -> str:
     episodes, response = (r[axis]["4x"]["growth"]["seconds_per_token"] for axis in ("episodes", "response"))
     width = r["width"]["4x"]["growth"]["seconds_per_token_and_parameter"]
@@ -158,6 +166,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("lower_bound", "one update against its own arithmetic on the bare model", above_floor),
     ("lower_bound_no_amx", "that on cores without AMX", above_floor),
     ("variable_length", "64 responses, 60 short and 4 long, against `generate`", variable_length),
+    ("turns", "4 turns of 64 + 64 tokens whose keys and values are kept", turns),
     ("scaling", "cost as the work grows", scaling),
     ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),
     ("vs_grpo", "one update against TRL 1.16's GRPO, 8 prompts x 4 answers, a critic trained on top", against_grpo),
@@ -212,7 +221,7 @@ def card_cell(cell: dict) -> str:
 
 
 # What README shows of the rows.
-HEADLINES = ("vs_trl_bfloat16", "vs_grpo", "memory", "reward_model", "verifiable", "crash_recovery", "demo")
+HEADLINES = ("vs_trl_bfloat16", "vs_grpo", "reward_model", "verifiable", "crash_recovery", "demo")
 
 
 def headlines_table(results: Path = RESULTS) -> str:

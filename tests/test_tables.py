@@ -45,6 +45,7 @@ RESULTS = {
         "update_seconds": {"total": 50.0}, "floor_seconds": {"total": 40.0}, **MACHINE,
     },
     "variable_length": VARIABLE_LENGTH,
+    "turns": {"ratio": 1.75, "tokens_read": {"kept": 700, "read_again": 2000}},
     "scaling": {"episodes": growth(0.9, 0), "response": growth(1.1, 0), "width": growth(0, 0.75)},
     "memory": {"ratio": 0.333},
     "reward_model": {
@@ -143,6 +144,8 @@ def test_every_result_becomes_words(tmp_path):
         "**2.35×** as fast (469 tokens/s against 200; 300 by continuous batching, `generate_batch`); "
         "learning **3.50×** as fast without padding "
         "as with it (80 % of the tokens), 1.25× where lengths are uniform (40 %)",
+        "**1.75×** as fast as reading the conversation again in each turn (700 tokens of a response pass through the "
+        "model against 2000)",
         "a token takes 0.90× the time with 4× the episodes, 1.10× with 4× the response length; a token and parameter "
         "0.75× at 4× the width",
         "**0.33** of TRL's peak",
@@ -159,7 +162,7 @@ def test_every_result_becomes_words(tmp_path):
         "held-out reward by seed 1.25 at 6.0 nats; VADER score of held-out answers, by seed: +0.50; 8.0 minutes",
     ]
     assert [where for _, _, where in rows] == [
-        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 3, *[""] * 8,
+        *["2 CPU cores, AVX512, 2026-01-02"] * 2, "", *["2 CPU cores, AVX512, 2026-01-02"] * 3, *[""] * 9,
         "A card, 2026-01-02", "",
     ]  # fmt: skip
 
