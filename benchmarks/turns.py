@@ -3,10 +3,10 @@
     python benchmarks/turns.py [--rows 32] [--prompt 256] [--repeats 3] [--dtype bfloat16|float32]
 
 Each response has 4 turns of 64 sampled tokens, each followed by 64 tokens of an observation, after a prompt that shows
-two or three tools (256 tokens). SmolLM2-135M with LoRA decodes all rows as one batch, with the same noise on both sides;
-in fp32 both must sample the same tokens. The last line is JSON: `ratio` is the seconds with the conversation read again
-over those with kept caches, of medians of interleaved repeats; `tokens_read` are the tokens per response that pass
-through the model on each side.
+two or three tools (256 tokens). SmolLM2-135M with LoRA decodes all rows as one batch, with the same noise on both
+sides; in fp32 both must sample the same tokens. The last line is JSON: `ratio` is the seconds with the conversation
+read again over those with kept caches, of medians of interleaved repeats; `tokens_read` are the tokens per response
+that pass through the model on each side.
 """
 
 from __future__ import annotations
