@@ -1,6 +1,6 @@
 """Responses from our decoding, transformers' `generate_batch` and a vLLM server; and what a weight sync takes.
 
-    python benchmarks/engines.py --vllm .venv-vllm/bin/python [--repeats 3] [--dtype bfloat16|float32]
+    python benchmarks/engines.py [--vllm .venv-vllm/bin/python] [--repeats 3] [--dtype bfloat16|float32]
 
 All sample 32 responses with the same model (SmolLM2-135M) and adapter (LoRA of rank 16 on all linear layers), once of
 48 tokens each (`equal`), and once 30 of 8 to 16 tokens and 2 of 256 (`uneven`). The server starts with the Python of an
@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 import torch
-from _utils import answer_continuously, benchmark_parser, chosen_model, now, report, seconds
+from _utils import ROOT, answer_continuously, benchmark_parser, chosen_model, now, report, seconds
 from accelerate import Accelerator
 from ppo_runs import lora
 from safetensors.torch import load_file, save_file
@@ -164,11 +164,13 @@ def measure_sync(model: ActorCritic, engine: VLLMEngine, folder: str, repeats: i
 
 def main() -> None:
     parser = benchmark_parser(__doc__, "counted turns of each side")
-    parser.add_argument("--vllm", help="the Python of an environment with vLLM")
+    parser.add_argument(
+        "--vllm", default=str(ROOT / ".venv-vllm/bin/python"), help="Python of an environment with vLLM"
+    )
     parser.add_argument("--url", help="a server that is up, in place of --vllm")
     args = parser.parse_args()
-    if (args.vllm is None) == (args.url is None):
-        parser.error("pass --vllm or --url")
+    if args.url is None and not Path(args.vllm).is_file():
+        parser.error(f"there is no {args.vllm}: `make test-vllm` makes it; or pass --vllm or --url")
     with tempfile.TemporaryDirectory() as folder:
         name = chosen_model(args, folder)
         policy = load_policy(AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype), peft_config=lora())
@@ -181,7 +183,7 @@ def main() -> None:
             "equal": torch.full((ROWS,), 6 if args.tiny else 48),
             "uneven": drawn_lengths(ROWS, 2, 32 if args.tiny else 256),
         }
-        with serve(args.vllm, name, args.dtype) if args.vllm else nothing(args.url) as (url, pid):
+        with nothing(args.url) if args.url else serve(args.vllm, name, args.dtype) as (url, pid):
             engine = make_engine(url, model, folder, policy.config.vocab_size - 1)
             found = {
                 key: measure_lengths(model, engine, lengths, args.repeats, pid) for key, lengths in workloads.items()

@@ -49,8 +49,8 @@ def test_a_tiny_run_measures_all_sides(monkeypatch, capsys):
     assert "vLLM" in tables.engines(result)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--url", "http://localhost:1", "--vllm", "python"]])
-def test_a_server_is_named_once(monkeypatch, arguments):
-    monkeypatch.setattr(sys, "argv", ["engines.py", *arguments])
+def test_an_environment_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["engines.py", "--vllm", "nowhere/python"])
     with pytest.raises(SystemExit):
         engines.main()
+    assert "nowhere/python" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def fake():
 
 
 def make_run(tmp_path, fake, config=None, **overrides):
-    options = {"use_vllm": True, "vllm_server_base_url": fake.url, "vllm_server_timeout": 20.0, **(config or {})}
+    options = {"use_vllm": True, "vllm_server_base_url": fake.url, "vllm_server_timeout": 200.0, **(config or {})}
     return make_trainer(tmp_path, config=options, **overrides)
 
 
