@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -35,12 +35,12 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from . import algo
 from .config import PPOConfig, copy_arguments
 from .data.prompt_loader import prompt_loader
-from .data.prompts import column_names, validate_prompts
+from .data.prompts import column_names
 from .data.tokenizers import stop_token_ids
 from .kernels.batch_backoff import annotate_oom
 from .kernels.liger import LigerMixin, apply_liger
 from .models.actor_critic import ActorCritic, ActorCriticOutput
-from .models.sharding import ShardedBase, wrap_in_ddp
+from .models.sharding import wrap_in_ddp
 from .rewards import build_rewards
 from .rollout.collector import RolloutCollector
 from .rollout.experience import Experience
@@ -59,11 +59,14 @@ from .training.resume import Checkpointer
 from .training.rollouts import RolloutPhase
 from .training.setup import (
     add_default_callbacks,
+    configure_forward,
     load_actor_critic,
     override_max_steps,
     prepare_datasets,
     prepare_tokenizer,
+    shard_base,
     tokenize_and_validate,
+    validate_datasets,
 )
 from .training.shutdown import GracefulShutdownCallback
 from .training.validation import (
@@ -73,7 +76,6 @@ from .training.validation import (
     check_models,
     check_options,
     check_precision,
-    check_quantized_device,
     check_rewards,
     named_datasets,
 )
@@ -152,38 +154,23 @@ class PPOTrainer(
         check_models(model, ref_model, value_model, tokenizer)
         adapter = check_adapters(args, model, peft_config, reward_funcs, value_model)
         check_engine(args, model, adapter, rollout_func)
-        check_precision(args, model, peft_config)
-        check_quantized_device(args, model, quantization_config)
+        check_precision(args, model, peft_config, quantization_config)
         datasets = prepare_datasets(args, datasets, tokenizer, reward_funcs, reward_tokenizers, self.agent)
         actor_critic, tokenizer = load_actor_critic(
             args, tokenizer, model, peft_config, quantization_config, ref_model, value_model, reward_funcs
         )
-        limits = (args.response_length, actor_critic.context, actor_critic.num_embeddings)
-        datasets = {name: validate_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
+        datasets = validate_datasets(args, actor_critic, datasets)
         with override_max_steps(args):  # Trainer needs the length of training on a stream
             super().__init__(
                 actor_critic, args, list, datasets.pop("train_dataset"),
                 datasets.get("eval_dataset") or datasets or None, tokenizer, callbacks=callbacks,
             )  # fmt: skip
-        self._configure_forward()
+        configure_forward(self)
         self._build_collector(reward_funcs, reward_tokenizers)
         self._build_collaborators()
         add_default_callbacks(self)
-        if args.fsdp:  # last, because weights are probed and compared while they are whole
-            base = ShardedBase(self.model, args.device, gather_all=args.ds3_gather_for_generation)
-            self.collector.uneven_passes = base.uneven_passes
+        shard_base(self)  # weights are probed and compared before, while they are whole
         verify_engine(self)
-
-    def _configure_forward(self) -> None:
-        args, model = self.args, self.model
-        model.move_auxiliary_modules(args.device)
-        if args.cache_frozen_layers and args.disable_dropout:
-            model.enable_frozen_layer_cache()
-        if args.torch_compile:
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole model
-            model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        model.runner.enable_shared_prompts(args.num_generations)
-        model.add_model_tags(self._tag_names)
 
     def _build_collector(self, reward_funcs: Any, reward_tokenizers: list) -> None:
         self._rollouts = RolloutPhase(self)

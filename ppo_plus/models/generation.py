@@ -89,8 +89,7 @@ def _decode(
 ) -> GenerateOutput:  # fmt: skip
     step_ids, mask, prompt_of_row = prompts
     (rows, length), device, cache = uniforms.shape, step_ids.device, None
-    tokens = torch.full((rows, length), pad_token_id, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(rows, length, device=device)
+    tokens, logprobs = torch.full((rows, length), pad_token_id, device=device), torch.zeros(rows, length, device=device)
     stop, active_rows = torch.tensor(list(stop_ids), device=device), torch.arange(rows, device=device)
     may_continue = torch.nn.functional.pad(~uniforms[:, 1:].isnan(), (0, 1), value=True).to(device)
     head, uniforms = logits_function(model.active_model), uniforms.to(float64_device(device))
@@ -113,11 +112,10 @@ def _decode(
         unfinished = ~torch.isin(token, stop) & may_continue[active_rows, t]
         num_unfinished = int(unfinished.sum())  # a host sync, so once per step
         if num_unfinished < len(active_rows) and (turn_caches is not None or on_row_end is not None):
-            for row in (~unfinished).nonzero()[:, 0].tolist():
-                index = int(active_rows[row])
-                if turn_caches is not None and takes_positions:
+            for row, index in enumerate(active_rows.tolist()):
+                if not unfinished[row] and turn_caches is not None and takes_positions:
                     turn_caches[index] = keep_row(cache, row, mask[row])
-                if on_row_end is not None:
+                if not unfinished[row] and on_row_end is not None:
                     on_row_end(index, tokens[index, : t + 1])
         if num_unfinished == 0:
             break

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks.completions import CompletionsTableCallback
@@ -29,6 +30,7 @@ from ..models.loading import (
     runs_in_fp16,
     warn_of_bf16,
 )
+from ..models.sharding import ShardedBase
 from ..models.weight_checks import explain_offloading
 from ..report import RunReportCallback, fixed_prompts
 from ..rewards.checks import check_templates
@@ -71,8 +73,14 @@ def tokenize_and_validate(dataset: Any, name: str, trainer: PPOTrainer) -> Any:
     args, agent, model = trainer.args, trainer.agent, trainer.model
     datasets = agent.prepare(args, trainer.processing_class, {name: dataset})
     tokenizer = agent.tokenizer or trainer.processing_class
-    dataset = tokenize_datasets(datasets, tokenizer, **agent.tokenize_kwargs(args))[name]
-    return validate_prompts(dataset, args.response_length, model.context, model.num_embeddings, name)
+    datasets = tokenize_datasets(datasets, tokenizer, **agent.tokenize_kwargs(args))
+    return validate_datasets(args, model, datasets)[name]
+
+
+def validate_datasets(args: PPOConfig, model: ActorCritic, datasets: dict[str, Any]) -> dict[str, Any]:
+    """Validate tokenized prompts by name of their dataset: they fit into the model, and so do responses to them."""
+    limits = (args.response_length, model.context, model.num_embeddings)
+    return {name: validate_prompts(dataset, *limits, name) for name, dataset in datasets.items()}
 
 
 def add_default_callbacks(trainer: PPOTrainer) -> None:
@@ -87,6 +95,27 @@ def add_default_callbacks(trainer: PPOTrainer) -> None:
         prompts = fixed_prompts(trainer.train_dataset, trainer.eval_dataset)
         generate = trainer._evaluator.generate_on_main_process
         trainer.add_callback(RunReportCallback(generate, prompts, lambda: trainer._shutdown.interrupted))
+
+
+def configure_forward(trainer: PPOTrainer) -> None:
+    """Apply the options of forward passes to the model, on its device."""
+    args, model = trainer.args, trainer.model
+    model.move_auxiliary_modules(args.device)
+    if args.cache_frozen_layers and args.disable_dropout:
+        model.enable_frozen_layer_cache()
+    if args.torch_compile:
+        trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole model
+        model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    model.runner.enable_shared_prompts(args.num_generations)
+    model.add_model_tags(trainer._tag_names)
+
+
+def shard_base(trainer: PPOTrainer) -> None:
+    """Shard the frozen base over processes if `fsdp` is set."""
+    args = trainer.args
+    if args.fsdp:
+        base = ShardedBase(trainer.model, args.device, gather_all=args.ds3_gather_for_generation)
+        trainer.collector.uneven_passes = base.uneven_passes
 
 
 def load_actor_critic(

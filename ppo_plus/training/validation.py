@@ -240,8 +240,11 @@ def actors_base(model: Any, init_kwargs: dict[str, Any]) -> tuple[PreTrainedConf
     return load_config(name, init_kwargs), sample_files(folder)
 
 
-def check_precision(args: PPOConfig, model: Any, peft_config: PeftConfig | None) -> None:
-    """Refuse or warn of a dtype in `model_init_kwargs` that is unsuitable for training a whole model."""
+def check_precision(
+    args: PPOConfig, model: Any, peft_config: PeftConfig | None, quantization_config: Any
+) -> None:  # fmt: skip
+    """Refuse a quantized base where it cannot be, and a dtype that is unsuitable for training a whole model."""
+    check_quantized_device(args, model, quantization_config)
     options = cast(dict, args.model_init_kwargs or {})
     dtype = options.get("dtype", options.get("torch_dtype"))
     if dtype is None or peft_config is not None or not isinstance(model, str) or resolve_adapter_path(model):
