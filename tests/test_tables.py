@@ -67,7 +67,10 @@ RESULTS = {
             "open_files": {"least": 6, "most": 6},
         },
     },
-    "demo": {"vader_rises": [0.25, 0.5], **MACHINE, "machine": {"gpu": "A card"}},
+    "demo": {
+        "vader_rises": [0.25, -0.5], "runs": [{"after": {"reward": 2, "kl": 7.0}, "minutes": 3}], **MACHINE,
+        "machine": {"gpu": "A card"},
+    },
     "demo_4bit": {
         "vader_rises": [0.5], "runs": [{"after": {"reward": 1.25, "kl": 6.0}, "minutes": 8}],
     },
@@ -158,7 +161,7 @@ def test_every_result_becomes_words(tmp_path):
         "rollout 500 holds **1.012** of rollout 50's resident memory; a rollout takes 1.02× the CPU time and 0.99× the "
         "wall time; 6 open files throughout; after 2 SIGKILLs and 2 SIGTERMs it ended in the same bits as an "
         "undisturbed run",
-        "VADER score of held-out answers, by seed: +0.25, +0.50",
+        "held-out reward by seed 2.00 at 7.0 nats; VADER score of held-out answers, by seed: +0.25, -0.50; 3.0 minutes",
         "held-out reward by seed 1.25 at 6.0 nats; VADER score of held-out answers, by seed: +0.50; 8.0 minutes",
     ]
     assert [where for _, _, where in rows] == [
@@ -219,17 +222,18 @@ def test_the_demo_in_words(tmp_path):
     def figures(reward: float, kl: float) -> dict:
         return {"reward": reward, "kl": kl, "vader": reward / 10, "distinct_2": 0.5}
 
-    run = {"seed": 3, "reward_model_accuracy": 0.8, "before": figures(0.5, 0), "after": figures(1.5, 6.8), "minutes": 4}
+    run = {"seed": 3, "reward_model_accuracy": 0.8, "before": figures(0.5, 0), "after": figures(1.5, 6.8), "minutes": 4,
+           "cpu_minutes": 5.25}  # fmt: skip
     assert tables.demo_table(tmp_path) == ""
     (tmp_path / "demo.json").write_text(json.dumps({"runs": [run], "date": "2026-01-02"}))
     lines = tables.demo_table(tmp_path).splitlines()
-    assert lines[2] == "| not quantized | 3 | 0.80 | 0.50 → 1.50 | 0.05 → 0.15 | 6.8 | 0.50 → 0.50 | 4.0 |"
+    assert lines[2] == "| as it is | 3 | 0.80 | 0.50 → 1.50 | 0.05 → 0.15 | 6.8 | 0.50 → 0.50 | 4.0 (5.2 of CPU time) |"
     assert lines[-1].endswith("2026-01-02.")
-    other = run | {"seed": 5, "after": figures(1.25, 6)}
+    other = {name: run[name] for name in run if name != "cpu_minutes"} | {"seed": 5, "after": figures(1.25, 6)}
     (tmp_path / "demo_4bit.json").write_text(json.dumps({"runs": [other], "date": "2026-01-03"}))
     assert tables.demo_table(tmp_path).splitlines()[:3] == lines[:3]
     lines = tables.demo_table(tmp_path).splitlines()
-    assert lines[3] == "| in NF4 | 5 | 0.80 | 0.50 → 1.25 | 0.05 → 0.12 | 6.0 | 0.50 → 0.50 | 4.0 |"
+    assert lines[3] == "| `--full --load_in_4bit` | 5 | 0.80 | 0.50 → 1.25 | 0.05 → 0.12 | 6.0 | 0.50 → 0.50 | 4.0 |"
     assert lines[-1].endswith("2026-01-02; [demo_4bit.json](benchmarks/results/demo_4bit.json): 2026-01-03.")
 
 

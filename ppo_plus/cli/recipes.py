@@ -61,9 +61,8 @@ def missing_requirements(extra: str) -> list[str]:
 
 
 def run_demo(arguments: list[str]) -> None:
-    """Run the script of the recipe `demo` in this process, with its own YAML file unless another is passed."""
+    """Run the script of the recipe `demo` in this process."""
     script = folder() / "demo" / "rm_then_ppo.py"
-    has_config = any(word.partition("=")[0] == "--config" for word in arguments)
-    sys.argv = [str(script), *([] if has_config else ["--config", str(script.with_suffix(".yaml"))]), *arguments]
+    sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")

