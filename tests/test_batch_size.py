@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import PeakMemory, lora, make_model, make_trainer
+from conftest import PeakMemory, lora, make_model, make_trainer, trained_weights
 from datasets import Dataset
-from test_faults import DiesInBackward, weights
+from test_faults import DiesInBackward
 
 from ppo_plus.kernels.batch_backoff import MAX_PATIENCE, PATIENCE, BatchSize, is_out_of_memory
 from ppo_plus.memory import DryRun, PlannerConfig
@@ -140,7 +140,7 @@ FOUR = {"max_steps": 2, "num_mini_batches": 1, "gradient_accumulation_steps": 4,
 def undisturbed(tmp_path_factory):
     trainer = make_trainer(tmp_path_factory.mktemp("undisturbed"), config=FOUR)
     trainer.train()
-    return weights(trainer), trainer.state.log_history
+    return trained_weights(trainer), trainer.state.log_history
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -154,7 +154,7 @@ def test_a_later_micro_batch_that_dies_has_the_step_begun_anew(tmp_path, monkeyp
     with pytest.warns(UserWarning, match=r"reduced to 1 rows"):
         trainer.train()
     expected, expected_log = undisturbed
-    found = weights(trainer)
+    found = trained_weights(trainer)
     apart = max((found[name] - expected[name]).abs().max() for name in expected)
     assert (apart < 1e-5) != spoil
     if spoil:

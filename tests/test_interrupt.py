@@ -11,8 +11,8 @@ import time
 import warnings
 
 import pytest
-from conftest import classifier, count_e, lora, make_prompts, make_tokenizer, make_trainer
-from test_faults import equal, evaluating, steps, weights
+from conftest import classifier, count_e, lora, make_prompts, make_tokenizer, make_trainer, trained_weights
+from test_faults import equal, evaluating, steps
 
 from ppo_plus import PPOCallback
 from ppo_plus.report import REPORT, read_run
@@ -56,7 +56,7 @@ def kept(state):
 def undisturbed(tmp_path_factory):
     trainer = make_trainer(tmp_path_factory.mktemp("undisturbed"), config=CONFIG)
     trainer.train()
-    return weights(trainer), kept(trainer.state)
+    return trained_weights(trainer), kept(trainer.state)
 
 
 def resumed_ends_in_the_same_bits(folder, undisturbed, **overrides):
@@ -65,7 +65,7 @@ def resumed_ends_in_the_same_bits(folder, undisturbed, **overrides):
     )  # the step before the second rollout
     trainer = make_trainer(folder, config=CONFIG, **overrides)
     trainer.train(resume_from_checkpoint=True)
-    assert equal(weights(trainer), undisturbed[0])
+    assert equal(trained_weights(trainer), undisturbed[0])
     assert kept(trainer.state) == undisturbed[1]
 
 
@@ -132,7 +132,7 @@ def undisturbed_and_logging(tmp_path_factory):
     logging.__name__ = "count_e"
     trainer = make_trainer(tmp_path_factory.mktemp("logging"), config=CONFIG, reward_funcs=logging)
     trainer.train()
-    return weights(trainer), kept(trainer.state)
+    return trained_weights(trainer), kept(trainer.state)
 
 
 @pytest.mark.parametrize("kind", ["sync", "catches all", "thread", "async", "async with a timeout"])
@@ -208,7 +208,7 @@ EVALUATION = {"generation_batch_size": 64, "max_steps": 3, "eval_steps": 2}
 def evaluated(tmp_path_factory):
     trainer = evaluating(tmp_path_factory.mktemp("evaluated"), **EVALUATION)
     trainer.train()
-    return weights(trainer), kept(trainer.state)
+    return trained_weights(trainer), kept(trainer.state)
 
 
 @pytest.mark.parametrize("phase", ["generating", "scoring", "logprobs", "reward function"])
@@ -233,7 +233,7 @@ def test_an_evaluation_is_left_within_one_token_call_or_pass(tmp_path, phase, ev
     assert trainer.state.global_step == 2 and steps(tmp_path / "parts") == [2]
     resumed = evaluating(tmp_path / "parts", **EVALUATION)
     resumed.train(resume_from_checkpoint=True)
-    assert equal(weights(resumed), evaluated[0]) and kept(resumed.state) == evaluated[1]
+    assert equal(trained_weights(resumed), evaluated[0]) and kept(resumed.state) == evaluated[1]
 
 
 def test_a_passed_over_check_would_be_seen(tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_the_reports_answers_are_left_within_one_token(tmp_path, step, undisturb
     assert [at["step"] for at in read_run(tmp_path / REPORT)["answers"]] == [0, 4][: 1 + (step == 6)]
     resumed = make_trainer(tmp_path, config=config, eval_dataset=make_prompts(3))
     resumed.train(resume_from_checkpoint=True)
-    assert equal(weights(resumed), undisturbed[0])
+    assert equal(trained_weights(resumed), undisturbed[0])
     if step == 4:
         assert [at["step"] for at in read_run(tmp_path / REPORT)["answers"]] == [0, 4, 6]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import lora, make_model, make_prompts, make_tokenizer, make_trainer
+from conftest import Recorder, lora, make_model, make_prompts, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import get_peft_model
 from test_architectures import FAMILIES, build
 from test_frozen_layers import deep_model, top
 from test_modeling import VOCABULARY, adapted, moved, plain
-from test_num_generations import Rollouts
 from test_packing import HYBRID, OWN, Tokens, actor_critic, numbers, right_aligned
 from test_quantized import nf4
 from transformers import AutoModelForCausalLM
@@ -361,7 +360,7 @@ def test_a_mounted_reward_adapter_reads_a_prompt_once(tmp_path, base, reward_ada
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         trainer, _, _ = run(
             tmp_path / str(shares), shares, model=model, reward_funcs=str(reward_adapter), train_dataset=prompts,
-            config={"max_steps": 1, "response_length": 6}, seen=(seen := Rollouts()),
+            config={"max_steps": 1, "response_length": 6}, seen=(seen := Recorder()),
         )  # fmt: skip
         trainer.model.eval()
         batch, adapter = seen.samples[0].completions, trainer.collector.rewards.rewards[0]
@@ -380,7 +379,7 @@ def test_a_mounted_reward_adapter_reads_a_prompt_once(tmp_path, base, reward_ada
 def run(folder, shares=True, **options):
     trainer = make_trainer(
         folder,
-        callbacks=[options.pop("seen", Rollouts())],
+        callbacks=[options.pop("seen", Recorder())],
         config={
             "num_generations": 4,
             "per_device_train_batch_size": 4,
