@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 from conftest import classifier, count_e, lora, make_prompts, make_tokenizer, make_trainer
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -370,7 +370,7 @@ class TestRun:
     @pytest.mark.parametrize("text", [page_with(data) for data in NO_RUNS])
     def test_a_page_of_another_form_does_not_stop_a_resumed_run(self, tmp_path, text):
         (tmp_path / REPORT).write_text(text)
-        report = callback.RunReportCallback(lambda prompts: None, make_prompts(1))
+        report = callback.RunReportCallback(lambda prompts: None, list(make_prompts(1)))
         trainer = make_trainer(tmp_path)
         trainer.state.global_step = 4
         with pytest.warns(UserWarning, match="report starts empty at step 4"):
@@ -383,7 +383,7 @@ class TestRun:
 
         write_page(tmp_path / REPORT, [example_run()])
         monkeypatch.setattr(Path, "read_text", read_text)
-        report = callback.RunReportCallback(lambda prompts: None, make_prompts(1))
+        report = callback.RunReportCallback(lambda prompts: None, list(make_prompts(1)))
         trainer = make_trainer(tmp_path)
         trainer.state.global_step = 4
         with pytest.warns(UserWarning, match="report starts empty at step 4.*Permission denied"):
@@ -400,16 +400,30 @@ class TestRun:
         assert not (tmp_path / REPORT).exists()
 
 
+def texts(rows):
+    return [row["prompt"] for row in rows]
+
+
 class TestFixedPrompts:
     def test_evaluation_where_reward_functions_can_score_it(self):
         train = Dataset.from_dict({"prompt": ["a", "b"], "input_ids": [[1], [2]], "wanted": ["x", "y"]})
         held_out = Dataset.from_dict(
             {"prompt": ["c", "c", "d"], "input_ids": [[3], [3], [4]], "wanted": ["x", "x", "y"]}
         )
-        assert fixed_prompts(train, held_out)["prompt"] == ["c", "d"]
-        assert fixed_prompts(train, {"some": held_out, "other": train})["prompt"] == ["c", "d"]
-        assert fixed_prompts(train, held_out.remove_columns("wanted"))["prompt"] == ["a", "b"]
-        assert fixed_prompts(train, None)["prompt"] == ["a", "b"]
+        assert texts(fixed_prompts(train, held_out)) == ["c", "d"]
+        assert texts(fixed_prompts(train, {"some": held_out, "other": train})) == ["c", "d"]
+        assert texts(fixed_prompts(train, held_out.remove_columns("wanted"))) == ["a", "b"]
+        assert texts(fixed_prompts(train, None)) == ["a", "b"]
+
+    def test_rows_of_a_stream_keep_their_keys_and_types(self):
+        rows = [
+            {"prompt": [{"role": "assistant", "content": "", "tool_calls": [call]}], "input_ids": [i]}
+            for i, call in enumerate([{"city": "Rome"}, {"a": 1}])
+        ]
+        arrow = Dataset.from_list(rows)
+        assert arrow[0]["prompt"][0]["tool_calls"][0] == {"city": "Rome", "a": None}  # why no dataset is made of them
+        rows.append({"prompt": [{"role": "user", "content": "x", "n": {"a": "one"}}], "input_ids": [2]})
+        assert fixed_prompts(IterableDataset.from_generator(lambda: iter(rows)), None) == rows
 
 
 def byte_tokenizer():

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import TrainerState
 
 from ..callbacks.base import PPOCallback, RolloutSettings, is_logging_rollout
 from ..config import PPOConfig
+from ..data.prompts import Row
 from ..rollout.vllm_client import EngineError
 from ..utils.interrupt import Interrupted
 from .curves import MAX_POINTS, curves
@@ -53,8 +53,8 @@ class RunReportCallback(PPOCallback):
 
     def __init__(
         self,
-        answer: Callable[[Dataset], Experience | None],
-        prompts: Dataset,
+        answer: Callable[[list[Row]], Experience | None],
+        prompts: list[Row],
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.answer, self.prompts, self.interrupted = answer, prompts, interrupted

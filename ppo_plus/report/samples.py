@@ -14,6 +14,7 @@ from ..algo.advantages import shape_rewards
 from ..algo.kl import kl_estimate
 from ..callbacks.completions import messages_to_text
 from ..config import PPOConfig
+from ..data.prompts import Row
 
 if TYPE_CHECKING:
     from ..rollout.buffer import Rollout
@@ -21,22 +22,28 @@ if TYPE_CHECKING:
 
 # These limits keep a page below two megabytes for any run and any response length.
 MAX_PROMPTS = 6  # fixed prompts
+MAX_CANDIDATES = 200  # rows of the dataset among which they are the first ones that differ
 MAX_RESPONSES = 8  # responses per rollout
 MAX_TOKENS = 400  # tokens per response
 MAX_CHARACTERS = 1200  # last characters of each prompt, first characters of each answer
 
 
-def fixed_prompts(train: Dataset | IterableDataset, evaluation: Any) -> Dataset:
-    """Select the fixed prompts, from the evaluation dataset if it has all columns of the training dataset."""
-    if isinstance(train, IterableDataset):
-        train = Dataset.from_list(list(train.take(MAX_PROMPTS)))
+def fixed_prompts(train: Dataset | IterableDataset, evaluation: Any) -> list[Row]:
+    """Select the fixed prompts, from the evaluation dataset if it has all columns of the training dataset.
+
+    They are rows and not a dataset: Arrow would add the keys of other rows to the messages of a stream, or refuse them.
+    """
+    stream = list(train.take(MAX_PROMPTS)) if isinstance(train, IterableDataset) else None
+    columns = set(train.column_names if stream is None else stream[0])
     held_out = evaluation if isinstance(evaluation, Dataset) else next(iter((evaluation or {}).values()), None)
-    has_columns = held_out is not None and set(train.column_names) <= set(held_out.column_names)
-    dataset: Any = held_out if has_columns else train
-    rows: dict[tuple[int, ...], int] = {}
-    for row, ids in enumerate(dataset[:200]["input_ids"]):  # without duplicates, since the page identifies rows by text
-        rows.setdefault(tuple(ids), row)
-    return dataset.select(list(rows.values())[:MAX_PROMPTS])
+    if held_out is not None and columns <= set(held_out.column_names):
+        candidates = held_out.select(range(min(len(held_out), MAX_CANDIDATES)))
+    else:
+        candidates = train.select(range(min(len(train), MAX_CANDIDATES))) if stream is None else stream
+    rows: dict[tuple[int, ...], Row] = {}
+    for row in candidates:  # without duplicates, since the page identifies rows by text
+        rows.setdefault(tuple(row["input_ids"]), row)
+    return list(rows.values())[:MAX_PROMPTS]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

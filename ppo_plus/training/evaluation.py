@@ -81,7 +81,7 @@ class Evaluator:
             raise ValueError("generate_completions() needs one dataset of prompts: pass it here or as eval_dataset.")
         return self._sample(*self._shard_for_rank(prompts), meter)
 
-    def generate_on_main_process(self, prompts: Dataset) -> Experience | None:
+    def generate_on_main_process(self, prompts: list[Row]) -> Experience | None:
         """Sample responses to tokenized prompts on rank 0; None on the others, which gather sharded weights too.
 
         Reward functions score them only if `report_rewards`.
@@ -90,7 +90,7 @@ class Evaluator:
         with self._trainer._shutdown.allow(), self._trainer.collector.uneven_passes():
             if not self._trainer.is_world_process_zero():
                 return None
-            return self._sample(list(prompts), range(len(prompts)), Meter(), score=score, on_all_ranks=False)
+            return self._sample(prompts, range(len(prompts)), Meter(), score=score, on_all_ranks=False)
 
     @contextlib.contextmanager
     def pending(self, on_start: bool) -> Iterator[None]:
