@@ -12,7 +12,9 @@ from datasets import Dataset
 from ppo_plus.data.prompts import tokenize_prompts
 from ppo_plus.models.generation import GenerateOutput
 from ppo_plus.rollout.decoding import CompletionDecoder
+from ppo_plus.rollout.environments import EnvironmentPool
 from ppo_plus.rollout.responses import Responses
+from ppo_plus.rollout.turns import TurnLoop
 
 ASK = [{"role": "user", "content": "why"}]
 STOP = 39  # the letter >
@@ -82,6 +84,46 @@ def test_what_the_generation_prompt_began_is_given_beside_the_completion(tmp_pat
     assert completions.openings == [opening]
     assert completions.opening_ids == [[LETTER[letter] for letter in opening]]
     assert text_of(completions) == "hm"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening"),
+    [("<|assistant|>think:", "think:"), ("<|assistant|>", ""), ("<|assistant|>think:<eos>", "")],
+    ids=["by the template", "without the opening", "closed again"],
+)
+def test_prompts_of_rollout_func_have_the_opening_that_they_end_with(tmp_path, prompt, opening):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>think:{% endif %}"))
+    row = {"prompt": ASK, "input_ids": tokenizer(f"<|user|>why<eos>{prompt}")["input_ids"]}
+    decoder = CompletionDecoder(tokenizer, make_config(tmp_path), [2])
+    completions = decoder.decode(one_turn([row], torch.tensor([[LETTER["h"], 2]]), [2]), {})[0]
+    assert completions.openings == [opening]
+    assert completions.texts(tokenizer, {}) == [f"<|user|>why<eos><|assistant|>{opening}h<eos>"]
+
+
+class Room:
+    """An environment without tools, whose response is one turn."""
+
+    def reset(self, **row) -> str:
+        return "so"
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_environment_without_tools_is_decoded_as_any_one_turn(tmp_path, skip):
+    template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>think:{% endif %}")
+    tokenizer, args = special_tokenizer(template), make_config(tmp_path, skip_special_tokens=skip)
+    tokens = torch.tensor([[LETTER["s"], LETTER["o"], 2]])
+
+    def generate(prefixes, uniforms, **kwargs):
+        return GenerateOutput(tokens, torch.zeros(tokens.shape))
+
+    loop = TurnLoop(EnvironmentPool(Room), tokenizer, args, [2], (None, len(tokenizer)))
+    responses = loop([{"prompt": ASK}], torch.zeros(tokens.shape, dtype=torch.float64), generate)
+    completions = CompletionDecoder(tokenizer, args, [2]).decode(responses, {})[0]
+    assert text_of(completions) == ("o" if skip else "so")
+    assert completions.texts(tokenizer, {}) == [f"<|user|>whyso<eos><|assistant|>think:{text_of(completions)}<eos>"]
 
 
 def test_template_arguments_decide_what_the_generation_prompt_begins(tmp_path):

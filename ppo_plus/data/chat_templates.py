@@ -240,12 +240,16 @@ def find_generation_opening(
 
 
 def find_opening_ids(prompt_ids: Sequence[int], opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the shortest suffix of the prompt's token ids that decodes to the opening; empty for none."""
+    """Return the shortest suffix of the prompt's token ids that decodes to the opening; empty for none.
+
+    Also empty if the prompt does not end with it: `rollout_func` may render prompts in its own way.
+    """
     if not opening:
         return []
     counts = range(1, min(len(prompt_ids), len(opening.encode()) + 1) + 1)
     suffixes = (list(prompt_ids[-count:]) for count in counts)
-    return next((ids for ids in suffixes if opening.strip() in cast(str, tokenizer.decode(ids))), [])
+    text = opening.strip()
+    return next((ids for ids in suffixes if cast(str, tokenizer.decode(ids)).strip().endswith(text)), [])
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping) -> str:

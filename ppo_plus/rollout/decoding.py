@@ -54,6 +54,7 @@ class CompletionDecoder:
             find_opening_ids(row["input_ids"], opening, self.tokenizer)
             for row, opening in zip(rows, openings, strict=True)
         ]
+        openings = [opening if ids else "" for opening, ids in zip(openings, opening_ids, strict=True)]
         context = {**context, "log_extra": log_extra}
         if responses.environments is not None:
             context["environments"] = responses.environments

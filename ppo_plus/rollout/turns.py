@@ -119,8 +119,8 @@ class TurnLoop:
         counts = torch.tensor([[e.num_calls, e.num_failures] for e in episodes]) if pool.has_tools else None
         return Responses.from_segments(
             [e.row for e in episodes], [e.response for e in episodes], self.stop_ids, pad_id(self.tokenizer),
-            train_on_eos=self.args.train_on_eos, messages=[e.messages for e in episodes], environments=environments,
-            tool_counts=counts,
+            train_on_eos=self.args.train_on_eos, environments=environments, tool_counts=counts,
+            messages=[e.messages for e in episodes] if pool.has_tools else None,
         )  # fmt: skip
 
     def _take_turns(self, episodes: Sequence[Episode], uniforms: Tensor, generate: Generate) -> None:
@@ -207,7 +207,7 @@ class TurnLoop:
 
     def _parse(self, ids: list[int], prefix: list[int], schemas: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.environments.has_tools:
-            return {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
+            return {"role": "assistant", "content": ""}  # one turn, which `CompletionDecoder` decodes
         return parse_response(self.tokenizer, ids, prefix=prefix, tools=schemas)
 
     def _answer(self, episodes: Sequence[Episode]) -> list[list[dict[str, Any]]]:
