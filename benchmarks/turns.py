@@ -31,7 +31,7 @@ TURNS, SAMPLED, OBSERVED, PAD = 4, 64, 64, 0
 
 @dataclass
 class Conversation:
-    """What was sampled in each turn: tokens and their log-probabilities, `(rows, SAMPLED)`; tokens read per response."""
+    """What was sampled in each turn, tokens and log-probabilities `(rows, SAMPLED)`, and tokens read per response."""
 
     tokens: list[Tensor]
     logprobs: list[Tensor]

@@ -51,7 +51,7 @@ from .models.loading import (
     warn_of_bf16,
 )
 from .models.pair_sharing import PairSharing
-from .models.precision import check_trained_dtype, hold_trained_in_fp32
+from .models.precision import check_trained_dtype, hold_trained_in_fp32, warn_of_slow_half_precision
 from .models.saving import without_generation_parameters
 from .models.weight_checks import check_device_map, check_model_weights, explain_offloading
 from .rewards.adapters import template_hash
@@ -152,6 +152,7 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
         clone_mmapped_tensors(self.model)
         if runs_in_fp16(self.args):
             warn_of_bf16(self.model)
+        warn_of_slow_half_precision(self.model, bool(self.args.bf16))
         enabled = kernels_enabled(self.args.use_ppo_plus_kernels)
         replace_forwards(self.model, enabled)
         if enabled:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import lora, make_model, make_tokenizer
 from datasets import Dataset
-from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 from trl import RewardConfig as TRLRewardConfig
 
 from ppo_plus import PPOConfig, RewardConfig, RewardTrainer
+from ppo_plus.models import precision
 from ppo_plus.training.setup import load_policy_from_args
 
 KINDS = pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
@@ -118,7 +119,14 @@ def test_a_card_does_not_decide_for_a_run_on_the_cpu(card, tmp_path, kind):
 
 def arguments(device="cuda", **given):
     """What `load_policy_from_args` reads of a configuration whose device is not there."""
-    names = {"seed": 0, "fp16": True, "model_adapter_name": None, "ref_adapter_name": None, "model_init_kwargs": None}
+    names = {
+        "seed": 0,
+        "fp16": True,
+        "bf16": False,
+        "model_adapter_name": None,
+        "ref_adapter_name": None,
+        "model_init_kwargs": None,
+    }
     return SimpleNamespace(**names, device=torch.device(device), **given)
 
 
@@ -178,3 +186,59 @@ def test_a_reward_model_is_loaded_in_fp16_for_a_run_in_fp16(base, tmp_path, monk
         )  # fmt: skip
     assert frozen_dtypes(trainer.model) == {torch.float16, torch.uint8}
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+# --- CPUs without instructions for half precision ---
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """Set what torch says of this CPU, and count every weight as one of a large model."""
+
+    def set_capabilities(**known):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+
+    monkeypatch.setattr(precision, "MIN_SLOW_WEIGHTS", 1)
+    return set_capabilities
+
+
+def warned(model, autocast=False):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        precision.warn_of_slow_half_precision(model, autocast)
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_software_is_named_with_its_fix(cpu, dtype):
+    cpu(architecture="x86_64", amx_bf16=False, avx512_bf16=False)
+    [message] = warned(make_model().to(dtype))
+    assert 'model_init_kwargs={"dtype": "float32"}' in message
+    assert warned(make_model()) == []
+    [message] = warned(make_model(), autocast=True)
+    assert "bf16=False" in message
+
+
+def test_4_bit_layers_that_multiply_in_software_are_named_with_their_fix(cpu, base):
+    cpu(architecture="x86_64")
+
+    def load(dtype):
+        return AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4(dtype), dtype=torch.float32)
+
+    [message] = warned(load(torch.bfloat16))
+    assert "bnb_4bit_compute_dtype=torch.float32" in message
+    assert warned(load(torch.float32)) == []
+
+
+@pytest.mark.parametrize(
+    "known", [{"amx_bf16": True}, {"avx512_bf16": True}, {"architecture": "aarch64"}, {"architecture": ""}]
+)
+def test_cpus_with_instructions_or_of_another_kind_give_no_warning(cpu, known):
+    cpu(**{"architecture": "x86_64", **known})
+    assert warned(make_model().to(torch.bfloat16)) == []
+
+
+def test_a_small_model_gives_no_warning(cpu, monkeypatch):
+    cpu(architecture="x86_64")
+    monkeypatch.setattr(precision, "MIN_SLOW_WEIGHTS", 20_000_000)
+    assert warned(make_model().to(torch.bfloat16)) == []

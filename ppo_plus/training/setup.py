@@ -30,6 +30,7 @@ from ..models.loading import (
     runs_in_fp16,
     warn_of_bf16,
 )
+from ..models.precision import warn_of_slow_half_precision
 from ..models.sharding import ShardedBase
 from ..models.weight_checks import explain_offloading
 from ..report import RunReportCallback, fixed_prompts
@@ -146,6 +147,8 @@ def load_policy_from_args(model: Any, args: PPOConfig, quantization_config: Any,
         policy = load_policy(rename_adapters(model, args.model_adapter_name, args.ref_adapter_name), **options)
     if fp16:
         warn_of_bf16(policy)
+    if args.device.type == "cpu":
+        warn_of_slow_half_precision(policy, bool(args.bf16))
     return policy
 
 
