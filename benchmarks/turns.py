@@ -82,20 +82,19 @@ def main() -> None:
     draw, highest = torch.Generator().manual_seed(1), min(policy.config.vocab_size, 40000)
     prompts = torch.randint(highest // 2, highest, (args.rows, args.prompt), generator=draw)
     observations = torch.randint(highest // 2, highest, (args.rows, TURNS, OBSERVED), generator=draw)
-    kept = converse(model, prompts, observations, True)
-    again = converse(model, prompts, observations, False, kept)
-    gap = largest_gap(kept, again)
+    found: dict[bool, Conversation] = {}
+
+    def work(keep: bool) -> None:
+        found[keep] = converse(model, prompts, observations, keep, found.get(True))
+
+    spent = medians({"kept": lambda: work(True), "read_again": lambda: work(False)}, args.repeats)
+    gap = largest_gap(found[True], found[False])
     if args.dtype == "float32" and gap > 1e-3:
         raise RuntimeError(f"The two sides score tokens differently: by up to {gap:.2g} nats.")
-    spent = medians(
-        {side: lambda keep=keep: converse(model, prompts, observations, keep, kept)  # type: ignore[misc]
-         for side, keep in (("kept", True), ("read_again", False))},
-        args.repeats,
-    )  # fmt: skip
     result = {
         "ratio": spent["read_again"] / spent["kept"],
         "seconds": spent,
-        "tokens_read": {"kept": kept.read, "read_again": again.read},
+        "tokens_read": {"kept": found[True].read, "read_again": found[False].read},
         "gap": gap, "rows": args.rows, "prompt": args.prompt, "turns": TURNS, "sampled": SAMPLED,
         "observed": OBSERVED, "dtype": args.dtype,
     }  # fmt: skip
