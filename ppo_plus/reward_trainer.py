@@ -39,6 +39,7 @@ from .kernels.switch import kernels_enabled, replace_forwards
 from .models.adapter_checks import check_no_adapter, check_preserves_base, warn_of_skipped_layers
 from .models.adapter_files import HEADS, REWARD_FILE
 from .models.adapters import keep_model_card, train_adapter
+from .models.backbone import unwrap_peft
 from .models.base_weights import encode_samples, local_folder, sample_model, weight_files
 from .models.classifier import depends_on_padding, register_sequence_classifier
 from .models.loading import (
@@ -53,12 +54,13 @@ from .models.loading import (
 from .models.pair_sharing import PairSharing
 from .models.precision import check_trained_dtype, hold_trained_in_fp32, warn_of_slow_half_precision
 from .models.saving import without_generation_parameters
+from .models.sharding import shard_frozen_weights, wrap_in_ddp
 from .models.weight_checks import check_device_map, check_model_weights, explain_offloading
 from .rewards.adapters import template_hash
 from .training.control import ControlMixin
 from .training.hub import HubMixin, save_training_args_json
 from .training.reward_card import RewardModelCard
-from .training.validation import check_quantized_device, warn_of_long_warmup
+from .training.validation import check_fsdp, check_fsdp_adapter, check_quantized_device, warn_of_long_warmup
 from .utils.contexts import evaluation_mode
 
 ADAPTER_HINT = (
@@ -93,8 +95,7 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
         **kwargs: Any,
     ) -> None:
         args = copy_arguments(args) if args is not None else RewardConfig(output_dir="reward_model")
-        check_no_sharding(args)
-        check_liger(args)
+        check_machine(args, has_adapter=peft_config is not None or isinstance(model, PeftModel))
         model = str(model) if isinstance(model, Path) else model
         check_preserves_base(peft_config, "peft_config")
         check_no_adapter(model, ADAPTER_HINT)
@@ -129,6 +130,7 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
         keep_model_card(self.model)
         self._configure_forward()
         self._warn_of_padding()
+        self._shard_base()
 
     def _check_trainable(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -160,6 +162,14 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
         if self.args.use_liger_kernel:
             apply_liger([self.model], self.args)
         self._pair_sharing = PairSharing(self.model) if enabled and not self.args.torch_compile else None
+
+    def _shard_base(self) -> None:
+        if self.args.fsdp:  # weights are sampled and probed before, while they are whole
+            shard_frozen_weights(self.model, unwrap_peft(self.model).base_model, self.args.device)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        wrapped = super()._wrap_model(model, training, dataloader)
+        return wrap_in_ddp(wrapped, self.accelerator) if self.args.fsdp and training and wrapped is model else wrapped
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create Trainer's schedule, and warn if its warm-up lasts longer than training."""
@@ -319,6 +329,14 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
             "chat_template_sha256": template_hash(self.processing_class),
             **{name: value for name, value in self._calibration.items() if not math.isnan(value)},  # JSON has no NaN
         }
+
+
+def check_machine(args: RewardConfig, has_adapter: bool) -> None:
+    """Refuse settings that these processes and devices cannot run."""
+    check_no_sharding(args)
+    check_fsdp(args)
+    check_fsdp_adapter(args, has_adapter)
+    check_liger(args)
 
 
 def check_template_tokens(args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:

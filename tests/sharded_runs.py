@@ -98,7 +98,7 @@ def base_bytes(model) -> int:
     return sum(p.nbytes for p in local)
 
 
-def watch_base_bytes(trainer) -> dict[str, int]:
+def watch_base_bytes(trainer, backbone) -> dict[str, int]:
     """Record the most bytes of frozen weights that this process holds while a layer runs, in learning and elsewhere."""
     most = {"learning": 0, "elsewhere": 0}
 
@@ -106,7 +106,7 @@ def watch_base_bytes(trainer) -> dict[str, int]:
         phase = "learning" if torch.is_grad_enabled() else "elsewhere"
         most[phase] = max(most[phase], base_bytes(trainer.model))
 
-    for layer in decoder_layers(trainer.model.language_model.base_model):
+    for layer in decoder_layers(backbone):
         layer.register_forward_pre_hook(record)
     return most
 
@@ -132,7 +132,7 @@ def main(folder: Path, names: list[str]) -> None:
         for fsdp in (True, False):
             out = folder / name / str(fsdp)
             trainer = trainer_of(name, folder / "base", out, fsdp=fsdp, ddp_backend="gloo")
-            most = watch_base_bytes(trainer)
+            most = watch_base_bytes(trainer, trainer.model.language_model.base_model)
             trainer.train()
             results[f"{name}/{fsdp}"] = {**result(trainer, out), **most}
     if os.environ["RANK"] == "0":

@@ -51,19 +51,20 @@ def base(tmp_path_factory):
     return folder
 
 
-def start(base, *names):
-    script = [str(ROOT / "tests" / "sharded_runs.py"), str(base.parent), *names]
+def start_script(name, *arguments):
+    """Run a script of this folder in two processes."""
+    script = [str(ROOT / "tests" / name), *arguments]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-8000:]
-    return json.loads((base.parent / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def runs(base):
     """All runs, each sharded and with whole copies, one after the other in the same two processes."""
-    return start(base)
+    start_script("sharded_runs.py", str(base.parent))
+    return json.loads((base.parent / "results.json").read_text())
 
 
 def weights(base, name, fsdp):

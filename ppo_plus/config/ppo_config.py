@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from ..algo.kl import KL_ESTIMATORS
 from .checks import PROBABILITY, Check, _field, above, at_least, at_most, below, check_fields, one_of, refuse_unless
 from .critic_fields import CriticFields
-from .sharding import check_no_sharding, resolve_fsdp
+from .sharding import _ShardsFrozenWeights, check_no_sharding, resolve_fsdp
 from .shared import (
     _check_length,
     _RedactSecrets,
@@ -35,7 +35,7 @@ NOT_GREEDY = Check("above 0 (PPO does not support greedy decoding)", lambda temp
 
 @ignore_derived_fields
 @dataclass(repr=False)
-class PPOConfig(CriticFields, VLLMFields, TRLFields, _RedactSecrets, TrainingArguments):
+class PPOConfig(CriticFields, VLLMFields, TRLFields, _ShardsFrozenWeights, _RedactSecrets, TrainingArguments):
     """Configuration of `PPOTrainer`.
 
     Sizes, per process: a micro-batch has `per_device_train_batch_size` responses, a minibatch (one optimizer step)
@@ -196,7 +196,7 @@ class PPOConfig(CriticFields, VLLMFields, TRLFields, _RedactSecrets, TrainingArg
     ]
 
     def __post_init__(self) -> None:
-        check_no_sharding(self, allow_fsdp=True)
+        check_no_sharding(self)
         resolve_fsdp(self)
         _resolve_precision(self)
         batch = {name: at_least(1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
@@ -266,10 +266,6 @@ class PPOConfig(CriticFields, VLLMFields, TRLFields, _RedactSecrets, TrainingArg
     def resolved_vf_coef(self) -> float:
         """Weight of the value loss, with the default of `critic` if `vf_coef` is None."""
         return self.vf_coef if self.vf_coef is not None else (0.1 if self.critic == "shared" else 1.0)
-
-    def _process_fsdp_args(self) -> None:
-        # Without a plugin, accelerate uses DDP for the trained weights; `models/sharding.py` shards the frozen ones.
-        return None
 
     def _check_combinations(self) -> None:
         rows, answers = self.per_device_train_batch_size, self.num_generations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trl import RewardConfig as TRLRewardConfig
 
 from .checks import _field, check_fields, refuse_unless
-from .sharding import check_no_sharding
+from .sharding import _ShardsFrozenWeights, check_no_sharding, resolve_fsdp
 from .shared import (
     _check_length,
     _RedactSecrets,
@@ -20,7 +20,7 @@ from .shared import (
 
 
 @dataclass(repr=False)
-class RewardConfig(_RedactSecrets, TRLRewardConfig):
+class RewardConfig(_ShardsFrozenWeights, _RedactSecrets, TRLRewardConfig):
     """Configuration of `RewardTrainer`: TRL's `RewardConfig`, with fp16 or full precision where bf16 is not native."""
 
     # TRL enables activation_checkpointing under its deprecated name; None leaves it off.
@@ -33,6 +33,7 @@ class RewardConfig(_RedactSecrets, TRLRewardConfig):
 
     def __post_init__(self) -> None:
         check_no_sharding(self)
+        resolve_fsdp(self)
         _resolve_precision(self)
         check_fields(self, RewardConfig)
         _check_length(self)

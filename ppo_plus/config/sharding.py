@@ -13,6 +13,7 @@ from ..utils.files import read_json_object
 
 if TYPE_CHECKING:
     from .ppo_config import PPOConfig
+    from .reward_config import RewardConfig
 
 FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
 LAUNCHED_WITH_FSDP = "PPO_PLUS_FSDP"  # set in place of accelerate's variable, which would shard trained weights too
@@ -25,41 +26,40 @@ FSDP_SETTINGS = {
 }
 
 
-def check_no_sharding(config: Any, allow_fsdp: bool = False) -> None:
-    """Refuse sharding of the model over processes, whether requested by the configuration or by `accelerate launch`.
+class _ShardsFrozenWeights:
+    """Lets `fsdp` of a configuration shard the frozen base alone."""
+
+    def _process_fsdp_args(self) -> None:
+        # Without a plugin, accelerate uses DDP for the trained weights; `models/sharding.py` shards the frozen ones.
+        return None
+
+
+def check_no_sharding(config: Any) -> None:
+    """Refuse sharding of trained weights over processes, requested by the configuration or by `accelerate launch`.
 
     Called when a configuration is created and again by the trainers: scripts may create an `Accelerator` in between,
     which changes the environment.
 
     Raises:
-        ValueError: FSDP (unless allowed), DeepSpeed, Megatron-LM, or tensor or context parallelism is requested.
+        ValueError: DeepSpeed, Megatron-LM, or tensor or context parallelism is requested.
     """
     kinds = (
-        *(() if allow_fsdp else (("fsdp", FSDP_VARIABLE, "FSDP"),)),
         ("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
         (None, "ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     )
-    fix = (
-        "Use DDP: remove it, and start with `accelerate launch --multi_gpu`. If the model does not fit on one GPU, "
-        "load it in 4 bits with a LoRA adapter."
-    )
-    if allow_fsdp:
-        fix = (
-            "Remove it, and shard the frozen base of an adapter by FSDP2 (`--accelerate_config fsdp2`, or fsdp=True), "
-            "or use DDP (`accelerate launch --multi_gpu`)."
-        )
     for name, variable, kind in kinds:
         in_config = name is not None and getattr(config, name, None)
         if in_config or parse_flag_from_env(variable):
             where = f"{type(config).__name__}({name}=...)" if in_config else f"{variable} in the environment"
             raise ValueError(
                 f"{where} requests {kind}, which is not supported: it shards the weights, and rollouts, the reference "
-                f"and checkpoints need unsharded weights. {fix}"
+                "and checkpoints need unsharded weights. Remove it, and shard the frozen base of an adapter by FSDP2 "
+                "(`--accelerate_config fsdp2`, or fsdp=True), or use DDP (`accelerate launch --multi_gpu`)."
             )
 
 
-def resolve_fsdp(config: PPOConfig) -> None:
+def resolve_fsdp(config: PPOConfig | RewardConfig) -> None:
     """Set `fsdp` if `accelerate launch` requested FSDP, and refuse settings that the sharding of a base does not have.
 
     accelerate's own request is removed from the environment: it would shard trained weights, clip the norms of actor
@@ -68,38 +68,42 @@ def resolve_fsdp(config: PPOConfig) -> None:
     Raises:
         ValueError: FSDP1, or another setting that has no effect here.
     """
+    kind = type(config).__name__
     if parse_flag_from_env(FSDP_VARIABLE):
         for name, (variable, _) in FSDP_SETTINGS.items():
             if variable in os.environ:
-                _check_setting(name, os.environ[variable], f"{variable} in the environment")
+                _check_setting(name, os.environ[variable], f"{variable} in the environment", kind)
         os.environ |= {FSDP_VARIABLE: "false", LAUNCHED_WITH_FSDP: "true"}
     if parse_flag_from_env(LAUNCHED_WITH_FSDP):
-        config.fsdp = True
+        config.fsdp = cast(Any, True)
     words = config.fsdp if isinstance(config.fsdp, list) else str(config.fsdp or "").lower().split()
     if unknown := set(words) - {"true", "full_shard", "auto_wrap"}:
         raise ValueError(
-            f"PPOConfig: fsdp={config.fsdp!r} requests {', '.join(sorted(unknown))}, and a frozen base is sharded in "
+            f"{kind}: fsdp={config.fsdp!r} requests {', '.join(sorted(unknown))}, and a frozen base is sharded in "
             "full over all processes. Set fsdp=True."
         )
     settings = config.fsdp_config or {}
     if isinstance(settings, str):  # JSON, or a file of it, as Trainer reads
         settings = json.loads(settings) if settings.lstrip().startswith("{") else read_json_object(Path(settings))
     for name, value in settings.items():
-        _check_setting(name.removeprefix("fsdp_"), value, f"PPOConfig: {name} in fsdp_config")
-    if config.fsdp and config.torch_compile:
-        raise ValueError("PPOConfig: torch_compile does not work with fsdp: compiled layers cannot gather their weights"
-                         " for each pass. Remove one of them.")  # fmt: skip
+        _check_setting(name.removeprefix("fsdp_"), value, f"{kind}: {name} in fsdp_config", kind)
+    for name, reason in (
+        ("torch_compile", "compiled layers cannot gather their weights for each pass"),
+        ("activation_offloading", "it would also copy the gathered weights of each pass to the host"),
+    ):
+        if words and getattr(config, name, False):
+            raise ValueError(f"{kind}: {name} does not work with fsdp: {reason}. Remove one of them.")
     config.fsdp, config.fsdp_config = cast(Any, bool(words)), {}
 
 
-def _check_setting(name: str, value: Any, where: str) -> None:
+def _check_setting(name: str, value: Any, where: str, kind: str) -> None:
     _, allowed = FSDP_SETTINGS.get(name, ("", ()))
     if str(value).lower() not in allowed:
         fixes = {
             "version": "Set it to 2, as `--accelerate_config fsdp2` does",
-            "activation_checkpointing": "Remove it, and set activation_checkpointing=True in PPOConfig",
+            "activation_checkpointing": f"Remove it, and set activation_checkpointing=True in {kind}",
         }
         raise ValueError(
-            f"{where} is {value!r}, and PPOTrainer shards a frozen base by FSDP2, one unit per decoder layer, which is "
+            f"{where} is {value!r}, and ppo_plus shards a frozen base by FSDP2, one unit per decoder layer, which is "
             f"gathered for each pass. {fixes.get(name, 'Remove it')}."
         )

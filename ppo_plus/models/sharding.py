@@ -1,7 +1,7 @@
-"""Shard the frozen base of an actor-critic over ranks by FSDP2; trained weights stay whole on every rank under DDP.
+"""Shard the frozen base of an adapter over ranks by FSDP2; trained weights stay whole on every rank under DDP.
 
 A base is never trained, so it needs no gradient, optimizer state or checkpoint: sharding it divides the largest part
-of the memory, and everything that PPO does with trained weights is what it does on one rank.
+of the memory, and everything that training does with trained weights is what it does on one rank.
 """
 
 from __future__ import annotations
@@ -30,11 +30,41 @@ warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPActorCritic\) ret
 FORWARD_METHODS = ("sample", "frozen_hidden_states", "prefix_rewards", "generate")
 
 
+def shard_frozen_weights(
+    model: nn.Module, backbone: nn.Module, device: torch.device, whole: Sequence[nn.Module] = ()
+) -> list[FSDPModule]:
+    """Replace the frozen weights of a model by this rank's share of them.
+
+    Args:
+        model: the model that is called, with all its adapters.
+        backbone: its decoder or encoder. Each layer is a unit that is gathered for a pass and freed after it;
+            embeddings, last norm and head are another.
+        device: of this rank.
+        whole: modules that stay whole on every rank, besides trained weights.
+
+    Returns:
+        the units: layers in their order, then the rest.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    kept = {p for p in model.parameters() if p.requires_grad} | {p for each in whole for p in each.parameters()}
+    int8_layers = _take_int8_states(model)
+    units = [
+        cast(FSDPModule, fully_shard(module, mesh=mesh, ignored_params=kept, reshard_after_forward=True))
+        for module in (*decoder_layers(backbone), model)
+    ]
+    # DDP neither broadcasts nor averages the sharded weights.
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
+    with _gathered(units):
+        for layer in int8_layers:  # the gathered weight keeps its storage, which is filled again for each pass
+            layer.weight.CB, layer.state.CB = None, layer.weight.data
+    return units
+
+
 class ShardedBase:
     """The frozen weights of an actor-critic's language model, each rank holding its share of every layer.
 
-    Each decoder layer is a unit that is gathered for a pass and freed after it; embeddings, last norm and head are
-    another. A separate critic or reference stays whole on every rank.
+    A separate critic or reference stays whole on every rank.
 
     Args:
         model: the actor-critic, with all its adapters.
@@ -43,25 +73,12 @@ class ShardedBase:
     """
 
     def __init__(self, model: ActorCritic, device: torch.device, gather_all: bool = True) -> None:
-        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        kept = {p for p in model.parameters() if p.requires_grad}
-        kept |= set(() if model.value_model is None else model.value_model.parameters())
-        layers = decoder_layers(model.language_model.base_model)
-        int8_layers = _take_int8_states(model)
-        *self._layers, self._rest = (
-            cast(FSDPModule, fully_shard(module, mesh=mesh, ignored_params=kept, reshard_after_forward=True))
-            for module in (*layers, model)
-        )
+        whole = [] if model.value_model is None else [model.value_model]
+        *self._layers, self._rest = shard_frozen_weights(model, model.language_model.base_model, device, whole)
         for name in FORWARD_METHODS:
             register_fsdp_forward_method(model, name)
         vars(model)["generate"] = self._with_uneven_passes(model.generate)
-        # DDP neither broadcasts nor averages the sharded weights.
-        sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
         self._device, self._gather_all, self._inside = device, gather_all, False
-        with self._gathered([*self._layers, self._rest]):
-            for layer in int8_layers:  # the gathered weight keeps its storage, which is filled again for each pass
-                layer.weight.CB, layer.state.CB = None, layer.weight.data
 
     @contextlib.contextmanager
     def uneven_passes(self) -> Iterator[None]:
@@ -71,23 +88,10 @@ class ShardedBase:
             return
         self._inside = True
         try:
-            with self._gathered([*self._layers, self._rest]) if self._gather_all else self._in_step():
+            with _gathered([*self._layers, self._rest]) if self._gather_all else self._in_step():
                 yield
         finally:
             self._inside = False
-
-    @contextlib.contextmanager
-    def _gathered(self, units: Sequence[FSDPModule]) -> Iterator[None]:
-        """Context manager: hold the whole weights of these units, so that passes do not communicate for them."""
-        for unit in units:
-            unit.unshard()
-            unit.set_reshard_after_forward(False, recurse=False)
-        try:
-            yield
-        finally:
-            for unit in units:
-                unit.set_reshard_after_forward(True, recurse=False)
-                unit.reshard()
 
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[None]:
@@ -98,7 +102,7 @@ class ShardedBase:
         first = cast(nn.Module, self._layers[0])
         announce = first.register_forward_pre_hook(lambda *_: self._any_rank_runs(True), prepend=True)
         try:
-            with self._gathered([self._rest]), fixed_batch_sizes():
+            with _gathered([self._rest]), fixed_batch_sizes():
                 yield
                 while self._any_rank_runs(False):
                     for layer in self._layers:
@@ -119,6 +123,20 @@ class ShardedBase:
                 return method(*args, **kwargs)
 
         return call
+
+
+@contextlib.contextmanager
+def _gathered(units: Sequence[FSDPModule]) -> Iterator[None]:
+    """Context manager: hold the whole weights of these units, so that passes do not communicate for them."""
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 def _take_int8_states(model: nn.Module) -> list[Any]:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
@@ -34,6 +34,9 @@ from ..rewards.checks import check_reward_module, check_reward_task, load_reward
 from ..rewards.reward_set import check_weights
 from .critic_training import check_critic_training
 
+if TYPE_CHECKING:
+    from ..config.reward_config import RewardConfig  # imports TRL
+
 
 def named_datasets(eval_dataset: Any) -> dict[str, Dataset]:
     """Return evaluation datasets by name: one under its argument's name, several under their own."""
@@ -46,7 +49,7 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     """Refuse arguments of the wrong kind, and settings that this machine cannot run."""
     if not isinstance(args, PPOConfig):
         raise TypeError(f"args must be a ppo_plus.PPOConfig; got {type(args).__name__}.")
-    check_no_sharding(args, allow_fsdp=True)
+    check_no_sharding(args)
     check_fsdp(args)
     if (reward_funcs is None) == (reward_model is None):
         both = "both" if reward_funcs is not None else "neither"
@@ -69,18 +72,28 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     check_output_dir(cast(str, args.output_dir))
 
 
-def check_fsdp(args: PPOConfig) -> None:
+def check_fsdp(args: PPOConfig | RewardConfig) -> None:
     """Refuse to shard over one process, and under an `Accelerator` that would shard trained weights too."""
+    kind, command = type(args).__name__, "ppo" if isinstance(args, PPOConfig) else "reward"
     if args.fsdp and args.world_size == 1:
         raise ValueError(
-            "fsdp=True shards the base over processes, and there is one: start several with `ppo-plus ppo "
-            "--accelerate_config fsdp2 --num_processes N` or `accelerate launch`, or remove it."
+            f"{kind}: fsdp=True shards the base over processes, and there is one: start several with `ppo-plus "
+            f"{command} --accelerate_config fsdp2 --num_processes N` or `accelerate launch`, or remove it."
         )
     shards_all = AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP
     if shards_all or parse_flag_from_env(FSDP_VARIABLE):
         raise ValueError(
-            "The script made an Accelerator that shards all weights (FSDP), and PPOTrainer shards the frozen ones "
-            "alone: make PPOConfig before it, or no Accelerator."
+            "The script made an Accelerator that shards all weights (FSDP), and ppo_plus shards the frozen ones "
+            f"alone: make {kind} before it, or no Accelerator."
+        )
+
+
+def check_fsdp_adapter(args: PPOConfig | RewardConfig, has_adapter: bool) -> None:
+    """Refuse to shard a model that is trained as a whole."""
+    if args.fsdp and not has_adapter:
+        raise ValueError(
+            f"{type(args).__name__}: fsdp=True shards the frozen base of an adapter, and here the whole model is "
+            "trained: pass peft_config, or remove fsdp and train whole copies by DDP (`accelerate launch --multi_gpu`)."
         )
 
 
@@ -204,11 +217,7 @@ def check_adapters(
         check_preserves_base(config, "critic_peft_config")
     own_model = value_model is not None and resolve_adapter_path(value_model) is None
     check_critic_training(args, "separate" if own_model else args.critic)
-    if args.fsdp and actors is None:
-        raise ValueError(
-            "fsdp=True shards the frozen base of an adapter, and here the whole model is trained: pass peft_config, or "
-            "remove fsdp and train whole copies by DDP (`accelerate launch --multi_gpu`)."
-        )
+    check_fsdp_adapter(args, actors is not None)
     if args.critic == "adapter" and actors is None:
         raise ValueError("critic='adapter' puts an adapter on a frozen base: pass peft_config, or take another critic.")
     return actors
