@@ -140,7 +140,9 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
             )
 
     def _warn_of_padding(self) -> None:
-        if depends_on_padding(self.model, cast(int, self.processing_class.pad_token_id)):
+        with self.accelerator.autocast():
+            depends = depends_on_padding(self.model, cast(int, self.processing_class.pad_token_id))
+        if depends:
             warnings.warn(
                 f"The scores of {type(self.accelerator.unwrap_model(self.model)).__name__} depend on the padding of "
                 "their batch, so training learns from the lengths of the pairs in a batch too. Set "

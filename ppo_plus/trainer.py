@@ -175,12 +175,13 @@ class PPOTrainer(
     def _build_collector(self, reward_funcs: Any, reward_tokenizers: list) -> None:
         self._rollouts = RolloutPhase(self)
         args, model, tokenizer = self.args, self.model, self.processing_class
-        rewards = build_rewards(
-            reward_funcs, reward_tokenizers, model, tokenizer, weights=args.reward_weights,
-            batch_size=args.local_rollout_forward_batch_size, on_error=args.on_reward_error,
-            chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}), timeout=args.reward_timeout,
-            pessimism=args.reward_pessimism,
-        )  # fmt: skip
+        with self.accelerator.autocast():  # in which classifiers score
+            rewards = build_rewards(
+                reward_funcs, reward_tokenizers, model, tokenizer, weights=args.reward_weights,
+                batch_size=args.local_rollout_forward_batch_size, on_error=args.on_reward_error,
+                chat_template_kwargs=cast(dict, args.chat_template_kwargs or {}), timeout=args.reward_timeout,
+                pessimism=args.reward_pessimism,
+            )  # fmt: skip
         self.stop_ids = stop_token_ids(model.generation_config, tokenizer, model.num_embeddings, args.extra_stop_ids)
         runtime = (self.accelerator, self.stop_ids, self._rollouts.on_progress)
         generators = (self.agent.responder(self), build_engine(self))

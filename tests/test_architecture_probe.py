@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora, make_model, make_trainer
+from conftest import SIZES, lora, make_model, make_prompts, make_tokenizer, make_trainer
+from datasets import Dataset
 from peft import get_peft_model
-from transformers import BitsAndBytesConfig, Cache, MistralConfig, MistralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    Cache,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from ppo_plus import ActorCritic, ValueHead
+from ppo_plus import ActorCritic, RewardConfig, RewardTrainer, ValueHead
 from ppo_plus.models import backbone
 from ppo_plus.models.backbone import backbone_interface, hidden_state_error, narrow_windows
 from ppo_plus.models.loading import load_policy, quantized_share
@@ -98,11 +109,12 @@ def scored(model):
     return logprobs.gather(-1, ids[:, -architectures.STEPS :, None]).squeeze(-1), expected
 
 
-def test_a_reference_that_reads_pads_is_refused():
-    model, critic = make_model(), make_model()
+@pytest.mark.parametrize("kind", ["ref_model", "value_model"])
+def test_a_reference_or_a_critic_that_reads_pads_is_refused(kind):
+    others = {"critic": "separate" if kind == "value_model" else "shared", "ref_model": make_model()}
     with pytest.raises(ValueError, match=PADDED):
-        ActorCritic(model, ValueHead(32), ref_model=pooling(heeds_mask=False))
-    ActorCritic(model, ValueHead(32), ref_model=critic)
+        ActorCritic(make_model(), ValueHead(32), **{**others, kind: pooling(heeds_mask=False)})
+    ActorCritic(make_model(), ValueHead(32), **{**others, kind: pooling(heeds_mask=True)})
 
 
 class Forgetful(torch.nn.Module):
@@ -177,6 +189,31 @@ def test_adapters_that_never_learn_are_named_once(tmp_path):
     assert said == [] and still == set()
 
 
+ROWS = json.loads(architectures.RESULT.read_text())["rows"]
+WITHOUT_GRADIENT = {
+    row["model_type"]: row["cells"]["lora"].removeprefix("no: no gradient for ").split(", ")
+    for row in ROWS if row.get("cells", {}).get("lora", "").startswith("no: ")
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WITHOUT_GRADIENT)
+def test_training_names_what_the_table_of_architectures_names(kind, tmp_path):
+    said, still, _ = trained(tmp_path, architectures.tiny_model(kind))
+    names = WITHOUT_GRADIENT[kind]
+    others = f" and of {len(names) - 8} other kinds" if len(names) > 8 else ""
+    assert len(said) == 1 and f"those of {', '.join(names[:8])}{others} (the first is" in said[0]
+    assert still >= set(names)
+
+
+def test_an_adapter_with_which_a_model_fails_is_refused(tmp_path):
+    """The router of PhiMoE is a linear layer that returns three tensors, and PEFT expects one."""
+    with pytest.raises(ValueError, match="PhimoeForCausalLM fails on a few tokens of text .*exclude_modules"):
+        make_trainer(tmp_path, model=architectures.tiny_model("phimoe"))
+    adapter = lora(exclude_modules=["router"])
+    make_trainer(tmp_path, model=architectures.tiny_model("phimoe"), peft_config=adapter)  # negative control
+
+
 # --- windows ---
 
 
@@ -224,6 +261,105 @@ def test_a_model_is_probed_again_on_the_device_to_which_it_is_moved():
     )
     with pytest.raises(ValueError, match=PADDED):
         actor.move_auxiliary_modules(torch.device("cpu"))
+
+
+def ignoring_its_mask(model, when=lambda: True):
+    """A model whose backbone attends to padding while a condition holds, as a kernel that reads no mask."""
+    forward = model.base_model.forward
+
+    def unmasked(*args, attention_mask=None, **kwargs):
+        mask = torch.ones_like(attention_mask) if attention_mask is not None and when() else attention_mask
+        return forward(*args, attention_mask=mask, **kwargs)
+
+    model.base_model.forward = unmasked
+    return model
+
+
+def in_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("kind", ["policy", "reference", "critic"])
+def test_models_are_probed_in_the_dtype_of_training(kind, tmp_path):
+    """Kernels differ between dtypes: this one reads no mask in bf16, and the weights are in fp32."""
+
+    def train(bf16, when=in_autocast):
+        flawed = ignoring_its_mask(critic() if kind == "critic" else make_model(), when)
+        options = {
+            "policy": {"model": flawed}, "reference": {"peft_config": None, "ref_model": flawed},
+            "critic": {"value_model": flawed},
+        }[kind]  # fmt: skip
+        make_trainer(tmp_path, config={"bf16": bf16}, **options)
+
+    train(bf16=False)
+    train(bf16=True, when=lambda: False)  # negative controls
+    with pytest.raises(ValueError, match=PADDED):
+        train(bf16=True)
+
+
+def critic():
+    torch.manual_seed(1)
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1)).eval()
+
+
+def test_the_probe_in_autocast_leaves_that_of_the_weights(tmp_path):
+    trainer = make_trainer(tmp_path, config={"bf16": True})
+    interface = backbone_interface(trainer.model.language_model)
+    assert interface.dtype == torch.float32 and interface.rounding == backbone.ERRORS[0]
+    assert trainer.model.runner.packable_models == [trainer.model.language_model]
+
+
+def test_a_model_that_was_cast_is_probed_again():
+    model = make_model().eval()
+    assert backbone_interface(model).dtype == torch.float32
+    ignoring_its_mask(model.bfloat16())
+    backbone.check_padding(model)  # what the first probe found
+    with pytest.raises(ValueError, match=PADDED):
+        actor_of(model)
+    assert backbone_interface(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("compares", "factor"), [(True, 0.0), (True, 1.0), (False, 0.0)])
+def test_a_reference_that_answers_decodes_as_it_is_scored(compares, factor, tmp_path):
+    """A reference is only scored, unless evaluations compare its answers with those of the policy."""
+    reference = make_model(initializer_range=0.3)
+    reference.model.register_forward_pre_hook(Forgetful(factor), with_kwargs=True)
+    is_refused = compares and factor == 0.0
+    with pytest.raises(ValueError, match=CACHED) if is_refused else contextlib.nullcontext():
+        make_trainer(
+            tmp_path, config={"eval_win_rate": compares}, eval_dataset=make_prompts(), peft_config=None,
+            ref_model=reference,
+        )  # fmt: skip
+
+
+def bert():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = BertForSequenceClassification(BertConfig(vocab_size=42, num_labels=1, pad_token_id=0, **sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["scores", "is trained"])
+def test_classifiers_are_tried_in_the_dtype_of_training(is_trained, tmp_path):
+    def warns(bf16, when=in_autocast):
+        model = ignoring_its_mask(bert(), when)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if is_trained:
+                args = RewardConfig(str(tmp_path), use_cpu=True, bf16=bf16, report_to="none")
+                rows = Dataset.from_dict({"chosen": ["so"], "rejected": ["no"]})
+                RewardTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
+            else:
+                make_trainer(
+                    tmp_path, config={"bf16": bf16}, reward_funcs=model, reward_processing_classes=make_tokenizer()
+                )
+        return any("depend on the padding" in str(w.message) for w in caught)
+
+    assert warns(bf16=True)
+    assert not warns(bf16=False) and not warns(bf16=True, when=lambda: False)  # negative controls
 
 
 def test_errors_of_hidden_states_by_hand():

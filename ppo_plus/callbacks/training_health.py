@@ -118,10 +118,11 @@ class TrainingHealthCallback(PPOCallback):
         self._actor_steps += 1
         modules = [name.partition(".lora_")[0].removeprefix("base_model.model.") for name in self._without_gradient]
         kinds = sorted({name.rpartition(".")[2] for name in modules})
+        others = f" and of {len(kinds) - 8} other kinds" if len(kinds) > 8 else ""
         self._warn_once(
             "adapters without gradient",
             bool(modules) and self._actor_steps == args.steps_per_rollout,
-            f"{len({*modules})} adapters get no gradient, so they never learn: those of {', '.join(kinds[:8])} "
+            f"{len({*modules})} adapters get no gradient, so they never learn: those of {', '.join(kinds[:8])}{others} "
             f"(the first is {min(modules, default='')}). Leave them out: LoraConfig(exclude_modules=[...]).",
         )
 

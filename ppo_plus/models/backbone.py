@@ -2,8 +2,8 @@
 
 transformers 5.24 renamed the cache of every model, and forwards swallow unknown keywords, so a cache under the wrong
 name is lost without an error: each token would be computed without its context. Signatures do not show which names are
-used. So each model is probed once per device, with left-padded rows of unequal length: in one pass, in steps with a
-cache, and each row by itself.
+used. So each model is probed once per device and dtype, with left-padded rows of unequal length: in one pass, in steps
+with a cache, and each row by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from ..kernels.lora import autocast_dtype
 from ..utils.contexts import evaluation_mode, set_attributes
 from .logprobs import logits_function
 
@@ -51,6 +52,7 @@ class BackboneInterface:
         rounding: largest error that may be rounding, in the precision of the probe.
         gross_error: smallest error that is certainly no rounding.
         device: device of the probe, because kernels differ between devices.
+        dtype: dtype of the products in the probe, because kernels differ between dtypes, too.
     """
 
     cache_name: str | None
@@ -61,6 +63,7 @@ class BackboneInterface:
     rounding: float = ERRORS[0]
     gross_error: float = ERRORS[1]
     device: torch.device | None = None
+    dtype: torch.dtype | None = None
 
 
 # By module and for its lifetime; a copy is another module and is probed again.
@@ -68,19 +71,43 @@ _interfaces: WeakKeyDictionary[torch.nn.Module, BackboneInterface] = WeakKeyDict
 
 
 def backbone_interface(model: PreTrainedModel) -> BackboneInterface:
-    """Return how the backbone of a model is called; the first call probes it."""
+    """Return how the backbone of a model is called; the first call probes it.
+
+    Raises:
+        ValueError: a pass over a few tokens fails.
+    """
     if model not in _interfaces:
-        with evaluation_mode(model), narrow_windows(model):
-            _interfaces[model] = replace(_probe(model), device=model.device)
+        try:
+            with evaluation_mode(model), narrow_windows(model):
+                _interfaces[model] = replace(_probe(model), device=model.device, dtype=compute_dtype(model))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(model).__name__} fails on a few tokens of text ({type(error).__name__}: {error}). If an "
+                "adapter on one of its layers is the cause, leave that out with LoraConfig(exclude_modules=[...]); if "
+                f"quantization is, load it without. {UNSUPPORTED_HINT}"
+            ) from error
     return _interfaces[model]
 
 
-def is_probed_on(model: PreTrainedModel, device: torch.device) -> bool:
-    """Return whether a model was probed on a device; drop the probe of another device."""
-    if backbone_interface(model).device == device:
-        return True
+def drop_outdated_probe(model: PreTrainedModel) -> bool:
+    """Drop the probe of a model on another device or in another dtype; return whether there was one."""
+    interface = _interfaces.get(model)
+    if interface is None or (interface.device, interface.dtype) == (model.device, compute_dtype(model)):
+        return False
     del _interfaces[model]
-    return False
+    return True
+
+
+@contextlib.contextmanager
+def probed_again(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager: inside, a model is probed again; the probe of before is restored after the block."""
+    interface = _interfaces.pop(model)
+    try:
+        yield
+    finally:
+        _interfaces[model] = interface
 
 
 @contextlib.contextmanager
@@ -215,9 +242,15 @@ def _run_cached_steps(
     return None, None
 
 
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype in which a model computes: that of autocast if it is on, else that of its weights."""
+    return autocast_dtype(model.device.type) or model.dtype
+
+
 def has_few_bits(model: PreTrainedModel) -> bool:
     """Return whether a model computes in half precision, or has 4-bit or 8-bit layers."""
-    return model.dtype in (torch.float16, torch.bfloat16) or bool(getattr(model, "is_quantized", False))
+    is_quantized = bool(getattr(model, "is_quantized", False))
+    return compute_dtype(model) in (torch.float16, torch.bfloat16) or is_quantized
 
 
 def hidden_state_error(states: Tensor, expected: Tensor, in_half: bool) -> float:
@@ -273,8 +306,8 @@ def check_head(model: PreTrainedModel) -> None:
         logits = logits_function(model)(outputs.last_hidden_state).float()
     if not expected.isfinite().all():
         raise ValueError(
-            f"The logits of {name} are NaN or infinite in {model.dtype}, although its weights are finite: load it in "
-            "bf16 or fp32 (model_init_kwargs={'dtype': 'float32'})."
+            f"The logits of {name} are NaN or infinite in {compute_dtype(model)}, although its weights are finite: "
+            "load it in bf16 or fp32 (model_init_kwargs={'dtype': 'float32'}), and do not train in fp16 (fp16=False)."
         )
     if type(cache_of(outputs)).batch_select_indices is not Cache.batch_select_indices:  # type: ignore[union-attr]
         raise ValueError(

@@ -31,11 +31,13 @@ from .backbone import (
     cache_of,
     check_head,
     check_padding,
+    compute_dtype,
+    drop_outdated_probe,
     has_few_bits,
     hidden_state_error,
-    is_probed_on,
     is_recurrent,
     narrow_windows,
+    probed_again,
 )
 
 
@@ -99,17 +101,31 @@ class BackboneRunner:
         eager = (m for m in models if m.config.get_text_config()._attn_implementation == EAGER)
         self._eager_models = list(eager) if use_kernels else []
         self.sdpa_models, self._use_kernels = list(sdpa) if use_kernels else [], use_kernels
+        for model in models:
+            drop_outdated_probe(model)
         self._probe()
 
     def probe_moved_models(self) -> None:
         """Probe the models again if one was moved to another device."""
-        if not all([is_probed_on(model, model.device) for model in self._models]):
+        if any([drop_outdated_probe(model) for model in self._models]):
             self._probe()
 
+    def check_in_autocast(self) -> None:
+        """Probe the models once more under autocast, if it is on and has another dtype than their weights.
+
+        Packing and sharing stay as the probe in the dtype of the weights, which is the more exact one, chose them.
+        """
+        for model in self._models:
+            if compute_dtype(model) != model.dtype:
+                with probed_again(model):
+                    self._check(model)
+
+    def _check(self, model: PreTrainedModel) -> None:
+        check_head(model) if model is self._models[0] else check_padding(model)
+
     def _probe(self) -> None:
-        check_head(self._models[0])
-        for model in self._models[1:]:
-            check_padding(model)
+        for model in self._models:
+            self._check(model)
         self.packable_models = [m for m in self.sdpa_models if self._is_packable(m)]
 
     def packing(self, model: PreTrainedModel, batch: TokenBatch) -> Packing | NoPacking:

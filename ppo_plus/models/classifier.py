@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ..kernels.lora import autocast_dtype
 from ..utils.contexts import evaluation_mode, set_attributes
 from .backbone import CACHE_NAMES, is_recurrent
 from .base_weights import local_folder, read_weight
@@ -50,6 +51,8 @@ def set_padding(model: nn.Module, pad_token_id: int) -> AbstractContextManager:
 def depends_on_padding(model: nn.Module, pad_token_id: int) -> bool:
     """Return whether padding changes the score of a text, as in XLNet, CANINE and FNet.
 
+    Under autocast, the text is scored in its dtype and in that of the weights.
+
     Args:
         model: sequence classifier with one label.
         pad_token_id: token with which its texts are padded on the right.
@@ -58,13 +61,28 @@ def depends_on_padding(model: nn.Module, pad_token_id: int) -> bool:
     eos = getattr(config, "eos_token_id", None)
     end = eos if isinstance(eos, int) and eos >= 0 else 1  # BART pools its score at EOS
     ids = [*(i for i in range(min(12, getattr(config, "vocab_size", 12))) if i not in (pad_token_id, end)), end]
-    rows = torch.tensor([ids + [pad_token_id] * len(ids)], device=weight.device)
-    mask = torch.arange(rows.shape[1], device=weight.device)[None] < len(ids)
-    with evaluation_mode(model):
-        padded = model(input_ids=rows, attention_mask=mask.long()).logits.float()
-        alone = model(input_ids=rows[:, : len(ids)], attention_mask=mask[:, : len(ids)].long()).logits.float()
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.05
-    return bool(((padded - alone).abs() > tolerance * alone.abs().clamp(min=1.0)).any())
+    # A second row, without padding, because batches are as long as their longest text.
+    rows = torch.tensor([ids + [pad_token_id] * len(ids), [*ids[:-1] * 2, ids[0], end]], device=weight.device)
+    mask = torch.ones_like(rows)
+    mask[0, len(ids) :] = 0
+    depends = False
+    for context, tolerance in trial_precisions(weight):
+        with evaluation_mode(model), context:
+            padded = model(input_ids=rows, attention_mask=mask).logits[:1].float()
+            alone = model(input_ids=rows[:1, : len(ids)], attention_mask=mask[:1, : len(ids)]).logits.float()
+        depends |= bool(((padded - alone).abs() > tolerance * alone.abs().clamp(min=1.0)).any())
+    return depends
+
+
+def trial_precisions(weight: Tensor) -> list[tuple[AbstractContextManager, float]]:
+    """Return contexts for trials of a model, each with the largest error of a score that is rounding there.
+
+    One computes in the dtype of the weights, and another in that of autocast if it is on.
+    """
+    kind, exact = weight.device.type, 1e-3 if weight.dtype == torch.float32 else 0.05
+    if autocast_dtype(kind) in (None, weight.dtype):
+        return [(nullcontext(), exact)]
+    return [(torch.autocast(kind, enabled=False), exact), (nullcontext(), 0.05)]
 
 
 def register_sequence_classifier(config: PreTrainedConfig) -> None:

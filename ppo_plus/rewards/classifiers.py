@@ -14,7 +14,7 @@ from ..data.chat_templates import PROBE, render_chat
 from ..data.padding import unpad
 from ..kernels.batch_backoff import BatchSize
 from ..kernels.fp32_heads import compute_heads_in_fp32
-from ..models.classifier import is_encoder, set_padding
+from ..models.classifier import is_encoder, set_padding, trial_precisions
 from .completions import Completions, Score, validate_scores
 from .tokenization import RewardTokenizer, max_input_length, score_in_batches
 
@@ -93,17 +93,22 @@ class ClassifierReward:
         return validate_scores(score_in_batches(texts, self.batch_size, score), batch, self.name)
 
     def _depends_on_padding(self) -> bool:
-        """Return whether padding to the length of a longer text changes a score, as in XLNet, CANINE and FNet."""
+        """Return whether padding to the length of a longer text changes a score, as in XLNet, CANINE and FNet.
+
+        Under autocast, the texts are scored in its dtype and in that of the weights.
+        """
         short = Completions(TRIAL.prompts[:1], TRIAL.completions[:1], TRIAL.completion_ids[:1])
+        depends = False
         try:
-            together, alone = (cast(float, self(batch)[0]) for batch in (TRIAL, short))
+            for context, tolerance in trial_precisions(next(self.model.parameters())):
+                with context:
+                    together, alone = (cast(float, self(batch)[0]) for batch in (TRIAL, short))
+                depends |= abs(together - alone) > tolerance * max(1.0, abs(alone))
         except Exception as error:
             raise ValueError(
                 f"The reward model {self.name!r} ({type(self.model).__name__}) failed on the prompts {TRIAL.prompts}: "
                 f"{type(error).__name__}: {error}. Pass a function that calls it."
             ) from error
-        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.05
-        depends = abs(together - alone) > tolerance * max(1.0, abs(alone))
         if depends:
             warnings.warn(
                 f"The scores of the reward model {self.name!r} ({type(self.model).__name__}) depend on the padding of "

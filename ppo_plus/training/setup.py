@@ -20,6 +20,7 @@ from ..data.seeding import derive_seed, isolated_rng
 from ..data.tokenizers import check_embedded, check_tokenizer
 from ..integrations.trl_legacy import rename_adapters
 from ..models.actor_critic import ActorCritic
+from ..models.backbone import check_decoding
 from ..models.critic import resolve_critic
 from ..models.loading import (
     build_actor_critic,
@@ -102,6 +103,10 @@ def configure_forward(trainer: PPOTrainer) -> None:
     """Apply the options of forward passes to the model, on its device."""
     args, model = trainer.args, trainer.model
     model.move_auxiliary_modules(args.device)
+    with trainer.accelerator.autocast():
+        model.runner.check_in_autocast()
+    for reference in model.frozen_models[1:] if args.eval_win_rate else []:  # it decodes, too
+        check_decoding(reference)
     if args.cache_frozen_layers and args.disable_dropout:
         model.enable_frozen_layer_cache()
     if args.torch_compile:
