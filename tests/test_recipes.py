@@ -257,10 +257,19 @@ def test_gsm8k_is_scored_by_math_verify():
     pytest.importorskip("math_verify", reason="pip install math-verify==0.9.0")
     from ppo_plus.cli.data import load_reward
 
-    answers = ["So it is \\boxed{1004}.", "So it is \\boxed{1005}.", "1004", ""]
-    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+    prompt = runpy.run_path(str(RECIPES / "gsm8k" / "gsm8k.py"))["to_prompt"](
+        {"question": "how many are 1,001 and 3?", "answer": "a sum.\n#### 1,004"}
+    )["prompt"][0]["content"]
+    worth = {
+        "So it is \\boxed{1004}.": 1.0, "So it is \\boxed{1,004}.": 1.0, "So it is \\boxed{1005}.": 0.0, "1004": 0.0,
+        "": 0.0, ".": 0.0, prompt: 0.0, f"{prompt} {prompt}": 0.0, "\\boxed{}": 0.0,
+        "\\boxed{1005} or \\boxed{1004}": 0.0, "\\boxed{1004 or 1005}": 0.0,
+        "so " * 400 + "\\boxed{1004}": 1.0, "\\boxed{1004}" * 3: 1.0,
+    }  # fmt: skip
+    completions = [[{"role": "assistant", "content": answer}] for answer in worth]
     reward = load_reward("trl.rewards:accuracy_reward")
-    assert reward(completions, solution=["\\boxed{1004}"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    found = reward(completions, solution=["\\boxed{1004}"] * len(worth))
+    assert dict(zip(worth, found, strict=True)) == worth
 
 
 def test_the_tools_recipe_warms_up_and_trains(here, monkeypatch, capsys):
@@ -283,5 +292,11 @@ def test_the_calculator_calculates_and_its_reward_reads_the_last_message():
     assert module["calculate"]("12 * 3 - 40") == -4
     with pytest.raises(Exception, match="Call"):
         module["calculate"]("print(1)")
-    say = [[{"role": "assistant", "content": text}] for text in ("It is 7", "It is 70", "")]
-    assert module["right_answer"](say, answer=[7, 7, 7]) == [1.0, 0.0, 0.0]
+    question = {"role": "user", "content": "What is 20 - 10 + 10?"}
+    worth = {
+        "It is 20": 1.0, "It is 200": 0.0, "": 0.0, "20 20": 1.0, "so " * 40 + "20": 1.0, question["content"]: 0.0,
+        "20 or 21": 0.0, "19 20 21 22": 0.0,
+    }  # fmt: skip
+    say = [[{"role": "assistant", "content": text}] for text in worth]
+    assert module["right_answer"](say, answer=[20] * len(say)) == list(worth.values())
+    assert module["right_answer"]([[*say[0], {"role": "tool", "content": "20"}]], answer=[20]) == [0.0]

@@ -44,10 +44,13 @@ def calculate(expression: str) -> int:
 
 
 def right_answer(completions: list, answer: list[int], **kwargs: Any) -> list[float]:
-    """Reward: 1 if the last message contains the result, and it is the policy's own."""
+    """Reward: 1 if the last message ends with the result, and it is the policy's own.
+
+    The end, because a question or a list of numbers may contain the result.
+    """
     last = [messages[-1] for messages in completions]
     return [
-        float(message["role"] == "assistant" and str(number) in message["content"].split())
+        float(message["role"] == "assistant" and message["content"].split()[-1:] == [str(number)])
         for message, number in zip(last, answer, strict=True)
     ]
 
