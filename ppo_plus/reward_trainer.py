@@ -111,7 +111,9 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
         if (tokenizer := kwargs.get("processing_class")) is not None:
             kwargs["processing_class"] = copy.deepcopy(tokenizer)  # TRL changes its EOS, padding and chat template
         self._calibration: dict[str, Any] = {}
-        kwargs["processing_class"] = resolve_tokenizer(model, args, kwargs.get("processing_class"))
+        kwargs["processing_class"], self._num_embeddings = resolve_tokenizer(
+            model, args, kwargs.get("processing_class")
+        )
         if peft_config is not None:
             check_template_tokens(args, kwargs["processing_class"])
         if isinstance(model, PeftModel):
@@ -275,6 +277,7 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
             max_length=args.max_length,
             num_proc=args.dataset_num_proc,
             name={"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, dataset_name),
+            num_embeddings=self._num_embeddings,
         )
 
     def compute_loss(
@@ -400,8 +403,10 @@ def check_named_model(model: str, args: RewardConfig, *, is_fully_trained: bool)
 
 def resolve_tokenizer(
     model: str | PreTrainedModel | PeftModel, args: RewardConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> PreTrainedTokenizerBase:
+) -> tuple[PreTrainedTokenizerBase, int | None]:
     """Load the tokenizer by the model's name if None, and check that its special tokens have embeddings.
+
+    Returns the tokenizer, and the number of embeddings; None if it is not known or will be resized.
 
     Raises:
         ValueError: EOS, or the padding token of the arguments, has no embedding.
@@ -416,7 +421,7 @@ def resolve_tokenizer(
     adds_tokens = args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2"))
     num_embeddings = count_embeddings(model, options)
     if adds_tokens or num_embeddings is None:  # TRL resizes the embeddings for the added tokens
-        return tokenizer
+        return tokenizer, None
     for field in ("eos_token", "pad_token"):
         token = getattr(args, field)
         if token is not None and cast(int, tokenizer.convert_tokens_to_ids(token)) >= num_embeddings:
@@ -425,7 +430,7 @@ def resolve_tokenizer(
                 "Choose another token, or call model.resize_token_embeddings(len(tokenizer)) and pass the model."
             )
     check_embedded(tokenizer, num_embeddings, with_eos=args.eos_token is None)
-    return tokenizer
+    return tokenizer, num_embeddings
 
 
 def check_head_is_trained(model: PeftModel) -> None:

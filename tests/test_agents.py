@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -25,8 +26,17 @@ from agents import (
     right_sum,
     tool_tokenizer,
 )
-from conftest import Recorder, count_e, make_config, make_prompts, make_tokenizer, make_trainer, trained_weights
-from datasets import Dataset
+from conftest import (
+    CHAT_TEMPLATE,
+    Recorder,
+    count_e,
+    make_config,
+    make_prompts,
+    make_tokenizer,
+    make_trainer,
+    trained_weights,
+)
+from datasets import Dataset, Features, Json, Value
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import start_event_loop_in_daemon
 
@@ -34,6 +44,8 @@ from ppo_plus import PPOConfig, PPOTrainer
 from ppo_plus.callbacks.completions import messages_to_text
 from ppo_plus.data.tool_templates import prepare_tool_tokenizer, tool_suffix_ids
 from ppo_plus.models.generation import GenerateOutput
+from ppo_plus.rewards.checks import check_templates
+from ppo_plus.rollout.decoding import CompletionDecoder
 from ppo_plus.rollout.environments import EnvironmentPool
 from ppo_plus.rollout.turns import TurnLoop, template_kwargs
 
@@ -285,6 +297,95 @@ def test_a_tool_that_hangs_is_answered_by_an_error(tmp_path, tool):
     assert "0.05 seconds" in found.messages[0][1]["content"]
     assert found.messages[0][2]["content"] == "late"
     assert found.tool_counts.tolist() == [[1, 1]]
+
+
+def leave(a: int, b: int) -> int:
+    """End the process, as code that a model wrote may do.
+
+    Args:
+        a: A number.
+        b: A number.
+    """
+    raise SystemExit(a)
+
+
+async def leave_slowly(a: int, b: int) -> int:
+    """End the process, in the event loop.
+
+    Args:
+        a: A number.
+        b: A number.
+    """
+    await asyncio.sleep(0)
+    raise SystemExit(a)
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+@pytest.mark.parametrize("tool", [leave, leave_slowly])
+def test_a_tool_that_exits_is_answered_by_an_error(tmp_path, tool, timeout):
+    turns = {"go": [call(3, 2, tool.__name__), call(1, 2, "add_slowly"), "on" + END]}
+    found = run_loop(tmp_path, turns, tools=[tool, add_slowly], response_length=2 * R, tool_timeout=timeout)
+    assert "sys.exit(3)" in found.messages[0][1]["content"]
+    assert [m["content"] for m in found.messages[0][3:]] == ["3", "on"]  # the event loop still runs
+    assert found.tool_counts.tolist() == [[2, 1]]
+
+
+# What reward models read
+
+
+def test_arguments_of_a_rows_template_hold_after_the_answer_of_a_tool(tmp_path):
+    quiet = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n{% if quiet %}hush{% endif %}{% endif %}")
+    tokenizer = prepare_tool_tokenizer(tool_tokenizer(quiet))
+    args, pool = make_config(tmp_path, response_length=R), EnvironmentPool(None, [add])
+    loop = TurnLoop(pool, tokenizer, args, [2], (None, len(tokenizer)))
+    rows = [
+        {"prompt": question(1, 2), "input_ids": tokenizer("<|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\n")
+         ["input_ids"], **({"chat_template_kwargs": {"quiet": True}} if i else {})} for i in range(2)
+    ]  # fmt: skip
+    script = Script(tokenizer, {"1+2": [call(1, 2), "3" + END]})
+    found = loop(rows, torch.zeros(2, R, dtype=torch.float64), script.generate)
+    texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(found.tokens, found.mask, strict=True)]
+    assert texts[0].endswith("<|im_start|>assistant\n3<|im_end|>")
+    assert texts[1].endswith("<|im_start|>assistant\nhush3<|im_end|>")
+
+
+def test_a_reward_model_reads_the_tools_that_the_policy_read(tmp_path):
+    found = run_loop(tmp_path, {"1+2": [call(1, 2), "3" + END]}, tools=[add])
+    tokenizer = tool_tokenizer()
+    completions = CompletionDecoder(tokenizer, make_config(tmp_path), [2]).decode(found, {})[0]
+    (text,) = completions.texts(tokenizer, {})
+    read = [*found.rows[0]["input_ids"], *found.tokens[0][found.mask[0]].tolist()]
+    assert text.strip() == tokenizer.decode(read)  # from the system message with the tools to the last EOS
+
+
+ONLY_TWO_ROLES = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "warned"),
+    [
+        (ONLY_TWO_ROLES + "{{ m.content }}{% endfor %}", "train_dataset[0]: the reward model 'judge'", False),
+        (CHAT_TEMPLATE, None, True),
+        (TEMPLATE, None, False),
+    ],
+    ids=["refuses tools", "content alone", "has tools"],
+)
+def test_a_reward_models_template_is_tried_with_a_tool_call(template, error, warned):
+    judge = torch.nn.Linear(1, 1)
+    judge.__name__ = "judge"
+    judge.config = SimpleNamespace(_name_or_path="judge")
+    rows, pool = {"train_dataset": questions(2)}, EnvironmentPool(None, [add])
+    arguments = ([judge], [tool_tokenizer(template)], tool_tokenizer(), rows, {})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_templates(*arguments)  # without tools, each of them renders the conversation
+        assert not caught
+        if error:
+            with pytest.raises(ValueError, match=re.escape(error)):
+                check_templates(*arguments, lambda row: pool.schemas[None])
+        else:
+            check_templates(*arguments, lambda row: pool.schemas[None])
+    assert any("leaves out tool calls" in str(w.message) for w in caught) == warned
 
 
 def test_async_tools_of_all_responses_run_side_by_side(tmp_path):
@@ -738,6 +839,9 @@ def test_rollout_func_generates_and_its_log_probabilities_weigh(tmp_path):
         ({"logprobs": [["x"] * 4, ["x"] * 2] * 4}, r"logprobs\[0\] has 'x'"),
         ({"env_mask": [[1, 1, 2, 1], [1, 1]] * 4}, r"env_mask\[0\] has 2;"),
         ({"env_mask": [[1]] * 8}, r"env_mask\[0\] has 1 entries"),
+        ({"env_mask": [[1] * 4, [0] * 2] * 4}, r"env_mask\[1\] is 0 for all tokens"),
+        ({"logprobs": [[-1.0] * 4, [-1.0, 0.5]] * 4}, r"logprobs\[1\] has 0\.5"),  # a probability
+        ({"logprobs": [[0.0] * 4, [float("nan"), 1e-3]] * 4}, None),
         ({"trainer_state": 1}, "'trainer_state'"),
         ("completion_ids", r"\['completion_ids'\]"),
         ("dict", "returned a list"),
@@ -786,6 +890,21 @@ def without_docstring(a: int) -> int:
     return a
 
 
+async def answer_later(prompts, trainer):
+    return answer_xyz(prompts, trainer)
+
+
+def as_json(rows) -> Dataset:
+    """A dataset whose prompts may be of different types."""
+    return Dataset.from_list(list(rows), features=Features({"prompt": Json(), "sum": Value("int64")}))
+
+
+def test_a_column_of_tools_beside_those_of_the_run_is_named(tmp_path):
+    rows = questions().add_column("tools", ["[]"] * 16)
+    with pytest.warns(UserWarning, match="train_dataset has a column 'tools', which has no effect"):
+        tool_trainer(tmp_path, train_dataset=rows)
+
+
 class NoReset:
     def look(self) -> str:
         """Look."""
@@ -827,6 +946,10 @@ ROUTED = {"a": Counter}
         ({"tools": None, "environment_factory": Silent, "reward_funcs": None}, "Pass reward_funcs"),
         ({"rollout_func": answer_xyz}, "tools would not be used"),
         ({"tools": None, "rollout_func": 3}, "rollout_func is 3"),
+        ({"tools": None, "rollout_func": lambda prompts: {}}, r"rollout_func cannot be called.*\(prompts, trainer\)"),
+        ({"tools": None, "rollout_func": answer_later}, "rollout_func is async"),
+        ({"train_dataset": as_json([*questions(15), {"prompt": "1+2", "sum": 3}])},
+         r"train_dataset\[15\]: prompt is not a list of messages"),
         ({"processing_class": tool_tokenizer(response_template=None)}, "response_template"),
         ({"processing_class": make_tokenizer()}, "has no tools"),
         ({"processing_class": tool_tokenizer(TEMPLATE.replace("m.tool_calls or []", "[]"))}, "has no tools"),

@@ -366,6 +366,74 @@ def test_a_finished_conversation_is_named_once(make, prompt, says):
         assert re.search(says, messages[0])
 
 
+# As Gemma: an answer ends with a token that is not EOS.
+OTHER_END = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<unk>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def warnings_of(call) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize(
+    ("template", "text", "end"),
+    [
+        (OTHER_END, "<|user|>why<unk>\n<|assistant|>so<unk>\n", "<unk>"),
+        (OTHER_END, "<|user|>why<unk>\n", "<unk>"),
+        (OTHER_END, "<|user|>why<unk>\n<|assistant|>", None),
+        (OTHER_END, "<|user|>why<eos>", "<eos>"),
+        (OTHER_END, "<unk>", None),
+        (CHAT_TEMPLATE, "<|user|>why<unk>", None),  # where it ends no answer
+        (None, "why<unk>", None),
+        ("{% for m in messages %}{{ m.content }}.\n{% endfor %}", "why.", None),
+    ],
+)
+def test_a_prompt_that_ends_as_answers_do_in_its_template_is_named(template, text, end, as_ids):
+    tokenizer = make_tokenizer(template)
+    row = {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} if as_ids else {"prompt": text}
+    messages = warnings_of(lambda: tokenize_prompts(Dataset.from_list([row]), tokenizer))
+    assert [f"[0] ends with {end!r}" in message for message in messages] == ([] if end is None else [True])
+
+
+@pytest.mark.parametrize("role", ["model", "gpt", "Assistant", "user", "tool", "ipython"])
+def test_an_answer_under_another_name_is_named(role):
+    rows = Dataset.from_list([{"prompt": [ASK, {"role": role, "content": "so it is"}]}])
+    messages = warnings_of(lambda: tokenize_prompts(rows, make_tokenizer(CHAT_TEMPLATE)))
+    named = role not in ("user", "tool", "ipython")
+    assert [f"[0] ends with a message of the role {role!r}" in message for message in messages] == [True] * named
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_pairs_of_conversations_written_as_text_are_named(write):
+    def pairs(form):
+        texts = [form([ASK, {"role": "assistant", "content": answer}]) for answer in ("so", "no")]
+        return Dataset.from_list([dict(zip(("chosen", "rejected"), texts, strict=True))])
+
+    def of(form):
+        return warnings_of(lambda: tokenize_pairs(pairs(form), make_tokenizer(CHAT_TEMPLATE), max_length=None))
+
+    (message,) = of(write)
+    assert message.startswith("train_dataset[0]: chosen is a conversation written as text")
+    assert "{'chosen': json.loads(row['chosen'])}" in message
+    assert of(list) == []
+
+
+def test_a_pair_whose_prompt_is_answered_already_is_named():
+    def of(prompt):
+        answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        rows = Dataset.from_list([{"prompt": prompt, **answers}])
+        return warnings_of(lambda: tokenize_pairs(rows, make_tokenizer(CHAT_TEMPLATE), max_length=None))
+
+    (message,) = of(DONE)
+    assert message.startswith("train_dataset[0]: prompt ends with an assistant's message, 'so it is.'")
+    assert of([*DONE, ASK]) == of([ASK]) == []
+
+
 def test_token_ids_that_end_with_eos_are_named():
     tokenizer = make_tokenizer()
     for ids, says in (([5, 6, tokenizer.eos_token_id], True), ([5, tokenizer.eos_token_id, 6], False)):

@@ -468,6 +468,21 @@ def test_a_run_starts_with_the_critic_of_another(tmp_path, critic):
     assert torch.equal(parts(loaded)[0], parts(fresh)[0])
 
 
+@pytest.mark.parametrize("critic", ["detached", "adapter"])
+def test_a_critic_with_nan_is_refused(tmp_path, critic):
+    trainer, _ = train(tmp_path, critic=critic, max_steps=1)
+    config = {"critic": critic, "critic_checkpoint": str(tmp_path / "earlier")}
+    trainer.save_model(config["critic_checkpoint"])
+    make_trainer(tmp_path, config=config)
+    damaged = trainer.model.value_head if critic == "detached" else trainer.model
+    for parameter in damaged.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(float("nan"))
+    trainer.save_model(config["critic_checkpoint"])
+    with pytest.raises(ValueError, match="critic_checkpoint=.*NaN"):
+        make_trainer(tmp_path, config=config)
+
+
 def test_a_critic_of_another_scaling_or_baseline_is_refused(tmp_path):
     """Its weights would be the same, and its values others."""
     config = {"critic": "adapter", "critic_peft_config": MLP, "max_steps": 1}

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, lora, make_model, make_tokenizer, make_trainer
+from conftest import CHAT_TEMPLATE, classifier, lora, make_model, make_tokenizer, make_trainer
 from datasets import Dataset, IterableDataset
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -222,7 +222,8 @@ def reward_trainer(folder, rows, **overrides) -> RewardTrainer:
     }  # fmt: skip
     arguments = {"processing_class": make_tokenizer(), "peft_config": lora(), **overrides}
     rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return RewardTrainer(str(folder / "base"), RewardConfig(**config), train_dataset=rows, **arguments)
+    model = arguments.pop("model", None) or str(folder / "base")
+    return RewardTrainer(model, RewardConfig(**config), train_dataset=rows, **arguments)
 
 
 @pytest.fixture
@@ -305,6 +306,21 @@ def test_a_token_of_the_configuration_without_an_embedding_is_named(folder, fiel
         reward_trainer(
             folder, [{"chosen": "so", "rejected": "no"}], processing_class=tokenizer, config={field: "<|im_end|>"}
         )
+
+
+@pytest.mark.parametrize("instance", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_token_of_a_pair_without_an_embedding_is_named(folder, instance, stream):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
+    rows = [{"chosen": "so", "rejected": "no"}, {"chosen": "so<new>", "rejected": "no"}]
+    dataset = Dataset.from_list(rows).to_iterable_dataset() if stream else rows
+    model = classifier(folder / "base") if instance else None
+    with pytest.raises(ValueError, match=r"train_dataset\[1\]: chosen_ids has the token '<new>' \(id 42\).* 42 tokens"):
+        reward_trainer(folder, dataset, processing_class=tokenizer, model=model).train()
+    embedded = classifier(folder / "base")
+    embedded.resize_token_embeddings(len(tokenizer))
+    reward_trainer(folder, rows, processing_class=tokenizer, model=embedded)
 
 
 @pytest.mark.parametrize(("kind", "sees_padding"), [("fnet", True), ("xlnet", True), ("bert", False)])

@@ -197,6 +197,30 @@ def test_a_failing_async_function_is_named_or_left_out(moment):
         assert RewardSet(rewards, None, "skip")(BATCH).total.tolist() == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_function_that_exits_is_named_or_left_out(is_async, timeout):
+    """It may run code of the policy, and a status of the policy's choice would end the run without a word."""
+
+    def leaves(**kwargs):
+        raise SystemExit(0)
+
+    async def leaves_later(**kwargs):
+        await asyncio.sleep(0)
+        raise SystemExit(0)
+
+    async def stays(**kwargs):
+        return [1.0, 2.0, 3.0]
+
+    function = leaves_later if is_async else leaves
+    rewards = [FunctionReward(function, "leaves", timeout), FunctionReward(stays, "stays")]
+    with pytest.raises(RuntimeError, match=r"sys\.exit\(0\)") as error:
+        RewardSet(rewards, None)(BATCH)
+    assert any("'leaves', called with 3 completions" in note for note in error.value.__notes__)
+    with pytest.warns(UserWarning, match="'leaves' is skipped"):
+        assert RewardSet(rewards, None, "skip")(BATCH).total.tolist() == [1.0, 2.0, 3.0]
+
+
 # Encoders read pairs
 
 

@@ -215,6 +215,26 @@ def _conversation_start(tokenizer: PreTrainedTokenizerBase, template: str) -> st
     return max((token for token in added if start.startswith(token)), key=len, default=start)
 
 
+def find_final_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return EOS, or what the chat template writes after an answer, if a text ends with it; "" for none.
+
+    EOS alone is a prompt for unconditional samples of models whose BOS it is (GPT-2).
+    """
+    text = text.strip()
+    ends = (str(tokenizer.eos_token or ""), _answer_end(tokenizer, json.dumps(tokenizer.chat_template)))
+    return next((end for end in ends if end and text.endswith(end) and text != end), "")
+
+
+@functools.lru_cache(maxsize=64)
+def _answer_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Return the special tokens that the template writes after an answer, which need not be EOS (Gemma)."""
+    if tokenizer.chat_template is None:
+        return ""
+    rendered = render_chat([{"role": role, "content": PROBE} for role in ("user", "assistant")], tokenizer, {})
+    end = rendered.rpartition(PROBE)[2].strip()
+    return end if any(str(token) in end for token in tokenizer.added_tokens_decoder.values()) else ""
+
+
 # The generation prompt
 
 

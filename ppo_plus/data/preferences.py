@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from .prompts import (
     tokenize_chat,
     tokenize_text,
     warn_of_rendered_content,
+    warn_of_written_conversation,
 )
 
 # Names of the token id columns in TRL versions; `ID_COLUMNS` are the current names.
@@ -36,6 +38,7 @@ def tokenize_pairs(
     max_length: int | None,
     num_proc: int | None = None,
     name: str = "train_dataset",
+    num_embeddings: int | None = None,
 ) -> Any:
     """Add `chosen_ids` and `rejected_ids` to preference pairs, and drop pairs without a training signal.
 
@@ -47,9 +50,11 @@ def tokenize_pairs(
         max_length: maximum tokens; a pair with a longer answer is dropped. None means no limit.
         num_proc: number of processes for tokenization.
         name: name of the dataset in errors.
+        num_embeddings: number of token embeddings of the model; None if unknown.
 
     Raises:
-        ValueError: no usable column, no rows, no remaining pair, or a row that is not a pair; the error names the row.
+        ValueError: no usable column, no rows, no remaining pair, a row that is not a pair, or one with a token that the
+            model does not embed; the error names the row.
     """
     dataset = reset_format(dataset, name)
     dataset = check_pair_columns(dataset, name)
@@ -64,7 +69,8 @@ def tokenize_pairs(
             return _encode_pair(cleaned, tokenizer, repeated, where, warn)
 
         dataset = _map_rows(dataset, encode, num_proc, f"Tokenizing {name}")
-    return _drop_unusable(dataset, tokenizer, max_length, name)
+    check_row = functools.partial(_find_drop_reason, tokenizer, num_embeddings, max_length)
+    return _drop_unusable(dataset, check_row, name)
 
 
 def check_pair_columns(dataset: Any, name: str) -> Any:
@@ -98,6 +104,8 @@ def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, w
     answers = {column: row[column] for column in ("chosen", "rejected")}
     prompt = None if repeated and _begin_with_prompt(row) else row.get("prompt")
     if isinstance(row["chosen"], str):
+        for column, answer in answers.items():
+            warn_of_written_conversation(answer, f"{where}: {column}", column, warn)
         end = cast(str, tokenizer.eos_token)
         texts = {column: ((prompt or "") + answer).removesuffix(end) + end for column, answer in answers.items()}
         return {f"{column}_ids": tokenize_text(text, tokenizer) for column, text in texts.items()}
@@ -105,6 +113,14 @@ def _encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, repeated: bool, w
     for column, answer in answers.items():
         messages = _join_conversation(prompt, answer, f"{where}: {column}")
         ids[f"{column}_ids"] = tokenize_chat(messages, tokenizer, kwargs, f"{where}: {column}")
+        last = prompt[-1] if isinstance(prompt, list) and len(messages) > len(answer) else None
+        if last is not None and _is_answer(last) and _is_answer(answer[0]):
+            warn(
+                "two answers",
+                f"{where}: prompt ends with an assistant's message, {shorten(_message_text(last))}, and {column} "
+                "begins with one, so the reward model reads two answers in a row. Remove the message from prompt, or "
+                "ignore this warning if both belong to the conversation.",
+            )
         if messages[-1]["role"] == "user":
             warn(
                 "user",
@@ -169,6 +185,10 @@ def _join_conversation(prompt: Any, answer: list, where: str) -> list:
     return prompt + answer
 
 
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message.get("tool_calls")
+
+
 def _message_text(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
@@ -203,14 +223,14 @@ def _begin_with_prompt(row: Row) -> bool:
 # Pairs without a training signal
 
 
-def _drop_unusable(dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str) -> Any:
+def _drop_unusable(dataset: Any, check_row: Callable[[Row, str], str | None], name: str) -> Any:
     """Drop pairs without a training signal, and warn with their number per reason."""
     if isinstance(dataset, IterableDataset):
-        return _drop_from_stream(dataset, tokenizer, max_length, name)
+        return _drop_from_stream(dataset, check_row, name)
     columns = [c for c in (*ID_COLUMNS, "margin") if c in dataset.column_names]
     dropped: dict[str, list[int]] = {}
     for index, row in enumerate(dataset.select_columns(columns)):
-        if reason := _find_drop_reason(row, tokenizer, max_length, f"{name}[{index}]"):
+        if reason := check_row(row, f"{name}[{index}]"):
             dropped.setdefault(reason, []).append(index)
     if not dropped:
         return dataset
@@ -228,12 +248,12 @@ def _drop_unusable(dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def _drop_from_stream(
-    dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str
+    dataset: IterableDataset, check_row: Callable[[Row, str], str | None], name: str
 ) -> IterableDataset:
     warn = WarnOnce()
 
     def is_useful(row: Row, index: int) -> bool:
-        reason = _find_drop_reason(row, tokenizer, max_length, f"{name}[{index}]")
+        reason = check_row(row, f"{name}[{index}]")
         if reason:
             warn(reason, f"{name}: dropped pairs that {reason}, the first is {name}[{index}].")
         return reason is None
@@ -241,7 +261,9 @@ def _drop_from_stream(
     return dataset.filter(is_useful, with_indices=True)
 
 
-def _find_drop_reason(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str) -> str | None:
+def _find_drop_reason(
+    tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None, max_length: int | None, row: Row, where: str
+) -> str | None:
     check_margin(row, where)
     for column in ID_COLUMNS:
         ids = row[column]
@@ -249,6 +271,12 @@ def _find_drop_reason(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: 
             raise ValueError(
                 f"{where}: {column} is {shorten(ids)}; it must be a non-empty list of token ids, each below "
                 f"{len(tokenizer)}, the size of the tokenizer's vocabulary."
+            )
+        if num_embeddings is not None and max(ids) >= num_embeddings:
+            raise ValueError(
+                f"{where}: {column} has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), but "
+                f"the model has embeddings for {num_embeddings} tokens. Pass the model's tokenizer, or call "
+                "model.resize_token_embeddings(len(tokenizer)) and pass the model."
             )
     if max_length is not None and max(len(row[column]) for column in ID_COLUMNS) > max_length:
         return f"have more than max_length={max_length} tokens"

@@ -16,6 +16,7 @@ from .chat_templates import (
     as_json_features,
     check_messages,
     drop_null_keys,
+    find_final_end,
     find_rendered_content,
     fit_content,
     is_conversational,
@@ -26,6 +27,9 @@ from .chat_templates import (
 )
 
 Row = dict[str, Any]
+MAX_END_TOKENS = 8  # last tokens of a prompt that is given as ids, among which an end is looked for
+# Roles of answers in other formats (Gemma, ShareGPT), in lower case.
+ANSWER_ROLES = ("assistant", "model", "gpt", "chatgpt", "bot", "ai")
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -106,7 +110,7 @@ def _encode_row(
         ids = _validate_input_ids(row, tokenizer, where)
         if [tokenizer.bos_token_id] * 2 == ids[:2]:
             warn("BOS", f"{where} begins with two BOS tokens: tokenize rendered text with add_special_tokens=False.")
-        warn_of_final_eos(ids[1:][-1:] == [tokenizer.eos_token_id], where, tokenizer, warn)
+        warn_of_final_end(cast(str, tokenizer.decode(ids[-MAX_END_TOKENS:])), where, tokenizer, warn)
     if not ids:
         raise ValueError(
             f"{where} has no tokens: the tokenizer removes every character. Remove such rows with dataset.filter."
@@ -137,20 +141,21 @@ def warn_of_prompt(
 ) -> None:
     """Warn of a prompt that is rendered already, ends with an answer, or gets no generation prompt."""
     if isinstance(prompt, str):
-        if _is_written_conversation(prompt):
-            warn(
-                "written",
-                f"{where} is a conversation written as text, so it is tokenized as plain text, without the chat "
-                "template. Parse it into a list of messages with 'role' and 'content' first: dataset.map(lambda row: "
-                "{'prompt': json.loads(row['prompt'])}).",
-            )
-        text, eos = prompt.strip(), tokenizer.eos_token
-        warn_of_final_eos(eos is not None and text.endswith(eos) and text != eos, where, tokenizer, warn)
+        warn_of_written_conversation(prompt, where, "prompt", warn)
+        warn_of_final_end(prompt, where, tokenizer, warn)
         return
     warn_of_rendered_content(
         prompt, where, tokenizer, "dataset.map(lambda row: {'prompt': row['prompt'][0]['content']})", warn
     )
-    if prompt[-1]["role"] == "assistant":
+    role = prompt[-1]["role"]
+    if role != "assistant" and role.lower() in ANSWER_ROLES:
+        warn(
+            "finished",
+            f"{where} ends with a message of the role {role!r}, {shorten(prompt[-1].get('content'))}, so each response "
+            "would be a second answer after it. Remove the message, or give it the role 'assistant' if responses "
+            "should continue it.",
+        )
+    elif role == "assistant":
         warn(
             "finished",
             f"{where} ends with an assistant's message, {shorten(prompt[-1].get('content'))}, which each response "
@@ -165,17 +170,25 @@ def warn_of_prompt(
         )
 
 
-def warn_of_final_eos(is_last: bool, where: str, tokenizer: PreTrainedTokenizerBase, warn: WarnOnce) -> None:
-    """Warn of a prompt that ends with the EOS token, as a rendered conversation without a generation prompt does.
-
-    EOS alone is a prompt for unconditional samples of models whose BOS it is (GPT-2).
-    """
-    if is_last:
+def warn_of_final_end(text: str, where: str, tokenizer: PreTrainedTokenizerBase, warn: WarnOnce) -> None:
+    """Warn of a prompt that ends as an answer does, as a rendered conversation without a generation prompt."""
+    if end := find_final_end(text, tokenizer):
         warn(
             "EOS",
-            f"{where} ends with {tokenizer.eos_token!r}, which ends answers, so each response would begin after the "
-            "end of a text. End a rendered conversation with its generation prompt (apply_chat_template(..., "
+            f"{where} ends with {end!r}, which ends answers, so each response would begin after the end of a text. End "
+            "a rendered conversation with its generation prompt (apply_chat_template(..., "
             "add_generation_prompt=True)), without the answer.",
+        )
+
+
+def warn_of_written_conversation(text: str, where: str, column: str, warn: WarnOnce) -> None:
+    """Warn of a conversation that is written as text: JSON, or Python's repr."""
+    if _is_written_conversation(text):
+        warn(
+            "written",
+            f"{where} is a conversation written as text, so it is tokenized as plain text, without the chat "
+            "template. Parse it into a list of messages with 'role' and 'content' first: dataset.map(lambda row: "
+            f"{{'{column}': json.loads(row['{column}'])}}).",
         )
 
 

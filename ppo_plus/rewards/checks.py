@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..data.chat_templates import is_conversational
+from ..data.chat_templates import PROBE, is_conversational
 from ..models.adapter_files import load_reward_metadata, resolve_adapter_path
 from ..models.classifier import is_encoder, load_reward_tokenizer
 from ..utils.contexts import evaluation_mode
@@ -99,6 +100,7 @@ def check_templates(
     policy_tokenizer: PreTrainedTokenizerBase,
     datasets: Mapping[str, Any],
     chat_template_kwargs: dict[str, Any],
+    schemas_of: Callable[[dict[str, Any]], list[dict[str, Any]]] = lambda row: [],
 ) -> None:
     """Refuse conversations that the chat template of a reward model cannot render; errors name the row.
 
@@ -111,6 +113,7 @@ def check_templates(
         policy_tokenizer: tokenizer for reward adapters and for models without a tokenizer.
         datasets: datasets of prompts, by name.
         chat_template_kwargs: arguments of the chat template for the run.
+        schemas_of: returns the tools of the run that a row's prompt shows.
     """
     funcs, _ = normalize_rewards(reward_funcs, None)
     models = [
@@ -126,15 +129,40 @@ def check_templates(
             columns: dict[str, list] = {
                 column: [row[column]] for column in ("tools", "chat_template_kwargs") if column in row
             }
-            answer = [{"role": "assistant", "content": "yes"}]
-            trial = Completions([row["prompt"]], [answer], [[0]], columns)
+            schemas = schemas_of(row)
+            trial = Completions([row["prompt"]], [_trial_answer(schemas)], [[0]], columns, schemas=[schemas])
             for func, tokenizer in chat_models:
                 try:
-                    trial.texts(tokenizer, chat_template_kwargs)
+                    (text,) = trial.texts(tokenizer, chat_template_kwargs)
+                    if schemas and not (PROBE in text and schemas[0]["function"]["name"] in text):
+                        _warn_of_template_without_tools(func)
                 except ValueError as error:
                     raise ValueError(
                         f"{name}[{index}]: the reward model {reward_name(func)!r} cannot process it. {error}"
                     ) from error
+
+
+def _trial_answer(schemas: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return an answer; with tools, one that calls the first tool and reads its result."""
+    answer = [{"role": "assistant", "content": "yes"}]
+    if not schemas:
+        return answer
+    name = schemas[0]["function"]["name"]
+    call = {"type": "function", "function": {"name": name, "arguments": {}}}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": name, "content": PROBE},
+        *answer,
+    ]
+
+
+def _warn_of_template_without_tools(func: Any) -> None:
+    warnings.warn(
+        f"The chat template of the reward model {reward_name(func)!r} leaves out tool calls or the answers of tools, "
+        "so it scores conversations without them. Set chat_template on its tokenizer to one that has tools and pass "
+        "the tokenizer in reward_processing_classes, or ignore this warning if it was trained this way.",
+        stacklevel=5,
+    )
 
 
 def _expects_pairs(func: Any, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -36,6 +36,7 @@ class Completions:
             ends with it, and `completions` do not contain it.
         opening_ids: token ids of the opening, which are the last ids of the prompt.
         turn_ends: index in `completion_ids` of the last token of each turn of the policy; None for one turn.
+        schemas: tools of the run that each prompt shows; None without any.
     """
 
     prompts: list
@@ -47,6 +48,7 @@ class Completions:
     openings: list[str] | None = None
     opening_ids: list[list[int]] | None = None
     turn_ends: list[list[int]] | None = None
+    schemas: list[list[dict[str, Any]]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -56,8 +58,8 @@ class Completions:
     ) -> list[str]:
         """Join each prompt and completion to one text; messages by the chat template, plain text with a suffix.
 
-        The template receives the columns `tools` and `chat_template_kwargs`, if present, as for the policy. An answer
-        begins with the part in the generation prompt (`openings`).
+        The template receives the run's tools, or the column `tools`, and `chat_template_kwargs`, as for the policy. An
+        answer begins with the part in the generation prompt (`openings`).
 
         Raises:
             ValueError: the template cannot render a conversation; the error names the prompt.
@@ -78,7 +80,8 @@ class Completions:
         row_columns: dict[str, Any] = {
             name: self.columns[name][row] for name in ("tools", "chat_template_kwargs") if name in self.columns
         }
-        kwargs = {**merge_template_kwargs(chat_template_kwargs, row_columns), "tokenize": False}
+        tools = {"tools": self.schemas[row]} if self.schemas is not None and self.schemas[row] else {}
+        kwargs = {**merge_template_kwargs({**(chat_template_kwargs or {}), **tools}, row_columns), "tokenize": False}
         messages = self._conversation(row)
         try:
             return cast(str, tokenizer.apply_chat_template(fit_content(messages, tokenizer), **kwargs))

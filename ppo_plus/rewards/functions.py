@@ -59,6 +59,8 @@ class FunctionReward:
                     return call()
         except CallTimeout:
             return self.timeout_error(batch)
+        except SystemExit as error:  # code that the policy wrote, and that the function runs, may end in `exit()`
+            return exit_error(error)
         except Exception as error:
             return error
 
@@ -88,6 +90,19 @@ def without_autocast() -> Iterator[None]:
         for device_type in {"cpu"} if accelerator is None else {"cpu", accelerator.type}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+def exit_error(error: SystemExit) -> RuntimeError:
+    """Return the error of a user function that called `exit()`, which would end training without a word."""
+    return RuntimeError(f"The function called sys.exit({error.code!r}).")
+
+
+async def without_exit(awaitable: Any) -> Any:
+    """Await a user function; `exit()` in it becomes an error, because it would stop the event loop."""
+    try:
+        return await awaitable
+    except SystemExit as error:
+        raise exit_error(error) from error
 
 
 class CallTimeout(Exception):
@@ -146,7 +161,7 @@ def await_all(awaitables: Sequence[tuple[FunctionReward, Any]], batch: Completio
 
     async def wait_for(index: int, reward: FunctionReward, awaitable: Any) -> None:
         async def await_result() -> Any:
-            return await awaitable
+            return await without_exit(awaitable)
 
         task = asyncio.ensure_future(await_result())
         try:

@@ -59,7 +59,7 @@ class CompletionDecoder:
         if responses.environments is not None:
             context["environments"] = responses.environments
         parts = (prompts, completions, ids, columns, context, prompt_ids, openings, opening_ids, responses.turn_ends())
-        return Completions(*parts), extra
+        return Completions(*parts, responses.schemas), extra
 
     def encode_prompt_text(self, row: Row) -> list[int]:
         """Return the ids of a response that repeats the prompt: the last message of a conversation, without BOS."""

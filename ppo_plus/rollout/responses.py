@@ -29,6 +29,7 @@ class Responses:
         observation_mask: True for tokens that the policy did not sample, `(N, R)` bool; None if there are none.
         messages: each response as messages; None if its text is still to be decoded.
         environments: the environment of each response; None without environments.
+        schemas: the tools that each prompt shows; None without tools.
         tool_counts: tool calls and failed tool calls, `(N, 2)` int64; None without tools.
     """
 
@@ -41,6 +42,7 @@ class Responses:
     observation_mask: Tensor | None = None
     messages: list[list[dict[str, Any]]] | None = None
     environments: list[Any] | None = None
+    schemas: list[list[dict[str, Any]]] | None = None
     tool_counts: Tensor | None = None
 
     def turn_ends(self) -> list[list[int]]:

@@ -14,6 +14,7 @@ from ..utils.interrupt import interruptible
 from .responses import Responses, Segments
 
 REQUIRED = ("prompt_ids", "completion_ids", "logprobs")
+MAX_LOGPROB = 1e-2  # nats: rounding of a probability of 1 in bfloat16
 
 
 class RolloutFunction:
@@ -101,6 +102,11 @@ class RolloutFunction:
                 )
         if bad := [value for value in mask if value not in (0, 1)]:
             raise ValueError(f"rollout_func: env_mask[{row}] has {bad[0]!r}; it must be 1 (model) or 0 (environment).")
+        if not any(mask):
+            raise ValueError(
+                f"rollout_func: env_mask[{row}] is 0 for all tokens, so nothing would be trained; it must be 1 for "
+                "those of the model."
+            )
         return Segments(ids, [_number(value, row) for value in logprobs], [bool(value) for value in mask])
 
 
@@ -116,6 +122,12 @@ def _number(value: Any, row: int) -> float:
     if value is None:
         return math.nan
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"rollout_func: logprobs[{row}] has {value!r}; it must hold numbers, in nats.") from error
+    if number > MAX_LOGPROB:
+        raise ValueError(
+            f"rollout_func: logprobs[{row}] has {number!r}, which is no log-probability; pass the logarithm of the "
+            "probability, or None if it is not known."
+        )
+    return number

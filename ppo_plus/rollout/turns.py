@@ -26,7 +26,15 @@ from ..data.prompts import Row, check_ids, encode_prompt, truncate_prompt
 from ..data.tool_templates import tool_suffix_ids
 from ..models.generation import GenerateOutput
 from ..models.turn_cache import TurnCache
-from ..rewards.functions import CallTimeout, call_with_timeout, event_loop, poll, without_autocast
+from ..rewards.functions import (
+    CallTimeout,
+    call_with_timeout,
+    event_loop,
+    exit_error,
+    poll,
+    without_autocast,
+    without_exit,
+)
 from ..utils.interrupt import interruptible, raise_if_interrupted
 from .environments import EnvironmentPool, Tools, is_text
 from .responses import Responses, Segments
@@ -121,6 +129,7 @@ class TurnLoop:
             [e.row for e in episodes], [e.response for e in episodes], self.stop_ids, pad_id(self.tokenizer),
             train_on_eos=self.args.train_on_eos, environments=environments, tool_counts=counts,
             messages=[e.messages for e in episodes] if pool.has_tools else None,
+            schemas=[e.schemas for e in episodes] if pool.has_tools else None,
         )  # fmt: skip
 
     def _take_turns(self, episodes: Sequence[Episode], uniforms: Tensor, generate: Generate) -> None:
@@ -147,8 +156,12 @@ class TurnLoop:
         tools = self.environments.tools(environment)
         if environment is None:
             return Episode(row, schemas, tools)
-        with without_autocast(), interruptible():
-            prompt = self.environments.reset(environment, row)
+        try:
+            with without_autocast(), interruptible():
+                prompt = self.environments.reset(environment, row)
+        except Exception as error:
+            error.add_note(f"Raised by {type(environment).__name__}.reset, called with the columns {list(row)}.")
+            raise
         where = f"The prompt after {type(environment).__name__}.reset"
         ids = encode_prompt(
             prompt,
@@ -239,7 +252,8 @@ class TurnLoop:
         try:
             run = functools.partial(tools[name], **arguments)
             if inspect.iscoroutinefunction(tools[name]):
-                return name, asyncio.run_coroutine_threadsafe(asyncio.wait_for(run(), timeout), event_loop())
+                result = asyncio.wait_for(without_exit(run()), timeout)
+                return name, asyncio.run_coroutine_threadsafe(result, event_loop())
             with without_autocast():
                 if timeout is not None:
                     return name, call_with_timeout(timeout, run)
@@ -247,6 +261,8 @@ class TurnLoop:
                     return name, run()
         except CallTimeout:
             return name, self._timeout_error()
+        except SystemExit as error:  # code that the policy wrote may end in `exit()`
+            return name, exit_error(error)
         except Exception as error:
             return name, error
 
@@ -272,7 +288,9 @@ class TurnLoop:
         """Append the answers of tools to a response; False if they do not fit, and nothing was appended."""
         if sum(len(str(answer["content"])) for answer in answers) > self.max_characters:
             return False
-        ids = tool_suffix_ids(answers, self.tokenizer, self.args.chat_template_kwargs or {})  # type: ignore[arg-type]
+        kwargs = {"chat_template_kwargs": episode.row.get("chat_template_kwargs")}  # without tools, as in TRL
+        run = cast(dict, self.args.chat_template_kwargs)
+        ids = tool_suffix_ids(answers, self.tokenizer, merge_template_kwargs(run, kwargs))
         length = len(episode.response.ids) + len(ids)
         too_long = self.context is not None and len(episode.row["input_ids"]) + length >= self.context
         if length > self.args.response_length or too_long:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import PPOConfig
 from ..data.padding import pad_id
-from ..data.prompts import column_names
+from ..data.prompts import Row, column_names
 from ..data.tool_templates import prepare_tool_tokenizer
 from ..rollout.environments import EMPTY_PROMPT, EnvironmentPool, check_conversational
 from ..rollout.rollout_function import RolloutFunction
@@ -18,6 +20,23 @@ from ..rollout.turns import TurnLoop, template_kwargs
 
 if TYPE_CHECKING:
     from ..trainer import PPOTrainer
+
+
+def _check_rollout_function(function: Callable) -> None:
+    """Refuse a `rollout_func` that cannot be called with prompts and trainer."""
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(
+            "rollout_func is async, and it is called as rollout_func(prompts, trainer): let it run its coroutines with "
+            "asyncio.run, and return the dict."
+        )
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some callables written in C have none
+        return
+    try:
+        signature.bind([], None)
+    except TypeError as error:
+        raise ValueError(f"rollout_func cannot be called as rollout_func(prompts, trainer): {error}.") from error
 
 
 class AgentSetup:
@@ -39,6 +58,8 @@ class AgentSetup:
         self.rollout_func, self.tokenizer = rollout_func, None
         if rollout_func is not None and not callable(rollout_func):
             raise ValueError(f"rollout_func is {rollout_func!r}; it must be a function of prompts and trainer.")
+        if rollout_func is not None:
+            _check_rollout_function(rollout_func)
         if rollout_func is not None and (tools or environment_factory):
             name = "tools" if tools else "environment_factory"
             raise ValueError(
@@ -120,6 +141,12 @@ class AgentSetup:
         if pool.is_routed and "environment" not in columns:
             raise ValueError(f"{name} has no column `environment` that selects one of {list(pool.factories)}.")
         check_conversational(next(iter(dataset), {}), f"{name}[0]")
+        if pool.has_tools and "tools" in columns:
+            warnings.warn(
+                f"{name} has a column 'tools', which has no effect here: prompts show the tools of the trainer's "
+                "arguments, which are the ones that run. Remove the column.",
+                stacklevel=2,
+            )
         if not pool.factories:
             if "prompt" not in columns:
                 raise ValueError(
@@ -131,12 +158,21 @@ class AgentSetup:
         # `reset` writes the prompt, of which nothing is known yet.
         return dataset if "prompt" in columns else dataset.map(lambda row: {"input_ids": [0]})
 
+    def schemas_of(self, row: Row) -> list[dict[str, Any]]:
+        """Return the tools that a row's prompt shows, besides those in its own column."""
+        return [] if self.environments is None else self.environments.schemas[self.environments.name_of(row)]
+
     def tokenize_kwargs(self, args: PPOConfig) -> dict[str, Any]:
         """Return the keyword arguments of prompt tokenization; arguments of the template depend on the row."""
         if self.environments is None:
             return args.tokenize_kwargs
         pool = self.environments
-        return {**args.tokenize_kwargs, "chat_template_kwargs": lambda row: template_kwargs(pool, args, row)}
+
+        def kwargs_of(row: Row) -> dict[str, Any]:
+            check_conversational(row, "prompt")
+            return template_kwargs(pool, args, row)
+
+        return {**args.tokenize_kwargs, "chat_template_kwargs": kwargs_of}
 
     def responder(self, trainer: PPOTrainer) -> Callable | None:
         """Return who generates, called with rows, uniforms and a function that samples a turn; None: one turn."""

@@ -16,6 +16,7 @@ from ..integrations.trl_legacy import check_same_baseline
 from ..models.adapters import CRITIC_ADAPTER
 from ..models.saving import VALUE_MODEL, load_critic
 from ..models.value_head import VALUE_HEAD_FILE
+from ..models.weight_checks import first_not_finite
 from ..rollout.buffer import Rollout
 from ..utils.contexts import set_attributes
 from ..utils.files import read_json_object
@@ -39,6 +40,11 @@ class CriticTraining:
         if (folder := trainer.args.critic_checkpoint) is not None:
             check_same_baseline(trainer.model, Path(folder))
             load_critic(trainer.model, Path(folder))
+            if parameter := first_not_finite(trainer.model):
+                raise ValueError(
+                    f"critic_checkpoint={str(folder)!r}: {parameter} has NaN or infinite numbers. Its training "
+                    "diverged, or the file is damaged: use another checkpoint."
+                )
 
     @property
     def is_pretraining(self) -> bool:

@@ -65,7 +65,8 @@ def prepare_datasets(
     datasets = agent.prepare(args, tokenizer, datasets)
     datasets = tokenize_datasets(datasets, agent.tokenizer or tokenizer, **agent.tokenize_kwargs(args))
     check_enough_prompts(args, datasets["train_dataset"])
-    check_templates(rewards, reward_tokenizers, tokenizer, datasets, cast(dict, args.chat_template_kwargs or {}))
+    run_kwargs = cast(dict, args.chat_template_kwargs or {})
+    check_templates(rewards, reward_tokenizers, tokenizer, datasets, run_kwargs, agent.schemas_of)
     check_effects(args, datasets["train_dataset"], evaluates=len(datasets) > 1)
     return datasets
 
