@@ -47,6 +47,7 @@ from .models.loading import (
     config_to_train,
     count_embeddings,
     load_config,
+    log_int8_casts_once,
     quantization_in_fp16,
     runs_in_fp16,
     warn_of_bf16,
@@ -55,7 +56,7 @@ from .models.pair_sharing import PairSharing
 from .models.precision import check_trained_dtype, hold_trained_in_fp32, warn_of_slow_half_precision
 from .models.saving import without_generation_parameters
 from .models.sharding import shard_frozen_weights, wrap_in_ddp
-from .models.weight_checks import check_device_map, check_model_weights, explain_offloading
+from .models.weight_checks import check_init_kwargs, check_model_weights, explain_offloading
 from .rewards.adapters import template_hash
 from .training.control import ControlMixin
 from .training.hub import HubMixin, save_training_args_json
@@ -104,7 +105,7 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
             if peft_config is not None:
                 set_frozen_dtype(args)
             check_named_model(model, args, is_fully_trained=peft_config is None)
-        check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
+        check_init_kwargs(cast(dict, args.model_init_kwargs))
         check_quantized_device(args, model, kwargs.get("quantization_config"))
         if runs_in_fp16(args) and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_fp16(kwargs["quantization_config"])
@@ -156,6 +157,7 @@ class RewardTrainer(LigerMixin, HubMixin, ControlMixin, TRLRewardTrainer):
     def _configure_forward(self) -> None:
         """Replace the forwards of adapters, norms and score head with faster ones, or with Liger's, after loading."""
         clone_mmapped_tensors(self.model)
+        log_int8_casts_once()
         if runs_in_fp16(self.args):
             warn_of_bf16(self.model)
         warn_of_slow_half_precision(self.model, bool(self.args.bf16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -164,3 +165,43 @@ def test_large_and_packed_weights_are_not_taken_for_infinite():
     model[1].weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     assert first_not_finite(model) is None
     check_model_weights(get_peft_model(make_model(), lora()), "model")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"device_map": {"": 0}}, "device 0,"),
+        ({"device_map": "cuda:1"}, "device 'cuda:1',"),
+        ({"device_map": {"model": "cpu", "lm_head": torch.device("cuda", 0)}}, "no accelerator"),
+        ({"load_in_8bit": True}, r"load_in_8bit .*BitsAndBytesConfig\(load_in_8bit=True\)"),
+        ({"load_in_4bit": False}, "load_in_4bit"),
+        ({"device_map": "auto"}, None),
+        ({"device_map": {"": "cpu"}}, None),
+    ],
+)
+def test_arguments_of_from_pretrained_that_cannot_work_are_refused_before_loading(tmp_path, base, kwargs, named):
+    if torch.accelerator.is_available() and named is not None and "device_map" in kwargs:
+        pytest.skip("this machine has an accelerator")
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    if named is None:
+        make_trainer(tmp_path, model=str(folder), config={"model_init_kwargs": kwargs})
+        return
+    (folder / "model.safetensors").unlink()  # what would be loaded
+    with pytest.raises(ValueError, match=f"^model_init_kwargs: .*{named}"):
+        make_trainer(tmp_path, model=str(folder), config={"model_init_kwargs": kwargs})
+    config = RewardConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, model_init_kwargs=kwargs)
+    pairs = Dataset.from_list([{"chosen": "so", "rejected": "no"}])
+    with pytest.raises(ValueError, match=f"^model_init_kwargs: .*{named}"):
+        RewardTrainer(str(folder), config, peft_config=lora(), train_dataset=pairs)
+
+
+def test_bitsandbytes_logs_a_cast_once(tmp_path, base, caplog):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    trainer = make_trainer(tmp_path, model=str(base), quantization_config=config, config={"max_steps": 1})
+    trainer.train()
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    for dtype in ("one", "one", "another"):
+        logger.warning("inputs will be cast from %s", dtype)
+    messages = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    assert len(messages) == len(set(messages)) and "inputs will be cast from another" in messages

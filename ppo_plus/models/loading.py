@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import warnings
@@ -119,6 +120,28 @@ def check_adapter_kind(peft_config: PeftConfig | None) -> None:
         )
 
 
+class _OncePerMessage(logging.Filter):
+    """Lets each message of a logger pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the message is new."""
+        known = record.getMessage() in self._known
+        self._known.add(record.getMessage())
+        return not known
+
+
+_ONCE = _OncePerMessage()
+
+
+def log_int8_casts_once() -> None:
+    """Let bitsandbytes log once that int8 layers cast inputs to fp16; it logs for each product, thousands per step."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)  # the same filter is added once
+
+
 def load_policy(
     model: str | PreTrainedModel | PeftModel,
     *,
@@ -135,6 +158,7 @@ def load_policy(
     The trained weights of a model that is loaded already are cast to fp32 in place.
     """
     check_adapter_kind(peft_config)
+    log_int8_casts_once()
     by_name = isinstance(model, str)
     if isinstance(model, str):
         model = _load_by_name(model, peft_config, quantization_config, model_init_kwargs or {}, frozen_dtype)

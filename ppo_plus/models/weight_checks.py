@@ -16,8 +16,28 @@ INSTEAD = (
 )
 
 
-def check_device_map(device_map: Any) -> None:
-    """Refuse a dict of devices by module that offloads parts of a model; other values are resolved at loading."""
+def check_init_kwargs(init_kwargs: Mapping[str, Any] | None) -> None:
+    """Refuse arguments of `from_pretrained` that cannot work: offloading, a missing accelerator, removed ones.
+
+    Raises:
+        ValueError: `device_map` offloads parts of the model or names an accelerator that this machine lacks;
+            `load_in_8bit` or `load_in_4bit`, which transformers 5 no longer takes here.
+    """
+    kwargs = init_kwargs or {}
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if name in kwargs:
+            raise ValueError(
+                f"model_init_kwargs: {name} is no argument of from_pretrained in transformers 5. Pass "
+                f"quantization_config=BitsAndBytesConfig({name}=True)."
+            )
+    device_map = kwargs.get("device_map")
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    on_accelerator = [place for place in places if _is_accelerator(place)]
+    if on_accelerator and not torch.accelerator.is_available():
+        raise ValueError(
+            f"model_init_kwargs: device_map has the device {on_accelerator[0]!r}, and PyTorch finds no accelerator on "
+            "this machine. Remove device_map, or install a PyTorch for the accelerator."
+        )
     parts = offloaded_parts(device_map) if isinstance(device_map, Mapping) else []
     if parts:
         raise ValueError(f"model_init_kwargs: device_map offloads {', '.join(parts[:3])}. {INSTEAD}")
@@ -35,6 +55,11 @@ def check_model_weights(model: nn.Module, name: str) -> None:
             f"{name}: the weight {parameter} has NaN or infinite numbers. The file is damaged, or was cast to a "
             "precision that its numbers exceed (fp16): load another checkpoint."
         )
+
+
+def _is_accelerator(place: Any) -> bool:
+    name = str(place).partition(":")[0]
+    return name.isdecimal() or name in ("cuda", "xpu", "npu", "mlu", "hpu", "mps")
 
 
 @contextlib.contextmanager

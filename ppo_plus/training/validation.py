@@ -27,7 +27,7 @@ from ..models.base_weights import WeightSamples, local_folder, sample_files, sam
 from ..models.critic import critic_peft_config
 from ..models.loading import base_name, check_adapter_kind, count_embeddings, load_config
 from ..models.precision import check_trained_dtype
-from ..models.weight_checks import check_device_map
+from ..models.weight_checks import check_init_kwargs
 from ..rewards.adapters import check_same_base
 from ..rewards.build import check_signature, normalize_rewards
 from ..rewards.checks import check_reward_module, check_reward_task, load_reward_tokenizers
@@ -68,7 +68,7 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, reward_fun
     if args.n_gpu > 1:
         raise ValueError("PPOTrainer does not run under DataParallel: use accelerate launch, or show it one GPU.")
     check_liger(args)
-    check_device_map(cast(dict, args.model_init_kwargs or {}).get("device_map"))
+    check_init_kwargs(cast(dict, args.model_init_kwargs))
     check_output_dir(cast(str, args.output_dir))
 
 
