@@ -13,6 +13,7 @@ import warnings
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from agents import (
@@ -830,6 +831,7 @@ def test_rollout_func_generates_and_its_log_probabilities_weigh(tmp_path):
     ("change", "message"),
     [
         ({"logprobs": None}, None),
+        ({"prompt_ids": [np.array([5, 6])] * 8}, None),
         ({"completion_ids": [[5, 2]] * 7}, "completion_ids has 7 entries for 8 prompts"),
         ({"completion_ids": [[]] * 8}, r"completion_ids\[0\] is \[\]"),
         ({"completion_ids": [[5] * 9] * 8}, r"completion_ids\[0\] has 9 tokens.*response_length=8"),
@@ -860,6 +862,17 @@ def test_what_rollout_func_returns_is_checked(tmp_path, change, message):
         return
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+@pytest.mark.parametrize("prompt", [[1, 1, 6], [1, 6, 1]])
+def test_two_bos_of_rollout_func_are_named_once(tmp_path, prompt):
+    def function(prompts, trainer):
+        return answer_xyz(prompts, trainer) | {"prompt_ids": [prompt] * len(prompts)}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, rollout_func=function, config={"max_steps": 5}).train()  # two rollouts
+    assert sum("two BOS" in str(w.message) for w in caught) == (prompt[1] == 1)
 
 
 def test_responses_to_one_prompt_must_have_one_prompt(tmp_path):

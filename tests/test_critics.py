@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def test_without_a_reward_adapter_it_starts_at_zero_on_the_bare_base(tmp_path, b
         torch.nn.init.normal_(model.value_head.layers[0].weight)
         hidden = make_model().eval().model(IDS).last_hidden_state[:, 5:9]
         assert torch.allclose(model(IDS, MASK, 4).values, model.value_head(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_value_model_is_named(tmp_path, base, frozen):
+    value_model = classifier(base).requires_grad_(not frozen)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(tmp_path, value_model=value_model)
+    assert any("only the value head is trained" in str(w.message) for w in caught) == frozen
+    assert bool(trainer.model.critic_parameters()) == (not frozen)
 
 
 def test_a_value_model_starts_with_its_own_score_head(tmp_path, base, reward_adapter):

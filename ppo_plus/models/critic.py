@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -72,6 +73,13 @@ def resolve_critic(args: PPOConfig, value_model: Any, reward_funcs: Any) -> Crit
         if "score.weight" in missing:  # a language model, whose random head would add noise to every value
             nn.init.zeros_(value_model.score.weight)
     train_adapter(value_model)
+    if not any(parameter.requires_grad for parameter in value_model.base_model.parameters()):
+        warnings.warn(
+            "value_model: the weights below its head are frozen (by requires_grad_(False), or because it was a reward "
+            "model of another trainer), so only the value head is trained. Call value_model.requires_grad_(True) to "
+            "train all of it.",
+            stacklevel=2,
+        )
     hold_trained_in_fp32(value_model)
     return CriticSpec(args.critic, None, 1.0, value_model, head, seed)
 

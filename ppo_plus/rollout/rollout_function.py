@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..config import PPOConfig
-from ..data.prompts import Row, check_ids
+from ..data.prompts import Row, WarnOnce, check_ids
 from ..rewards.functions import REWARD_ARGUMENTS, without_autocast
 from ..utils.interrupt import interruptible
 from .responses import Responses, Segments
@@ -37,6 +37,7 @@ class RolloutFunction:
     ) -> None:  # fmt: skip
         self.function, self.trainer, self.args, self.stop_ids = function, trainer, args, list(stop_ids)
         self.limits, self.pad_token_id = limits, pad_token_id
+        self._warn = WarnOnce()
 
     def __call__(self, rows: Sequence[Row]) -> Responses:
         """Return the responses to the prompts of these rows."""
@@ -51,14 +52,25 @@ class RolloutFunction:
         columns = {name: self._column(name, value, len(rows)) for name, value in output.items()}
         self._check_names(columns)
         segments = [self._segments(row, columns) for row in range(len(rows))]
+        prompt_ids = [_check_ids(ids, f"rollout_func: prompt_ids[{i}]") for i, ids in enumerate(columns["prompt_ids"])]
+        self._warn_of_two_bos(prompt_ids)
         extra = [name for name in columns if name not in (*REQUIRED, "env_mask")]
         answered = [
-            {**row, "input_ids": list(columns["prompt_ids"][i]), **{name: columns[name][i] for name in extra}}
+            {**row, "input_ids": prompt_ids[i], **{name: columns[name][i] for name in extra}}
             for i, row in enumerate(rows)
         ]
         return Responses.from_segments(
             answered, segments, self.stop_ids, self.pad_token_id, train_on_eos=self.args.train_on_eos
         )
+
+    def _warn_of_two_bos(self, prompt_ids: Sequence[list[int]]) -> None:
+        bos = self.trainer.processing_class.bos_token_id
+        if twice := [i for i, ids in enumerate(prompt_ids) if bos is not None and ids[:2] == [bos, bos]]:
+            self._warn(
+                "BOS",
+                f"rollout_func: prompt_ids[{twice[0]}] begins with two BOS tokens: tokenize rendered text with "
+                "add_special_tokens=False.",
+            )
 
     @staticmethod
     def _column(name: str, value: Any, count: int) -> list:
