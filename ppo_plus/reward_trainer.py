@@ -42,6 +42,7 @@ from .models.adapters import keep_model_card, train_adapter
 from .models.backbone import unwrap_peft
 from .models.base_weights import encode_samples, local_folder, sample_model, weight_files
 from .models.classifier import depends_on_padding, register_sequence_classifier
+from .models.gguf_files import check_rope_scaling
 from .models.loading import (
     clone_mmapped_tensors,
     config_to_train,
@@ -384,6 +385,7 @@ def check_named_model(model: str, args: RewardConfig, *, is_fully_trained: bool)
     """Register a sequence classifier for a model's family, and check its configuration before loading weights."""
     options = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     config = load_config(model, options)
+    check_rope_scaling(model, config, options)
     if config.num_labels != 1 and any("ForSequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(
             f"{model!r} is a classifier with num_labels={config.num_labels}, whose head a reward model cannot start "

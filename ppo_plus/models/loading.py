@@ -48,6 +48,7 @@ from .adapters import (
 )
 from .backbone import check_architecture, unwrap_peft
 from .critic import CriticSpec, build_value_head
+from .gguf_files import check_rope_scaling
 from .precision import hold_trained_in_fp32
 from .weight_checks import check_model_weights
 
@@ -198,7 +199,9 @@ def _load_by_name(
     kwargs = {"trust_remote_code": False, "dtype": dtype, **model_init_kwargs}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    auto = language_model_class(load_config(base_name(name), kwargs))
+    config = load_config(base_name(name), kwargs)
+    check_rope_scaling(base_name(name), config, kwargs)
+    auto = language_model_class(config)
     model, info = auto.from_pretrained(base_name(name), **kwargs, output_loading_info=True)
     if missing := sorted({*info["missing_keys"]} & {key for key, _ in model.named_parameters()}):
         raise ValueError(
