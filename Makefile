@@ -94,12 +94,9 @@ format: install
 docs: install
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-# Each installs what it needs in a folder of its own; the output of one that no longer holds is shown.
+# The output of one that no longer holds is shown.
 findings:
-	@status=0; for finding in findings/*.sh; do \
-	    if output=$$(bash "$$finding" 2>&1); then echo "holds             $$finding"; \
-	    else status=1; echo "holds no longer   $$finding"; echo "$$output" | tail -n 15; fi; \
-	done; exit $$status
+	@.ci/findings findings/*.sh
 
 install: $(STAMP)
 
