@@ -514,6 +514,7 @@ def reason(text: str) -> str:
     text = re.sub(r"\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration)\b", "the model", text)
     text = re.sub(r"/tmp/\S+|'\S*/tmp\S*'", "a folder", text)
     text = re.sub(r" (<class \S+>|\(model_type=\S+\))| (Model type should be|Incompatible modules:) .*", "", text)
+    text = re.sub(r"(?<=[.)])\.? (If an adapter|Choose another model).*", "", text)  # hints, some cut
     text = text.replace("<", "&lt;")
     return re.sub(r" \(relative error \S+\)", "", text).strip(" .")
 

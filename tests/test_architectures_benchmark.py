@@ -102,6 +102,12 @@ def test_the_table_in_words(tmp_path):
               "versions": {"transformers": "5.0"}}  # fmt: skip
     assert tables.architectures_table(tmp_path) == ""
     (tmp_path / "architectures.json").write_text(json.dumps(result))
+    assert tables.reason("X fails (E: no.). If an adapter is the cause, le") == "X fails (E: no.)"
+    assert (
+        tables.reason("X reads pads. Choose another model; mo")
+        == "X reads pads"
+        != tables.reason("X reads pads. Load it")
+    )
     lines = tables.architectures_table(tmp_path).splitlines()
     assert lines[0].startswith("| model | left padding | packing |") and lines[0].endswith("| LoRA, all-linear |")
     middle = " | ".join(["yes"] * 6)
