@@ -17,6 +17,7 @@ from conftest import make_trainer
 
 from ppo_plus import AdaptiveKLCallback, RewardNormalizationCallback
 from ppo_plus.report.page import read_run
+from ppo_plus.rollout.buffer import Rollout
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -87,7 +88,7 @@ MEASURED = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", 
             "critic/explained_variance", "clip_ratio/policy", "ppo/ratio", "grad_norm")  # fmt: skip
 
 
-def alone(folder, seed, stream=False, **config):
+def alone(folder, seed=42, stream=False, resume=None, **config):
     """One process with twice the micro-batches of SCRIPT: weights and log."""
     trainer = make_trainer(
         folder,
@@ -96,7 +97,7 @@ def alone(folder, seed, stream=False, **config):
     )
     if stream:
         trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
     return flat, [row for row in trainer.state.log_history if "reward" in row]
 
@@ -119,6 +120,51 @@ def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(tmp_pa
     for ours, theirs in zip(two["log"], log, strict=True):
         for name in MEASURED:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
+def differs(two, log, one):
+    """Of a run on two processes and one on one: the largest difference of a weight; their logs are equal."""
+    weights, found = one
+    assert len(log) == len(found) >= 1
+    for ours, theirs in zip(log, found, strict=True):
+        for name in MEASURED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    return (torch.load(two / "weights.pt") - weights).abs().max()
+
+
+EACH_STEP = {"save_steps": 1, "save_strategy": "steps", "logging_steps": 4}  # metrics of step 3 are in no log yet
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_continues_on_one(tmp_path, monkeypatch):
+    """Inside a rollout, whose rows both have saved, and at the border of two; the same responses in total per step."""
+    whole = launch(tmp_path / "two", config=EACH_STEP)
+    inside, border = (str(tmp_path / "two" / f"checkpoint-{step}") for step in (3, 4))
+    for checkpoint in (inside, border):
+        one = alone(tmp_path / Path(checkpoint).name, resume=checkpoint, **EACH_STEP)
+        assert differs(tmp_path / "two", whole["log"], one) < 1e-4
+    with pytest.raises(
+        ValueError, match=r"responses_per_rollout 16 there, 8 here.*gradient_accumulation_steps must be 8"
+    ):
+        alone(tmp_path / "half", resume=inside, **EACH_STEP, gradient_accumulation_steps=2)
+    concatenate = Rollout.concatenate  # negative control: the rows of the other process come first
+    monkeypatch.setattr(Rollout, "concatenate", lambda rollouts, pad: concatenate(rollouts[::-1], pad))
+    swapped, _ = alone(tmp_path / "swapped", resume=inside, **EACH_STEP)
+    assert (torch.load(tmp_path / "two" / "weights.pt") - swapped).abs().max() > 1e-3
+    (tmp_path / "two" / "checkpoint-3" / "ppo_state_1.json").unlink()
+    with pytest.raises(ValueError, match="ppo_state_1.json"):
+        alone(tmp_path / "lost", resume=inside, **EACH_STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 4], ids=["inside a rollout", "between two"])
+def test_a_run_of_one_process_continues_on_two(tmp_path, step):
+    one = alone(tmp_path / "one", **EACH_STEP)
+    checkpoint = str(tmp_path / "one" / f"checkpoint-{step}")
+    resumed = launch(tmp_path / "two", resume=checkpoint, config=EACH_STEP)
+    assert resumed["processes"] == 2 and differs(tmp_path / "two", resumed["log"], one) < 1e-4
+    other, _ = alone(tmp_path / "other", seed=43, **EACH_STEP)
+    assert (torch.load(tmp_path / "two" / "weights.pt") - other).abs().max() > 1e-2  # negative control
 
 
 @pytest.mark.slow

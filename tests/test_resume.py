@@ -218,7 +218,7 @@ def test_every_piece_of_the_state_matters(undisturbed, tmp_path, piece, smallest
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"gradient_accumulation_steps": 1}, "rollout_batch_size 8 there, 4 here"),
+        ({"gradient_accumulation_steps": 1}, "responses_per_rollout 8 there, 4 here"),
         ({"num_ppo_epochs": 1}, "num_ppo_epochs 2 there, 1 here"),
         ({"num_mini_batches": 1, "gradient_accumulation_steps": 4}, "num_mini_batches 2 there, 1 here"),
         ({"seed": 7}, "seed 42 there, 7 here"),

@@ -102,6 +102,29 @@ def test_take_moves_rows_to_the_right_and_cuts_what_is_padding_in_all(rows):
     assert set(taken) == {"input_ids", "attention_mask", "response_mask", "seq_lens", *PER_TOKEN}
 
 
+def test_rows_of_several_ranks_are_concatenated_in_their_order():
+    """One rank has shorter prompts and responses, and the other observations."""
+    short = make_rollout((2, 1), (1, 3), longest_prompt=2, longest_response=3)
+    long = make_rollout((4, 3), (5, 2), longest_prompt=4, longest_response=5)
+    long = dataclasses.replace(long, input_ids=long.input_ids + 1000, observation_mask=torch.eye(2, 5).bool())
+    both = Rollout.concatenate([short, long], pad_token_id=7)
+    assert (len(both), both.prompt_length, both.response_length) == (4, 4, 5)
+    assert both.input_ids[0].tolist() == [7, 7, *short.input_ids[0].tolist(), 7, 7]
+    for part, rows in ((short, [0, 1]), (long, [2, 3])):
+        found, expected = both.micro_batch(torch.tensor(rows)), part.micro_batch(torch.arange(2))
+        mask = expected["attention_mask"].bool()
+        assert torch.equal(found["input_ids"][mask], expected["input_ids"][mask])
+        for name in (*PER_TOKEN, "attention_mask", "response_mask"):
+            assert torch.equal(found[name], expected[name]), name
+    assert both.sequence_scores.tolist() == [0.5, 1.5, 0.5, 1.5]
+    second = both.select(slice(2, 4))
+    assert second.sequence_scores.tolist() == [0.5, 1.5] and second.observation_mask.equal(long.observation_mask)
+    swapped = Rollout.concatenate([long, short], pad_token_id=7)  # negative control
+    assert not torch.equal(
+        swapped.micro_batch(torch.arange(2))["input_ids"], both.micro_batch(torch.arange(2))["input_ids"]
+    )
+
+
 def test_take_keeps_an_unlearned_stop_token_that_is_attended():
     rollout = make_rollout()
     shorter = rollout.action_mask & (torch.arange(6) < torch.tensor([[2], [1], [1]]))

@@ -124,6 +124,33 @@ class Rollout:
             **({} if states is None else {"frozen_hidden_states": layout.align_states(states[rows])}),
         }
 
+    def select(self, rows: slice) -> Rollout:
+        """Return the rollout of these rows, without frozen hidden states, which are recomputed."""
+        return Rollout(**{name: getattr(self, name)[rows] for name in self._saved()})
+
+    @classmethod
+    def concatenate(cls, rollouts: Sequence[Rollout], pad_token_id: int) -> Rollout:
+        """Concatenate rows; prompts are padded on the left and responses on the right to the longest.
+
+        Frozen hidden states are left out, because they are recomputed.
+        """
+        prompt, response = (
+            max(getattr(each, f"{part}_length") for each in rollouts) for part in ("prompt", "response")
+        )
+        rows: dict[str, list[Tensor]] = {name: [] for each in rollouts for name in each._saved()}
+        for rollout in rollouts:
+            right = response - rollout.response_length
+            for name, tensors in rows.items():
+                tensor = getattr(rollout, name)
+                if tensor is None:  # only some have observations
+                    tensor = torch.zeros_like(rollout.action_mask)
+                if tensor.dim() == 2:
+                    left = prompt - rollout.prompt_length if name in ("input_ids", "attention_mask") else 0
+                    value = pad_token_id if name == "input_ids" else 0
+                    tensor = nn.functional.pad(tensor, (left, right), value=value)
+                tensors.append(tensor)
+        return cls(**{name: torch.cat(tensors) for name, tensors in rows.items()})
+
     def save(self, path: str | Path) -> None:
         """Write the tensors as safetensors."""
         save_file({name: getattr(self, name).contiguous().cpu() for name in self._saved()}, path)

@@ -72,29 +72,70 @@ class PPOState:
     meter: Meter = field(default_factory=Meter)
 
 
+@dataclass(frozen=True)
+class Rank:
+    """Which share of a run a process has."""
+
+    index: int
+    count: int  # processes of the run
+
+
 def save_progress(
-    directory: str | Path, process_index: int, progress: PPOState, fingerprint: dict[str, Any], inside_rollout: bool
+    directory: str | Path, rank: Rank, progress: PPOState, fingerprint: dict[str, Any], inside_rollout: bool
 ) -> None:
     """Write this rank's state; the rollout only if later steps learn from it."""
-    state = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "meter": progress.meter.state_dict()}
+    state = {"format_version": FORMAT_VERSION, "num_processes": rank.count, "fingerprint": fingerprint}
     state |= {name: getattr(progress, name) for name in STATE_FIELDS} | {"baseline": asdict(progress.baseline)}
-    state_file, rollout_file = _state_files(directory, process_index)
+    state["meter"] = progress.meter.state_dict()
+    state_file, rollout_file = _state_files(directory, rank.index)
     state_file.write_text(json.dumps(state, indent=2), encoding="utf-8")
     if inside_rollout and progress.rollout is not None:
         progress.rollout.save(rollout_file)
 
 
-def load_progress(directory: str | Path, process_index: int, fingerprint: dict[str, Any]) -> PPOState:
-    """Read what `save_progress` wrote.
+def load_progress(directory: str | Path, rank: Rank, fingerprint: dict[str, Any], pad_token_id: int) -> PPOState:
+    """Read what the ranks of a run wrote by `save_progress`, as many as now or another number.
+
+    Rows, prompts and seeds belong to a position among all ranks, so another number of ranks continues the same run if
+    the responses of a rollout are as many in total: each takes its share of the rows. Metrics since the last log, of
+    which only sums over ranks are used, go to rank 0.
+
+    Args:
+        directory: the checkpoint.
+        rank: this process.
+        fingerprint: values that must be equal in the checkpoint.
+        pad_token_id: pads rows of other ranks.
 
     Raises:
         ValueError: there is nothing to resume from, or the fingerprints differ.
     """
-    file, rollout_file = _state_files(directory, process_index)
+    states, rollout_files = _read_states(directory, rank)
+    state, inside_rollout = states[0], rollout_files[0].is_file()
+    _check_fingerprint(directory, state, fingerprint, inside_rollout, rank)
+    progress = PPOState(**{name: state[name] for name in STATE_FIELDS}, baseline=RewardBaseline(**state["baseline"]))
+    if state["num_processes"] == rank.count:
+        progress.meter.load_state_dict(state["meter"])
+        progress.rollout = Rollout.load(rollout_files[0]) if inside_rollout else None
+        return progress
+    progress.generator = None  # of one rank's device
+    for each in states if rank.index == 0 else ():
+        for name, (total, count) in each["meter"].items():
+            progress.meter.add(name, total, count)
+    if inside_rollout:
+        rollout = Rollout.concatenate([Rollout.load(file) for file in rollout_files], pad_token_id)
+        rows = len(rollout) // rank.count
+        progress.rollout = rollout.select(slice(rank.index * rows, (rank.index + 1) * rows))
+    return progress
+
+
+def _read_states(directory: str | Path, rank: Rank) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Return the states that a rank needs, and the files of their rollouts: its own, or all of another number."""
+    rank_file, first = (_state_files(directory, index)[0] for index in (rank.index, 0))
+    file = rank_file if rank_file.is_file() else first
     if not file.is_file():
         raise ValueError(
             f"{directory} has no {file.name}, so training cannot resume from it: it was saved with save_only_model, "
-            "by another number of processes, or not by ppo_plus."
+            "or not by ppo_plus."
         )
     state = read_json_object(file)
     if state["format_version"] > FORMAT_VERSION:
@@ -102,21 +143,41 @@ def load_progress(directory: str | Path, process_index: int, fingerprint: dict[s
             f"{directory} was written by a newer ppo_plus (format {state['format_version']}, this one reads "
             f"{FORMAT_VERSION}). Upgrade ppo_plus."
         )
-    saved = state["fingerprint"]
-    differing = [
-        f"{name} {saved.get(name)} there, {value} here"
+    if (count := state["num_processes"]) == rank.count:
+        if file != rank_file:
+            raise ValueError(
+                f"{directory} has no {rank_file.name}: a node has the files of its own processes. Copy it there."
+            )
+        return [state], [_state_files(directory, rank.index)[1]]
+    files = [_state_files(directory, index) for index in range(count)]
+    if missing := [each.name for each, _ in files if not each.is_file()]:
+        raise ValueError(
+            f"{directory} was saved by {count} processes, and {rank.count} resume, which need the files of all: it "
+            f"has no {', '.join(missing)}. Copy them there from the other nodes, or start {count} processes."
+        )
+    return [read_json_object(each) for each, _ in files], [rollout for _, rollout in files]
+
+
+def _check_fingerprint(
+    directory: str | Path, state: dict[str, Any], fingerprint: dict[str, Any], inside_rollout: bool, rank: Rank
+) -> None:
+    saved, advice = state["fingerprint"], "Use the checkpoint's values"
+    differing = {
+        name: f"{name} {saved.get(name)} there, {value} here"
         for name, value in fingerprint.items()
-        if saved.get(name) != value and (name not in MUTABLE_BETWEEN_ROLLOUTS or rollout_file.is_file())
-    ]
+        if saved.get(name) != value and (inside_rollout or name not in MUTABLE_BETWEEN_ROLLOUTS)
+    }
+    if "responses_per_rollout" in differing:
+        rows, rest = divmod(saved["responses_per_rollout"], saved["num_mini_batches"] * rank.count)
+        sizes = "per_device_train_batch_size * gradient_accumulation_steps"
+        advice += f": with {rank.count} processes, {sizes} must be {rows}"
+        if rest:
+            advice = f"Use a number of processes that divides {saved['responses_per_rollout']}"
     if differing:
         raise ValueError(
-            f"{directory} cannot be resumed with these arguments: {'; '.join(differing)}. Use the checkpoint's "
-            "values, or start a new run from its adapter."
+            f"{directory} cannot be resumed with these arguments: {'; '.join(differing.values())}. {advice}; or start "
+            "a new run from its adapter."
         )
-    progress = PPOState(**{name: state[name] for name in STATE_FIELDS}, baseline=RewardBaseline(**state["baseline"]))
-    progress.meter.load_state_dict(state["meter"])
-    progress.rollout = Rollout.load(rollout_file) if rollout_file.is_file() else None
-    return progress
 
 
 def weights_digest(models: Iterable[nn.Module]) -> str:

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from ..data.padding import pad_id
 from ..models.adapters import lora_scalings
 from ..rollout.vllm_client import EngineError
 from ..utils.contexts import set_attributes
@@ -23,6 +24,7 @@ from ..utils.interrupt import Interrupted
 from .checkpoint import (
     MUTABLE_BETWEEN_ROLLOUTS,
     PPOState,
+    Rank,
     check_checkpoint,
     find_last_valid_checkpoint,
     integrity_error,
@@ -44,6 +46,7 @@ class Checkpointer:
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self._trainer = trainer
+        self._rank = Rank(trainer.accelerator.process_index, trainer.accelerator.num_processes)
         self._base_digest = weights_digest(trainer.model.frozen_models)  # now, because it reads whole weights
 
     def start(self, resume_from_checkpoint: str | Path | bool | None) -> str | None:
@@ -142,12 +145,12 @@ class Checkpointer:
         trainer, progress = self._trainer, self._trainer._progress
         inside_rollout = trainer.state.global_step % trainer.args.steps_per_rollout != 0
         progress.generator = generator_state()
-        save_progress(output_dir, trainer.accelerator.process_index, progress, self._fingerprint(), inside_rollout)
+        save_progress(output_dir, self._rank, progress, self._fingerprint(), inside_rollout)
 
     def load(self, directory: str) -> None:
         """Load the state of PPO and the weights from a checkpoint."""
         trainer = self._trainer
-        progress = load_progress(directory, trainer.accelerator.process_index, self._fingerprint())
+        progress = load_progress(directory, self._rank, self._fingerprint(), pad_id(trainer.processing_class))
         trainer.model.load_weights(directory)
         trainer._progress = progress
 
@@ -197,11 +200,11 @@ class Checkpointer:
     def _fingerprint(self) -> dict[str, Any]:
         """Return the values that must be equal in a checkpoint and in the run that resumes from it."""
         trainer = self._trainer
-        sizes = ("num_ppo_epochs", "num_mini_batches", "num_generations", "rollout_batch_size", "response_length")
+        sizes = ("num_ppo_epochs", "num_mini_batches", "num_generations", "response_length")
         names = (*sizes, "critic", "num_critic_updates", "seed", "data_seed", *MUTABLE_BETWEEN_ROLLOUTS)
         return {
             **{name: getattr(trainer.args, name) for name in names},
-            "num_processes": trainer.accelerator.num_processes,
+            "responses_per_rollout": trainer.args.rollout_batch_size * self._rank.count,
             "num_prompts": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else None,
             "adapter_scaling": lora_scalings(trainer.model.policy),
             "base_weights": self._base_digest,
