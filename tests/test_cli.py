@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trl
 from click.testing import CliRunner
 from conftest import lora, make_model, make_tokenizer
 from datasets import Dataset
@@ -142,6 +143,21 @@ def test_profiles_are_files_that_accelerate_reads():
         assert config.mixed_precision == "no"  # PPOConfig decides
     with pytest.raises(ValueError, match="'nothing'"):
         launch.resolve_profile(["--accelerate_config", "nothing"])
+
+
+TRL_PROFILES = Path(trl.__file__).parent / "accelerate_configs"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in TRL_PROFILES.glob("*.yaml")))
+def test_launch_files_of_trl_are_read_or_refused_by_the_name_of_ours(name):
+    """test_recipes.py trains by those that are read."""
+    file = str(TRL_PROFILES / f"{name}.yaml")
+    if name.startswith("zero") or name == "fsdp1":
+        kind = "FSDP1" if name == "fsdp1" else "DEEPSPEED"
+        with pytest.raises(ValueError, match=f"{name}.yaml requests {kind}, .*--accelerate_config fsdp2"):
+            launch.resolve_profile(["--accelerate_config", file])
+    else:
+        assert launch.resolve_profile(["--accelerate_config", file]) == ["--config_file", file]
 
 
 def test_the_script_for_launchers_is_the_command(here, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from conftest import CHAT_TEMPLATE, LETTERS, make_model, make_tokenizer
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -208,6 +209,21 @@ def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(her
         assert resumed.keys() == expected.keys() and all(torch.equal(resumed[n], expected[n]) for n in resumed)
     assert json.loads((here / "sharded" / "training_args.json").read_text())["fsdp"] is True
     assert any(not torch.equal(before[n], expected[n]) for n in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "multi_gpu"])
+def test_launch_files_of_trl_train_as_those_of_ours(here, name):
+    """Theirs ask for bf16, in which the passes then compute, and for eight processes."""
+    file = Path(trl.__file__).parent / "accelerate_configs" / f"{name}.yaml"
+    cpu = ["--num_processes", 2, "--use_cpu", "True", "--ddp_backend", "gloo", "--dataloader_pin_memory", "False",
+           "--report_to", "none", "--model_name_or_path", "base", "--use_peft", "--lora_target_modules", "all-linear",
+           *SMALL, "--dataset_name", "pairs", "--max_steps", 2, "--save_strategy", "no"]  # fmt: skip
+    launch_two(here, "reward", *cpu, "--output_dir", "theirs", profile=str(file))
+    launch_two(here, "reward", *cpu, "--output_dir", "ours", "--mixed_precision", "bf16", profile=name)
+    theirs, ours = (load_file(here / folder / "adapter_model.safetensors") for folder in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[n], ours[n]) for n in ours)
+    assert json.loads((here / "theirs" / "training_args.json").read_text())["fsdp"] is (name == "fsdp2")
 
 
 # --- GSM8K, and the presets on it ---

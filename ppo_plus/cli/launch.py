@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import yaml
+
 from .arguments import FieldParser, errors_in_one_line
 from .recipes import PROFILES, profiles
 
@@ -35,7 +37,7 @@ def resolve_profile(launch_arguments: list[str]) -> list[str]:
     """Replace `--accelerate_config NAME` by `--config_file` and the path of that profile, or of a file NAME.
 
     Raises:
-        ValueError: NAME is neither.
+        ValueError: NAME is neither, or shards trained weights.
     """
     if "--accelerate_config" not in launch_arguments:
         return launch_arguments
@@ -44,7 +46,21 @@ def resolve_profile(launch_arguments: list[str]) -> list[str]:
     path = Path(name) if Path(name).is_file() else PROFILES / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"--accelerate_config {name!r} is no file. Pass one, or one of {', '.join(profiles())}.")
+    _check_sharding(path)
     return ["--config_file", str(path), *launch_arguments[:index], *launch_arguments[index + 2 :]]
+
+
+def _check_sharding(path: Path) -> None:
+    """Refuse a launch file that shards trained weights, before processes start or its engine is looked for."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind = str(config.get("distributed_type")) if isinstance(config, dict) else ""
+    if kind == "FSDP" and str((config.get("fsdp_config") or {}).get("fsdp_version", 1)) != "2":
+        kind = "FSDP1"
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP1"):
+        raise ValueError(
+            f"--accelerate_config {path} requests {kind}, which shards trained weights too. Use --accelerate_config "
+            "fsdp2, which shards the frozen base of an adapter, or multi_gpu (DDP)."
+        )
 
 
 def _launch(name: str, arguments: list[str], launch_arguments: list[str]) -> None:
