@@ -111,18 +111,32 @@ def watch_base_bytes(trainer, backbone) -> dict[str, int]:
     return most
 
 
+def generate_unevenly(trainer) -> list[torch.Tensor]:
+    """Answers of `model.generate`, for which the second process decodes more tokens and more often; cut to 4 tokens."""
+    answers, rank = [], trainer.accelerator.process_index
+    prompt = torch.tensor([[1, 5, 9 + rank]])
+    with trainer.collector.uneven_passes():  # of one call; several in a row share what is gathered
+        for _ in range(rank):
+            trainer.model.generate(input_ids=prompt, max_new_tokens=3, do_sample=False)
+    for tokens in (4, 4 + 5 * rank):
+        answer = trainer.model.generate(input_ids=prompt, max_new_tokens=tokens, min_new_tokens=4, do_sample=False)
+        answers.append(answer[0, 3:7])
+    return answers
+
+
 def result(trainer, folder: Path) -> dict:
     weights = trained(trainer)
     everywhere = trainer.accelerator.gather(weights[None])
     assert all(torch.equal(row, weights) for row in everywhere), "the processes do not hold the same weights"
     trainer.save_model(str(folder / "final"))
+    answers = [trainer.accelerator.gather(answer[None]).tolist() for answer in generate_unevenly(trainer)]
     if trainer.accelerator.is_main_process:
         torch.save(weights, folder / "weights.pt")
     history = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
                for row in trainer.state.log_history]  # fmt: skip
     layer = max(base_bytes(layer) for layer in decoder_layers(trainer.model.language_model.base_model))
     states = [m.state.CB.untyped_storage().nbytes() for m in trainer.model.modules() if hasattr(m, "init_8bit_state")]
-    everything = {"bytes": base_bytes(trainer.model), "layer": layer, "int8_states": sum(states)}
+    everything = {"bytes": base_bytes(trainer.model), "layer": layer, "int8_states": sum(states), "answers": answers}
     return {**everything, "log": history, "wrapper": type(trainer.model_wrapped).__name__}
 
 

@@ -100,6 +100,14 @@ def test_a_rank_holds_its_share_and_one_layer(runs, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_generate_on_ranks_that_decode_unevenly_answers_as_whole_copies_do(runs, name):
+    sharded, whole = (runs[f"{name}/{fsdp}"]["answers"] for fsdp in (True, False))
+    assert sharded == whole and all(len(answer) == 4 for answers in whole for answer in answers)
+    assert any(runs[f"{other}/True"]["answers"] != sharded for other in RUNS)  # negative control
+
+
+@pytest.mark.slow
 def test_layers_of_eight_bits_keep_no_whole_weights_in_their_states(runs):
     """bitsandbytes multiplies by a second reference to each weight, which must not outlive the pass."""
     assert runs["int8/True"]["int8_states"] == 0 < runs["int8/False"]["int8_states"]

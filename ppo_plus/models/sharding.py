@@ -77,7 +77,7 @@ class ShardedBase:
         *self._layers, self._rest = shard_frozen_weights(model, model.language_model.base_model, device, whole)
         for name in FORWARD_METHODS:
             register_fsdp_forward_method(model, name)
-        vars(model)["generate"] = self._with_uneven_passes(model.generate)
+        vars(model)["generate"] = self._generate_unevenly(model.generate)
         self._device, self._gather_all, self._inside = device, gather_all, False
 
     @contextlib.contextmanager
@@ -116,11 +116,12 @@ class ShardedBase:
         torch.distributed.all_reduce(running)
         return None if runs else bool(running)  # a hook must return None
 
-    def _with_uneven_passes(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _generate_unevenly(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
+            # transformers would keep ranks in step, also with a rank that generates nothing.
             with self.uneven_passes():
-                return method(*args, **kwargs)
+                return method(*args, **{"synced_gpus": False, **kwargs})
 
         return call
 
