@@ -22,8 +22,9 @@ from ppo_plus.models.backbone import unwrap_peft
 # Fields of the configuration, and further arguments of the trainer.
 RUNS = {
     "a reward model": ({}, {}),
-    "nf4": ({}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}),
-    "int8, recomputed activations, pairs with prompts": (
+    "a reward model on nf4": (
+        {}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}),
+    "a reward model on int8, recomputed activations, pairs with prompts": (
         {"activation_checkpointing": True}, {"load_in_8bit": True, "prompt": "the film was very "}),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_trainer
+from support_table import EVALUATION, SHARED
 
 from ppo_plus import AdaptiveKLCallback, RewardNormalizationCallback
 from ppo_plus.report.page import read_run
@@ -67,6 +68,7 @@ def launch(folder, *, steps=6, resume=None, config=None, prepare="", result="RES
     return json.JSONDecoder().raw_decode(rest)[0]  # whatever the other process wrote on the same line
 
 
+@pytest.mark.support("R", SHARED)
 @pytest.mark.slow
 def test_two_processes_train_save_once_and_resume_to_the_same_bits(tmp_path):
     whole = launch(tmp_path / "whole")
@@ -102,6 +104,7 @@ def alone(folder, seed=42, stream=False, resume=None, **config):
     return flat, [row for row in trainer.state.log_history if "reward" in row]
 
 
+@pytest.mark.support("1", SHARED, "`num_generations`", "critic `adapter`, updated twice")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
@@ -135,6 +138,7 @@ def differs(two, log, one):
 EACH_STEP = {"save_steps": 1, "save_strategy": "steps", "logging_steps": 4}  # metrics of step 3 are in no log yet
 
 
+@pytest.mark.support("1", "a checkpoint of two processes continued by one")
 @pytest.mark.slow
 def test_a_run_of_two_processes_continues_on_one(tmp_path, monkeypatch):
     """Inside a rollout, whose rows both have saved, and at the border of two; the same responses in total per step."""
@@ -156,6 +160,7 @@ def test_a_run_of_two_processes_continues_on_one(tmp_path, monkeypatch):
         alone(tmp_path / "lost", resume=inside, **EACH_STEP)
 
 
+@pytest.mark.support("1", "a checkpoint of one process continued by two")
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4], ids=["inside a rollout", "between two"])
 def test_a_run_of_one_process_continues_on_two(tmp_path, step):
@@ -167,6 +172,7 @@ def test_a_run_of_one_process_continues_on_two(tmp_path, step):
     assert (torch.load(tmp_path / "two" / "weights.pt") - other).abs().max() > 1e-2  # negative control
 
 
+@pytest.mark.support("1", "prompts from a stream")
 @pytest.mark.slow
 def test_two_processes_share_the_rollouts_of_a_stream(tmp_path):
     """A stream is read in its own order, so the same prompts make another run than shuffled ones do."""
@@ -186,6 +192,7 @@ trainer.compute_loss = spoiled
 """
 
 
+@pytest.mark.support("runs", "NaN gradients on one process", columns=["DDP", "sharded"])
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
 def test_a_nan_on_one_process_is_skipped_by_both(tmp_path, fsdp):
@@ -228,6 +235,7 @@ trainer.add_callback(Raise())
 """
 
 
+@pytest.mark.support("R", "SIGTERM to one process", columns=["DDP", "sharded"])
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "fsdp"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number, fsdp):
@@ -307,6 +315,7 @@ if trainer.accelerator.is_main_process:
 """
 
 
+@pytest.mark.support("1", EVALUATION)
 @pytest.mark.slow
 def test_two_processes_evaluate_and_predict_what_one_does(tmp_path):
     """Five prompts: one process answers three of them, the other two."""

@@ -17,6 +17,7 @@ import torch
 from conftest import classifier, lora, make_config, make_model, make_tokenizer
 from peft import PeftModel, get_peft_model
 from sharded_runs import RUNS, trained, trainer_of
+from support_table import COLUMNS, SHARED
 from test_distributed import launch
 from transformers import AutoModelForCausalLM
 
@@ -71,6 +72,7 @@ def weights(base, name, fsdp):
     return torch.load(base.parent / name / str(fsdp) / "weights.pt")
 
 
+@pytest.mark.support("B")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_base_gives_the_bits_of_whole_copies(base, runs, name):
@@ -99,6 +101,7 @@ def test_a_rank_holds_its_share_and_one_layer(runs, name):
         assert sharded["elsewhere"] == whole["bytes"]  # gathered once
 
 
+@pytest.mark.support("B", "`model.generate`, longer and more often on one process", columns=COLUMNS[1:3])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_generate_on_ranks_that_decode_unevenly_answers_as_whole_copies_do(runs, name):
@@ -113,6 +116,7 @@ def test_layers_of_eight_bits_keep_no_whole_weights_in_their_states(runs):
     assert runs["int8/True"]["int8_states"] == 0 < runs["int8/False"]["int8_states"]
 
 
+@pytest.mark.support("1")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shared critic", "nf4", "int8"])
 def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(base, runs, name, tmp_path):
@@ -139,6 +143,7 @@ def test_the_report_and_the_adapter_of_a_sharded_run_are_as_plain_as_ever(base, 
     assert torch.equal(saved, weights(base, "shared critic", True)[:-value_head])
 
 
+@pytest.mark.support("R", SHARED, columns=["sharded"])
 @pytest.mark.slow
 def test_a_sharded_run_resumes_to_the_same_bits_sharded_or_not(tmp_path):
     whole = launch(tmp_path / "whole", config={"fsdp": True})

@@ -33,6 +33,7 @@ def weights(base, *folder):
     return torch.load(base.parent.joinpath(*folder, "weights.pt"))
 
 
+@pytest.mark.support("B")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_base_gives_the_bits_of_whole_copies(base, runs, name):
@@ -54,8 +55,9 @@ def test_a_rank_holds_half_of_the_base_and_gathers_a_layer(runs, name):
         assert sharded[phase] < 0.8 * whole[phase] and whole[phase] == whole["bytes"]
 
 
+@pytest.mark.support("1")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a reward model", "nf4"])
+@pytest.mark.parametrize("name", ["a reward model", "a reward model on nf4"])
 def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(base, runs, name, tmp_path):
     two = weights(base, name, "True")
     for seed in (42, 43):
@@ -65,6 +67,7 @@ def test_two_processes_train_what_one_trains_with_twice_the_micro_batches(base, 
         assert difference < 1e-4 if seed == 42 else difference > 1e-2  # negative control
 
 
+@pytest.mark.support("R", "`RewardTrainer` on fp32", columns=["sharded"])
 @pytest.mark.slow
 def test_a_checkpoint_resumes_to_the_same_bits_sharded_or_not(base, runs):
     expected = weights(base, "a reward model", "True")

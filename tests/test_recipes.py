@@ -184,6 +184,7 @@ def launch_two(folder, command, *arguments, profile="multi_gpu"):
     return done.stdout
 
 
+@pytest.mark.support("R", "`ppo-plus ppo` by a profile, from a checkpoint of whole copies", columns=["DDP", "sharded"])
 @pytest.mark.slow
 def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(here):
     cpu = ["--use_cpu", "True", "--ddp_backend", "gloo", "--dataloader_pin_memory", "False", "--report_to", "none",
@@ -211,6 +212,7 @@ def test_both_recipes_in_two_processes_save_once_and_resume_to_the_same_bits(her
     assert any(not torch.equal(before[n], expected[n]) for n in before)
 
 
+@pytest.mark.support("runs", "`ppo-plus reward` by a profile, by TRL's launch file", columns=["DDP", "sharded"])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2", "multi_gpu"])
 def test_launch_files_of_trl_train_as_those_of_ours(here, name):

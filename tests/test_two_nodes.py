@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support_table import SHARED
 from test_distributed import SCRIPT, alone
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,7 @@ def finish(nodes, folders, **options):
     return torch.load(folders[0] / "weights.pt")
 
 
+@pytest.mark.support("1", SHARED, columns=["two nodes", "two nodes, sharded"])
 @pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
 def test_two_nodes_train_what_one_process_trains_and_save_once(nodes, tmp_path, fsdp):
     two = finish(nodes, [tmp_path / "two"] * 2, config={"fsdp": fsdp})
@@ -121,6 +123,7 @@ def test_two_nodes_train_what_one_process_trains_and_save_once(nodes, tmp_path, 
     assert {"adapter_model.safetensors", "manifest.json", "rollout_0.safetensors", "rollout_1.safetensors"} <= saved
 
 
+@pytest.mark.support("R", SHARED, "a killed node", columns=["two nodes"])
 def test_a_killed_node_is_named_by_the_other_and_both_resume_to_the_same_bits(nodes, tmp_path):
     whole = finish(nodes, [tmp_path / "whole"] * 2)
     folders = [tmp_path / "killed"] * 2
@@ -132,6 +135,7 @@ def test_a_killed_node_is_named_by_the_other_and_both_resume_to_the_same_bits(no
     assert torch.equal(finish(nodes, folders, resume=True), whole)
 
 
+@pytest.mark.support("runs", "a cut cable", columns=["two nodes"])
 def test_a_cut_cable_ends_both_nodes_by_ddp_timeout(nodes, tmp_path):
     """Each names the other: a cable gives no sign, so only `ddp_timeout`, 30 minutes by default, ends the wait."""
     codes, said = start(nodes, [tmp_path / "cut"] * 2, prepare=CUT)
@@ -139,6 +143,7 @@ def test_a_cut_cable_ends_both_nodes_by_ddp_timeout(nodes, tmp_path):
     assert "Rank 0 has lost rank 1 (node 1, host " in said[0] and "Rank 1 has lost rank 0 (node 0, host " in said[1]
 
 
+@pytest.mark.support("R", "a disk on each node", columns=["two nodes"])
 def test_nodes_with_disks_of_their_own_resume_if_each_saves(nodes, tmp_path):
     """Else one would resume, and wait for another that begins anew."""
     folders = [tmp_path / "own" / str(rank) for rank in range(2)]
