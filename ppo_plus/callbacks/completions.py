@@ -65,14 +65,19 @@ def sample_table(samples: Experience, rows: int) -> dict[str, list[Any]]:
 
 def messages_to_text(prompt: Any) -> str:
     """Format a prompt or completion as text; each message and each tool call of a conversation becomes a line."""
+    return "\n".join(text for _, text in message_lines(prompt))
+
+
+def message_lines(prompt: Any) -> list[tuple[str, str]]:
+    """Return the lines of a prompt or completion with their kinds: the role of a message, "call", or "" for text."""
     if isinstance(prompt, str):
-        return prompt
+        return [("", prompt)]
     lines = []
     for message in prompt:
-        lines.append(f"{message['role']}: {message['content']}")
+        lines.append((message["role"], f"{message['role']}: {message['content']}"))
         calls = (call.get("function", call) for call in message.get("tool_calls") or ())
-        lines += [f"{message['role']} calls {call.get('name')}: {call.get('arguments')}" for call in calls]
-    return "\n".join(lines)
+        lines += [("call", f"{message['role']} calls {call.get('name')}: {call.get('arguments')}") for call in calls]
+    return lines
 
 
 def escape_terminal(text: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..algo.advantages import shape_rewards
 from ..algo.kl import kl_estimate
-from ..callbacks.completions import messages_to_text
+from ..callbacks.completions import message_lines, messages_to_text
 from ..config import PPOConfig
 from ..data.prompts import Row
 
@@ -26,6 +27,7 @@ MAX_CANDIDATES = 200  # rows of the dataset among which they are the first ones 
 MAX_RESPONSES = 8  # responses per rollout
 MAX_TOKENS = 400  # tokens per response
 MAX_CHARACTERS = 1200  # last characters of each prompt, first characters of each answer
+MAX_CALL_CHARACTERS = 200  # first characters of each tool call
 
 
 def fixed_prompts(train: Dataset | IterableDataset, evaluation: Any) -> list[Row]:
@@ -81,13 +83,26 @@ def completions_snapshot(samples: Experience, step: int) -> dict[str, Any]:
         "rows": [
             {
                 "prompt": _truncate_left(messages_to_text(texts.prompts[i])),
-                "answer": _truncate_right(messages_to_text(texts.completions[i])),
+                **_answer(texts.completions[i]),
                 "reward": float(samples.scores[i]),
                 "kl": float(kl[i]),
             }
             for i in range(len(samples))
         ],
     }
+
+
+def _answer(completion: Any) -> dict[str, Any]:
+    """Return the text of an answer; with tools also its lines with their kinds, up to the same length."""
+    text, lines = _truncate_right(messages_to_text(completion)), message_lines(completion)
+    if all(kind in ("", "assistant") for kind, _ in lines):
+        return {"answer": text}
+    left, parts = MAX_CHARACTERS, []
+    for kind, line in lines:
+        if left > 0:
+            parts.append([kind, line if len(line) <= left else line[:left] + " […]"])
+        left -= len(line) + 1
+    return {"answer": text, "parts": parts}
 
 
 def token_view(
@@ -111,7 +126,8 @@ def token_view(
 
     Returns:
         Per response the prompt, the score (reward units), the KL (nats) and, token by token, its text, advantage
-        (standard deviations), value, KL (nats), reward (before whitening) and log-probability (nats).
+        (standard deviations), value, KL (nats), reward (before whitening) and log-probability (nats). With tools
+        or observations also its segments.
     """
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator) * rollout.action_mask
     mask, token_rewards = rollout.action_mask, samples.token_rewards * rollout.action_mask
@@ -135,9 +151,11 @@ def token_view(
 def _response(
     row: int, rollout: Rollout, samples: Experience, tokenizer: PreTrainedTokenizerBase, per_token: dict[str, Tensor]
 ) -> dict[str, Any]:
-    mask = rollout.action_mask if rollout.observation_mask is None else rollout.action_mask | rollout.observation_mask
-    length = int(mask[row].sum())  # responses are right-padded
+    observed = torch.zeros_like(rollout.action_mask) if rollout.observation_mask is None else rollout.observation_mask
+    # Up to the last one: without `train_on_eos`, the stop token of an earlier turn is neither action nor observation.
+    length = int((rollout.action_mask | observed)[row].nonzero()[-1]) + 1
     num_tokens = min(length, MAX_TOKENS)
+    segments = _segments(observed[row, :num_tokens], samples.completions.completions[row])
     ids = rollout.input_ids[row, rollout.prompt_length :][:num_tokens].tolist()
     return {
         "prompt": _truncate_left(messages_to_text(samples.completions.prompts[row])),
@@ -146,4 +164,28 @@ def _response(
         "length": length,
         "tokens": token_texts(tokenizer, ids),
         **{name: [round(x, 4) for x in numbers[row, :num_tokens].tolist()] for name, numbers in per_token.items()},
+        **({"segments": segments} if len(segments) > 1 or segments[0]["calls"] else {}),
     }
+
+
+def _segments(observed: Tensor, completion: Any) -> list[dict[str, Any]]:
+    """Return the turns of a response and the observations between them, as `[start, end)` in tokens.
+
+    A turn has the tool calls of its message as text; a response without messages has none.
+    """
+    changes = (observed[1:] != observed[:-1]).nonzero()[:, 0] + 1
+    bounds = [0, *changes.tolist(), len(observed)]
+    messages = [] if isinstance(completion, str) else [m for m in completion if m["role"] == "assistant"]
+    segments: list[dict[str, Any]] = []
+    for start, end in pairwise(bounds):
+        is_observation, calls = bool(observed[start]), []
+        if not is_observation and messages:
+            calls = [_call_text(call) for call in messages.pop(0).get("tool_calls") or ()]
+        segments.append({"start": start, "end": end, "observation": is_observation, "calls": calls})
+    return segments
+
+
+def _call_text(call: Mapping[str, Any]) -> str:
+    function = call.get("function", call)
+    text = f"{function.get('name')}({function.get('arguments')})"
+    return text if len(text) <= MAX_CALL_CHARACTERS else text[:MAX_CALL_CHARACTERS] + " […]"
