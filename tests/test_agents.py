@@ -209,6 +209,37 @@ def test_a_megabyte_is_rolled_back_without_being_tokenized(tmp_path, monkeypatch
     assert found.observation_mask is None and found.tool_counts.tolist() == [[1, 0]]
 
 
+class NoText:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("result", "content", "failures"),
+    [
+        (NoText(), "{'error': 'no text'}", 1),
+        ("a\udc80b", "a?b", 0),
+        ([{"type": "text", "text": "a\udc80b"}], [{"type": "text", "text": "a?b"}], 0),
+        (ValueError("a\udc80b"), r"{'error': 'a\udc80b'}", 1),
+        (None, "None", 0),
+    ],
+)
+def test_results_without_text_or_that_no_tokenizer_encodes_are_answers(tmp_path, result, content, failures):
+    def get(a: int, b: int) -> str:
+        """Return the result.
+
+        Args:
+            a: A number.
+            b: A number.
+        """
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    found = run_loop(tmp_path, {"get": [call(1, 2, "get"), "ok" + END]}, tools=[get])
+    assert found.messages[0][1]["content"] == content and found.tool_counts.tolist() == [[1, failures]]
+
+
 def test_signature_and_defaults_are_trls():
     ours, trls = (inspect.signature(cls.__init__).parameters for cls in (PPOTrainer, GRPOTrainer))
     names = list(trls)

@@ -171,7 +171,7 @@ def test_a_reward_function_reads_the_state_of_its_environment(make, capsys):
 
 
 class Game:
-    """Ends after one move, says what it saw before, and raises afterwards."""
+    """Ends after one move, says what it saw before, and then raises."""
 
     def reset(self, **kwargs) -> str | None:
         self.moves, self.reward = 0, 0.0

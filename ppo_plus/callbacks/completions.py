@@ -69,7 +69,7 @@ def messages_to_text(prompt: Any) -> str:
 
 
 def message_lines(prompt: Any) -> list[tuple[str, str]]:
-    """Return the lines of a prompt or completion with their kinds: the role of a message, "call", or "" for text."""
+    """Return the lines of a prompt or completion with their kinds: a role, "call", or "" for text."""
     if isinstance(prompt, str):
         return [("", prompt)]
     lines = []

@@ -234,7 +234,7 @@ class TurnLoop:
             results = cast(list, cast(Turn, episode.turn).started)
             # As in TRL, the answers of async tools come after those of sync tools.
             in_order = sorted(results, key=lambda result: isinstance(result[1], Future))
-            finished = [(name, self._await(result)) for name, result in in_order]
+            finished = [(name, _to_text(self._await(result))) for name, result in in_order]
             episode.num_calls += len(finished)
             episode.num_failures += sum(isinstance(result, Exception) for _, result in finished)
             answers.append([_to_message(name, result) for name, result in finished])
@@ -307,9 +307,27 @@ def template_kwargs(environments: EnvironmentPool, args: PPOConfig, row: Row) ->
     return {**run, **({"tools": schemas} if schemas else {})}
 
 
-def _to_message(name: str, result: Any) -> dict[str, Any]:
-    """Convert the result of a tool to its message, as TRL does; an error becomes its text."""
-    content: Any = str({"error": str(result)} if isinstance(result, Exception) else result)
+def _to_text(result: Any) -> Any:
+    """Convert a result to text or blocks of text, as TRL does; return an exception if it has no text."""
+    if isinstance(result, Exception):
+        return result
     if isinstance(result, list) and result and all(isinstance(part, Mapping) and "type" in part for part in result):
-        content = result if is_text(result) else str({"error": "The result has blocks that are not text."})
+        error = str({"error": "The result has blocks that are not text."})
+        return [_encodable(part) for part in result] if is_text(result) else error
+    try:
+        return _encodable(str(result))
+    except Exception as error:  # of the result's own `__str__`
+        return error
+
+
+def _encodable(content: Any) -> Any:
+    """Replace surrogates, which tokenizers refuse, in a text or in a block of text."""
+    if isinstance(content, str):
+        return content.encode("utf-8", "replace").decode("utf-8")
+    return {**content, "text": _encodable(content["text"])}
+
+
+def _to_message(name: str, result: Any) -> dict[str, Any]:
+    """Return the message with the text of a result; an error becomes its text."""
+    content = str({"error": str(result)}) if isinstance(result, Exception) else result
     return {"role": "tool", "name": name, "content": content}
