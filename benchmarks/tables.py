@@ -59,6 +59,18 @@ def turns(r: dict) -> str:
     )
 
 
+def tools(r: dict) -> str:
+    names = {"ppo_turns": "PPO with rewards per turn", "ppo": "PPO", "grpo": "GRPO"}
+    after = ", ".join(
+        f"{name} {r[side]['after']['right']:.2f} ({listed(r[side]['after_by_seed']['right'], 2)})"
+        for side, name in names.items()
+    )
+    return (
+        f"right answers to held-out questions: {r['before']['right']:.2f} before, after {r['tokens']} sampled tokens "
+        f"(by seed) {after}"
+    )
+
+
 def scaling(r: dict) -> str:
     episodes, response = (r[axis]["4x"]["growth"]["seconds_per_token"] for axis in ("episodes", "response"))
     width = r["width"]["4x"]["growth"]["seconds_per_token_and_parameter"]
@@ -174,6 +186,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("lower_bound_no_amx", "that on cores without AMX", above_floor),
     ("variable_length", "64 responses, 60 short and 4 long, against `generate`", variable_length),
     ("turns", "4 turns of 64 + 64 tokens whose keys and values are kept", turns),
+    ("tools", "a calculator as tool, SmolLM2-135M, beside TRL's GRPO", tools),
     ("scaling", "cost as the work grows", scaling),
     ("top_layers", "the layers below LoRA run once per rollout, not in every pass", top_layers),
     ("vs_grpo", "one update against TRL 1.16's GRPO, 8 prompts x 4 answers, a critic trained on top", against_grpo),

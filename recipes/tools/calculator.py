@@ -67,8 +67,17 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def warm_up(base: str, folder: Path, steps: int) -> None:
-    """Train a base on conversations with one call each, and save it with a chat template that has tools."""
+def warm_up(
+    base: str,
+    folder: Path,
+    steps: int,
+    chat_template: str = qwen2_5_chat_template,
+    training_template: str = qwen2_5_training_chat_template,
+) -> None:
+    """Train a base on conversations with one call each, and save it with a chat template that has tools.
+
+    `training_template` is the same template with markers around what the model generates.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     optimizer, tools = torch.optim.AdamW(model.parameters(), lr=2e-5), [get_json_schema(calculate)]
@@ -83,7 +92,7 @@ def warm_up(base: str, folder: Path, steps: int) -> None:
                 {"role": "assistant", "content": f"It is {row['answer']}"},
             ]
             batch = tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=qwen2_5_training_chat_template, return_dict=True,
+                messages, tools=tools, chat_template=training_template, return_dict=True,
                 return_assistant_tokens_mask=True,
             )  # fmt: skip
             ids, sampled = torch.tensor([batch["input_ids"]]), torch.tensor([batch["assistant_masks"]])
@@ -91,7 +100,7 @@ def warm_up(base: str, folder: Path, steps: int) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    tokenizer.chat_template = qwen2_5_chat_template
+    tokenizer.chat_template = chat_template
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
