@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..models.backbone import FailedPassError
 from .layers import predict
 from .prediction import PARTS, Parts, Phase, PlannerConfig
 
@@ -95,10 +96,11 @@ def plan(
         generate = max_batch_size(run.generate, setup.rollout_batch_size, budget)
         score = max_batch_size(run.score, setup.rollout_batch_size, budget)
         learn = max_batch_size(run.learn, minibatch, budget)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, FailedPassError) as error:
+        cause = error.__cause__ if isinstance(error, FailedPassError) else error
         raise ValueError(
             f"The memory of model_type={config.model_type!r} cannot be planned: it does not run on fake tensors "
-            f"({str(error).strip().splitlines()[0]}). Measure it: torch.cuda.max_memory_reserved() after two steps."
+            f"({str(cause).strip().splitlines()[0]}). Measure it: torch.cuda.max_memory_reserved() after two steps."
         ) from error
     return Plan(run.parameters, (generate, score, learn), budget, setup, minibatch // learn.rows)
 

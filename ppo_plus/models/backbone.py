@@ -37,6 +37,10 @@ ROUNDING_OF_CACHED_STEPS = 30
 UNSUPPORTED_HINT = "Choose another model; most decoders of transformers work."
 
 
+class FailedPassError(ValueError):
+    """A model raised an error in a pass over a few tokens, which is the cause of this one."""
+
+
 @dataclass(frozen=True)
 class BackboneInterface:
     """Keywords that a backbone takes, and its errors with them.
@@ -74,7 +78,7 @@ def backbone_interface(model: PreTrainedModel) -> BackboneInterface:
     """Return how the backbone of a model is called; the first call probes it.
 
     Raises:
-        ValueError: a pass over a few tokens fails.
+        FailedPassError: a pass over a few tokens fails.
     """
     if model not in _interfaces:
         try:
@@ -83,7 +87,7 @@ def backbone_interface(model: PreTrainedModel) -> BackboneInterface:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise FailedPassError(
                 f"{type(model).__name__} fails on a few tokens of text ({type(error).__name__}: {error}). If an "
                 "adapter on one of its layers is the cause, leave that out with LoraConfig(exclude_modules=[...]); if "
                 f"quantization is, load it without. {UNSUPPORTED_HINT}"
