@@ -160,9 +160,12 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def newer(folder: Path) -> None:
-    file = folder / "ppo_state_0.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
+def of_format(version: int) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        file = folder / "ppo_state_0.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": version}))
+
+    return spoil
 
 
 def of_length(n: int) -> Callable:
@@ -664,7 +667,8 @@ CASES = {
     "a truncated state": checkpoint(
         "ppo_state_0.json cannot be read .*earlier checkpoint", truncate("ppo_state_0.json")
     ),
-    "a newer version": checkpoint("was written by a newer ppo_plus .format 99.*Upgrade", newer),
+    "a newer version": checkpoint("was written by a newer ppo_plus .format 99.*Upgrade", of_format(99)),
+    "an older version": checkpoint("was written by an older ppo_plus .format 1,.*from its adapter", of_format(1)),
     "no state of PPO": checkpoint("has no ppo_state_0.json, so training cannot resume", remove("ppo_state_0.json")),
     "no checkpoint at all": Case(
         lambda tmp_path, _: make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9")),

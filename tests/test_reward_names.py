@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from ppo_plus.cli import launch
 from ppo_plus.models.adapter_files import load_reward_metadata, resolve_adapter_path
-from ppo_plus.training.checkpoint import MANIFEST, integrity_error, load_progress, write_manifest
+from ppo_plus.training.checkpoint import MANIFEST, Rank, integrity_error, load_progress, write_manifest
 
 STATUS = {"forbidden": 403, "down": 503, "gated": 403, "gone": 404, "locked": 401}
 
@@ -131,7 +131,7 @@ def test_a_manifest_of_a_checkpoint_that_holds_something_else_is_named(tmp_path,
     write_manifest(checkpoint)
     assert integrity_error(checkpoint) is None  # control
     with pytest.raises(ValueError, match="ppo_state_0.json"):
-        load_progress(checkpoint, 0, {})
+        load_progress(checkpoint, Rank(index=0, count=1), {}, pad_token_id=0)
     (checkpoint / MANIFEST).write_text(content)
     assert f"{MANIFEST} must contain a JSON object; got {json.loads(content)}" in integrity_error(checkpoint)
 

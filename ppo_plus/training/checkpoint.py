@@ -29,7 +29,7 @@ from ..rollout.buffer import Rollout
 from ..utils.files import read_json_object
 from .metrics import Meter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 # Error codes of systems that cannot flush: Windows opens no folders and flushes no read-only descriptor; some network
 # file systems flush no folders. A full or broken disk has other codes.
@@ -138,10 +138,11 @@ def _read_states(directory: str | Path, rank: Rank) -> tuple[list[dict[str, Any]
             "or not by ppo_plus."
         )
     state = read_json_object(file)
-    if state["format_version"] > FORMAT_VERSION:
+    if (version := state["format_version"]) != FORMAT_VERSION:
+        newer = version > FORMAT_VERSION
+        age, fix = ("a newer", "Upgrade ppo_plus") if newer else ("an older", "Start from its adapter")
         raise ValueError(
-            f"{directory} was written by a newer ppo_plus (format {state['format_version']}, this one reads "
-            f"{FORMAT_VERSION}). Upgrade ppo_plus."
+            f"{directory} was written by {age} ppo_plus (format {version}, this one reads {FORMAT_VERSION}). {fix}."
         )
     if (count := state["num_processes"]) == rank.count:
         if file != rank_file:
