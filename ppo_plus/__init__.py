@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .utils.versions import check_versions, installed_versions
+from .utils.versions import check_versions, exit_if_command, installed_versions
 
-check_versions(installed_versions())  # runs first: with older libraries, later imports fail with less helpful errors
+try:
+    check_versions(
+        installed_versions()
+    )  # runs first: with older libraries, later imports fail with less helpful errors
+except ImportError as error:
+    exit_if_command(str(error))
+    raise
 
 if TYPE_CHECKING:
     from .callbacks.base import PPOCallback, RolloutSettings

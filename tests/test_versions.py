@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -81,15 +82,54 @@ def test_several_newer_libraries_share_a_warning():
     assert len(caught) == 1
 
 
-def test_the_import_refuses_before_it_imports_anything_large(tmp_path):
+@pytest.fixture
+def old_transformers(tmp_path):
+    """Paths of a process that finds the metadata of an old transformers first."""
     info = tmp_path / "transformers-5.20.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.20.0\n", encoding="utf-8")
+    return [str(tmp_path), str(ROOT)]
+
+
+def run_python(paths, *arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_the_import_refuses_before_it_imports_anything_large(old_transformers):
     script = (
         "import sys\ntry:\n    import ppo_plus\nexcept ImportError as error:\n    print(error, 'torch' in sys.modules)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}\n{script}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    result = run_python(old_transformers, "-c", script)
     assert "transformers 5.20.0" in result.stdout and result.stdout.endswith("False\n")
+
+
+COMMAND = "import sys\nfrom ppo_plus.cli.main import main\nsys.exit(main())\n"  # what pip writes into its script
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["ppo-plus", "env"], ["ppo-plus-script.py", "ppo"], ["-m", "ppo_plus.cli.main", "env"], ["-m", "ppo_plus.memory"]],
+)
+def test_a_command_refuses_an_old_library_in_one_line(tmp_path, old_transformers, words):
+    module = words[0] == "-m"
+    if not module:
+        (tmp_path / words[0]).write_text(COMMAND, encoding="utf-8")
+    result = run_python(old_transformers, words[0] if module else str(tmp_path / words[0]), *words[1:])
+    name = f"python -m {words[1]}" if module else "ppo-plus"
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(
+        rf'{name}: error: ppo_plus .*transformers 5\.20\.0\. Run: pip .*"transformers>=[\d.]+"\n', result.stderr
+    )
+
+
+def test_a_program_that_imports_the_package_keeps_its_import_error(tmp_path, old_transformers):
+    """Neither its own name nor `-m` makes it one of our commands: it may go on without the package."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text(
+        "try:\n    import ppo_plus\nexcept ImportError as error:\n    print(error)\n", encoding="utf-8"
+    )
+    (tmp_path / "mine/__main__.py").write_text("print('went on')\n", encoding="utf-8")
+    result = run_python(old_transformers, "-m", "mine", "-m", "ppo_plus.memory")
+    assert result.returncode == 0 and "transformers 5.20.0" in result.stdout
+    assert result.stdout.endswith("went on\n") and result.stderr == ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
 
 from packaging.version import Version
 
@@ -75,6 +77,32 @@ def check_versions(installed: Mapping[str, Version]) -> None:
             f"{tested}. If a run fails, install these.",
             stacklevel=2,
         )
+
+
+def exit_if_command(message: str) -> None:
+    """Print an error and exit with status 2 if this process is `ppo-plus` or `python -m ppo_plus...`; else do nothing.
+
+    The versions are checked when the package is imported, which a command does before its own code runs.
+
+    Args:
+        message: the error, without the name of the command.
+
+    Raises:
+        SystemExit: this process is a command of ppo_plus.
+    """
+    if name := _command_name():
+        print(f"{name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _command_name() -> str | None:
+    program = PurePath(next(iter(getattr(sys, "argv", [])), ""))
+    if program.stem.removesuffix("-script") == "ppo-plus":  # without .exe and -script.py of Windows
+        return "ppo-plus"
+    if program.name != "-m":  # stands there while Python looks for the module, and so imports its package
+        return None
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+    return f"python -m {module[0]}" if module and module[0].partition(".")[0] == "ppo_plus" else None
 
 
 def _format_versions(names: list[str], installed: Mapping[str, Version]) -> str:
