@@ -5,12 +5,11 @@
 Tool, questions and reward are those of `recipes/tools/calculator.py`: SmolLM2-135M-Instruct calls a calculator, reads
 its result and repeats it, after a few supervised conversations from which every run starts. A chat template of a few
 lines shows the tool, because long prompts would take most of the time. The steps of the warm start were chosen on other
-questions than the held-out ones. The reward is 1 for the right number in the last
-message and 0.5 for a call that the calculator answers with that number. `ppo_turns` pays each at the end of its turn,
-`ppo` pays both at the end of the response, and `grpo` sees their sum. Equal are LoRA, learning rate, KL coefficient,
-sampling, responses per generation (32) and optimizer steps per generation (2 x 2); each side runs in a fresh process
-until it has sampled `--tokens` tokens, answers of the tool not counted. PPO answers 32 questions once, GRPO 4 questions
-8 times.
+questions than the held-out ones. The reward is 1 for the right number in the last message and 0.5 for a call that the
+calculator answers with that number. `ppo_turns` pays each at the end of its turn, `ppo` pays both at the end of the
+response, and `grpo` sees their sum. Equal are LoRA, learning rate, KL coefficient, sampling, responses per generation
+(32) and optimizer steps per generation (2 x 2); each side runs in a fresh process until it has sampled `--tokens`
+tokens, answers of the tool not counted. PPO answers 32 questions once, GRPO 4 questions 8 times.
 
 A run is kept as JSON when it ends, and is not repeated; `--collect` makes the result of the runs that are kept. It has,
 by side, the share of held-out questions that are answered right before and after (likeliest token each time), the same

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from .utils.versions import check_versions, exit_if_command, installed_versions
 
+# Runs first: with older libraries, later imports fail with less helpful errors.
 try:
-    check_versions(
-        installed_versions()
-    )  # runs first: with older libraries, later imports fail with less helpful errors
+    check_versions(installed_versions())
 except ImportError as error:
     exit_if_command(str(error))
     raise

@@ -96,7 +96,7 @@ def exit_if_command(message: str) -> None:
 
 
 def _command_name() -> str | None:
-    program = PurePath(next(iter(getattr(sys, "argv", [])), ""))
+    program = PurePath(sys.argv[0] if getattr(sys, "argv", None) else "")  # an embedded interpreter has none
     if program.stem.removesuffix("-script") == "ppo-plus":  # without .exe and -script.py of Windows
         return "ppo-plus"
     if program.name != "-m":  # stands there while Python looks for the module, and so imports its package
