@@ -160,7 +160,7 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def of_format(version: int) -> Callable[[Path], None]:
+def of_format(version: object) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         file = folder / "ppo_state_0.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": version}))
@@ -669,6 +669,10 @@ CASES = {
     ),
     "a newer version": checkpoint("was written by a newer ppo_plus .format 99.*Upgrade", of_format(99)),
     "an older version": checkpoint("was written by an older ppo_plus .format 1,.*from its adapter", of_format(1)),
+    "a version in words": checkpoint(
+        "ppo_state_0.json was not written by ppo_plus.*format_version is '2'", of_format("2")
+    ),
+    "no version": checkpoint("ppo_state_0.json was not written by ppo_plus.*format_version is None", of_format(None)),
     "no state of PPO": checkpoint("has no ppo_state_0.json, so training cannot resume", remove("ppo_state_0.json")),
     "no checkpoint at all": Case(
         lambda tmp_path, _: make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9")),

@@ -16,7 +16,7 @@ from conftest import lora, make_model, make_prompts, make_trainer
 from transformers import LlamaForSequenceClassification
 
 from ppo_plus import AdaptiveKLCallback, PPOCallback, RewardNormalizationCallback, Rollout
-from ppo_plus.training.checkpoint import write_manifest
+from ppo_plus.training.checkpoint import Rank, load_progress, write_manifest
 
 STEPS = 13  # rollouts at steps 0, 4, 8 and 12; the second data epoch begins at step 8
 TIMES = ("time/", "train_", "epoch")
@@ -293,3 +293,16 @@ def test_the_evaluation_cadence_does_not_alter_training(tmp_path, undisturbed):
     found = run(tmp_path, arguments={"eval_dataset": make_prompts(5)}, **config)
     assert largest_gap(whole["weights"], found["weights"]) == 0.0
     assert [row["step"] for row in found["log"] if "eval_reward" in row] == [3, 6, 9, 12, STEPS]
+
+
+@pytest.mark.parametrize(("formats", "file"), [((2, 1), "ppo_state_1"), ((1, 2), "ppo_state_0")])
+def test_another_number_of_processes_checks_the_format_of_every_state(tmp_path, formats, file):
+    for index, version in enumerate(formats):
+        state = {"format_version": version, "num_processes": 2}
+        (tmp_path / f"ppo_state_{index}.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"older ppo_plus \(format 1"):
+        load_progress(tmp_path, Rank(index=0, count=1), {}, pad_token_id=0)
+    current = tmp_path / f"{file}.json"
+    current.write_text(json.dumps({"format_version": 2, "num_processes": 2}), encoding="utf-8")
+    with pytest.raises(KeyError, match="fingerprint"):  # control: with formats of today it reads on
+        load_progress(tmp_path, Rank(index=0, count=1), {}, pad_token_id=0)

@@ -137,13 +137,7 @@ def _read_states(directory: str | Path, rank: Rank) -> tuple[list[dict[str, Any]
             f"{directory} has no {file.name}, so training cannot resume from it: it was saved with save_only_model, "
             "or not by ppo_plus."
         )
-    state = read_json_object(file)
-    if (version := state["format_version"]) != FORMAT_VERSION:
-        newer = version > FORMAT_VERSION
-        age, fix = ("a newer", "Upgrade ppo_plus") if newer else ("an older", "Start from its adapter")
-        raise ValueError(
-            f"{directory} was written by {age} ppo_plus (format {version}, this one reads {FORMAT_VERSION}). {fix}."
-        )
+    state = _read_state(file)
     if (count := state["num_processes"]) == rank.count:
         if file != rank_file:
             raise ValueError(
@@ -156,7 +150,22 @@ def _read_states(directory: str | Path, rank: Rank) -> tuple[list[dict[str, Any]
             f"{directory} was saved by {count} processes, and {rank.count} resume, which need the files of all: it "
             f"has no {', '.join(missing)}. Copy them there from the other nodes, or start {count} processes."
         )
-    return [read_json_object(each) for each, _ in files], [rollout for _, rollout in files]
+    return [_read_state(each) for each, _ in files], [rollout for _, rollout in files]
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """Read the state of one rank; an error if it has another format than this ppo_plus writes."""
+    state = read_json_object(file)
+    version = state.get("format_version")
+    if version == FORMAT_VERSION:
+        return state
+    if type(version) is not int:
+        raise ValueError(f"{file} was not written by ppo_plus: its format_version is {version!r}, and not a number.")
+    newer = version > FORMAT_VERSION
+    age, fix = ("a newer", "Upgrade ppo_plus") if newer else ("an older", "Start from its adapter")
+    raise ValueError(
+        f"{file.parent} was written by {age} ppo_plus (format {version}, this one reads {FORMAT_VERSION}). {fix}."
+    )
 
 
 def _check_fingerprint(
